@@ -20,16 +20,18 @@ class Batch:
     position_ids: torch.Tensor  # [3, B, L] int64: time, height, width of each token
     attention_mask: torch.Tensor  # [B, L] bool: False at padding
     latent_mask: torch.Tensor  # [B, L] bool: True at <|latent_pad|>
-    image_rows: torch.Tensor  # [merged P] int64: flat places of the input images' embeddings, in image order
+    latent_columns: list[int]  # columns in which any row has a latent, ascending
+    image_rows: torch.Tensor  # [merged patches of input images] int64: flat places of their embeddings, in order
     latent_rows: torch.Tensor  # [M] int64: flat places of the latents
-    latent_row_sample: torch.Tensor  # [M] int64: row of each latent
-    target_rows: torch.Tensor  # [T] int64: flat places whose output predicts a supervised token
+    latent_weights: torch.Tensor  # [M] float32: 1 / (latents of the sample)
+    target_rows: torch.Tensor  # [T] int64: flat places whose output predicts a supervised token; T >= 1
     target_ids: torch.Tensor  # [T] int64: that token
-    target_row_sample: torch.Tensor  # [T] int64: row of each supervised token
-    pixel_values: torch.Tensor  # [P, 1176] float32: patches of all input images, then of all helper images
+    target_weights: torch.Tensor  # [T] float32: 1 / (supervised tokens of the sample); 0 for a dummy
+    pixel_values: torch.Tensor  # [P, 1176] float32: patches of all input images, then of all helper images; P >= 4
     image_grid_thw: torch.Tensor  # [N, 3] int64, input images first
-    num_input_images: int
-    latent_sizes: list[int]  # K of each helper image (stage 1); empty where no helper image is encoded
+    helper_patches: list[int]  # merged patches of each helper image (stage 1), else empty
+    latent_sizes: list[int]  # K of each helper image (stage 1), else empty
+    num_latent_samples: int  # rows with a latent
     keys: list[str]  # [B] where each row came from, for messages
 
     def to(self, device: torch.device | str) -> "Batch":

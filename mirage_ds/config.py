@@ -1,0 +1,225 @@
+"""The run's whole configuration: a YAML recipe plus dotted overrides, checked before anything starts.
+
+    config = load_config("recipe.yaml", ["train.lr=1e-4", "run.dir=runs/a"])
+
+Every number has one owner. What DeepSpeed alone decides stands in `ds_configs/*.json`; everything else stands here.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from mirage_ds.errors import ConfigError
+
+Stage = Literal["text", "stage1", "stage2"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values cannot change after the start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(Section):
+    """Where the run writes, and what it starts from."""
+
+    dir: Path
+    """Checkpoints, metrics.jsonl, TensorBoard's files and the resolved configuration go here."""
+    seed: int = 42
+    """Seeds the order of the samples and torch."""
+    init_from: Path | None = None
+    """Folder of another run: its last checkpoint's weights replace those of `model.path` (stage 2 from stage 1)."""
+
+
+class ModelConfig(Section):
+    """Which model, and how it is computed."""
+
+    path: str
+    """A Hugging Face folder or hub id of a Qwen2.5-VL whose vocabulary has the latent tokens."""
+    cache_dir: Path | None = None
+    """Where a hub id is downloaded to."""
+    latent_size: PositiveInt = 4
+    """K: latent tokens per helper image."""
+    compress_strategy: Literal["average"] = "average"
+    """How a helper image's patch embeddings become K targets: means of equal runs, the remainder dropped."""
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    """`auto`: flash_attention_2 on a GPU in bf16 where it is installed, else sdpa."""
+    gather: Literal["auto", "layer", "rollout"] = "auto"
+    """ZeRO-3 gathers the decoder layer by layer, or the whole rollout once; `auto`: rollout in stage 2, else layer."""
+    activation_checkpointing: Literal["full", "none"] = "full"
+    """`full`: each decoder layer is computed again in backward instead of being stored."""
+    train_tower: bool = False
+    """Train the vision tower too; the method keeps it frozen."""
+
+
+class DataConfig(Section):
+    """What is read, and by how many processes."""
+
+    shards: Path
+    """A folder that `mirage-data build` wrote."""
+    num_workers: int = Field(default=2, ge=0)
+    """Processes per rank that read and encode; 0: in the trainer itself."""
+
+
+class TrainConfig(Section):
+    """The mathematics of the run. Steps are optimizer steps."""
+
+    stage: Stage
+    max_steps: PositiveInt
+    micro_batch_size_per_gpu: PositiveInt = 1
+    gradient_accumulation_steps: PositiveInt = 1
+    lr: float = Field(default=1e-5, gt=0)
+    """Peak learning rate."""
+    warmup_steps: int = Field(default=10, ge=0)
+    lr_decay: Literal["linear", "constant"] = "linear"
+    warmup_from_zero: bool = False
+    """The reference's schedule, whose first step has lr 0; by default the first step has lr / warmup_steps."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Not applied to norms and biases."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Limit of the global gradient norm; 0: no clipping."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """What the model computes in; masters and optimizer states are float32 either way."""
+    ce_loss_weight: float | None = Field(default=None, ge=0)
+    """Weight of the text loss; unset: the method's 0.1 in stage 1, 1 in stage 2 and text."""
+    latent_loss_weight: float = Field(default=1.0, ge=0)
+    """Weight of the latent loss (stage 1)."""
+    log_freq: PositiveInt = 1
+    """Steps between two lines on the console and two points in TensorBoard; metrics.jsonl has every step."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "TrainConfig":
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, which leaves nothing of max_steps={self.max_steps}; "
+                "set train.warmup_steps below train.max_steps"
+            )
+        return self
+
+    @property
+    def text_weight(self) -> float:
+        """The weight of the text loss in force."""
+        if self.ce_loss_weight is not None:
+            return self.ce_loss_weight
+        return 0.1 if self.stage == "stage1" else 1.0
+
+    def global_batch_size(self, world_size: int) -> int:
+        """G: samples per optimizer step."""
+        return self.micro_batch_size_per_gpu * self.gradient_accumulation_steps * world_size
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    interval: int = Field(default=0, ge=0)
+    """Steps between two checkpoints; 0: only at the end."""
+    keep_latest_k: PositiveInt = 2
+    """Older checkpoints are deleted after a newer one is complete."""
+
+
+class DistributedConfig(Section):
+    """DeepSpeed and the process group."""
+
+    deepspeed_config: str = "zero3.json"
+    """A path, or the name of a file in `ds_configs/`."""
+    timeout_s: PositiveInt = 1800
+    """A collective that waits longer than this ends the run with an error."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+
+def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Config:
+    """Reads a recipe, applies `section.key=value` overrides (values in YAML) and checks everything.
+
+    Raises:
+        ConfigError: the file, an override, a key or a value is wrong; the message says which and what is allowed.
+    """
+    path = Path(recipe)
+    tree = _read_yaml(path)
+    for override in overrides or []:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "\n".join(f"  - {_describe(details)}" for details in error.errors())
+        raise ConfigError(f"the configuration is wrong ({path} and its overrides):\n{problems}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"the recipe cannot be read ({path}: {error.strerror}); a recipe is a YAML file; "
+            "give the path of one, for example one of launch/recipes/"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the recipe is not YAML ({path}): {error}; mend the line it names") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"the recipe holds no sections ({path}); allowed are {', '.join(Config.model_fields)}, each with its keys; "
+            "start from one of launch/recipes/"
+        )
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(
+            f"an override is not understood (on the command line: {override!r}); allowed is section.key=value, "
+            "for example train.lr=1e-4; correct it"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"the value of an override is not YAML (on the command line: {override!r}); allowed is what a recipe may "
+            "say; quote it"
+        ) from error
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key} cannot be set (on the command line): {part} is not a section; correct the key")
+        node = child
+    node[parts[-1]] = value
+
+
+def _describe(details: ErrorDetails) -> str:
+    """One problem in one line: the key, what is wrong, what is allowed."""
+    location = [str(part) for part in details["loc"]]
+    key = ".".join(location)
+    if details["type"] == "extra_forbidden":
+        allowed = _keys_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], allowed, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"unknown key {key}: {hint}allowed here: {', '.join(allowed)}"
+    if details["type"] == "missing":
+        return f"{key} is missing: set it in the recipe or with {key}=VALUE"
+    message = details["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" + ("" if details["type"] == "value_error" else f" (got {details['input']!r})")
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    """The keys that the section at `location` knows."""
+    section: type[BaseModel] = Config
+    for part in location:
+        section = section.model_fields[part].annotation  # type: ignore[assignment]
+    return list(section.model_fields)

@@ -1,0 +1,165 @@
+"""Loads Qwen2.5-VL, unmodified, and takes it apart into the units that MirageModel is made of.
+
+The only file that names transformers' Qwen model classes.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.integrations import HfDeepSpeedConfig
+
+from mirage_ds.errors import ConfigError
+from mirage_ds.tokens import TokenIds
+
+
+@dataclass
+class Backbone:
+    """A Qwen2.5-VL and its parts (the same modules, not copies)."""
+
+    hf: PreTrainedModel
+    attention: str
+
+    @property
+    def visual(self) -> torch.nn.Module:
+        return self.hf.model.visual
+
+    @property
+    def embed_tokens(self) -> torch.nn.Embedding:
+        return self.hf.model.language_model.embed_tokens
+
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        return self.hf.model.language_model.layers
+
+    @property
+    def norm(self) -> torch.nn.Module:
+        return self.hf.model.language_model.norm
+
+    @property
+    def rotary_emb(self) -> torch.nn.Module:
+        return self.hf.model.language_model.rotary_emb
+
+    @property
+    def lm_head(self) -> torch.nn.Linear:
+        return self.hf.lm_head
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hf.config.text_config.vocab_size
+
+
+def choose_attention(wanted: str, dtype: torch.dtype) -> str:
+    """Resolves `model.attention`: flash_attention_2 for bf16 on a GPU where it is installed, else sdpa.
+
+    Raises:
+        ConfigError: flash_attention_2 was named and cannot run.
+    """
+    flash = torch.cuda.is_available() and dtype == torch.bfloat16 and find_spec("flash_attn") is not None
+    if wanted == "flash_attention_2" and not flash:
+        raise ConfigError(
+            "model.attention is flash_attention_2, which cannot run (on this machine): it needs a GPU, "
+            "train.dtype=bf16 and the package flash-attn; install mirage_ds[cuda], or set model.attention=auto or sdpa"
+        )
+    return "flash_attention_2" if flash and wanted != "sdpa" else "sdpa"
+
+
+def load_backbone(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    train_tower: bool = False,
+    cache_dir: Path | None = None,
+    deepspeed_config: dict[str, Any] | None = None,
+) -> Backbone:
+    """Loads a folder or hub id.
+
+    Args:
+        deepspeed_config: under ZeRO-3 the weights are sharded while they are loaded, so that no rank ever holds the
+            whole model; the process group must be there.
+
+    Raises:
+        ConfigError: it is not a Qwen2.5-VL, cannot be found, or has settings that the rollout does not compute.
+    """
+    check_config(path, cache_dir)
+    implementation = choose_attention(attention, dtype)
+    # transformers shards while loading only while this object is alive.
+    zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config is not None else nullcontext()
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, attn_implementation=implementation, cache_dir=cache_dir
+    )
+    del zero3
+    hf.model.visual.requires_grad_(train_tower)
+    hf.train()
+    return Backbone(hf, implementation)
+
+
+def check_config(path: str, cache_dir: Path | None = None) -> None:
+    """Refuses what is not a Qwen2.5-VL that the rollout computes exactly.
+
+    Raises:
+        ConfigError: says what is wrong.
+    """
+    remedy = "set model.path to a Qwen2.5-VL folder or hub id"
+    try:
+        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the model cannot be loaded (model.path={path}): {error}; allowed is a Hugging Face folder or hub id; "
+            f"{remedy}"
+        ) from error
+    if not isinstance(config, Qwen2_5_VLConfig):
+        raise ConfigError(
+            f"the model is a {config.model_type} (model.path={path}); only qwen2_5_vl can be trained; {remedy}"
+        )
+    if "sliding_attention" in config.text_config.layer_types:
+        raise ConfigError(
+            f"the model uses sliding-window attention (use_sliding_window in {path}/config.json); only full attention "
+            "is computed; set use_sliding_window to false there, as Qwen2.5-VL's own checkpoints have it"
+        )
+
+
+def random_model(vocab_size: int, ids: TokenIds, seed: int) -> PreTrainedModel:
+    """A small Qwen2.5-VL with random float32 weights: hidden 128, 4 layers, a tower of 2 blocks."""
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
+    }
+    text = {
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [4, 6, 6]},
+        "bos_token_id": ids.end_of_text,
+        "eos_token_id": ids.im_end,
+        "pad_token_id": ids.end_of_text,
+    }
+    config = Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=ids.image_pad,
+        video_token_id=ids.video_pad,
+        vision_start_token_id=ids.vision_start,
+        vision_end_token_id=ids.vision_end,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2_5_VLForConditionalGeneration(config)

@@ -1,0 +1,41 @@
+"""Text loss and latent loss: per token and per latent, in float32.
+
+How they are averaged is in the weights that collate puts into a Batch: 1 / (tokens of the sample) for each supervised
+token, 1 / (latents of the sample) for each latent. A weighted sum is then the sum over samples of each sample's own
+mean, whatever the padding.
+"""
+
+import torch
+from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+from torch.nn.functional import cosine_similarity
+from torch.utils.checkpoint import checkpoint
+
+# Logits of one block of rows: 2 ** 25 elements are 64 MiB in bf16, whatever the vocabulary.
+LOGIT_BLOCK_ELEMENTS = 2**25
+
+
+class LossHead(torch.nn.Module):
+    """The language-model head and the cross-entropy of its logits, one block of rows at a time.
+
+    The logits of a block are computed again in backward, so that never more than one block of them exists. Under
+    ZeRO-3 it is one unit: ranks may have different numbers of blocks.
+    """
+
+    def __init__(self, lm_head: torch.nn.Linear, vocab_size: int) -> None:
+        super().__init__()
+        self.lm_head = lm_head
+        self.block_rows = max(1, LOGIT_BLOCK_ELEMENTS // vocab_size)
+
+    def forward(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each row: hidden [T, D], target_ids [T] int64 -> [T] float32."""
+        blocks = zip(hidden.split(self.block_rows), target_ids.split(self.block_rows), strict=True)
+        losses = [checkpoint(self._block_loss, rows, ids, use_reentrant=False) for rows, ids in blocks]
+        return torch.cat(losses)
+
+    def _block_loss(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        return chunked_cross_entropy(self.lm_head(hidden), target_ids, reduction="none")
+
+
+def latent_losses(latent_pred: torch.Tensor, latent_target: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of each latent, in float32: two [M, D] -> [M]."""
+    return 1 - cosine_similarity(latent_pred.float(), latent_target.float(), dim=-1)

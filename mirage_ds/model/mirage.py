@@ -1,0 +1,87 @@
+"""MirageModel: the losses of a micro-batch. It reads like the method:
+
+- stage 1: helper images -> latent targets, which are also the inputs; text loss + cosine loss
+- stage 2: latents are fed back by the rollout; text loss
+- text: no latents; text loss
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mirage_ds.batch import Batch
+from mirage_ds.config import Stage
+from mirage_ds.model.backbone import Backbone
+from mirage_ds.model.losses import LossHead, latent_losses
+from mirage_ds.model.rollout import Rollout
+from mirage_ds.model.targets import Tower, build_inputs_embeds, latent_targets
+
+
+@dataclass
+class Losses:
+    """Sums over the samples of a micro-batch of each sample's own mean, so that any cut of a global batch adds up."""
+
+    loss: torch.Tensor  # [] float32, weighted: what is trained
+    ce_loss: torch.Tensor  # [] float32
+    latent_loss: torch.Tensor  # [] float32; 0 outside stage 1
+
+
+class MirageModel(torch.nn.Module):
+    """Qwen2.5-VL with latents, as three units: tower, embeddings, rollout. Each is entered once per micro-step."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        stage: Stage,
+        ce_loss_weight: float,
+        latent_loss_weight: float = 1.0,
+        recompute: bool = True,
+        train_tower: bool = False,
+    ) -> None:
+        super().__init__()
+        self.stage = stage
+        self.ce_loss_weight, self.latent_loss_weight = ce_loss_weight, latent_loss_weight
+        self.tower = Tower(backbone.visual, trained=train_tower)
+        self.embed_tokens = backbone.embed_tokens
+        self.rollout = Rollout(
+            backbone.layers,
+            backbone.norm,
+            backbone.rotary_emb,
+            LossHead(backbone.lm_head, backbone.vocab_size),
+            recurrent=stage == "stage2",
+            recompute=recompute,
+            attention=backbone.attention,
+        )
+
+    def forward(self, batch: Batch, num_passes: int | None = None) -> Losses:
+        """
+        Args:
+            batch: on the model's device.
+            num_passes: see Rollout.forward.
+        """
+        image_embeds, helper_embeds = self.tower.encode(batch)
+        targets = latent_targets(helper_embeds, batch)
+        inputs_embeds = build_inputs_embeds(self.embed_tokens(batch.input_ids), image_embeds, targets, batch)
+        hidden, target_losses = self.rollout(
+            inputs_embeds,
+            batch.position_ids,
+            batch.attention_mask,
+            batch.latent_mask,
+            batch.latent_columns,
+            batch.target_rows,
+            batch.target_ids,
+            num_passes,
+        )
+        ce_loss = (target_losses * batch.target_weights).sum()
+        latent_loss = self.latent_loss(hidden, targets, batch)
+        loss = self.ce_loss_weight * ce_loss + self.latent_loss_weight * latent_loss
+        return Losses(loss, ce_loss, latent_loss)
+
+    def latent_loss(self, hidden: torch.Tensor, targets: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """1 - cosine between the hidden state one position before each latent and its target."""
+        if self.stage != "stage1":
+            return hidden.new_zeros((), dtype=torch.float32)
+        latent_pred = hidden.flatten(0, 1)[batch.latent_rows - 1]
+        # A trained tower must not be able to lower the loss by moving the targets towards each other.
+        return (latent_losses(latent_pred, targets.detach()) * batch.latent_weights).sum()

@@ -1,0 +1,174 @@
+"""The rollout: decoder stack, final norm and loss head as one module; one pass over a sequence, or several.
+
+A recurrent rollout (stage 2) feeds back: the input of a latent is the final-normed hidden state of the position before
+it. The columns of a micro-batch are therefore cut in front of every column in which any row has a latent, and each
+piece is one pass over the keys and values of all pieces before it:
+
+    columns   0 ........ s | s+1 | s+2 | s+3 ...... L      K = 3 latents at s+1, s+2, s+3: K + 1 = 4 passes
+
+A column that is a latent in one row and text in another takes each row's own input, so rows may differ in K.
+
+Shape legend: B rows, L columns, Q columns of one pass, D hidden, H key-value heads, T supervised tokens.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mirage_ds.model.losses import LossHead
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]  # each [B, H, Q, head dimension]
+
+
+class PartsCache:
+    """What a decoder layer of transformers needs of a cache, for one layer and one pass.
+
+    Past keys and values stay the parts that the passes made. They are joined only inside the layer, which activation
+    checkpointing computes again, so that a joined copy is never stored for backward.
+    """
+
+    def __init__(self, past: Sequence[KeyValue]) -> None:
+        self.past = past
+        self.new: KeyValue | None = None
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object) -> KeyValue:
+        """Keeps this pass's part and returns past and new together (transformers' `Cache.update`)."""
+        self.new = (key, value)
+        keys, values = zip(*self.past, self.new, strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+class Rollout(torch.nn.Module):
+    """Inputs -> hidden states and the cross-entropy of the supervised tokens.
+
+    Under ZeRO-3 it is either one leaf module (gathered once, whatever the number of passes, which may then differ
+    between ranks) or gathered layer by layer.
+    """
+
+    def __init__(
+        self,
+        layers: torch.nn.ModuleList,
+        norm: torch.nn.Module,
+        rotary_emb: torch.nn.Module,
+        head: LossHead,
+        *,
+        recurrent: bool,
+        recompute: bool,
+        attention: str,
+    ) -> None:
+        """
+        Args:
+            layers, norm, rotary_emb: transformers' own modules.
+            recurrent: feed hidden states back at the latents (stage 2).
+            recompute: activation checkpointing, each layer of each pass by itself.
+            attention: "sdpa" or "flash_attention_2".
+        """
+        super().__init__()
+        self.layers, self.norm, self.rotary_emb, self.head = layers, norm, rotary_emb, head
+        self.recurrent, self.recompute, self.attention = recurrent, recompute, attention
+
+    def num_passes(self, latent_columns: Sequence[int]) -> int:
+        """How many passes a micro-batch with latents in these columns takes."""
+        return 1 + len(latent_columns) if self.recurrent else 1
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        latent_mask: torch.Tensor,
+        latent_columns: Sequence[int],
+        target_rows: torch.Tensor,
+        target_ids: torch.Tensor,
+        num_passes: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            inputs_embeds: [B, L, D]; must require grad, or ZeRO-3's backward does not enter a leaf module.
+            position_ids: [3, B, L].
+            attention_mask, latent_mask: [B, L] bool.
+            latent_columns: ascending columns of latents, none of them 0.
+            target_rows, target_ids: [T], see Batch.
+            num_passes: make this many passes (at least `self.num_passes(latent_columns)`, at most L); for ZeRO-3
+                ranks that gather layer by layer and must agree. The extra cuts are at the end and change nothing.
+
+        Returns:
+            Hidden states after the final norm [B, L, D], and cross-entropies [T] float32.
+        """
+        length = inputs_embeds.shape[1]
+        cuts = set(latent_columns) if self.recurrent else set()
+        spare = (column for column in range(length - 1, 0, -1) if column not in cuts)
+        cuts |= {next(spare) for _ in range((num_passes or 0) - 1 - len(cuts))}
+
+        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
+        past: list[list[KeyValue]] = [[] for _ in self.layers]
+        hidden: list[torch.Tensor] = []
+        for start, end in pairwise([0, *sorted(cuts), length]):
+            inputs = inputs_embeds[:, start:end]
+            if hidden:
+                first = torch.where(latent_mask[:, start, None, None], hidden[-1][:, -1:], inputs[:, :1])
+                inputs = torch.cat([first, inputs[:, 1:]], dim=1)
+            mask = self.pass_mask(attention_mask, start, end)
+            hidden.append(self.one_pass(inputs, past, (cos[:, start:end], sin[:, start:end]), mask))
+            self.check_cache(past, end)
+
+        hidden_states = torch.cat(hidden, dim=1)
+        return hidden_states, self.head(hidden_states.flatten(0, 1)[target_rows], target_ids)
+
+    def one_pass(
+        self,
+        hidden: torch.Tensor,
+        past: list[list[KeyValue]],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Inputs [B, Q, D] -> final-normed hidden states [B, Q, D]; appends this pass's part to every layer's past."""
+        for layer, parts in zip(self.layers, past, strict=True):
+            arguments = (layer, hidden, tuple(parts), position_embeddings, mask)
+            if self.recompute:
+                hidden, key_value = checkpoint(run_layer, *arguments, use_reentrant=False)
+            else:
+                hidden, key_value = run_layer(*arguments)
+            parts.append(key_value)
+        return self.norm(hidden)
+
+    def check_cache(self, past: list[list[KeyValue]], columns: int) -> None:
+        """A pass that does not see what came before it computes something else without any error."""
+        for index, parts in enumerate(past):
+            held = sum(key.shape[2] for key, _ in parts)
+            if held != columns:
+                raise RuntimeError(f"the KV cache of layer {index} holds {held} of {columns} columns")
+
+    def pass_mask(self, attention_mask: torch.Tensor, start: int, end: int) -> torch.Tensor | None:
+        """What the columns [start, end) may attend to, in the form that the attention wants.
+
+        Without left padding a single pass needs no mask: it is causal, and padding on the right is never seen.
+        """
+        if not self.recurrent:
+            return None
+        if self.attention == "flash_attention_2":
+            return attention_mask[:, :end]
+        columns = torch.arange(end, device=attention_mask.device)
+        queries = columns[start:, None]
+        # Padding attends to itself: a row of the softmax without any entry would be NaN.
+        seen = ((columns <= queries) & attention_mask[:, None, :end]) | (columns == queries)
+        return seen[:, None]  # [B, 1, Q, end]
+
+
+def run_layer(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    past: Sequence[KeyValue],
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, KeyValue]:
+    """One decoder layer over [B, Q, D] and its past parts -> its output and this pass's keys and values."""
+    cache = PartsCache(past)
+    output = layer(
+        hidden, attention_mask=mask, position_embeddings=position_embeddings, past_key_values=cache, use_cache=True
+    )
+    if cache.new is None:
+        raise RuntimeError("the decoder layer did not use the KV cache")
+    return output, cache.new

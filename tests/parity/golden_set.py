@@ -1,0 +1,54 @@
+"""The reference's numbers, read from tests/parity/golden or from the folder that MIRAGE_GOLDEN_DIR names.
+
+Shapes, ids and sizes come from the set, so that another set of the same format can be run.
+"""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from mirage_ds.data.encode import EncodedSample
+
+FOLDER = Path(os.environ.get("MIRAGE_GOLDEN_DIR", Path(__file__).parent / "golden"))
+MODEL = str(FOLDER / "model")
+
+
+@cache
+def numbers(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+@cache
+def tensors(name: str) -> dict[str, torch.Tensor]:
+    return load_file(FOLDER / f"{name}.safetensors")
+
+
+def samples() -> list[dict[str, Any]]:
+    return numbers("golden")["samples"]
+
+
+def encoded(index: int, stage: str) -> EncodedSample:
+    """Sample `index` of the set as our encoder would give it."""
+    inputs, facts = tensors("inputs"), samples()[index]
+    own = {name.split(".", 1)[1]: value for name, value in inputs.items() if name.startswith(f"{index}.")}
+    input_ids = own["input_ids"][0].long()
+    helper = stage == "stage1"
+    return EncodedSample(
+        key=f"golden {index}",
+        input_ids=input_ids,
+        labels=own["labels"][0].long(),
+        position_ids=tensors("golden")[f"{index}.position_ids"].long(),
+        image_mask=input_ids == numbers("golden")["ids"]["image_pad"],
+        latent_mask=own["image_out_mask"][0].bool(),
+        prompt_length=facts["prompt_len"],
+        pixel_values=own["pixel_values_i8"].float() / 32,
+        image_grid_thw=own["image_grid_thw"].long(),
+        pixel_values_latent=own["pixel_values_latent_i8"].float()[: None if helper else 0] / 32,
+        image_grid_thw_latent=own["image_grid_thw_latent"].long()[: None if helper else 0],
+        latent_size=facts["latent_size"],
+    )
