@@ -32,6 +32,7 @@ class Batch:
     helper_patches: list[int]  # merged patches of each helper image (stage 1), else empty
     latent_sizes: list[int]  # K of each helper image (stage 1), else empty
     num_latent_samples: int  # rows with a latent
+    num_tokens: int  # columns that are not padding, over all rows
     keys: list[str]  # [B] where each row came from, for messages
 
     def to(self, device: torch.device | str) -> "Batch":

@@ -66,6 +66,7 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool, merge_size
         helper_patches=(helper_grids.prod(dim=1) // merge_size**2).tolist(),
         latent_sizes=[sample.latent_size for sample in samples for _ in sample.image_grid_thw_latent],
         num_latent_samples=int(latent_mask.any(dim=1).sum()),
+        num_tokens=sum(len(sample.input_ids) for sample in samples),
         keys=[sample.key for sample in samples],
     )
 

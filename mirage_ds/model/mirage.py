@@ -5,7 +5,7 @@
 - text: no latents; text loss
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +17,7 @@ from mirage_ds.model.rollout import Rollout
 from mirage_ds.model.targets import Tower, build_inputs_embeds, latent_targets
 
 
-@dataclass
-class Losses:
+class Losses(NamedTuple):
     """Sums over the samples of a micro-batch of each sample's own mean, so that any cut of a global batch adds up."""
 
     loss: torch.Tensor  # [] float32, weighted: what is trained

@@ -1,0 +1,61 @@
+"""The order of samples: a pure function of (seed, epoch, manifest digest). Needs no torch.
+
+The training position is one integer, the number of samples consumed: position p is sample p % N of epoch p // N, and
+global batch b is positions [b * G, (b + 1) * G), whatever the number of ranks, micro-batches or workers.
+"""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Plan:
+    """The endless sequence of sample numbers in [0, num_samples)."""
+
+    def __init__(self, num_samples: int, digest: str, seed: int) -> None:
+        self.num_samples = num_samples
+        self._digest = digest
+        self._seed = seed
+        self._epoch = -1
+        self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)  # of the one epoch that is being read
+
+    def samples(self, start: int, count: int) -> list[int]:
+        """Sample numbers at positions [start, start + count); they may cross into the next epochs."""
+        numbers: list[int] = []
+        while len(numbers) < count:
+            epoch, offset = divmod(start + len(numbers), self.num_samples)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, epoch_order(self.num_samples, self._digest, self._seed, epoch)
+            numbers += self._order[offset : offset + count - len(numbers)].tolist()
+        return numbers
+
+
+def epoch_order(num_samples: int, digest: str, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """A permutation of [0, num_samples): samples sorted by a hash of their number.
+
+    Own arithmetic, so that no library's random generator can change the order of a run that is resumed years later.
+    """
+    key = hashlib.sha256(f"{digest}/{seed}/{epoch}".encode()).digest()[:8]
+    base = np.frombuffer(key, dtype="<u8").astype(np.uint64)
+    hashes = splitmix64(base + np.arange(num_samples, dtype=np.uint64) * _GAMMA)
+    # No ties: the arguments differ, and splitmix64 is a bijection.
+    return np.argsort(hashes)
+
+
+def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), modulo 2**64, elementwise."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def micro_batch_start(start: int, number: int, rank: int, world_size: int, micro_batch_size: int) -> int:
+    """First position of a rank's micro-batch `number`, counted from position `start`.
+
+    A step is gradient_accumulation_steps micro-steps of world_size * micro_batch_size samples, so micro-steps follow
+    each other without a gap from step to step, and the accumulation does not show here.
+    """
+    return start + (number * world_size + rank) * micro_batch_size

@@ -1,0 +1,135 @@
+"""Reads the byte ranges that the plan names from tar shards, in worker processes; endless.
+
+Members are parsed by `tarfile` as plain bytes: webdataset's decoders unpickle, which would run code from a data set.
+"""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mirage_ds.data.encode import EncodedSample
+from mirage_ds.data.plan import Plan, micro_batch_start
+from mirage_ds.data.sample import Sample, from_members
+from mirage_ds.data.shards import ShardFolder, load_index
+from mirage_ds.errors import DataError
+
+T = TypeVar("T")
+
+
+class SampleReader:
+    """Reads single samples of a shard folder, by their number."""
+
+    def __init__(self, folder: ShardFolder) -> None:
+        index = load_index(folder)
+        self._paths = [folder.path / shard.name for shard in folder.manifest.shards]
+        # Arrays, not objects: worker processes share them until somebody counts a reference.
+        self._places = np.array([(entry.shard, entry.offset, entry.size) for entry in index], dtype=np.int64)
+        self._keys = np.array([entry.key for entry in index])
+
+    def __call__(self, number: int) -> Sample:
+        """Reads and parses one sample; its key becomes SHARD/KEY, so that every later message names both.
+
+        Raises:
+            DataError: the bytes are not there or are not this sample.
+        """
+        shard, offset, size = self._places[number].tolist()
+        path, key = self._paths[shard], str(self._keys[number])
+        where = f"{path.name}/{key}"
+        return from_members(where, parse_members(_read_range(path, offset, size, where), key, where))
+
+
+def _read_range(path: Path, offset: int, size: int, where: str) -> bytes:
+    try:
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise DataError(f"cannot read the shard: {error.strerror} ({where}); put {path} back in its place") from error
+    if len(data) != size:
+        raise DataError(
+            f"{len(data)} of {size} bytes from byte {offset} ({where}); the index wants them all; the shard changed "
+            "after the start: copy it again, or build again"
+        )
+    return data
+
+
+def parse_members(data: bytes, key: str, where: str) -> dict[str, bytes]:
+    """The members of one sample, {"json": ..., "input_0.png": ...}, from its range of a tar file.
+
+    Raises:
+        DataError: the range holds anything but regular files of this key, one after the other to its end.
+    """
+    members = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for info in tar:
+                stem, _, name = info.name.partition(".")
+                if not info.isreg() or stem != key or name in members:
+                    raise tarfile.TarError(f"unexpected member {info.name}")
+                # A regular member always has a stream.
+                members[name] = tar.extractfile(info).read()  # type: ignore[union-attr]
+            # tarfile takes a damaged header behind a good member for the end.
+            if tar.offset != len(data):
+                raise tarfile.TarError(f"damaged header at byte {tar.offset}")
+    except tarfile.TarError as error:
+        raise DataError(
+            f"damaged shard: {error} ({where}); the range holds the members of this key alone; copy the shard again, "
+            "or build again"
+        ) from error
+    return members
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which micro-batches one rank takes, from which position on."""
+
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    start: int = 0  # samples consumed before: a multiple of the global batch size
+
+
+class MicroBatches(IterableDataset[T | DataError], Generic[T]):
+    """One rank's micro-batches, endless.
+
+    Worker w of W yields every W-th of them, from the w-th on; the DataLoader takes from its workers in turn, which
+    restores the order: it is the same for any number of workers.
+
+    An error is yielded, not raised: the DataLoader would wrap a raised one in a worker's traceback.
+    """
+
+    def __init__(
+        self,
+        reader: Callable[[int], Sample],
+        plan: Plan,
+        encoder: Callable[[Sample], EncodedSample],
+        collate: Callable[[list[EncodedSample]], T],
+        share: Share,
+    ) -> None:
+        self._reader = reader
+        self._plan = plan
+        self._encoder = encoder
+        self._collate = collate
+        self._share = share
+
+    def __iter__(self) -> Iterator[T | DataError]:
+        worker = get_worker_info()
+        number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        while True:
+            try:
+                yield self._micro_batch(number)
+            except DataError as error:
+                yield error
+            number += stride
+
+    def _micro_batch(self, number: int) -> T:
+        share = self._share
+        start = micro_batch_start(share.start, number, share.rank, share.world_size, share.micro_batch_size)
+        samples = [self._reader(number) for number in self._plan.samples(start, share.micro_batch_size)]
+        return self._collate([self._encoder(sample) for sample in samples])

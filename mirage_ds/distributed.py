@@ -1,0 +1,84 @@
+"""The process group: who this rank is, and the few collectives that all ranks agree on."""
+
+import os
+import socket
+from datetime import timedelta
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+
+def map_launcher_variables() -> None:
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher did not.
+
+    DeepSpeed's launcher and torchrun set them all. srun sets its own: a rank is a task of the step. Without any
+    launcher the run is one process.
+    """
+    environment = os.environ
+    if "RANK" in environment:
+        return
+    if "SLURM_STEP_NUM_TASKS" in environment and int(environment["SLURM_STEP_NUM_TASKS"]) > 1:
+        environment["RANK"] = environment["SLURM_PROCID"]
+        environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+        environment.setdefault("MASTER_ADDR", environment["SLURM_LAUNCH_NODE_IPADDR"])
+        # Every task computes the same port; two jobs on one node get different ones.
+        environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000))
+        return
+    environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    environment.setdefault("MASTER_ADDR", "127.0.0.1")
+    environment.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def init(timeout_s: int) -> torch.device:
+    """Joins the process group; a collective that waits longer than `timeout_s` raises. Returns this rank's device."""
+    map_launcher_variables()
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # An all-reduce through shared memory that g++ would compile at the first start; gloo does the same job.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def shut_down() -> None:
+    """Leaves the process group."""
+    torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size()
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    torch.distributed.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Adds `values` over the ranks, in place."""
+    torch.distributed.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: list[int], device: torch.device) -> list[int]:
+    """The largest value of each place over the ranks."""
+    agreed = torch.tensor(values, device=device)
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
+    return agreed.tolist()

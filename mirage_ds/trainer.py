@@ -1,0 +1,118 @@
+"""The loop. Given an engine and an iterator of batches, it knows nothing of files or formats."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from mirage_ds import distributed
+from mirage_ds.batch import Batch
+from mirage_ds.config import TrainConfig
+from mirage_ds.engine import learning_rate
+from mirage_ds.errors import DataError
+from mirage_ds.metrics import Metrics, StepSums
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: all that changes besides the engine."""
+
+    step: int = 0  # optimizer steps done
+    position: int = 0  # samples consumed, over all ranks and epochs
+
+
+class Trainer:
+    """Runs optimizer steps until `train.max_steps`."""
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        batches: Iterator[Batch],
+        train: TrainConfig,
+        metrics: Metrics,
+        state: TrainState,
+        *,
+        device: torch.device,
+        agree_on_passes: bool,
+        after_step: Callable[[TrainState], None] = lambda state: None,
+    ) -> None:
+        """
+        Args:
+            batches: this rank's micro-batches, endless.
+            agree_on_passes: all ranks make the same number of latent passes; needed where ZeRO-3 gathers inside them.
+            after_step: saves a checkpoint when one is due.
+        """
+        self.engine, self.batches, self.train_config = engine, batches, train
+        self.metrics, self.state, self.device = metrics, state, device
+        self.agree_on_passes = agree_on_passes
+        self.after_step = after_step
+        self.world_size = distributed.world_size()
+        self.global_batch_size = train.global_batch_size(self.world_size)
+
+    def train(self) -> None:
+        """The whole run."""
+        while self.state.step < self.train_config.max_steps:
+            self.train_step()
+            self.after_step(self.state)
+
+    def train_step(self) -> None:
+        """One optimizer step over one global batch."""
+        started_s, waited_s = time.monotonic(), 0.0
+        lr = self.set_learning_rate()
+        losses = torch.zeros(5, device=self.device)
+        for micro_step in range(self.train_config.gradient_accumulation_steps):
+            batch, batch_waited_s = self.next_batch()
+            waited_s += batch_waited_s
+            losses += self.forward_backward(batch, micro_step)
+        self.engine.step()
+        self.state.step += 1
+        self.state.position += self.global_batch_size
+        grad_norm = float(self.engine.get_global_grad_norm())
+        self.metrics.add(StepSums(self.state.step, self.state.position, losses, lr, grad_norm, started_s, waited_s))
+
+    def set_learning_rate(self) -> float:
+        """Sets and returns the rate of the step that comes."""
+        lr = learning_rate(self.state.step + 1, self.train_config)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def next_batch(self) -> tuple[Batch, float]:
+        """The next micro-batch on the device, and how many seconds it kept the loop waiting."""
+        started_s = time.monotonic()
+        batch = next(self.batches)
+        return batch.to(self.device), time.monotonic() - started_s
+
+    def forward_backward(self, batch: Batch, micro_step: int) -> torch.Tensor:
+        """Adds one micro-batch's gradient; returns [loss, ce_loss, latent_loss, latent samples, tokens] of its rows.
+
+        The gradient of a step is the mean over the global batch of each sample's own loss. ZeRO-3 averages over the
+        ranks, so each rank's sum is scaled by world_size / global_batch_size.
+        """
+        last = micro_step == self.train_config.gradient_accumulation_steps - 1
+        self.engine.set_gradient_accumulation_boundary(last)
+        losses = self.engine(batch=batch, num_passes=self.num_passes(batch))
+        self.engine.backward(losses.loss * (self.world_size / self.global_batch_size), scale_wrt_gas=False)
+        counts = losses.loss.new_tensor([batch.num_latent_samples, batch.num_tokens])
+        return torch.cat([torch.stack(losses).detach(), counts])
+
+    def num_passes(self, batch: Batch) -> int | None:
+        """How many passes every rank makes over its micro-batch; None: as many as its own latents need.
+
+        Raises:
+            DataError: on every rank, if one rank's rows are shorter than another's passes.
+        """
+        if not self.agree_on_passes:
+            return None
+        columns = batch.input_ids.shape[1]
+        own_passes = self.engine.module.rollout.num_passes(batch.latent_columns)
+        passes, negative_columns = distributed.max_over_ranks([own_passes, -columns], self.device)
+        if passes > -negative_columns:
+            raise DataError(
+                f"a micro-batch of {-negative_columns} columns meets one of {passes} latent passes on another rank "
+                f"(here {', '.join(batch.keys)}); with model.gather=layer every rank makes the same number of passes, "
+                "so that number must not exceed the columns; set model.gather=rollout or a smaller model.latent_size"
+            )
+        return passes

@@ -1,0 +1,136 @@
+"""One rank of the distributed tests: runs cases through the real engine and Trainer. Started by the real launcher.
+
+    deepspeed --num_accelerators 2 tests/distributed/worker.py CASES.json FOLDER
+
+Each case trains a small model on random ragged samples; what it reports goes to FOLDER/NAME.json.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.comm.comm import comms_logger
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from random_samples import ragged_batch
+
+from mirage_ds import distributed
+from mirage_ds.batch import Batch
+from mirage_ds.config import Config
+from mirage_ds.data.collate import collate
+from mirage_ds.engine import choose_gather, initialize, mark_gather_units, parameter_groups, resolve_deepspeed_config
+from mirage_ds.metrics import Metrics
+from mirage_ds.model.backbone import load_backbone
+from mirage_ds.model.mirage import MirageModel
+from mirage_ds.trainer import Trainer, TrainState
+
+
+@dataclass
+class Case:
+    """Global batches of `latent_sizes[step % len]` (one K per sample), or wholly ragged ones."""
+
+    name: str
+    model: str
+    deepspeed_config: str
+    stage: str
+    steps: int = 20
+    micro_batch: int = 1
+    accumulation: int = 1
+    latent_sizes: list[list[int]] | None = None
+    gather: str = "auto"
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def samples(self, step: int, size: int) -> list[Any]:
+        sizes = self.latent_sizes and self.latent_sizes[step % len(self.latent_sizes)]
+        return ragged_batch(step, size, stage=self.stage, latent_sizes=sizes)
+
+
+def batches(case: Case) -> Iterator[Batch]:
+    """This rank's micro-batches, cut from the global ones as `plan.py` does."""
+    world_size, rank = distributed.world_size(), distributed.rank()
+    size = case.micro_batch * case.accumulation * world_size
+    for step in range(case.steps):
+        samples = case.samples(step, size)
+        for micro_step in range(case.accumulation):
+            start = micro_step * world_size * case.micro_batch + rank * case.micro_batch
+            yield collate(samples[start : start + case.micro_batch], align_latents=case.stage == "stage2")
+
+
+def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
+    config = Config.model_validate(
+        {
+            "run": {"dir": folder / case.name},
+            "model": {"path": case.model, "gather": case.gather},
+            "data": {"shards": "unused"},
+            "train": {
+                "stage": case.stage,
+                "max_steps": case.steps,
+                "micro_batch_size_per_gpu": case.micro_batch,
+                "gradient_accumulation_steps": case.accumulation,
+                "dtype": "fp32",
+                "lr": 1e-3,
+                "warmup_steps": 2,
+            }
+            | case.train,
+            "distributed": {"deepspeed_config": case.deepspeed_config},
+        }
+    )
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    deepspeed_config = resolve_deepspeed_config(config)
+    backbone = load_backbone(case.model, dtype=torch.float32, deepspeed_config=deepspeed_config)
+    model = MirageModel(backbone, stage=case.stage, ce_loss_weight=config.train.text_weight)
+    gather = choose_gather(config.model, config.train.stage)
+    mark_gather_units(model, gather)
+    engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
+    size = config.train.global_batch_size(distributed.world_size())
+    metrics = Metrics(config.run.dir, global_batch_size=size, max_steps=case.steps, log_freq=case.steps)
+    gathered: list[int] = []
+    trainer = Trainer(
+        engine,
+        batches(case),
+        config.train,
+        metrics,
+        TrainState(),
+        device=device,
+        agree_on_passes=gather == "layer" and case.stage == "stage2",
+        after_step=lambda state: gathered.append(take_gathered_bytes()),
+    )
+    take_gathered_bytes()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        whole_model = take_gathered_bytes()
+    trainer.train()
+    metrics.close()
+    engine.destroy()
+    return {"gathered_bytes": gathered, "model_bytes": whole_model}
+
+
+def take_gathered_bytes() -> int:
+    """Bytes of weights that ZeRO-3 has gathered on this rank since the last call, from DeepSpeed's own log."""
+    log = comms_logger.get_raw_data()
+    total = sum(
+        size * entry[0] for name, sizes in log.items() if "all_gather" in name or "allgather" in name
+        for size, entry in sizes.items()
+    )
+    comms_logger.reset_data()
+    return total
+
+
+def main() -> None:
+    cases, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
+    device = distributed.init(timeout_s=60)
+    for settings in json.loads(cases.read_text()):
+        case = Case(**settings)
+        report = run(case, folder, device)
+        if distributed.is_main():
+            (folder / f"{case.name}.json").write_text(json.dumps(asdict(case) | report))
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

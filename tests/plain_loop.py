@@ -1,0 +1,111 @@
+"""An independent trainer: plain PyTorch and transformers, one process, one sample at a time, no cache, no padding.
+
+It knows nothing of mirage_ds. Stage 2 runs the whole model again over the growing prefix for each latent, so that
+neither the KV cache nor the cutting of columns is shared with what is tested.
+"""
+
+from typing import Any
+
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+Sample = dict[str, Any]
+"""input_ids, labels [L]; latent_mask, image_mask [L] bool; pixel_values [P, 1176]; image_grid_thw [n, 3];
+pixel_values_latent, image_grid_thw_latent: of the helper image, or empty; latent_size."""
+
+
+def positions(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
+    """transformers' own positions [3, 1, L]."""
+    types = sample["image_mask"].int()[None]
+    grids = sample["image_grid_thw"] if len(sample["image_grid_thw"]) else None
+    return model.model.get_rope_index(sample["input_ids"][None], types, grids)[0]
+
+
+def images(model: torch.nn.Module, pixel_values: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+    """[merged patches, D]; nothing for no image."""
+    if not len(grids):
+        return torch.zeros(0, model.config.text_config.hidden_size)
+    return model.model.visual(pixel_values, grid_thw=grids).pooler_output
+
+
+def targets(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
+    """Means of K equal runs of patches, the remainder dropped: [K, D]."""
+    patches = images(model, sample["pixel_values_latent"], sample["image_grid_thw_latent"])
+    size = sample["latent_size"]
+    group = len(patches) // size
+    return torch.stack([patches[k * group : (k + 1) * group].mean(0) for k in range(size)])
+
+
+def hidden_states(model: torch.nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Final-normed states [L, D] of one sequence [L, D], without a cache."""
+    length = len(embeds)
+    output = model.model.language_model(
+        inputs_embeds=embeds[None], position_ids=position_ids[:, :, :length], use_cache=False
+    )
+    return output.last_hidden_state[0]
+
+
+def sample_losses(model: torch.nn.Module, sample: Sample, stage: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy and latent loss of one sample, each its own mean; 0 where there is nothing to average."""
+    position_ids = positions(model, sample)
+    text = model.get_input_embeddings()(sample["input_ids"])
+    image_rows = iter(images(model, sample["pixel_values"], sample["image_grid_thw"]))
+    latents = sample["latent_mask"].nonzero().flatten().tolist()
+    rows = [next(image_rows) if is_image else row for row, is_image in zip(text, sample["image_mask"], strict=True)]
+    pooled = targets(model, sample) if stage == "stage1" and latents else torch.zeros(0, text.shape[1])
+    for number, place in enumerate(latents if stage != "text" else []):
+        if stage == "stage1":
+            rows[place] = pooled[number]
+        else:
+            rows[place] = hidden_states(model, torch.stack(rows[:place]), position_ids)[-1]
+    hidden = hidden_states(model, torch.stack(rows), position_ids)
+    cosines = [torch.cosine_similarity(hidden[p - 1], pooled[n], dim=0) for n, p in enumerate(latents[: len(pooled)])]
+    latent_loss = 1 - torch.stack(cosines).mean() if cosines else torch.zeros(())
+    supervised = (sample["labels"][1:] != -100).nonzero().flatten()
+    if not len(supervised):
+        return hidden.sum() * 0, latent_loss
+    logits = model.lm_head(hidden[supervised])
+    return torch.nn.functional.cross_entropy(logits, sample["labels"][1:][supervised]), latent_loss
+
+
+def train(
+    folder: str,
+    global_batches: list[list[Sample]],
+    stage: str,
+    *,
+    lrs: list[float],
+    ce_loss_weight: float,
+    weight_decay: float,
+    gradient_clipping: float,
+) -> dict[str, list[float]]:
+    """One optimizer step per global batch; the losses and gradient norms of all steps.
+
+    Two parameter groups: matrices decay, vectors do not.
+    """
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model.model.visual.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
+    losses, norms = [], []
+    for samples, lr in zip(global_batches, lrs, strict=True):
+        optimizer.zero_grad()
+        total = 0.0
+        for sample in samples:
+            ce_loss, latent_loss = sample_losses(model, sample, stage)
+            loss = (ce_loss_weight * ce_loss + latent_loss) / len(samples)
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, gradient_clipping or float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        losses.append(total)
+        norms.append(norm.item())
+    return {"losses": losses, "grad_norms": norms}

@@ -1,0 +1,95 @@
+"""Random encoded samples for the golden set's small model: ragged in every way that real rows are."""
+
+import torch
+
+from mirage_ds.data.encode import EncodedSample
+from mirage_ds.tokens import IGNORE_INDEX
+
+VOCAB, IMAGE, PAD, START, END = 900, 5, 997, 998, 999
+PATCH_VALUES = 1176
+
+
+def random_sample(
+    seed: int,
+    *,
+    stage: str,
+    latent_size: int = 4,
+    images: int = 1,
+    latents: bool = True,
+    labels: bool = True,
+) -> EncodedSample:
+    """A question of text and images, an answer of text, a latent block and text; sizes drawn from the seed."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=draw))
+
+    def text(low: int, high: int) -> list[int]:
+        return torch.randint(10, VOCAB, (number(low, high),), generator=draw).tolist()
+
+    grids = [[1, 2 * number(1, 3), 2 * number(1, 4)] for _ in range(images)]
+    prompt = text(3, 8)
+    for _, height, width in grids:
+        prompt += [3, *[IMAGE] * (height * width // 4), 4, *text(1, 3)]
+    latents = latents and stage != "text"
+    block = [START, *[PAD] * latent_size, END] if latents else []
+    input_ids = torch.tensor(prompt + text(1, 6) + block + text(2, 8))
+    latent_mask, image_mask = input_ids == PAD, input_ids == IMAGE
+    supervised = (torch.arange(len(input_ids)) >= len(prompt)) & ~latent_mask if labels else torch.zeros(1).bool()
+    helper = latents and stage == "stage1"
+    helper_grid = [[1, 6, 2 * number(4, 6)]] if helper else []
+    return EncodedSample(
+        key=f"random {seed}",
+        input_ids=input_ids,
+        labels=torch.where(supervised, input_ids, IGNORE_INDEX),
+        position_ids=positions(prompt, grids, len(input_ids)),
+        image_mask=image_mask,
+        latent_mask=latent_mask,
+        prompt_length=len(prompt),
+        pixel_values=torch.randn(sum(h * w for _, h, w in grids), PATCH_VALUES, generator=draw),
+        image_grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        pixel_values_latent=torch.randn(sum(h * w for _, h, w in helper_grid), PATCH_VALUES, generator=draw),
+        image_grid_thw_latent=torch.tensor(helper_grid, dtype=torch.int64).reshape(-1, 3),
+        latent_size=latent_size,
+    )
+
+
+def positions(prompt: list[int], grids: list[list[int]], length: int) -> torch.Tensor:
+    """[3, L]: text counts on by one, an image's rows and columns from where it starts."""
+    columns: list[tuple[int, int, int]] = []
+    here, remaining, place = 0, list(grids), 0
+    while place < length:
+        if place < len(prompt) and prompt[place] == IMAGE:
+            _, height, width = remaining.pop(0)
+            merged = [(here, here + y, here + x) for y in range(height // 2) for x in range(width // 2)]
+            columns += merged
+            here, place = here + max(height, width) // 2, place + len(merged)
+        else:
+            columns.append((here, here, here))
+            here, place = here + 1, place + 1
+    return torch.tensor(columns).T
+
+
+def ragged_batch(seed: int, size: int, *, stage: str, latent_sizes: list[int] | None = None) -> list[EncodedSample]:
+    """A global batch; `latent_sizes` gives each sample its K, and every sample its latents and labels.
+
+    Without it, samples lack images, latents or labels at random.
+    """
+    if latent_sizes is not None:
+        return [
+            random_sample(seed * 1000 + place, stage=stage, latent_size=size, images=1 + place % 2)
+            for place, size in enumerate(latent_sizes)
+        ]
+    draw = torch.Generator().manual_seed(seed)
+    coins = torch.rand(size, 4, generator=draw)
+    return [
+        random_sample(
+            seed * 1000 + place,
+            stage=stage,
+            latent_size=1 + int(coin[3] * 6),
+            images=int(coin[0] * 3),
+            latents=bool(coin[1] < 0.6),
+            labels=bool(coin[2] < 0.7),
+        )
+        for place, coin in enumerate(coins)
+    ]
