@@ -1,9 +1,8 @@
 """Writes a complete small Qwen2.5-VL folder without a network: the trainer then needs no special case for trials.
 
-    mirage init --preset tiny --text rows.jsonl --output models/tiny
+mirage init --preset tiny --text rows.jsonl --output models/tiny
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -52,7 +51,8 @@ CHAT_TEMPLATE = (
     "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}{% set images.count = images.count + 1 %}"
+    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "{% set images.count = images.count + 1 %}"
     "{% if add_vision_id %}Picture {{ images.count }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif part['type'] == 'video' or 'video' in part %}{% set videos.count = videos.count + 1 %}"
     "{% if add_vision_id %}Video {{ videos.count }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
@@ -98,21 +98,15 @@ def _row_texts(path: Path) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer that treats text as Qwen2's does, with Qwen2.5's special tokens, latent tokens last."""
+    """A byte-level BPE tokenizer that cuts text as Qwen2's does; Qwen2.5's special tokens, then the latent tokens."""
     qwen = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
-    bpe.normalizer, bpe.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
+    bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = qwen.normalizer, qwen.pre_tokenizer, qwen.decoder
     trainer = trainers.BpeTrainer(
         vocab_size=MAX_BASE_VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     bpe.train_from_iterator(texts, trainer=trainer)
-    trained = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=trained["vocab"],
-        merges=[tuple(merge) for merge in trained["merges"]],
-        pad_token=END_OF_TEXT,
-        chat_template=CHAT_TEMPLATE,
+    bpe.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (*QWEN_SPECIAL_TOKENS, *LATENT_TOKENS)]
     )
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in (*QWEN_SPECIAL_TOKENS, *LATENT_TOKENS)])
-    tokenizer.eos_token = IM_END  # only now: the constructor would give it an id before <|endoftext|>
-    return tokenizer
+    return Qwen2Tokenizer(tokenizer_object=bpe, eos_token=IM_END, pad_token=END_OF_TEXT, chat_template=CHAT_TEMPLATE)

@@ -139,6 +139,12 @@ def expand_pads(input_ids: torch.Tensor, num_merged: Sequence[int], latent_size:
     return torch.where(latents, ids.latent_pad, input_ids).repeat_interleave(repeats)
 
 
+def find_prompt_length(input_ids: torch.Tensor, marker: torch.Tensor) -> int:
+    """Tokens of ids [L] up to the end of the first `marker`, the ids of <|im_start|>assistant."""
+    found = (input_ids.unfold(0, len(marker), 1) == marker).all(dim=1).nonzero()
+    return int(found[0]) + len(marker)
+
+
 def supervised_labels(input_ids: torch.Tensor, prompt_length: int, ids: TokenIds) -> torch.Tensor:
     """Labels [L] of ids [L], not shifted: the answer's tokens, the newline before and after it, and its markers.
 
@@ -207,7 +213,7 @@ class Encoder:
         pixel_values_latent, grid_thw_latent = self._patches(helper_images, f"{sample.key}.helper")
         self._check_helpers(grid_thw_latent, sample.key)
         input_ids = self._input_ids(sample, self._image_processor.num_merged(grid_thw))
-        prompt_length = self._prompt_length(input_ids)
+        prompt_length = find_prompt_length(input_ids, self._marker)
         image_mask = input_ids == self.ids.image_pad
         return EncodedSample(
             key=sample.key,
@@ -266,8 +272,3 @@ class Encoder:
 
     def _tokenize(self, text: str) -> torch.Tensor:
         return torch.tensor(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-
-    def _prompt_length(self, input_ids: torch.Tensor) -> int:
-        """Tokens up to the end of the first <|im_start|>assistant; the texts cannot contain another."""
-        found = (input_ids.unfold(0, len(self._marker), 1) == self._marker).all(dim=1).nonzero()
-        return int(found[0]) + len(self._marker)

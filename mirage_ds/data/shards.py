@@ -116,7 +116,7 @@ def _check_shard(path: Path, shard: Shard) -> None:
     found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
     if found != f"{shard.bytes} bytes":
         raise DataError(
-            f"the shard is {found} ({path}); the manifest says {shard.bytes} bytes; copy the shard again, or build again"
+            f"the shard is {found} ({path}); the manifest says {shard.bytes} bytes; copy it again, or build again"
         )
 
 

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -18,7 +18,7 @@ from mirage_ds.data.encode import EncodedSample
 from mirage_ds.data.plan import Plan, micro_batch_start
 from mirage_ds.data.sample import Sample, from_members
 from mirage_ds.data.shards import ShardFolder, load_index
-from mirage_ds.errors import DataError
+from mirage_ds.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
@@ -91,8 +91,18 @@ class Share:
 
     rank: int
     world_size: int
-    micro_batch_size: int
-    start: int = 0  # samples consumed before: a multiple of the global batch size
+    micro_batch_size: int  # per GPU
+    gradient_accumulation_steps: int = 1
+    start: int = 0  # samples of all ranks consumed before: a multiple of the global batch size
+
+    def __post_init__(self) -> None:
+        global_batch_size = self.world_size * self.micro_batch_size * self.gradient_accumulation_steps
+        if self.start % global_batch_size:
+            raise ConfigError(
+                f"the data position is {self.start} samples (in the checkpoint), but a global batch has "
+                f"{global_batch_size}; a run goes on at the border of two global batches; set micro_batch_size_per_gpu "
+                "or gradient_accumulation_steps so that the global batch size divides the position"
+            )
 
 
 class MicroBatches(IterableDataset[T | DataError], Generic[T]):
@@ -131,5 +141,52 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
     def _micro_batch(self, number: int) -> T:
         share = self._share
         start = micro_batch_start(share.start, number, share.rank, share.world_size, share.micro_batch_size)
-        samples = [self._reader(number) for number in self._plan.samples(start, share.micro_batch_size)]
-        return self._collate([self._encoder(sample) for sample in samples])
+        numbers = self._plan.samples(start, share.micro_batch_size)
+        return self._collate([self._encoder(self._reader(sample)) for sample in numbers])
+
+
+class Loader(DataLoader[Any], Generic[T]):
+    """A DataLoader that raises the error which a dataset yields in place of a batch, when its turn comes."""
+
+    def __iter__(self) -> Iterator[T]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+def make_loader(
+    folder: ShardFolder,
+    encoder: Callable[[Sample], EncodedSample],
+    collate: Callable[[list[EncodedSample]], T],
+    share: Share,
+    *,
+    seed: int,
+    num_workers: int,
+    prefetch_factor: int = 2,
+    pin_memory: bool = False,
+) -> Loader[T]:
+    """The endless micro-batches of one rank, in the plan's order.
+
+    Args:
+        num_workers: processes that read and encode, each with one thread (torch's DataLoader sees to that); 0 does it
+            in this process.
+        prefetch_factor: micro-batches that each worker prepares ahead.
+        pin_memory: calls pin_memory() of each batch, for asynchronous copies to a GPU.
+    Raises:
+        DataError: the index does not fit the manifest; while iterating, a sample that cannot be used.
+    """
+    plan = Plan(folder.num_samples, folder.digest, seed)
+    return Loader(
+        MicroBatches(SampleReader(folder), plan, encoder, collate, share),
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        pin_memory=pin_memory,
+    )
+
+
+def _as_is(batch: T) -> T:
+    """In place of the DataLoader's own conversion; a function, so that workers can be spawned as well as forked."""
+    return batch

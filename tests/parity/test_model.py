@@ -1,0 +1,129 @@
+"""The model against the reference's numbers: every sample, both stages, with and without activation checkpointing.
+
+Tolerances are those that the set's README suggests; ids and masks are exact. Gradients matter most: a latent that is
+detached leaves the loss as it is.
+"""
+
+from typing import Any
+
+import golden_set
+import pytest
+import torch
+
+from mirage_ds.data.collate import collate
+from mirage_ds.model.backbone import load_backbone
+from mirage_ds.model.mirage import Losses, MirageModel
+from mirage_ds.model.targets import latent_targets
+
+LOSS, LOGIT, LOGPROB, TENSOR, NORM = 1e-5, 1e-4, 1e-4, 1e-4, 1e-4
+STAGES = ("stage1", "stage2")
+# Rows of the embedding and the head whose gradients are stored, in this order.
+STORED_ROWS = ("latent_pad", "latent_start", "latent_end", "nl", "im_end")
+
+
+class Result:
+    """One sample through the model, with everything that is compared."""
+
+    def __init__(self, index: int, stage: str, recompute: bool) -> None:
+        backbone = load_backbone(golden_set.MODEL, dtype=torch.float32)
+        weight = 0.1 if stage == "stage1" else 1.0
+        model = MirageModel(backbone, stage=stage, ce_loss_weight=weight, recompute=recompute)
+        model.rollout.register_forward_hook(lambda module, inputs, output: setattr(self, "hidden", output[0][0]))
+        batch = collate([golden_set.encoded(index, stage)], align_latents=stage == "stage2")
+        self.index, self.stage = index, stage
+        self.facts: dict[str, Any] = golden_set.samples()[index]
+        self.losses: Losses = model(batch)
+        self.losses.loss.backward()
+        self.hidden: torch.Tensor = self.hidden.detach()
+        self.logits = backbone.lm_head(self.hidden).detach()
+        self.inputs = batch
+        self.model = model
+        self.grads = {old_name(name): p.grad for name, p in backbone.hf.named_parameters() if p.requires_grad}
+
+    def stored(self, name: str) -> torch.Tensor:
+        return golden_set.tensors("golden")[f"{self.index}.{self.stage}.{name}"]
+
+
+def old_name(name: str) -> str:
+    """transformers 5's parameter name -> the reference's."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest difference over the reference's largest value."""
+    return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((sample["index"], stage, recompute), id=f"{sample['index']}-{stage}-{name}")
+        for stage in STAGES
+        for recompute, name in ((False, "stored"), (True, "recomputed"))
+        for sample in golden_set.samples()
+    ],
+)
+def result(request: pytest.FixtureRequest) -> Result:
+    return Result(*request.param)
+
+
+def test_losses(result: Result) -> None:
+    reference = result.facts[result.stage]
+    assert result.losses.loss.item() == pytest.approx(reference["total"], rel=LOSS)
+    assert result.losses.ce_loss.item() == pytest.approx(reference["ce"], rel=LOSS)
+    assert result.losses.latent_loss.item() == pytest.approx(reference.get("sim", 0.0), rel=LOSS)
+
+
+def test_logits(result: Result) -> None:
+    """Label log-probabilities of every sample, the whole logits where the set has them, and their sums."""
+    places, ids = result.stored("label_pos").long(), result.stored("label_id").long()
+    logprobs = result.logits.log_softmax(-1)[places, ids]
+    assert (logprobs - result.stored("label_logprob")).abs().max() < LOGPROB
+    torch.testing.assert_close(result.inputs.target_rows, places)
+    torch.testing.assert_close(result.inputs.target_ids, ids)
+    if f"{result.index}.{result.stage}.logits" in golden_set.tensors("golden"):
+        assert (result.logits - result.stored("logits").reshape_as(result.logits)).abs().max() < LOGIT
+    sums = result.facts[result.stage]["logits"]
+    assert result.logits.double().square().sum().item() == pytest.approx(sums["sq_sum"], rel=1e-5)
+    assert result.logits.double().abs().sum().item() == pytest.approx(sums["abs_sum"], rel=1e-5)
+
+
+def test_latents(result: Result) -> None:
+    """Stage 1: the pooled targets and what predicts them. Stage 2: the states that are fed back."""
+    places = torch.tensor(result.facts["latent_positions"])
+    before = result.hidden[places - 1]
+    if result.stage == "stage2":
+        assert relative(before, result.stored("latents")) < TENSOR
+        return
+    with torch.no_grad():
+        _, helper = result.model.tower.encode(result.inputs)
+        targets = latent_targets(helper, result.inputs)
+    assert relative(targets, result.stored("targets")) < TENSOR
+    assert relative(before, result.stored("predictions")) < TENSOR
+
+
+def test_gradient_norms(result: Result) -> None:
+    """Every parameter's, the total, and none for the frozen tower."""
+    reference = result.facts[result.stage]["grad_norm"]
+    assert set(result.grads) == set(reference)
+    for name, norm in reference.items():
+        assert result.grads[name].norm().item() == pytest.approx(norm, rel=NORM), name
+    total = torch.stack([grad.norm() for grad in result.grads.values()]).norm().item()
+    assert total == pytest.approx(result.facts[result.stage]["grad_norm_total"], rel=NORM)
+
+
+def test_stored_gradients(result: Result) -> None:
+    prefix = f"{result.index}.{result.stage}.grad."
+    names = [name.removeprefix(prefix) for name in golden_set.tensors("golden") if name.startswith(prefix)]
+    assert names
+    for name in names:
+        assert relative(result.grads[name], result.stored(f"grad.{name}")) < TENSOR, name
+    ids = golden_set.numbers("golden")["ids"]
+    rows = torch.tensor([ids[token] for token in STORED_ROWS])
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert relative(result.grads[name][rows], result.stored(f"grad_rows.{name}")) < TENSOR, name
+
+
+def test_latent_pad_row_gets_exactly_no_gradient(result: Result) -> None:
+    pad = golden_set.numbers("golden")["ids"]["latent_pad"]
+    assert not result.grads["model.embed_tokens.weight"][pad].any()

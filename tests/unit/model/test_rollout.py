@@ -1,0 +1,120 @@
+"""The rollout: padded and ragged micro-batches against single samples of the independent loop; the KV cache is used;
+what is stored for backward does not grow with the number of passes."""
+
+import plain_loop
+import pytest
+import torch
+from micro_batch import losses_of
+from random_samples import random_sample, ragged_batch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mirage_ds.data.collate import collate
+from mirage_ds.model.rollout import KeyValue, Rollout
+
+
+def plain_losses(model, samples, stage: str) -> tuple[float, float]:
+    """The same micro-batch, one sample at a time, without cache and padding."""
+    model.hf.zero_grad()
+    total = 0.0
+    for sample in samples:
+        ce_loss, latent_loss = plain_loop.sample_losses(model.hf, vars(sample), stage)
+        loss = model.ce_loss_weight * ce_loss + latent_loss
+        loss.backward()
+        total += loss.item()
+    grads = [parameter.grad.norm() for parameter in model.hf.parameters() if parameter.grad is not None]
+    return total, torch.stack(grads).norm().item()
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "stored"])
+@pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])
+def test_a_ragged_micro_batch_is_the_sum_of_its_samples(make_model, stage: str, recompute: bool) -> None:
+    """Rows of other lengths and other K; rows without image, latents or labels among them."""
+    model = make_model(stage, recompute=recompute)
+    for samples in (
+        ragged_batch(1, 4, stage=stage, latent_sizes=[4, 4, 4, 4]),
+        ragged_batch(2, 4, stage=stage, latent_sizes=[1, 6, 3, 8]),
+        ragged_batch(3, 6, stage=stage),
+    ):
+        assert losses_of(model, samples) == pytest.approx(plain_losses(model, samples, stage), rel=2e-5)
+
+
+def test_more_passes_than_needed_change_nothing(make_model) -> None:
+    """Ranks that gather layer by layer agree on the largest number of passes among them."""
+    model = make_model("stage2")
+    samples = ragged_batch(2, 2, stage="stage2", latent_sizes=[2, 3])
+    length = collate(samples, align_latents=True).input_ids.shape[1]
+    for num_passes in (4, 9, length):
+        assert losses_of(model, samples, num_passes) == pytest.approx(losses_of(model, samples), rel=2e-5)
+
+
+class ForgetfulRollout(Rollout):
+    """A rollout whose passes do not see the passes before them."""
+
+    def one_pass(self, hidden, past: list[list[KeyValue]], position_embeddings, mask):
+        kept = [list(parts) for parts in past]
+        for parts in past:
+            parts.clear()
+        mask = mask if mask is None else mask[..., -hidden.shape[1] :]
+        output = super().one_pass(hidden, past, position_embeddings, mask)
+        self.forgotten = sum(map(len, kept))
+        return output
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "stored"])
+def test_a_dropped_kv_cache_is_noticed(make_model, monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+    model = make_model("stage2", recompute=recompute)
+    samples = ragged_batch(1, 2, stage="stage2", latent_sizes=[3, 3])
+    right, _ = losses_of(model, samples)
+    model.rollout.__class__ = ForgetfulRollout
+    with pytest.raises(RuntimeError, match=r"KV cache of layer 0 holds 1 of \d+ columns"):
+        losses_of(model, samples)
+    monkeypatch.setattr(ForgetfulRollout, "check_cache", lambda *_: None)
+    wrong, _ = losses_of(model, samples)
+    assert abs(wrong - right) > 1e-3 * right
+
+
+class LiveStorage(TorchDispatchMode):
+    """Bytes of the storages made inside it that are still alive, whoever holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return output
+
+    def num_bytes(self, *known: torch.Tensor) -> int:
+        skip = {tensor.untyped_storage()._cdata for tensor in known}
+        return sum(size for key, (ref, size) in self.made.items() if key not in skip and not ref.expired())
+
+
+def stored_bytes(model, latent_size: int) -> int:
+    """What a forward leaves behind for backward, for one row of the same length whatever K is."""
+    sample = random_sample(5, stage="stage2", latent_size=latent_size, images=2)
+    extra = 300 + 8 - latent_size
+    sample.input_ids = torch.cat([sample.input_ids, torch.full((extra,), 20)])
+    sample.labels = torch.cat([sample.labels, torch.full((extra,), 20)])
+    after = sample.position_ids.max() + 1 + torch.arange(extra)
+    sample.position_ids = torch.cat([sample.position_ids, after.expand(3, -1)], dim=1)
+    for name in ("image_mask", "latent_mask"):
+        setattr(sample, name, torch.cat([getattr(sample, name), torch.zeros(extra).bool()]))
+    batch = collate([sample], align_latents=True)
+    with LiveStorage() as live:
+        losses = model(batch)
+    stored = live.num_bytes(*model.parameters())
+    losses.loss.backward()
+    return stored
+
+
+def test_stored_bytes_do_not_grow_with_the_number_of_passes(make_model) -> None:
+    """Keys and values are kept once. Without recomputing, the joined copies of every pass would be stored."""
+    model = make_model("stage2")
+    few, many = stored_bytes(model, 2), stored_bytes(model, 8)
+    assert many <= 1.05 * few, (few, many)
+    assert stored_bytes(make_model("stage2", recompute=False), 8) > 1.5 * many
