@@ -3,7 +3,9 @@
 Shape legend: B rows, L columns, P patches, N images, T supervised tokens, K latents per block, M latents in all.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -31,24 +33,19 @@ class Batch:
     image_grid_thw: torch.Tensor  # [N, 3] int64, input images first
     helper_patches: list[int]  # merged patches of each helper image (stage 1), else empty
     latent_sizes: list[int]  # K of each helper image (stage 1), else empty
-    num_latent_samples: int  # rows with a latent
+    num_grounded_samples: int  # rows with a latent loss: those whose helper images are encoded
     num_tokens: int  # columns that are not padding, over all rows
     keys: list[str]  # [B] where each row came from, for messages
 
     def to(self, device: torch.device | str) -> "Batch":
         """Moves every tensor; copies are asynchronous where the memory is pinned."""
-        moved = {
-            field.name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for field in fields(self)
-            for value in [getattr(self, field.name)]
-        }
-        return Batch(**moved)
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader's pinning thread."""
-        pinned = {
-            field.name: value.pin_memory() if isinstance(value, torch.Tensor) else value
-            for field in fields(self)
-            for value in [getattr(self, field.name)]
-        }
-        return Batch(**pinned)
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors)

@@ -1,8 +1,8 @@
 """What a run keeps: the engine's shards, the position in the data, the configuration. Save, prune, start from.
 
-    RUN/checkpoints/global_step20/...   DeepSpeed's files
-    RUN/checkpoints/global_step20/run.json   step, position, ranks, latent_size, the manifest's digest
-    RUN/checkpoints/latest   the tag of the last complete one
+RUN/checkpoints/global_step20/...   DeepSpeed's files
+RUN/checkpoints/global_step20/run.json   step, position, ranks, latent_size, the manifest's digest
+RUN/checkpoints/latest   the tag of the last complete one
 """
 
 import json

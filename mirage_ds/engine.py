@@ -95,14 +95,23 @@ def mark_gather_units(model: MirageModel, gather: str) -> None:
 
     Inside such a unit there is no collective, so ranks may do different work there.
     """
-    for module in (model.tower, model.rollout.head):
+    head = model.rollout.head
+    for module in (model.tower, head):
         set_z3_leaf_module(module, True)
     set_z3_leaf_module(model.rollout, gather == "rollout")
+    if head.shared:
+        unit = model.rollout if gather == "rollout" else head
+        deepspeed.zero.register_external_parameter(unit, model.embed_tokens.weight)
+
+
+def whole_numel(parameter: torch.nn.Parameter) -> int:
+    """Elements of a parameter, of which ZeRO-3 leaves this rank a shard."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def describe_gather(model: MirageModel, gather: str, max_live_parameters: int, dtype: torch.dtype) -> str:
     """The choice and its memory, for the start of the log."""
-    rollout = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.rollout.parameters())
+    rollout = sum(whole_numel(parameter) for parameter in model.rollout.parameters())
     if gather == "rollout":
         held = rollout
         note = "the rollout once per forward and once per backward; up to twice this while gathering"
@@ -112,20 +121,24 @@ def describe_gather(model: MirageModel, gather: str, max_live_parameters: int, d
     return f"gather {gather}: {note}; at most {held * dtype.itemsize / GIB:.2f} GiB of gathered weights"
 
 
+def whole_dim(parameter: torch.nn.Parameter) -> int:
+    """Dimensions of a parameter; under ZeRO-3 its own shape is that of a flat shard."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices decay, norms and biases never do (the reference decays the final norm)."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Under ZeRO-3 a parameter's own shape is that of its shard.
-    matrices = [parameter for parameter in trained if len(getattr(parameter, "ds_shape", parameter.shape)) > 1]
-    others = [parameter for parameter in trained if len(getattr(parameter, "ds_shape", parameter.shape)) <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    matrices = [parameter for parameter in trained if whole_dim(parameter) > 1]
+    vectors = [parameter for parameter in trained if whole_dim(parameter) == 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def initialize(
     model: MirageModel, groups: list[dict[str, Any]], train: TrainConfig, deepspeed_config: dict[str, Any]
 ) -> deepspeed.DeepSpeedEngine:
     """AdamW with float32 masters over `groups`, under ZeRO-3."""
-    settings = {"lr": train.lr, "betas": train.betas, "eps": train.eps}
+    settings: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "eps": train.eps}
     offload = deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     if offload:
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)

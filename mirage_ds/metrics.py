@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -31,7 +32,7 @@ TAGS = {
 class StepSums:
     """What one rank knows of one optimizer step; tensors stay on the device.
 
-    `losses` are sums over this rank's samples: [loss, ce_loss, latent_loss, latent samples, tokens].
+    `losses` are sums over this rank's samples: [loss, ce_loss, latent_loss, grounded samples, tokens].
     """
 
     step: int
@@ -72,12 +73,13 @@ class Metrics:
                 self.file.write(json.dumps(record | {"loss_hex": record["loss"].hex()}) + "\n")
             self.file.flush()
             for name, tag in TAGS.items():
-                self.writer.add_scalar(tag, record[name], record["step"])
+                if record[name] is not None:
+                    self.writer.add_scalar(tag, record[name], record["step"])
             print(_console_line(record, self.max_steps), flush=True)
         self.pending.clear()
 
-    def _record(self, sums: StepSums, total: list[float], end_s: float) -> dict[str, float]:
-        loss, ce_loss, latent_loss, latent_samples, tokens = total
+    def _record(self, sums: StepSums, total: list[float], end_s: float) -> dict[str, Any]:
+        loss, ce_loss, latent_loss, grounded, tokens = total
         step_s = end_s - sums.started_s
         return {
             "step": sums.step,
@@ -85,7 +87,7 @@ class Metrics:
             "loss": loss / self.global_batch_size,
             "ce_loss": ce_loss / self.global_batch_size,
             "latent_loss": latent_loss / self.global_batch_size,
-            "cosine": 1 - latent_loss / latent_samples if latent_samples else 0.0,
+            "cosine": 1 - latent_loss / grounded if grounded else None,
             "lr": sums.lr,
             "grad_norm": sums.grad_norm,
             "samples_per_s": self.global_batch_size / step_s,
@@ -102,7 +104,7 @@ class Metrics:
             self.writer.close()
 
 
-def _console_line(record: dict[str, float], max_steps: int) -> str:
+def _console_line(record: dict[str, Any], max_steps: int) -> str:
     return (
         f"step {record['step']:>5}/{max_steps} | loss {record['loss']:.4f} | text {record['ce_loss']:.4f} | "
         f"latent {record['latent_loss']:.4f} | lr {record['lr']:.2e} | grad norm {record['grad_norm']:.3f} | "

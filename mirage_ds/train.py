@@ -15,6 +15,7 @@ from typing import Annotated
 import torch
 import typer
 import yaml
+from deepspeed import DeepSpeedEngine
 from transformers.utils import logging as transformers_logging
 
 from mirage_ds import checkpoint, distributed
@@ -32,6 +33,7 @@ from mirage_ds.engine import (
     mark_gather_units,
     parameter_groups,
     resolve_deepspeed_config,
+    whole_numel,
 )
 from mirage_ds.errors import ConfigError, DataError, MirageError
 from mirage_ds.metrics import Metrics
@@ -158,7 +160,7 @@ def open_stream(
     return iter(loader)
 
 
-def save_if_due(engine, config: Config, digest: str, state: TrainState) -> None:  # noqa: ANN001
+def save_if_due(engine: DeepSpeedEngine, config: Config, digest: str, state: TrainState) -> None:
     """Saves every `checkpoint.interval` steps and after the last one."""
     interval = config.checkpoint.interval
     if state.step == config.train.max_steps or (interval and state.step % interval == 0):
@@ -172,15 +174,16 @@ def describe(
     if not distributed.is_main():
         return
     train, ranks = config.train, distributed.world_size()
+    epochs = train.max_steps * train.global_batch_size(ranks) / shards.num_samples
     numel = {True: 0, False: 0}
     for parameter in model.parameters():
-        numel[parameter.requires_grad] += parameter.ds_numel
+        numel[parameter.requires_grad] += whole_numel(parameter)
     print(
         f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
         f"{train.dtype}, attention {backbone.attention}, latent_size {config.model.latent_size}\n"
         f"{shards.num_samples} samples; global batch {train.global_batch_size(ranks)} = {ranks} ranks x "
         f"{train.micro_batch_size_per_gpu} x {train.gradient_accumulation_steps} accumulated; "
-        f"{train.max_steps} steps = {train.max_steps * train.global_batch_size(ranks) / shards.num_samples:.1f} epochs\n"
+        f"{train.max_steps} steps = {epochs:.1f} epochs\n"
         f"{describe_gather(model, gather, zero['stage3_max_live_parameters'], DTYPES[train.dtype])}",
         flush=True,
     )

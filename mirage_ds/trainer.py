@@ -86,7 +86,7 @@ class Trainer:
         return batch.to(self.device), time.monotonic() - started_s
 
     def forward_backward(self, batch: Batch, micro_step: int) -> torch.Tensor:
-        """Adds one micro-batch's gradient; returns [loss, ce_loss, latent_loss, latent samples, tokens] of its rows.
+        """Adds one micro-batch's gradient; returns [loss, ce_loss, latent_loss, grounded samples, tokens] of its rows.
 
         The gradient of a step is the mean over the global batch of each sample's own loss. ZeRO-3 averages over the
         ranks, so each rank's sum is scaled by world_size / global_batch_size.
@@ -95,7 +95,7 @@ class Trainer:
         self.engine.set_gradient_accumulation_boundary(last)
         losses = self.engine(batch=batch, num_passes=self.num_passes(batch))
         self.engine.backward(losses.loss * (self.world_size / self.global_batch_size), scale_wrt_gas=False)
-        counts = losses.loss.new_tensor([batch.num_latent_samples, batch.num_tokens])
+        counts = losses.loss.new_tensor([batch.num_grounded_samples, batch.num_tokens])
         return torch.cat([torch.stack(losses).detach(), counts])
 
     def num_passes(self, batch: Batch) -> int | None:

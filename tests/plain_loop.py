@@ -59,7 +59,9 @@ def sample_losses(model: torch.nn.Module, sample: Sample, stage: str) -> tuple[t
         else:
             rows[place] = hidden_states(model, torch.stack(rows[:place]), position_ids)[-1]
     hidden = hidden_states(model, torch.stack(rows), position_ids)
-    cosines = [torch.cosine_similarity(hidden[p - 1], pooled[n], dim=0) for n, p in enumerate(latents[: len(pooled)])]
+    cosines = [
+        torch.cosine_similarity(hidden[p - 1], pooled[n].detach(), dim=0) for n, p in enumerate(latents[: len(pooled)])
+    ]
     latent_loss = 1 - torch.stack(cosines).mean() if cosines else torch.zeros(())
     supervised = (sample["labels"][1:] != -100).nonzero().flatten()
     if not len(supervised):
@@ -75,15 +77,16 @@ def train(
     *,
     lrs: list[float],
     ce_loss_weight: float,
-    weight_decay: float,
-    gradient_clipping: float,
+    weight_decay: float = 0.01,
+    gradient_clipping: float = 1.0,
+    train_tower: bool = False,
 ) -> dict[str, list[float]]:
     """One optimizer step per global batch; the losses and gradient norms of all steps.
 
     Two parameter groups: matrices decay, vectors do not.
     """
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    model.model.visual.requires_grad_(False)
+    model.model.visual.requires_grad_(train_tower)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         [

@@ -65,7 +65,7 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool, merge_size
         image_grid_thw=image_grid_thw,
         helper_patches=(helper_grids.prod(dim=1) // merge_size**2).tolist(),
         latent_sizes=[sample.latent_size for sample in samples for _ in sample.image_grid_thw_latent],
-        num_latent_samples=int(latent_mask.any(dim=1).sum()),
+        num_grounded_samples=sum(len(sample.image_grid_thw_latent) > 0 for sample in samples),
         num_tokens=sum(len(sample.input_ids) for sample in samples),
         keys=[sample.key for sample in samples],
     )

@@ -7,11 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mirage_ds.config import Stage
 from mirage_ds.data.images import ImageProcessor, decode
 from mirage_ds.data.sample import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_sample, num_latent_blocks
 from mirage_ds.errors import ConfigError, DataError
@@ -26,8 +27,6 @@ from mirage_ds.tokens import (
     VISION_START,
     TokenIds,
 )
-
-Stage = Literal["text", "stage1", "stage2"]
 
 IMAGE_BLOCK = VISION_START + IMAGE_PAD + VISION_END
 LATENT_BLOCK = LATENT_START + IMAGE_PAD + LATENT_END  # the pad becomes K latent pads when the ids are expanded

@@ -132,10 +132,12 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
         worker = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         while True:
+            batch: T | DataError
             try:
-                yield self._micro_batch(number)
+                batch = self._micro_batch(number)
             except DataError as error:
-                yield error
+                batch = error
+            yield batch
             number += stride
 
     def _micro_batch(self, number: int) -> T:

@@ -45,8 +45,13 @@ class Backbone:
         return self.hf.model.language_model.rotary_emb
 
     @property
-    def lm_head(self) -> torch.nn.Linear:
-        return self.hf.lm_head
+    def head_weight(self) -> torch.nn.Parameter:
+        return self.hf.lm_head.weight
+
+    @property
+    def tied(self) -> bool:
+        """The head's weight is the embedding's."""
+        return self.head_weight is self.embed_tokens.weight
 
     @property
     def vocab_size(self) -> int:
@@ -117,7 +122,7 @@ def check_config(path: str, cache_dir: Path | None = None) -> None:
         raise ConfigError(
             f"the model is a {config.model_type} (model.path={path}); only qwen2_5_vl can be trained; {remedy}"
         )
-    if "sliding_attention" in config.text_config.layer_types:
+    if "sliding_attention" in config.get_text_config().layer_types:
         raise ConfigError(
             f"the model uses sliding-window attention (use_sliding_window in {path}/config.json); only full attention "
             "is computed; set use_sliding_window to false there, as Qwen2.5-VL's own checkpoints have it"

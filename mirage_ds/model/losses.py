@@ -21,9 +21,18 @@ class LossHead(torch.nn.Module):
     ZeRO-3 it is one unit: ranks may have different numbers of blocks.
     """
 
-    def __init__(self, lm_head: torch.nn.Linear, vocab_size: int) -> None:
+    def __init__(self, weight: torch.nn.Parameter, vocab_size: int, *, shared: bool) -> None:
+        """
+        Args:
+            weight: [V, D] of the language-model head; under ZeRO-3 its shard.
+            vocab_size: V.
+            shared: it is the embedding's weight too (tied), and belongs to the embedding alone. ZeRO-3 reduces the
+                gradients that a leaf module owns when backward leaves it; the embedding's part comes only later.
+        """
         super().__init__()
-        self.lm_head = lm_head
+        self.shared = shared
+        self.own_weight = None if shared else weight
+        self.weights = (weight,)  # a tuple is no submodule: the parameter is used here, not owned
         self.block_rows = max(1, LOGIT_BLOCK_ELEMENTS // vocab_size)
 
     def forward(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
@@ -33,7 +42,7 @@ class LossHead(torch.nn.Module):
         return torch.cat(losses)
 
     def _block_loss(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        return chunked_cross_entropy(self.lm_head(hidden), target_ids, reduction="none")
+        return chunked_cross_entropy(torch.nn.functional.linear(hidden, self.weights[0]), target_ids, reduction="none")
 
 
 def latent_losses(latent_pred: torch.Tensor, latent_target: torch.Tensor) -> torch.Tensor:

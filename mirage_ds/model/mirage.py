@@ -47,7 +47,7 @@ class MirageModel(torch.nn.Module):
             backbone.layers,
             backbone.norm,
             backbone.rotary_emb,
-            LossHead(backbone.lm_head, backbone.vocab_size),
+            LossHead(backbone.head_weight, backbone.vocab_size, shared=backbone.tied),
             recurrent=stage == "stage2",
             recompute=recompute,
             attention=backbone.attention,

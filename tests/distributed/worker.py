@@ -13,17 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import golden_set
 import torch
 from deepspeed.comm.comm import comms_logger
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from random_samples import ragged_batch
 
 from mirage_ds import distributed
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
-from mirage_ds.engine import choose_gather, initialize, mark_gather_units, parameter_groups, resolve_deepspeed_config
+from mirage_ds.data.encode import EncodedSample
+from mirage_ds.engine import (
+    DTYPES,
+    choose_gather,
+    initialize,
+    mark_gather_units,
+    parameter_groups,
+    resolve_deepspeed_config,
+)
 from mirage_ds.metrics import Metrics
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.model.mirage import MirageModel
@@ -32,7 +39,7 @@ from mirage_ds.trainer import Trainer, TrainState
 
 @dataclass
 class Case:
-    """Global batches of `latent_sizes[step % len]` (one K per sample), or wholly ragged ones."""
+    """What one case trains, and on what: see `samples`."""
 
     name: str
     model: str
@@ -42,10 +49,15 @@ class Case:
     micro_batch: int = 1
     accumulation: int = 1
     latent_sizes: list[list[int]] | None = None
-    gather: str = "auto"
-    train: dict[str, Any] = field(default_factory=dict)
+    golden_order: list[int] | None = None
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """More of the configuration, by section."""
 
-    def samples(self, step: int, size: int) -> list[Any]:
+    def samples(self, step: int, size: int) -> list[EncodedSample]:
+        """The global batch of a step: of the golden set in an order, or random ones with `latent_sizes[step % len]`
+        (one K per sample), or wholly ragged ones."""
+        if self.golden_order:
+            return [golden_set.encoded(i, self.stage) for i in self.golden_order[step * size : (step + 1) * size]]
         sizes = self.latent_sizes and self.latent_sizes[step % len(self.latent_sizes)]
         return ragged_batch(step, size, stage=self.stage, latent_sizes=sizes)
 
@@ -65,7 +77,7 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     config = Config.model_validate(
         {
             "run": {"dir": folder / case.name},
-            "model": {"path": case.model, "gather": case.gather},
+            "model": {"path": case.model} | case.settings.get("model", {}),
             "data": {"shards": "unused"},
             "train": {
                 "stage": case.stage,
@@ -76,14 +88,27 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
                 "lr": 1e-3,
                 "warmup_steps": 2,
             }
-            | case.train,
+            | case.settings.get("train", {}),
             "distributed": {"deepspeed_config": case.deepspeed_config},
         }
     )
     config.run.dir.mkdir(parents=True, exist_ok=True)
     deepspeed_config = resolve_deepspeed_config(config)
-    backbone = load_backbone(case.model, dtype=torch.float32, deepspeed_config=deepspeed_config)
-    model = MirageModel(backbone, stage=case.stage, ce_loss_weight=config.train.text_weight)
+    backbone = load_backbone(
+        case.model,
+        dtype=DTYPES[config.train.dtype],
+        train_tower=config.model.train_tower,
+        deepspeed_config=deepspeed_config,
+    )
+    model = MirageModel(
+        backbone,
+        stage=case.stage,
+        ce_loss_weight=config.train.text_weight,
+        recompute=config.model.activation_checkpointing == "full",
+        train_tower=config.model.train_tower,
+    )
+    micro_losses: list[float] = []
+    model.register_forward_hook(lambda module, inputs, losses: micro_losses.append(losses.loss.item()))
     gather = choose_gather(config.model, config.train.stage)
     mark_gather_units(model, gather)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
@@ -105,15 +130,24 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
         whole_model = take_gathered_bytes()
     trainer.train()
     metrics.close()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        norms = {name: parameter.norm().item() for name, parameter in backbone.hf.named_parameters()}
     engine.destroy()
-    return {"gathered_bytes": gathered, "model_bytes": whole_model}
+    return {
+        "gathered_bytes": gathered,
+        "model_bytes": whole_model,
+        "micro_losses": micro_losses,
+        "final_param_norm": norms,
+    }
 
 
 def take_gathered_bytes() -> int:
     """Bytes of weights that ZeRO-3 has gathered on this rank since the last call, from DeepSpeed's own log."""
     log = comms_logger.get_raw_data()
     total = sum(
-        size * entry[0] for name, sizes in log.items() if "all_gather" in name or "allgather" in name
+        size * entry[0]
+        for name, sizes in log.items()
+        if "all_gather" in name or "allgather" in name
         for size, entry in sizes.items()
     )
     comms_logger.reset_data()

@@ -35,7 +35,7 @@ class Result:
         self.losses: Losses = model(batch)
         self.losses.loss.backward()
         self.hidden: torch.Tensor = self.hidden.detach()
-        self.logits = backbone.lm_head(self.hidden).detach()
+        self.logits = backbone.hf.lm_head(self.hidden).detach()
         self.inputs = batch
         self.model = model
         self.grads = {old_name(name): p.grad for name, p in backbone.hf.named_parameters() if p.requires_grad}

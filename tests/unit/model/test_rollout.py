@@ -5,7 +5,7 @@ import plain_loop
 import pytest
 import torch
 from micro_batch import losses_of
-from random_samples import random_sample, ragged_batch
+from random_samples import ragged_batch, random_sample
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 

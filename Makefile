@@ -1,0 +1,25 @@
+# make install | test | test-all | lint        VENV=.venv PYTHON=python3 by default
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+
+.PHONY: install test test-all lint
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: install
+	pytest -m "not slow"
+
+test-all: install
+	pytest
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy

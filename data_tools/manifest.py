@@ -1,0 +1,48 @@
+"""Writes manifest.json and index.jsonl, from what lies in the finished shards; mirage_ds/data/shards.py reads them."""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mirage_ds.data.shards import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, IndexEntry, Manifest, Shard
+
+_TAR_BLOCK = 512  # bytes; a member's data is padded to a multiple
+
+
+def scan_shard(path: Path) -> list[tuple[str, int, int]]:
+    """Returns (key, offset, size in bytes) of each sample of a tar file, in its order.
+
+    A sample's range goes from its first member's header (the pax header, if it has one) to its last member's padding.
+    """
+    places: list[tuple[str, int, int]] = []
+    with tarfile.open(path, mode="r:") as tar:
+        for info in tar:
+            key = info.name.partition(".")[0]
+            end = info.offset_data + -(-info.size // _TAR_BLOCK) * _TAR_BLOCK
+            start = places.pop()[1] if places and places[-1][0] == key else info.offset
+            places.append((key, start, end - start))
+    return places
+
+
+def write_manifest(folder: Path, shards: Sequence[Shard], index: Iterable[IndexEntry]) -> Manifest:
+    """Writes index.jsonl and manifest.json to a folder of finished shards; equal contents give equal bytes."""
+    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in index).encode("ascii")
+    (folder / INDEX_NAME).write_bytes(lines)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        num_samples=sum(shard.samples for shard in shards),
+        index_sha256=hashlib.sha256(lines).hexdigest(),
+        shards=tuple(shards),
+    )
+    (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="ascii")
+    return manifest
+
+
+def describe_shard(path: Path, num_samples: int) -> Shard:
+    """The manifest's line on a finished shard."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(name=path.name, samples=num_samples, bytes=path.stat().st_size, sha256=digest)

@@ -1,0 +1,47 @@
+"""Starts real processes: DeepSpeed's launcher on this machine, with ranks that have one thread each."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+HERE = Path(__file__).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{HERE}:{HERE / 'parity'}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def start(ranks: int, *arguments: str, log: Path, cwd: Path | None = None) -> subprocess.Popen[bytes]:
+    """`deepspeed --num_accelerators RANKS ARGUMENTS`, its output in `log`."""
+    command = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [*command, *arguments], env=environment(), cwd=cwd, stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def finish(process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> str:
+    """Waits for a launch to succeed; returns its output."""
+    try:
+        code = process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # DeepSpeed's launcher ends its ranks
+        raise AssertionError(f"no end after {timeout_s} s:\n{log.read_text()[-4000:]}") from None
+    assert code == 0, log.read_text()[-4000:]
+    return log.read_text()

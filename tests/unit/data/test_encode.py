@@ -1,0 +1,196 @@
+"""Encoding one sample: ids, labels, masks, positions, against the tokenizer on the whole text and transformers."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from generated_rows import image_bytes
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+
+from mirage_ds.data.encode import Encoder, Stage, load_encoder, load_tokenizer, mrope_positions, prompt_text, train_text
+from mirage_ds.data.images import ImageProcessor
+from mirage_ds.data.sample import Sample
+from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.preset import write_tiny
+from mirage_ds.tokens import ASSISTANT_MARKER, IGNORE_INDEX, IMAGE_PAD, LATENT_PAD
+
+QUESTION = "Here is the map: <image>\n\nand <image>.  Plan?"
+ANSWER = "<think> caf\u00e9 \u5730\u56fe </think><output_image>so \\boxed{UP, LEFT}\n"
+K = 3
+
+
+@pytest.fixture(params=["tiny", "real"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    return request.getfixturevalue(f"{request.param}_tokenizer")
+
+
+def make_sample(question: str = QUESTION, answer: str = ANSWER, num_inputs: int = 2, num_helpers: int = 1) -> Sample:
+    inputs = [image_bytes((84, 56), seed=1), image_bytes((140, 112), seed=2)]  # 6 and 20 merged tokens
+    helpers = [image_bytes((56, 84), seed=3)] * num_helpers  # 6 merged patches
+    return Sample("shard/k", question, answer, tuple(inputs[:num_inputs]), tuple(helpers))
+
+
+def whole_text(tokenizer: PreTrainedTokenizerBase, sample: Sample, stage: Stage) -> str:
+    """The conversation with every pad written out."""
+    text = train_text(
+        tokenizer,
+        sample.text_input,
+        sample.text_output,
+        num_input_images=len(sample.input_images),
+        num_helper_images=len(sample.helper_images),
+        latents=stage != "text",
+    )
+    prompt, answer = text.split(ASSISTANT_MARKER)
+    for num_merged in (6, 20)[: len(sample.input_images)]:
+        prompt = prompt.replace(IMAGE_PAD, "@" * num_merged, 1)
+    return prompt.replace("@", IMAGE_PAD) + ASSISTANT_MARKER + answer.replace(IMAGE_PAD, LATENT_PAD * K)
+
+
+@pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        make_sample(),
+        make_sample("No slots", "No slot either", num_inputs=2),
+        make_sample("No image\n", "\n answer after a newline", num_inputs=0, num_helpers=0),
+        make_sample("<image>", "<output_image>", num_inputs=1),
+    ],
+    ids=["slots", "none", "text", "bare"],
+)
+def test_ids_are_those_of_the_whole_text(
+    tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor, sample: Sample, stage: Stage
+) -> None:
+    encoded = Encoder(tokenizer, image_processor, stage=stage, latent_size=K)(sample)
+    text = whole_text(tokenizer, sample, stage)
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert encoded.input_ids.tolist() == whole["input_ids"]
+    # The prompt's end by characters, and the prompt tokenised alone, agree with the end found by ids.
+    end = text.index(ASSISTANT_MARKER) + len(ASSISTANT_MARKER)
+    assert encoded.prompt_length == sum(start < end for start, _ in whole["offset_mapping"])
+    prompt_ids = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
+    assert encoded.input_ids[: encoded.prompt_length].tolist() == prompt_ids
+    # What is supervised reads as the answer with its markers.
+    supervised = encoded.labels[encoded.labels != IGNORE_INDEX]
+    assert tokenizer.decode(supervised) == text[end:].replace(LATENT_PAD, "")
+    assert encoded.image_mask.sum() == text.count(IMAGE_PAD) == len(encoded.pixel_values) // 4
+    assert encoded.latent_mask.sum() == text.count(LATENT_PAD)
+
+
+@pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])
+def test_a_stage_takes_what_it_needs(
+    tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor, stage: Stage
+) -> None:
+    encoded = Encoder(tiny_tokenizer, image_processor, stage=stage, latent_size=K)(make_sample())
+    assert encoded.image_grid_thw.tolist() == [[1, 4, 6], [1, 8, 10]]
+    assert (encoded.pixel_values.shape, encoded.pixel_values.dtype) == ((24 + 80, 1176), torch.float32)
+    helpers = {"stage1": [[1, 6, 4]]}.get(stage, [])
+    assert encoded.image_grid_thw_latent.tolist() == helpers
+    assert encoded.image_grid_thw_latent.shape[1] == 3
+    assert encoded.pixel_values_latent.shape == (24 * len(helpers), 1176)
+    assert encoded.latent_mask.sum() == (0 if stage == "text" else K)
+    assert (encoded.key, encoded.latent_size) == ("shard/k", K)
+
+
+def test_several_blocks_in_stage_1(tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor) -> None:
+    sample = make_sample(answer="<output_image> then <output_image>.", num_helpers=2)
+    encoded = Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=K)(sample)
+    assert encoded.latent_mask.sum() == 2 * K
+    assert encoded.image_grid_thw_latent.tolist() == [[1, 6, 4]] * 2
+    with pytest.raises(DataError, match=r"2 latent blocks in one row \(shard/k\); stage 2 supports at most one"):
+        Encoder(tiny_tokenizer, image_processor, stage="stage2", latent_size=K)(sample)
+
+
+def test_helper_images_are_decoded_in_stage_1_alone(
+    tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
+) -> None:
+    sample = Sample("shard/k", "Q", "A", (), (b"no image",))
+    for stage in ("text", "stage2"):
+        Encoder(tiny_tokenizer, image_processor, stage=stage, latent_size=K)(sample)
+    with pytest.raises(DataError, match=r"cannot be decoded: .*\(shard/k.helper_0\)"):
+        Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=K)(sample)
+
+
+def test_more_latents_than_merged_patches_are_refused(
+    tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
+) -> None:
+    assert Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=6)(make_sample()).latent_size == 6
+    with pytest.raises(DataError, match=r"6 merged patches for 7 latents \(shard/k.helper_0\)"):
+        Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=7)(make_sample())
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (make_sample(num_inputs=1), r"2 image slots for 1 input images \(shard/k\)"),
+        (make_sample(answer="a<|latent_pad|>"), r"text_output contains <\|latent_pad\|> \(shard/k\)"),
+        (Sample("shard/k", "Q", "A", (b"no image",)), r"cannot be decoded: .*\(shard/k.input_0\)"),
+    ],
+)
+def test_a_bad_sample_is_named(
+    tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor, sample: Sample, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=K)(sample)
+
+
+@pytest.mark.parametrize("question", [QUESTION, "No slot", "<image><output_image>"])
+def test_training_begins_with_the_prompt(tiny_tokenizer: PreTrainedTokenizerBase, question: str) -> None:
+    prompt = prompt_text(tiny_tokenizer, question, num_input_images=2)
+    text = train_text(tiny_tokenizer, question, ANSWER, num_input_images=2, num_helper_images=1)
+    assert text.partition(ASSISTANT_MARKER)[:2] == (prompt.removesuffix(ASSISTANT_MARKER), ASSISTANT_MARKER)
+
+
+def test_a_template_that_drops_images_is_refused(
+    tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace(IMAGE_PAD, "")
+    with pytest.raises(ConfigError, match="the chat template turns an image"):
+        Encoder(tokenizer, image_processor, stage="text", latent_size=K)
+
+
+def test_a_folder_is_loaded_whole(rows: Path, tmp_path: Path) -> None:
+    write_tiny(rows, tmp_path / "tiny", seed=0)
+    encoded = load_encoder(str(tmp_path / "tiny"), stage="stage1", latent_size=K)(make_sample())
+    assert encoded.latent_mask.sum() == K
+    (tmp_path / "tiny" / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match=f"no chat template .{tmp_path}"):
+        load_tokenizer(str(tmp_path / "tiny"))
+    with pytest.raises(ConfigError, match=f"no tokenizer .{tmp_path}/none"):
+        load_tokenizer(str(tmp_path / "none"))
+
+
+def test_missing_latent_tokens_are_added_in_order(real_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """As with Qwen2.5-VL from the hub, whose tokenizer ends at 151664."""
+    state = real_tokenizer.backend_tokenizer.to_str()
+    plain = type(real_tokenizer)(tokenizer_object=Tokenizer.from_str(state))
+    plain.chat_template = real_tokenizer.chat_template
+    plain.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    names = ["<|latent_pad|>", "<|latent_start|>", "<|latent_end|>"]
+    assert tokenizer.convert_tokens_to_ids(names) == [151665, 151666, 151667]
+
+
+grids = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=4)
+
+
+@given(grids, st.lists(st.integers(1, 5), min_size=5, max_size=5))
+def test_positions_are_those_of_transformers(sides: list[tuple[int, int]], texts: list[int]) -> None:
+    """Images of any shape, with text before, between and after them, as the templates always have it."""
+    ids: list[int] = []
+    for (height, width), text in zip(sides, texts, strict=False):
+        ids += [0] * text + [1] * (height * width)
+    ids += [0] * texts[-1]
+    image_mask = torch.tensor(ids).bool()
+    grid_thw = torch.tensor([[1, 2 * height, 2 * width] for height, width in sides], dtype=torch.int64).reshape(-1, 3)
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2, tokens_per_second=2))
+    model = SimpleNamespace(config=config)
+    model.get_vision_position_ids = Qwen2_5_VLModel.get_vision_position_ids.__get__(model)
+    expected, _ = Qwen2_5_VLModel.get_rope_index(model, image_mask[None].long(), image_mask[None].int(), grid_thw)
+    assert torch.equal(mrope_positions(image_mask, grid_thw, merge_size=2), expected[:, 0])

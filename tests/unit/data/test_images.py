@@ -1,0 +1,70 @@
+"""Pixels against Pillow and numpy alone: what reaches the tower depends on the image bytes and on nothing installed."""
+
+import numpy as np
+import pytest
+import torch
+from generated_rows import image_bytes
+from PIL import Image
+
+from mirage_ds.data.images import ImageProcessor, decode
+from mirage_ds.errors import ConfigError
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA", "CMYK"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image_format = "JPEG" if mode == "CMYK" else "PNG"
+    image = decode(image_bytes((56, 28), image_format=image_format, mode=mode), "here")
+    assert (image.mode, image.size) == ("RGB", (56, 28))
+
+
+def test_what_is_transparent_becomes_white() -> None:
+    import io
+
+    buffer = io.BytesIO()
+    Image.new("RGBA", (28, 28), (255, 0, 0, 0)).save(buffer, format="PNG")
+    assert decode(buffer.getvalue(), "here").getcolors() == [(28 * 28, (255, 255, 255))]
+
+
+@pytest.mark.parametrize(("size", "resized"), [((84, 56), (84, 56)), ((192, 192), (196, 196)), ((20, 300), (28, 308))])
+def test_patches_are_the_resized_normalised_pixels(
+    image_processor: ImageProcessor, size: tuple[int, int], resized: tuple[int, int]
+) -> None:
+    image = decode(image_bytes(size, seed=3), "here")
+    patches, grid_thw = image_processor([image])
+    width, height = resized[0] // 14, resized[1] // 14
+    assert grid_thw.tolist() == [[1, height, width]]
+
+    pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    pixels = (pixels - MEAN) / STD
+    # Rows of patches in the order of the merged tokens: 2 x 2 patches stand together; each patch holds 2 equal frames.
+    expected = [
+        np.repeat(pixels[y * 14 : y * 14 + 14, x * 14 : x * 14 + 14].transpose(2, 0, 1)[:, None], 2, axis=1).ravel()
+        for block_y in range(0, height, 2)
+        for block_x in range(0, width, 2)
+        for y in (block_y, block_y + 1)
+        for x in (block_x, block_x + 1)
+    ]
+    torch.testing.assert_close(patches, torch.from_numpy(np.stack(expected)), rtol=0, atol=1e-5)
+
+
+def test_images_follow_each_other(image_processor: ImageProcessor) -> None:
+    images = [decode(image_bytes(size), "here") for size in ((56, 56), (84, 112))]
+    patches, grid_thw = image_processor(images)
+    assert grid_thw.tolist() == [[1, 4, 4], [1, 8, 6]]
+    assert torch.equal(patches, torch.cat([image_processor([image])[0] for image in images]))
+    assert image_processor.num_merged(grid_thw) == [4, 12]
+
+
+def test_no_images(image_processor: ImageProcessor) -> None:
+    patches, grid_thw = image_processor([])
+    assert (patches.shape, patches.dtype) == ((0, 1176), torch.float32)
+    assert (grid_thw.shape, grid_thw.dtype) == ((0, 3), torch.int64)
+    assert image_processor.num_merged(grid_thw) == []
+
+
+def test_a_folder_without_processor_is_named(tmp_path: object) -> None:
+    with pytest.raises(ConfigError, match=f"no image processor .{tmp_path}"):
+        ImageProcessor.load(str(tmp_path))

@@ -1,0 +1,198 @@
+"""The stream: the plan's order whatever the number of workers, any start, and faults that name shard and key."""
+
+import contextlib
+import io
+import itertools
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from mirage_ds.data.encode import EncodedSample, Encoder
+from mirage_ds.data.images import ImageProcessor
+from mirage_ds.data.plan import Plan
+from mirage_ds.data.sample import Sample, read_rows
+from mirage_ds.data.shards import ShardFolder, load_index
+from mirage_ds.data.stream import SampleReader, Share, make_loader, parse_members
+from mirage_ds.errors import ConfigError, DataError
+
+
+def as_is(sample: Sample) -> Sample:
+    """Stands for the encoder where only the order matters."""
+    return sample
+
+
+def keys_and_threads(samples: list[Sample]) -> tuple[list[str], int]:
+    """Stands for collate."""
+    return [sample.key for sample in samples], torch.get_num_threads()
+
+
+def keys(folder: ShardFolder, share: Share, count: int, num_workers: int = 0) -> list[str]:
+    loader = make_loader(folder, as_is, keys_and_threads, share, seed=3, num_workers=num_workers)
+    return [key for batch, _ in itertools.islice(loader, count) for key in batch]
+
+
+@pytest.fixture
+def encoder(tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor) -> Encoder:
+    return Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=2)
+
+
+def test_samples_come_back_as_the_rows_gave_them(rows: Path, shards: ShardFolder) -> None:
+    reader = SampleReader(shards)
+    for number, (_, sample) in enumerate(read_rows(rows)):
+        read = reader(number)
+        assert read.key == f"shard-{number // 4:06d}.tar/{number:09d}"
+        assert (read.text_input, read.text_output, read.extra) == (sample.text_input, sample.text_output, sample.extra)
+        assert (read.input_images, read.helper_images) == (sample.input_images, sample.helper_images)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+def test_the_number_of_workers_changes_nothing(shards: ShardFolder, encoder: Encoder) -> None:
+    """Real encoding, over more than an epoch, bit for bit."""
+
+    def batches(num_workers: int) -> list[list[EncodedSample]]:
+        loader = make_loader(shards, encoder, list, Share(1, 2, 3), seed=0, num_workers=num_workers)
+        return list(itertools.islice(loader, 7))
+
+    expected = batches(0)
+    for num_workers in (1, 3):
+        for batch, same in zip(batches(num_workers), expected, strict=True):
+            for sample, expected_sample in zip(batch, same, strict=True):
+                assert sample.key == expected_sample.key
+                for name in ("input_ids", "labels", "position_ids", "pixel_values", "pixel_values_latent"):
+                    assert torch.equal(getattr(sample, name), getattr(expected_sample, name))
+
+
+def test_the_stream_follows_the_plan_and_can_start_anywhere(shards: ShardFolder) -> None:
+    plan = Plan(10, shards.digest, 3)
+    everything = [key.partition("/")[2] for key in keys(shards, Share(0, 1, 1), 48)]
+    assert everything == [f"{number:09d}" for number in plan.samples(0, 48)]
+    for start in (4, 12, 40):
+        later = [key.partition("/")[2] for key in keys(shards, Share(0, 1, 2, 2, start), 4)]
+        assert later == everything[start : start + 8]
+
+
+@pytest.mark.parametrize("cut", [(2, 1, 2), (1, 2, 2), (1, 4, 1), (2, 2, 1), (4, 1, 1)])
+def test_every_cut_gives_the_same_global_batches(shards: ShardFolder, cut: tuple[int, int, int]) -> None:
+    world_size, micro, accumulation = cut
+    ranks = [
+        keys(shards, Share(rank, world_size, micro, accumulation, 8), 4 * accumulation) for rank in range(world_size)
+    ]
+    share = micro * accumulation
+    whole = keys(shards, Share(0, 1, 4, 1, 8), 4)
+    for batch in range(4):
+        parts = [key for rank in ranks for key in rank[batch * share : (batch + 1) * share]]
+        assert sorted(parts) == sorted(whole[4 * batch : 4 * batch + 4])
+
+
+def test_a_start_inside_a_global_batch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the data position is 6 samples .* a global batch has 4"):
+        Share(0, 2, 1, 2, start=6)
+
+
+def test_workers_use_one_thread(shards: ShardFolder) -> None:
+    loader = make_loader(shards, as_is, keys_and_threads, Share(0, 1, 1), seed=0, num_workers=1)
+    assert next(iter(loader))[1] == 1
+
+
+def damage(folder: ShardFolder, number: int, at: int, data: bytes) -> None:
+    """Overwrites bytes of a sample in its shard, counted from the sample's first."""
+    entry = load_index(folder)[number]
+    path = folder.path / folder.manifest.shards[entry.shard].name
+    with path.open("r+b") as file:
+        file.seek(entry.offset + at)
+        file.write(data)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_sample_is_named_at_its_turn(shards: ShardFolder, encoder: Encoder, num_workers: int) -> None:
+    """Cleanly: the message alone, without a worker's traceback."""
+    order = Plan(10, shards.digest, 3).samples(0, 10)
+    damage(shards, order[4], 512 + 8, b"garbage")  # in the helper's PNG
+    loader = iter(make_loader(shards, encoder, list, Share(0, 1, 2), seed=3, num_workers=num_workers))
+    assert [sample.key[-9:] for batch in (next(loader), next(loader)) for sample in batch] == [
+        f"{number:09d}" for number in order[:4]
+    ]
+    where = f"shard-{order[4] // 4:06d}.tar/{order[4]:09d}.helper_0"
+    with pytest.raises(DataError, match=rf"^the image cannot be decoded: .*\({where}\)"):
+        next(loader)
+
+
+@pytest.mark.parametrize(
+    ("number", "at", "data", "message"),
+    [
+        (5, 0, b"000000009.helper_0.png", "unexpected member 000000009.helper_0.png"),
+        (5, 156, b"2", "damaged shard"),  # the type of the first member: now a link, by a wrong checksum
+        (5, 0, b"\xff" * 512, "damaged shard"),
+    ],
+)
+def test_a_damaged_header_is_named(shards: ShardFolder, number: int, at: int, data: bytes, message: str) -> None:
+    damage(shards, number, at, data)
+    with pytest.raises(DataError, match=rf"damaged shard: .*\(shard-000001.tar/00000000{number}\)"):
+        SampleReader(shards)(number)
+
+
+def test_a_shard_that_shrinks_or_goes_is_named(shards: ShardFolder) -> None:
+    reader = SampleReader(shards)
+    path = shards.path / "shard-000002.tar"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"700 of \d+ bytes from byte 0 \(shard-000002.tar/000000008\)"):
+        reader(8)
+    path.unlink()
+    with pytest.raises(DataError, match=r"cannot read the shard: No such file .*\(shard-000002.tar/000000008\)"):
+        reader(8)
+
+
+def sample_range(*members: tarfile.TarInfo) -> bytes:
+    """The bytes of a tar file up to its end marks."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for info in members:
+            tar.addfile(info, io.BytesIO(b"x" * info.size))
+        size = tar.offset
+    return buffer.getvalue()[:size]
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, size, "/etc/passwd" if kind != tarfile.REGTYPE else ""
+    return info
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [member("k.json"), member("k.input_0.png", tarfile.SYMTYPE)],
+        [member("k.json"), member("k.input_0.png", tarfile.LNKTYPE)],
+        [member("k.json"), member("k.input_0.png", tarfile.DIRTYPE)],
+        [member("k.json"), member("k.input_0.png", tarfile.FIFOTYPE)],
+        [member("k.json"), member("other.input_0.png")],
+        [member("k.json"), member("k.json")],
+        [member("k.json"), member("../k.input_0.png")],
+    ],
+)
+def test_only_regular_members_of_the_key_are_read(members: list[tarfile.TarInfo]) -> None:
+    with pytest.raises(DataError, match=r"damaged shard: unexpected member .*\(shard/k\)"):
+        parse_members(sample_range(*members), "k", "shard/k")
+
+
+def test_a_damaged_header_between_members_is_not_taken_for_the_end() -> None:
+    data = bytearray(sample_range(member("k.json", size=600), member("k.helper_0.png", size=5)))
+    assert parse_members(bytes(data), "k", "shard/k") == {"json": b"x" * 600, "helper_0.png": b"x" * 5}
+    data[512 + 1024 + 3] ^= 1
+    with pytest.raises(DataError, match=r"damaged header at byte 1536 \(shard/k\)"):
+        parse_members(bytes(data), "k", "shard/k")
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_damage_is_a_data_error_or_harmless(data: st.DataObject) -> None:
+    content = bytearray(sample_range(member("k.json", size=20), member("k.input_0.png", size=700)))
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(DataError):
+        parse_members(bytes(content[: data.draw(st.integers(0, len(content)))]), "k", "shard/k")

@@ -1,0 +1,78 @@
+"""The configuration: recipes, overrides, and what a user reads after a mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from mirage_ds.config import TrainConfig, load_config
+from mirage_ds.engine import learning_rate
+from mirage_ds.errors import ConfigError
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
+RECIPE = RECIPES / "tiny-stage1.yaml"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_are_valid(recipe: Path) -> None:
+    load_config(recipe)
+
+
+def test_overrides_win_and_are_parsed_as_yaml() -> None:
+    overrides = ["train.lr=1e-4", "train.betas=[0.8, 0.9]", "run.dir=elsewhere", "checkpoint.interval=5"]
+    config = load_config(RECIPE, overrides)
+    assert config.train.lr == 1e-4
+    assert config.train.betas == (0.8, 0.9)
+    assert config.run.dir == Path("elsewhere")
+    assert config.checkpoint.interval == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rate=1", r"unknown key train\.learning_rate: .*allowed here: .*lr"),
+        ("train.warmup_step=1", r"did you mean 'warmup_steps'"),
+        ("trian.lr=1", r"unknown key trian: did you mean 'train'"),
+        ("train.stage=stage3", r"train\.stage: .*'text', 'stage1' or 'stage2'.*got 'stage3'"),
+        ("train.lr=fast", r"train\.lr: .*number.*got 'fast'"),
+        ("train.lr=-1", r"train\.lr: .*greater than 0.*got -1"),
+        ("train.micro_batch_size_per_gpu=0", r"train\.micro_batch_size_per_gpu: .*greater than 0"),
+        ("train.max_steps=null", r"train\.max_steps: .*integer.*got None"),
+        ("train.warmup_steps=500", r"warmup_steps is 500.*set train\.warmup_steps below train\.max_steps"),
+        ("train", r"override is not understood .*section\.key=value"),
+        ("train.lr.peak=1", r"lr is not a section"),
+        ("train.betas=[", r"not YAML"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(RECIPE, [override])
+
+
+def test_a_missing_key_and_a_missing_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    with pytest.raises(ConfigError, match=r"recipe cannot be read .*No such file"):
+        load_config(recipe)
+    recipe.write_text("train: {stage: text, max_steps: 20}\nrun: {dir: a}\ndata: {shards: b}\n")
+    with pytest.raises(ConfigError, match="model is missing: set it in the recipe or with model=VALUE"):
+        load_config(recipe)
+    recipe.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match="recipe holds no sections"):
+        load_config(recipe)
+
+
+def test_loss_weights_follow_the_stage_unless_set() -> None:
+    weights = {stage: TrainConfig(stage=stage, max_steps=20).text_weight for stage in ("text", "stage1", "stage2")}
+    assert weights == {"text": 1.0, "stage1": 0.1, "stage2": 1.0}
+    assert TrainConfig(stage="stage1", max_steps=20, ce_loss_weight=0).text_weight == 0
+
+
+def rates(**settings: object) -> list[float]:
+    train = TrainConfig(stage="text", max_steps=6, warmup_steps=2, lr=1e-3, **settings)
+    return [learning_rate(step, train) for step in range(1, 7)]
+
+
+def test_learning_rates() -> None:
+    """The reference's schedule on request; ours wastes neither the first step nor the last."""
+    assert rates(warmup_from_zero=True) == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert rates() == pytest.approx([5e-4, 1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    assert rates(lr_decay="constant") == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])
