@@ -39,7 +39,8 @@ class StepSums:
     position: int
     losses: torch.Tensor
     lr: float
-    grad_norm: float
+    grad_norm: torch.Tensor | float
+    skipped_steps: int
     started_s: float
     waited_s: float
 
@@ -89,7 +90,8 @@ class Metrics:
             "latent_loss": latent_loss / self.global_batch_size,
             "cosine": 1 - latent_loss / grounded if grounded else None,
             "lr": sums.lr,
-            "grad_norm": sums.grad_norm,
+            "grad_norm": float(sums.grad_norm),
+            "skipped_steps": sums.skipped_steps,
             "samples_per_s": self.global_batch_size / step_s,
             "tokens_per_s": tokens / step_s,
             "step_s": step_s,
@@ -105,8 +107,10 @@ class Metrics:
 
 
 def _console_line(record: dict[str, Any], max_steps: int) -> str:
+    skipped = record["skipped_steps"]
     return (
         f"step {record['step']:>5}/{max_steps} | loss {record['loss']:.4f} | text {record['ce_loss']:.4f} | "
         f"latent {record['latent_loss']:.4f} | lr {record['lr']:.2e} | grad norm {record['grad_norm']:.3f} | "
         f"{record['samples_per_s']:.1f} samples/s | {record['step_s']:.2f} s | data {record['data_pct']:.0f}%"
+        + (f" | {skipped} steps skipped: gradient not finite" if skipped else "")
     )

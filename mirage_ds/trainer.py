@@ -69,8 +69,19 @@ class Trainer:
         self.engine.step()
         self.state.step += 1
         self.state.position += self.global_batch_size
-        grad_norm = float(self.engine.get_global_grad_norm())
-        self.metrics.add(StepSums(self.state.step, self.state.position, losses, lr, grad_norm, started_s, waited_s))
+        self.metrics.add(
+            StepSums(
+                step=self.state.step,
+                position=self.state.position,
+                losses=losses,
+                lr=lr,
+                grad_norm=self.engine.get_global_grad_norm(),
+                # DeepSpeed leaves out a step whose gradient is not finite, and only counts it.
+                skipped_steps=self.engine.skipped_steps,
+                started_s=started_s,
+                waited_s=waited_s,
+            )
+        )
 
     def set_learning_rate(self) -> float:
         """Sets and returns the rate of the step that comes."""

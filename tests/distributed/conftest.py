@@ -88,7 +88,7 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
         for stage in ("text", "stage1", "stage2"):
             add(ranks, f"{stage}-fixed-untied-{cut}", stage, latent_sizes=FIXED, **shape)
             add(ranks, f"{stage}-varying-tied-{cut}", stage, model="tied", latent_sizes=VARYING, **shape)
-    slow = {"lr": 1e-4, "lr_decay": "constant"}
+    slow = {"lr": 1e-5, "lr_decay": "constant"}
     for stage in ("stage1", "stage2"):
         add(2, f"{stage}-ragged", stage, steps=100, settings={"train": slow})
         trace = golden_set.numbers("trace")[stage]
@@ -106,7 +106,15 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
             settings = {"model": {"gather": gather}}
             add(2, f"{gather}-{name}", "stage2", config="logged", steps=3, latent_sizes=sizes, settings=settings)
     add(2, "tower", "stage1", steps=5, settings={"model": {"train_tower": True}})
-    add(2, "stored", "stage2", steps=5, latent_sizes=FIXED, settings={"model": {"activation_checkpointing": "none"}})
+    add(
+        2,
+        "stored",
+        "stage2",
+        steps=5,
+        accumulation=2,
+        latent_sizes=FIXED,
+        settings={"model": {"activation_checkpointing": "none"}},
+    )
     add(2, "bf16", "stage2", steps=5, accumulation=2, latent_sizes=FIXED, settings={"train": {"dtype": "bf16"}})
     return cases
 

@@ -57,9 +57,12 @@ def test_any_cut_gives_the_losses_of_the_plain_loop(
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_100_ragged_steps_do_not_hang(outcome: Outcomes, models: dict[str, str], stage: str) -> None:
     """Rows without image, helper image, latents or labels, on one rank or both."""
-    lrs = tuple(rates(100, lr=1e-4, lr_decay="constant"))
+    # The method's own rate: over 100 steps a larger one lets the last bit of a sum grow past the tolerance.
+    lrs = tuple(rates(100, lr=1e-5, lr_decay="constant"))
     expected = plain(models["untied"], stage, "ragged", 100, 2, lrs)
-    assert outcome(f"{stage}-ragged").losses == pytest.approx(expected["losses"], rel=1e-4)
+    result = outcome(f"{stage}-ragged")
+    assert result.losses == pytest.approx(expected["losses"], rel=1e-4)
+    assert [record["grad_norm"] for record in result.records] == pytest.approx(expected["grad_norms"], rel=1e-3)
 
 
 def test_a_trained_tower(outcome: Outcomes, models: dict[str, str]) -> None:
@@ -71,8 +74,7 @@ def test_a_trained_tower(outcome: Outcomes, models: dict[str, str]) -> None:
 
 
 def test_without_activation_checkpointing(outcome: Outcomes, models: dict[str, str]) -> None:
-    expected = plain(models["untied"], "stage2", "fixed", 5, 2, tuple(rates(5)))
-    # The first two samples of a global batch of 4 are another batch of 2: the seeds are those of its places.
+    expected = plain(models["untied"], "stage2", "fixed", 5, 4, tuple(rates(5)))
     assert outcome("stored").losses == pytest.approx(expected["losses"], rel=1e-4)
 
 

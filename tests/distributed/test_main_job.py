@@ -1,0 +1,113 @@
+"""The README's main job, its commands as written: rows to shards to both stages, under the real launcher, 2 ranks.
+
+On the reference's own rows where MIRAGE_VSP_DIR names them, and always on generated rows of the same shapes.
+"""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import launching
+import pytest
+import torch
+from generated_rows import write_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[2]
+
+
+def readme_commands(heading: str) -> str:
+    """The first block of commands under a heading of the README."""
+    section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1]
+    return re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1]
+
+
+def run(script: str, folder: Path, vsp: Path) -> str:
+    """Runs commands as a user would from the project's root, but with everything written into `folder`."""
+    if not (folder / "launch").exists():
+        (folder / "launch").symlink_to(ROOT / "launch")
+    environment = launching.environment() | {"MIRAGE_VSP_DIR": str(vsp)}
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module", params=["generated", "real"])
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the main job ran."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "real":
+        if "MIRAGE_VSP_DIR" not in os.environ:
+            pytest.skip("MIRAGE_VSP_DIR does not name the reference's own rows, which have no licence to be shipped")
+        vsp = Path(os.environ["MIRAGE_VSP_DIR"])
+    else:
+        vsp = folder / "vsp"
+        (vsp / "sample").mkdir(parents=True)
+        write_rows(vsp / "sample", 10).rename(vsp / "sample" / "sample.jsonl")
+    (folder / "log").write_text(run(readme_commands("The main job"), folder, vsp))
+    return folder
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_losses_fall(job: Path, stage: str) -> None:
+    run_dir = job / "runs" / f"tiny-{stage}"
+    steps = records(run_dir)
+    assert [record["step"] for record in steps] == list(range(1, 21))
+    losses = [record["loss"] for record in steps]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    assert all(float.fromhex(record["loss_hex"]) == record["loss"] for record in steps)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_tensorboard_has_the_same_numbers(job: Path, stage: str) -> None:
+    run_dir = job / "runs" / f"tiny-{stage}"
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    scalars = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert scalars == [(record["step"], pytest.approx(record["loss"], rel=1e-6)) for record in records(run_dir)]
+    assert ("train/cosine" in events.Tags()["scalars"]) == (stage == "stage1")
+
+
+def test_the_log_says_what_is_gathered(job: Path) -> None:
+    log = (job / "log").read_text()
+    assert "gather layer: layer by layer with prefetch; at most" in log
+    assert "gather rollout: the rollout once per forward and once per backward" in log
+
+
+def masters(run_dir: Path) -> list[torch.Tensor]:
+    """The float32 masters in a run's last checkpoint, rank by rank."""
+    folder = run_dir / "checkpoints" / (run_dir / "checkpoints" / "latest").read_text()
+    files = sorted(folder.glob("*_optim_states.pt"))
+    assert len(files) == 2
+    states = [torch.load(file, weights_only=False)["optimizer_state_dict"] for file in files]
+    return [torch.cat([group.flatten() for group in state["fp32_flat_groups"]]) for state in states]
+
+
+def test_stage_2_starts_from_the_masters_of_stage_1(job: Path) -> None:
+    """One step at a rate that changes nothing, started by torchrun: what it saves is what stage 1 saved."""
+    if job.name.startswith("real"):
+        pytest.skip("the same on the generated rows")
+    still = "train.max_steps=1 train.warmup_steps=0 train.lr=1e-30 run.dir=runs/still"
+    run(
+        f"torchrun --nproc-per-node 2 --master-port {launching.free_port()} -m mirage_ds.train "
+        f"launch/recipes/tiny-stage2.yaml {still}",
+        job,
+        job,
+    )
+    for before, after in zip(masters(job / "runs" / "tiny-stage1"), masters(job / "runs" / "still"), strict=True):
+        assert torch.equal(before, after)
+    assert not torch.equal(masters(job / "runs" / "tiny-stage1")[0], masters(job / "runs" / "tiny-stage2")[0])
