@@ -7,6 +7,7 @@ srun python -m mirage_ds.train RECIPE [section.key=value ...]
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -208,6 +209,8 @@ def command(
 
 def main() -> None:
     transformers_logging.disable_progress_bar()
+    # DeepSpeed calls torch's collectives by their old names, on every rank and step; a user can do nothing about it.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     app()
