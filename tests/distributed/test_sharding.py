@@ -5,12 +5,14 @@ Real launcher, real collectives (gloo), small models; every loss and gradient no
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import golden_set
+import launching
 import plain_loop
 import pytest
-from conftest import CUTS, FIXED, GATHER_SIZES, VARYING, Outcome
+from cases import CUTS, FIXED, GATHER_SIZES, VARYING, Outcome, read_outcome, start_cases
 from random_samples import ragged_batch
 
 from mirage_ds.config import TrainConfig
@@ -82,6 +84,17 @@ def test_bf16_stays_near_fp32(outcome: Outcomes, models: dict[str, str]) -> None
     """bf16 has 8 bits: losses within 2%; float32 masters let small updates count, so that they keep falling alike."""
     expected = plain(models["untied"], "stage2", "fixed", 5, 4, tuple(rates(5)))
     assert outcome("bf16").losses == pytest.approx(expected["losses"], rel=2e-2)
+
+
+@pytest.mark.slow  # DeepSpeed compiles its CPU Adam, about a minute
+def test_offload(models: dict[str, str], deepspeed_configs: dict[str, str], tmp_path: Path) -> None:
+    """zero3_offload.json, parameters and DeepSpeedCPUAdam's states on the host: the losses of the plain loop."""
+    shape = {"steps": 5, "accumulation": 2, "latent_sizes": FIXED}
+    case = {"name": "offload", "stage": "stage2", "model": models["untied"], **shape}
+    process, log = start_cases(2, [case | {"deepspeed_config": deepspeed_configs["offload"]}], tmp_path)
+    launching.finish(process, log, timeout_s=400)
+    expected = plain(models["untied"], "stage2", "fixed", 5, 4, tuple(rates(5)))
+    assert read_outcome(tmp_path, "offload").losses == pytest.approx(expected["losses"], rel=1e-4)
 
 
 @pytest.mark.parametrize("sizes", GATHER_SIZES)

@@ -27,7 +27,8 @@ def test_a_launcher_that_sets_ranks_is_obeyed(variables) -> None:
 
 def test_a_task_of_srun_is_a_rank(variables) -> None:
     step = dict(SLURM_STEP_NUM_TASKS="16", SLURM_PROCID="9", SLURM_LOCALID="1", SLURM_JOB_ID="123456")
-    assert variables(**step, SLURM_LAUNCH_NODE_IPADDR="10.0.0.1") == {
+    step["SLURM_LAUNCH_NODE_IPADDR"] = "10.0.0.1"
+    assert variables(**step) == {
         "RANK": "9",
         "WORLD_SIZE": "16",
         "LOCAL_RANK": "1",
