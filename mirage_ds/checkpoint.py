@@ -1,16 +1,16 @@
-"""What a run keeps: the engine's shards, the position in the data, the configuration. Save, prune, start from.
+"""What a run must keep to go on: engine, position, random state, configuration. Save, prune, load, start from.
 
-RUN/checkpoints/global_step20/...   DeepSpeed's files
-RUN/checkpoints/global_step20/run.json   step, position, ranks, latent_size, the manifest's digest
-RUN/checkpoints/latest   the tag of the last complete one
+RUN/checkpoints/global_step20/...        DeepSpeed's files; each rank's random state is in its own
+RUN/checkpoints/global_step20/run.json   step, position, ranks, configuration, the manifest's digest
+RUN/checkpoints/latest                   the tag of the last complete one
 """
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed import DeepSpeedEngine
 
 from mirage_ds import distributed
@@ -21,46 +21,87 @@ from mirage_ds.trainer import TrainState
 FOLDER = "checkpoints"
 
 
-def save(engine: DeepSpeedEngine, config: Config, state: TrainState, manifest_digest: str) -> None:
+def describe(config: Config, manifest_digest: str, max_steps: int) -> dict[str, Any]:
+    """What a checkpoint says of its run; compared when a run goes on."""
+    world_size = distributed.world_size()
+    return {
+        "world_size": world_size,
+        "global_batch_size": config.train.global_batch_size(world_size),
+        "max_steps": max_steps,
+        "manifest_digest": manifest_digest,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def save(engine: DeepSpeedEngine, config: Config, state: TrainState, facts: dict[str, Any]) -> None:
     """Writes a checkpoint of all ranks, then deletes the oldest beyond `checkpoint.keep_latest_k`."""
     folder, tag = config.run.dir / FOLDER, f"global_step{state.step}"
-    facts = asdict(state) | {
-        "world_size": distributed.world_size(),
-        "latent_size": config.model.latent_size,
-        "stage": config.train.stage,
-        "manifest_digest": manifest_digest,
-    }
-    # `latest` comes last, so that a checkpoint that is being written is never taken for a complete one.
-    engine.save_checkpoint(str(folder), tag=tag, client_state=facts, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=tag, client_state={"random": random_state()}, save_latest=False)
+    distributed.barrier()
     if distributed.is_main():
-        (folder / tag / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
-        latest = folder / "latest.new"
-        latest.write_text(tag)
-        latest.replace(folder / "latest")
-        for old in _tags(folder)[: -config.checkpoint.keep_latest_k]:
+        position = {"step": state.step, "position": state.position}
+        (folder / tag / "run.json").write_text(json.dumps(position | facts, indent=2) + "\n")
+        # `latest` comes last and at once, so that a checkpoint that is being written is never taken for a whole one.
+        mark = folder / "latest.new"
+        mark.write_text(tag)
+        mark.replace(folder / "latest")
+        tags = sorted(folder.glob("global_step*"), key=lambda path: int(path.name.removeprefix("global_step")))
+        for old in tags[: -config.checkpoint.keep_latest_k]:
             shutil.rmtree(old)
     distributed.barrier()
 
 
-def _tags(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first."""
-    return sorted(folder.glob("global_step*"), key=lambda path: int(path.name.removeprefix("global_step")))
+def random_state() -> dict[str, torch.Tensor]:
+    """This rank's random generators."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The last complete checkpoint of a run, if it has one."""
+    mark = run_dir / FOLDER / "latest"
+    return mark.parent / mark.read_text().strip() if mark.is_file() else None
 
 
 def find_latest(run_dir: Path) -> Path:
-    """The last complete checkpoint of a run.
+    """The last complete checkpoint of a run that must have one.
 
     Raises:
         CheckpointError: there is none.
     """
-    folder = run_dir / FOLDER
-    try:
-        return folder / (folder / "latest").read_text().strip()
-    except OSError as error:
+    found = latest(run_dir)
+    if found is None:
         raise CheckpointError(
-            f"there is no complete checkpoint ({folder}); allowed is the folder of a run that has saved one; "
+            f"there is no complete checkpoint ({run_dir / FOLDER}); allowed is the folder of a run that has saved one; "
             "give that run's run.dir, or run it first"
+        )
+    return found
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """run.json of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((checkpoint / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"run.json cannot be read ({checkpoint}): {error}; a checkpoint has the file that the run wrote; "
+            "put it back, or name another tag in `latest`"
         ) from error
+    return facts
+
+
+def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
+    """Loads everything; the next step is the one that would have come."""
+    client_state = _load(engine, checkpoint)
+    torch.set_rng_state(client_state["random"]["cpu"])
+    if "cuda" in client_state["random"]:
+        torch.cuda.set_rng_state(client_state["random"]["cuda"])
+    facts = read_facts(checkpoint)
+    return TrainState(step=facts["step"], position=facts["position"])
 
 
 def check_start(run_dir: Path, config: Config) -> None:
@@ -70,37 +111,39 @@ def check_start(run_dir: Path, config: Config) -> None:
         CheckpointError: no checkpoint, another number of ranks, or another latent_size.
     """
     checkpoint = find_latest(run_dir)
-    facts: dict[str, Any] = json.loads((checkpoint / "run.json").read_text())
+    facts = read_facts(checkpoint)
     if facts["world_size"] != distributed.world_size():
         raise CheckpointError(
             f"{checkpoint} was saved by {facts['world_size']} ranks, this run has {distributed.world_size()} "
             f"(run.init_from={run_dir}); the shards of a checkpoint fit the same number of ranks; "
             f"start {facts['world_size']} ranks"
         )
-    if facts["stage"] != "text" and facts["latent_size"] != config.model.latent_size:
+    stage, latent_size = facts["config"]["train"]["stage"], facts["config"]["model"]["latent_size"]
+    if stage != "text" and latent_size != config.model.latent_size:
         raise CheckpointError(
-            f"{checkpoint} was trained with latent_size {facts['latent_size']}, model.latent_size is "
-            f"{config.model.latent_size} (run.init_from={run_dir}); both must agree; "
-            f"set model.latent_size={facts['latent_size']}, or start from another run"
+            f"{checkpoint} was trained with latent_size {latent_size}, model.latent_size is {config.model.latent_size} "
+            f"(run.init_from={run_dir}); both must agree; set model.latent_size={latent_size}, or start from another "
+            "run"
         )
 
 
 def load_weights(engine: DeepSpeedEngine, run_dir: Path) -> None:
     """Loads the float32 masters of a run's last checkpoint, and nothing else of it: the optimizer starts anew."""
-    checkpoint = find_latest(run_dir)
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in _groups(engine)]
+    groups = engine.optimizer.optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     # DeepSpeed keeps ZeRO-3's weights with the optimizer's state, so both are loaded and the state is dropped.
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    _load(engine, find_latest(run_dir))
+    engine.optimizer.optimizer.state.clear()
+    for group, own in zip(engine.optimizer.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    engine.global_steps = engine.global_samples = engine.micro_steps = engine.skipped_steps = 0
+
+
+def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
+    loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise CheckpointError(
             f"the checkpoint cannot be loaded ({checkpoint}); its files must be those that the run wrote; "
             "start from another one"
         )
-    engine.optimizer.optimizer.state.clear()
-    for group, own in zip(_groups(engine), settings, strict=True):
-        group.update(own)
-    engine.global_steps = engine.global_samples = engine.micro_steps = engine.skipped_steps = 0
-
-
-def _groups(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
-    return engine.optimizer.optimizer.param_groups
+    return client_state

@@ -6,8 +6,9 @@ Every number has one owner. What DeepSpeed alone decides stands in `ds_configs/*
 """
 
 import difflib
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -33,6 +34,8 @@ class RunConfig(Section):
     """Seeds the order of the samples and torch."""
     init_from: Path | None = None
     """Folder of another run: its last checkpoint's weights replace those of `model.path` (stage 2 from stage 1)."""
+    resume: Literal["never", "auto"] = "never"
+    """`auto`: go on from the last checkpoint in `dir`, if there is one; `never`: `dir` must not hold a run."""
 
 
 class ModelConfig(Section):
@@ -67,7 +70,10 @@ class TrainConfig(Section):
     """The mathematics of the run. Steps are optimizer steps."""
 
     stage: Stage
-    max_steps: PositiveInt
+    max_steps: PositiveInt | None = None
+    """Set this or `epochs`."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data; the last step may reach into the next one."""
     micro_batch_size_per_gpu: PositiveInt = 1
     gradient_accumulation_steps: PositiveInt = 1
     lr: float = Field(default=1e-5, gt=0)
@@ -90,10 +96,20 @@ class TrainConfig(Section):
     """Weight of the latent loss (stage 1)."""
     log_freq: PositiveInt = 1
     """Steps between two lines on the console and two points in TensorBoard; metrics.jsonl has every step."""
+    deterministic: bool = False
+    """On GPUs, only kernels that give the same bits every time; slower. On CPUs a run is deterministic anyway."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step of which torch's profiler writes a trace into `run.dir`/profile, one file per rank."""
+
+    @model_validator(mode="after")
+    def _length_is_set_once(self) -> "TrainConfig":
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("the length of the run is set twice or not at all; set train.max_steps or train.epochs")
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainConfig":
-        if self.warmup_steps >= self.max_steps:
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps}, which leaves nothing of max_steps={self.max_steps}; "
                 "set train.warmup_steps below train.max_steps"
@@ -111,6 +127,22 @@ class TrainConfig(Section):
         """G: samples per optimizer step."""
         return self.micro_batch_size_per_gpu * self.gradient_accumulation_steps * world_size
 
+    def num_steps(self, num_samples: int, world_size: int) -> int:
+        """Steps of the whole run over a data set of `num_samples`.
+
+        Raises:
+            ConfigError: the epochs are over before the warm-up is.
+        """
+        if self.epochs is None:
+            return cast(int, self.max_steps)
+        steps = math.ceil(self.epochs * num_samples / self.global_batch_size(world_size))
+        if self.warmup_steps >= steps:
+            raise ConfigError(
+                f"train.warmup_steps is {self.warmup_steps}, and train.epochs={self.epochs} of {num_samples} samples "
+                f"make {steps} steps; the warm-up must be shorter; set train.warmup_steps or train.epochs"
+            )
+        return steps
+
 
 class CheckpointConfig(Section):
     """When the run is saved."""
@@ -119,6 +151,17 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; 0: only at the end."""
     keep_latest_k: PositiveInt = 2
     """Older checkpoints are deleted after a newer one is complete."""
+
+
+class EvaluationConfig(Section):
+    """The validation loss, on samples that are not trained on."""
+
+    shards: Path | None = None
+    """A folder that `mirage-data build` wrote; unset: no validation."""
+    interval: PositiveInt = 100
+    """Steps between two validations; one more comes after the last step."""
+    max_samples: PositiveInt = 256
+    """The first so many samples of the folder."""
 
 
 class DistributedConfig(Section):
@@ -138,6 +181,7 @@ class Config(Section):
     data: DataConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     distributed: DistributedConfig = DistributedConfig()
 
 

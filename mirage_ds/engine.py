@@ -148,14 +148,14 @@ def initialize(
     return engine
 
 
-def learning_rate(step: int, train: TrainConfig) -> float:
+def learning_rate(step: int, max_steps: int, train: TrainConfig) -> float:
     """The rate of optimizer step `step` (1-based).
 
     By default both ends count: the first step has lr / warmup_steps and the last one is above 0. `warmup_from_zero` is
     the reference's schedule, one step behind: the first step has lr 0.
     """
     done = step - 1 if train.warmup_from_zero else step
-    end = train.max_steps if train.warmup_from_zero else train.max_steps + 1
+    end = max_steps if train.warmup_from_zero else max_steps + 1
     if done < train.warmup_steps:
         return train.lr * done / train.warmup_steps
     if train.lr_decay == "constant":

@@ -7,7 +7,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -48,13 +48,20 @@ class StepSums:
 class Metrics:
     """Collects steps, and writes them when they are due. Every rank calls it; rank 0 writes."""
 
-    def __init__(self, run_dir: Path, *, global_batch_size: int, max_steps: int, log_freq: int) -> None:
+    def __init__(
+        self, run_dir: Path, *, global_batch_size: int, max_steps: int, log_freq: int, steps_done: int = 0
+    ) -> None:
+        """
+        Args:
+            steps_done: a run that goes on writes its later steps again, so what stands there of them is dropped.
+        """
         self.global_batch_size, self.max_steps, self.log_freq = global_batch_size, max_steps, log_freq
         self.pending: list[StepSums] = []
-        self.file = self.writer = None
+        self.file = self.validation_file = self.writer = None
         if distributed.is_main():
-            self.file = (run_dir / "metrics.jsonl").open("a")
-            self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+            self.file = _open_after(run_dir / "metrics.jsonl", steps_done)
+            self.validation_file = _open_after(run_dir / "validation.jsonl", steps_done)
+            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=steps_done + 1)
 
     def add(self, sums: StepSums) -> None:
         """Takes a step; every `log_freq` steps, and after the last one, writes what is pending."""
@@ -79,6 +86,16 @@ class Metrics:
             print(_console_line(record, self.max_steps), flush=True)
         self.pending.clear()
 
+    def add_validation(self, step: int, losses: dict[str, float]) -> None:
+        """Writes a validation, which every rank has agreed on already."""
+        if self.validation_file and self.writer:
+            hexadecimal = {"loss_hex": losses["loss"].hex()}
+            self.validation_file.write(json.dumps({"step": step} | losses | hexadecimal) + "\n")
+            self.validation_file.flush()
+            for name, value in losses.items():
+                self.writer.add_scalar(f"validation/{name}", value, step)
+            print(f"step {step:>5}/{self.max_steps} | validation loss {losses['loss']:.4f}", flush=True)
+
     def _record(self, sums: StepSums, total: list[float], end_s: float) -> dict[str, Any]:
         loss, ce_loss, latent_loss, grounded, tokens = total
         step_s = end_s - sums.started_s
@@ -101,9 +118,17 @@ class Metrics:
     def close(self) -> None:
         """Writes what is pending and closes the files."""
         self.flush()
-        if self.file and self.writer:
-            self.file.close()
-            self.writer.close()
+        for file in (self.file, self.validation_file, self.writer):
+            if file:
+                file.close()
+
+
+def _open_after(path: Path, step: int) -> TextIO:
+    """Opens a file of records for appending, behind those of steps up to `step`; a line cut short by a kill goes."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    return path.open("a")
 
 
 def _console_line(record: dict[str, Any], max_steps: int) -> str:

@@ -8,14 +8,14 @@ srun python -m mirage_ds.train RECIPE [section.key=value ...]
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from deepspeed import DeepSpeedEngine
 from transformers.utils import logging as transformers_logging
 
@@ -25,7 +25,7 @@ from mirage_ds.config import Config, load_config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.shards import ShardFolder, load_manifest
-from mirage_ds.data.stream import Share, make_loader
+from mirage_ds.data.stream import SampleReader, Share, make_loader
 from mirage_ds.engine import (
     DTYPES,
     choose_gather,
@@ -40,12 +40,17 @@ from mirage_ds.errors import ConfigError, DataError, MirageError
 from mirage_ds.metrics import Metrics
 from mirage_ds.model.backbone import Backbone, load_backbone
 from mirage_ds.model.mirage import MirageModel
+from mirage_ds.run import open_folder
 from mirage_ds.trainer import Trainer, TrainState
+from mirage_ds.validation import Validation
+
+Action = Callable[[TrainState], None]
+"""What follows each step, if it is due."""
 
 
 def train(config: Config) -> None:
     """The whole run, from configuration to last checkpoint."""
-    torch.manual_seed(config.run.seed)
+    prepare_torch(config)
     deepspeed_config = resolve_deepspeed_config(config)
     device = distributed.init(config.distributed.timeout_s)
     shards = load_manifest(config.data.shards)
@@ -55,9 +60,11 @@ def train(config: Config) -> None:
         latent_size=config.model.latent_size,
         cache_dir=config.model.cache_dir,
     )
-    start_run_folder(config)
+    max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     if config.run.init_from:
         checkpoint.check_start(config.run.init_from, config)
+    facts = checkpoint.describe(config, shards.digest, max_steps)
+    found = open_folder(config, facts)
 
     backbone = load_backbone(
         config.model.path,
@@ -79,16 +86,20 @@ def train(config: Config) -> None:
     gather = choose_gather(config.model, config.train.stage)
     mark_gather_units(model, gather)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
-    if config.run.init_from:
-        checkpoint.load_weights(engine, config.run.init_from)
-    describe(config, shards, model, backbone, gather, deepspeed_config["zero_optimization"])
+    state = load_state(engine, config, found)
+    if distributed.is_main():
+        print(describe(config, shards, model, backbone, max_steps))
+        zero = deepspeed_config["zero_optimization"]
+        print(
+            describe_gather(model, gather, zero["stage3_max_live_parameters"], DTYPES[config.train.dtype]), flush=True
+        )
 
-    state = TrainState()
     metrics = Metrics(
         config.run.dir,
         global_batch_size=config.train.global_batch_size(distributed.world_size()),
-        max_steps=config.train.max_steps,
+        max_steps=max_steps,
         log_freq=config.train.log_freq,
+        steps_done=state.step,
     )
     trainer = Trainer(
         engine,
@@ -96,32 +107,40 @@ def train(config: Config) -> None:
         config.train,
         metrics,
         state,
+        max_steps=max_steps,
         device=device,
         agree_on_passes=gather == "layer" and config.train.stage == "stage2",
-        after_step=partial(save_if_due, engine, config, shards.digest),
     )
-    trainer.train()
+    with profiler(config, state) as profile_step:
+        trainer.train(
+            after_step=[
+                validate_if_due(trainer, config, encoder),
+                save_if_due(engine, config, facts, max_steps),
+                profile_step,
+            ]
+        )
     metrics.close()
     distributed.shut_down()
 
 
-def start_run_folder(config: Config) -> None:
-    """Makes the run's folder and writes the resolved configuration into it.
+def prepare_torch(config: Config) -> None:
+    """Seeds, and on request only deterministic kernels."""
+    torch.manual_seed(config.run.seed)
+    if config.train.deterministic:
+        # cuBLAS reads it when it starts; https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
-    Raises:
-        ConfigError: on every rank, if the folder holds a run already.
-    """
-    taken = (config.run.dir / "metrics.jsonl").exists()
-    distributed.barrier()  # every rank has looked before rank 0 writes
-    if taken:
-        raise ConfigError(
-            f"the folder holds another run already (run.dir={config.run.dir}); a run needs a folder of its own; "
-            "set run.dir to a new one, or delete it"
-        )
-    if distributed.is_main():
-        config.run.dir.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        (config.run.dir / "config.yaml").write_text(resolved)
+
+def load_state(engine: DeepSpeedEngine, config: Config, found: Path | None) -> TrainState:
+    """Where the run stands: at a checkpoint of its own, or at its beginning, perhaps with another run's weights."""
+    if found is not None:
+        if distributed.is_main():
+            print(f"goes on from {found}", flush=True)
+        return checkpoint.resume(engine, found)
+    if config.run.init_from:
+        checkpoint.load_weights(engine, config.run.init_from)
+    return TrainState()
 
 
 def check_latent_ids(encoder: Encoder, backbone: Backbone, path: str) -> None:
@@ -161,32 +180,73 @@ def open_stream(
     return iter(loader)
 
 
-def save_if_due(engine: DeepSpeedEngine, config: Config, digest: str, state: TrainState) -> None:
+def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Action:
+    """Validates every `evaluation.interval` steps and after the last one, if there is a folder to validate on."""
+    if config.evaluation.shards is None:
+        return lambda state: None
+    shards, interval = load_manifest(config.evaluation.shards), config.evaluation.interval
+    read, align = SampleReader(shards), config.train.stage == "stage2"
+    validation = Validation(
+        trainer.engine,
+        trainer.num_passes,
+        lambda numbers: collate([encoder(read(number)) for number in numbers], align_latents=align),
+        num_samples=min(shards.num_samples, config.evaluation.max_samples),
+        micro_batch_size=config.train.micro_batch_size_per_gpu,
+        device=trainer.device,
+    )
+
+    def action(state: TrainState) -> None:
+        if state.step % interval == 0 or state.step == trainer.max_steps:
+            trainer.metrics.flush()
+            trainer.metrics.add_validation(state.step, validation.losses())
+
+    return action
+
+
+def save_if_due(engine: DeepSpeedEngine, config: Config, facts: dict[str, Any], max_steps: int) -> Action:
     """Saves every `checkpoint.interval` steps and after the last one."""
     interval = config.checkpoint.interval
-    if state.step == config.train.max_steps or (interval and state.step % interval == 0):
-        checkpoint.save(engine, config, state, digest)
+
+    def action(state: TrainState) -> None:
+        if state.step == max_steps or (interval and state.step % interval == 0):
+            checkpoint.save(engine, config, state, facts)
+
+    return action
 
 
-def describe(
-    config: Config, shards: ShardFolder, model: MirageModel, backbone: Backbone, gather: str, zero: dict[str, int]
-) -> None:
-    """Says at the start what will be computed, and how."""
-    if not distributed.is_main():
+@contextmanager
+def profiler(config: Config, state: TrainState) -> Iterator[Action]:
+    """Traces the steps `train.profile_steps` into RUN/profile/rank_N.json, for chrome://tracing or Perfetto."""
+    steps = config.train.profile_steps
+    if steps is None or state.step >= steps[0]:
+        yield lambda state: None
         return
+    folder = config.run.dir / "profile"
+    folder.mkdir(exist_ok=True)
+    schedule = torch.profiler.schedule(
+        skip_first=steps[0] - 1 - state.step, wait=0, warmup=0, active=steps[1] - steps[0] + 1, repeat=1
+    )
+    trace = torch.profiler.profile(
+        schedule=schedule,
+        on_trace_ready=lambda profile: profile.export_chrome_trace(f"{folder}/rank_{distributed.rank()}.json"),
+    )
+    with trace:
+        yield lambda state: trace.step()
+
+
+def describe(config: Config, shards: ShardFolder, model: MirageModel, backbone: Backbone, max_steps: int) -> str:
+    """What will be computed, for the start of the log."""
     train, ranks = config.train, distributed.world_size()
-    epochs = train.max_steps * train.global_batch_size(ranks) / shards.num_samples
+    size = train.global_batch_size(ranks)
     numel = {True: 0, False: 0}
     for parameter in model.parameters():
         numel[parameter.requires_grad] += whole_numel(parameter)
-    print(
+    return (
         f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
         f"{train.dtype}, attention {backbone.attention}, latent_size {config.model.latent_size}\n"
-        f"{shards.num_samples} samples; global batch {train.global_batch_size(ranks)} = {ranks} ranks x "
-        f"{train.micro_batch_size_per_gpu} x {train.gradient_accumulation_steps} accumulated; "
-        f"{train.max_steps} steps = {epochs:.1f} epochs\n"
-        f"{describe_gather(model, gather, zero['stage3_max_live_parameters'], DTYPES[train.dtype])}",
-        flush=True,
+        f"{shards.num_samples} samples; global batch {size} = {ranks} ranks x {train.micro_batch_size_per_gpu} x "
+        f"{train.gradient_accumulation_steps} accumulated; {max_steps} steps = "
+        f"{max_steps * size / shards.num_samples:.1f} epochs"
     )
 
 

@@ -1,7 +1,7 @@
 """The loop. Given an engine and an iterator of batches, it knows nothing of files or formats."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ class TrainState:
 
 
 class Trainer:
-    """Runs optimizer steps until `train.max_steps`."""
+    """Runs optimizer steps until `max_steps`."""
 
     def __init__(
         self,
@@ -34,28 +34,28 @@ class Trainer:
         metrics: Metrics,
         state: TrainState,
         *,
+        max_steps: int,
         device: torch.device,
         agree_on_passes: bool,
-        after_step: Callable[[TrainState], None] = lambda state: None,
     ) -> None:
         """
         Args:
             batches: this rank's micro-batches, endless.
             agree_on_passes: all ranks make the same number of latent passes; needed where ZeRO-3 gathers inside them.
-            after_step: saves a checkpoint when one is due.
         """
         self.engine, self.batches, self.train_config = engine, batches, train
         self.metrics, self.state, self.device = metrics, state, device
+        self.max_steps = max_steps
         self.agree_on_passes = agree_on_passes
-        self.after_step = after_step
         self.world_size = distributed.world_size()
         self.global_batch_size = train.global_batch_size(self.world_size)
 
-    def train(self) -> None:
-        """The whole run."""
-        while self.state.step < self.train_config.max_steps:
+    def train(self, after_step: Sequence[Callable[[TrainState], None]] = ()) -> None:
+        """The rest of the run; after each step, in order, what may be due then."""
+        while self.state.step < self.max_steps:
             self.train_step()
-            self.after_step(self.state)
+            for action in after_step:
+                action(self.state)
 
     def train_step(self) -> None:
         """One optimizer step over one global batch."""
@@ -85,7 +85,7 @@ class Trainer:
 
     def set_learning_rate(self) -> float:
         """Sets and returns the rate of the step that comes."""
-        lr = learning_rate(self.state.step + 1, self.train_config)
+        lr = learning_rate(self.state.step + 1, self.max_steps, self.train_config)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         return lr

@@ -23,7 +23,7 @@ Outcomes = Callable[[str], Outcome]
 
 def rates(steps: int, **settings: Any) -> list[float]:
     train = TrainConfig(stage="text", max_steps=steps, **({"lr": 1e-3, "warmup_steps": 2} | settings))
-    return [learning_rate(step, train) for step in range(1, steps + 1)]
+    return [learning_rate(step, steps, train) for step in range(1, steps + 1)]
 
 
 @cache

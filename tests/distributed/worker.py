@@ -121,14 +121,14 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
         config.train,
         metrics,
         TrainState(),
+        max_steps=case.steps,
         device=device,
         agree_on_passes=gather == "layer" and case.stage == "stage2",
-        after_step=lambda state: gathered.append(take_gathered_bytes()),
     )
     take_gathered_bytes()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         whole_model = take_gathered_bytes()
-    trainer.train()
+    trainer.train(after_step=[lambda state: gathered.append(take_gathered_bytes())])
     metrics.close()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         norms = {name: parameter.norm().item() for name, parameter in backbone.hf.named_parameters()}

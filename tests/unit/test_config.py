@@ -36,7 +36,8 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
         ("train.lr=fast", r"train\.lr: .*number.*got 'fast'"),
         ("train.lr=-1", r"train\.lr: .*greater than 0.*got -1"),
         ("train.micro_batch_size_per_gpu=0", r"train\.micro_batch_size_per_gpu: .*greater than 0"),
-        ("train.max_steps=null", r"train\.max_steps: .*integer.*got None"),
+        ("train.max_steps=null", r"train: the length of the run is set twice or not at all; set train\.max_steps or"),
+        ("train.epochs=2", r"train: the length of the run is set twice"),
         ("train.warmup_steps=500", r"warmup_steps is 500.*set train\.warmup_steps below train\.max_steps"),
         ("train", r"override is not understood .*section\.key=value"),
         ("train.lr.peak=1", r"lr is not a section"),
@@ -68,7 +69,7 @@ def test_loss_weights_follow_the_stage_unless_set() -> None:
 
 def rates(**settings: object) -> list[float]:
     train = TrainConfig(stage="text", max_steps=6, warmup_steps=2, lr=1e-3, **settings)
-    return [learning_rate(step, train) for step in range(1, 7)]
+    return [learning_rate(step, 6, train) for step in range(1, 7)]
 
 
 def test_learning_rates() -> None:

@@ -17,8 +17,9 @@ LAYERS = (
     ("data", "ops"),
     ("model",),
     ("engine", "metrics", "preset"),
-    ("trainer",),
+    ("trainer", "validation"),
     ("checkpoint",),
+    ("run",),
     ("train", "cli"),
 )
 

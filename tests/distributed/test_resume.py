@@ -1,0 +1,110 @@
+"""A run that was killed goes on as if nothing had happened: the same bits, on 2 ranks, by real SIGKILLs."""
+
+import hashlib
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import launching
+import psutil
+import pytest
+import torch
+from generated_rows import write_rows
+
+from data_tools.build import build
+from mirage_ds.preset import write_tiny
+
+ROOT = Path(__file__).parents[2]
+STEPS, INTERVAL, KILLED_AFTER = 9, 4, 6
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and shards."""
+    folder = tmp_path_factory.mktemp("resume")
+    rows = write_rows(folder / "rows", 10)
+    write_tiny(rows, folder / "model", seed=0)
+    build(rows, folder / "shards", maxcount=4, maxsize=10**9)
+    return folder
+
+
+def command(ground: Path, stage: str, name: str, *more: str) -> list[str]:
+    return [
+        "--module",
+        "mirage_ds.train",
+        str(ROOT / "launch" / "recipes" / "tiny-stage1.yaml"),
+        f"train.stage={stage}",
+        f"model.path={ground / 'model'}",
+        f"data.shards={ground / 'shards'}",
+        f"run.dir={ground / name}",
+        f"train.max_steps={STEPS}",
+        f"checkpoint.interval={INTERVAL}",
+        f"evaluation.shards={ground / 'shards'}",
+        f"evaluation.interval={INTERVAL}",
+        "evaluation.max_samples=5",
+        *more,
+    ]
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def kill_after(process: Any, metrics: Path, step: int, log: Path) -> None:
+    """SIGKILL to the launcher and everything that it started, as soon as `step` is done."""
+    deadline = time.monotonic() + 120
+    while not any(record["step"] >= step for record in records(metrics)):
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
+    launcher = psutil.Process(process.pid)
+    for victim in [launcher, *launcher.children(recursive=True)]:
+        victim.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def final_weights(run_dir: Path) -> str:
+    """sha256 of the float32 masters and the optimizer's moments in the last checkpoint."""
+    digest = hashlib.sha256()
+    for file in sorted((run_dir / "checkpoints" / f"global_step{STEPS}").glob("*_optim_states.pt")):
+        state = torch.load(file, weights_only=False)["optimizer_state_dict"]
+        moments = [value for group in state["optimizer_state_dict"]["state"].values() for value in group.values()]
+        for tensor in [*state["fp32_flat_groups"], *moments]:
+            digest.update(torch.as_tensor(tensor).detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_killed_and_resumed_is_the_run_that_was_never_stopped(ground: Path, stage: str) -> None:
+    whole, killed = f"{stage}-whole", f"{stage}-killed"
+    log = ground / f"{stage}.log"
+    straight = launching.start(2, *command(ground, stage, whole), log=ground / f"{whole}.log")
+    stopped = launching.start(2, *command(ground, stage, killed, "run.resume=auto"), log=log)
+    kill_after(stopped, ground / killed / "metrics.jsonl", KILLED_AFTER, log)
+    launching.finish(straight, ground / f"{whole}.log", timeout_s=200)
+    again = launching.start(2, *command(ground, stage, killed, "run.resume=auto", "data.num_workers=0"), log=log)
+    text = launching.finish(again, log, timeout_s=200)
+    assert f"goes on from {ground / killed}/checkpoints/global_step{INTERVAL}" in text
+    assert "changed since the last start: data.num_workers: 1 -> 0" in text
+
+    expected, got = (records(ground / name / "metrics.jsonl") for name in (whole, killed))
+    assert [record["step"] for record in got] == list(range(1, STEPS + 1))
+    for ours, reference in zip(got, expected, strict=True):
+        assert (ours["loss_hex"], ours["position"]) == (reference["loss_hex"], reference["position"])
+    for ours, reference in zip(*(records(ground / name / "validation.jsonl") for name in (killed, whole)), strict=True):
+        assert ours == reference
+    assert final_weights(ground / killed) == final_weights(ground / whole)
+
+
+def test_a_change_of_the_mathematics_is_refused(ground: Path, tmp_path: Path) -> None:
+    """On every rank, with one message. Needs the run of the test above; tests/unit/test_run.py has more changes."""
+    log = tmp_path / "log"
+    more = ("run.resume=auto", "train.lr=0.5")
+    process = launching.start(2, *command(ground, "stage1", "stage1-whole", *more), log=log)
+    assert process.wait(timeout=120) != 0
+    text = log.read_text()
+    assert text.count("train.lr: 0.001 -> 0.5") == 1
+    assert "Traceback" not in text
