@@ -1,7 +1,7 @@
 """Where collate puts things: alignment, padding, places and weights, against what each sample says of itself."""
 
 import torch
-from random_samples import random_sample, ragged_batch
+from random_samples import ragged_batch, random_sample
 
 from mirage_ds.data.collate import collate
 
