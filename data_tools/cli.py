@@ -1,21 +1,63 @@
-"""The `mirage-data` command: `mirage-data build --input rows.jsonl --output SHARDS`."""
+"""The `mirage-data` command: `mirage-data make-vsp | build`."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from data_tools import vsp
 from data_tools.build import build as build_shards
 from mirage_ds.errors import MirageError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+class Style(StrEnum):
+    """Which task."""
+
+    PLANNING = "planning"
+    REASONING = "reasoning"
+
+
+class PromptLength(StrEnum):
+    """Which of the two wordings of the question."""
+
+    LONG = "long"
+    SHORT = "short"
+
+
 @app.callback()
 def root() -> None:
     """Prepares data for mirage_ds, offline."""
+
+
+@app.command()
+def make_vsp(
+    output: Annotated[Path, typer.Option(help="New folder for train.jsonl, test.jsonl and images.")],
+    num_train: Annotated[int, typer.Option(min=1, help="Training rows, each with a map of its own.")],
+    num_test: Annotated[int, typer.Option(min=1, help="Test rows, with maps that no training row of any run has.")],
+    levels: Annotated[str, typer.Option(help="Cells per side: one size, or the smallest and the largest.")] = "3-6",
+    cell_px: Annotated[int, typer.Option(min=8, help="Side of a cell in pixels; 28 gives one token per cell.")] = 64,
+    style: Annotated[Style, typer.Option(help="Find a way, or judge a plan.")] = Style.PLANNING,
+    prompt: Annotated[PromptLength, typer.Option(help="Wording of the question.")] = PromptLength.LONG,
+    seed: Annotated[int, typer.Option(help="Decides maps and plans.")] = 0,
+) -> None:
+    """Makes spatial tasks on FrozenLake maps, with helper images and answers."""
+    with Console(stderr=True).status("drawing maps"):
+        vsp.make_vsp(
+            output,
+            levels=vsp.parse_levels(levels),
+            num_train=num_train,
+            num_test=num_test,
+            cell_px=cell_px,
+            style=style.value,
+            prompt=prompt.value,
+            seed=seed,
+        )
+    typer.echo(f"wrote {num_train} training rows and {num_test} test rows to {output}")
 
 
 @app.command()

@@ -64,6 +64,14 @@ class DataConfig(Section):
     """A folder that `mirage-data build` wrote."""
     num_workers: int = Field(default=2, ge=0)
     """Processes per rank that read and encode; 0: in the trainer itself."""
+    min_pixels: PositiveInt | None = None
+    """Smaller images are scaled up to so many pixels; unset: what the model folder says."""
+    max_pixels: PositiveInt | None = None
+    """Larger images are scaled down to so many pixels; unset: what the model folder says."""
+    system_turn: bool = True
+    """Begin with the system turn that the chat template writes by itself ("You are a helpful assistant.")."""
+    max_length: PositiveInt | None = None
+    """Tokens that a sample may have; a longer one is an error with its key, never cut. Unset: no limit."""
 
 
 class TrainConfig(Section):

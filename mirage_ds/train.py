@@ -58,6 +58,10 @@ def train(config: Config) -> None:
         config.model.path,
         stage=config.train.stage,
         latent_size=config.model.latent_size,
+        system_turn=config.data.system_turn,
+        max_length=config.data.max_length,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
         cache_dir=config.model.cache_dir,
     )
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())

@@ -71,14 +71,30 @@ def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrained
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def load_encoder(model_path: str, *, stage: Stage, latent_size: int, cache_dir: Path | None = None) -> "Encoder":
-    """The encoder for a model folder or hub id.
+def load_encoder(
+    model_path: str,
+    *,
+    stage: Stage,
+    latent_size: int,
+    system_turn: bool = True,
+    max_length: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    cache_dir: Path | None = None,
+) -> "Encoder":
+    """The encoder for a model folder or hub id; the arguments are those of `Encoder` and `ImageProcessor.load`.
 
     Raises:
         ConfigError: the folder lacks the tokenizer, its chat template, a special token, or the image processor.
     """
-    tokenizer = load_tokenizer(model_path, cache_dir)
-    return Encoder(tokenizer, ImageProcessor.load(model_path, cache_dir), stage=stage, latent_size=latent_size)
+    return Encoder(
+        load_tokenizer(model_path, cache_dir),
+        ImageProcessor.load(model_path, cache_dir, min_pixels=min_pixels, max_pixels=max_pixels),
+        stage=stage,
+        latent_size=latent_size,
+        system_turn=system_turn,
+        max_length=max_length,
+    )
 
 
 def train_text(
@@ -89,6 +105,7 @@ def train_text(
     num_input_images: int,
     num_helper_images: int,
     latents: bool = True,
+    system_turn: bool = True,
 ) -> str:
     """The whole conversation, with one <|image_pad|> for each image and each latent block."""
     if not latents:
@@ -97,16 +114,37 @@ def train_text(
         answer = answer.replace(OUTPUT_IMAGE_TAG, LATENT_BLOCK)
     else:
         answer = LATENT_BLOCK * num_latent_blocks(answer, num_helper_images) + answer
-    return _render(tokenizer, [_user_turn(question, num_input_images), {"role": "assistant", "content": answer}])
+    messages = [_user_turn(question, num_input_images), {"role": "assistant", "content": answer}]
+    return _render(tokenizer, messages, system_turn)
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, *, num_input_images: int) -> str:
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, question: str, *, num_input_images: int, system_turn: bool = True
+) -> str:
     """The conversation as decoding starts it: `train_text` up to and including <|im_start|>assistant."""
-    return _render(tokenizer, [_user_turn(question, num_input_images)]) + ASSISTANT_MARKER
+    return _render(tokenizer, [_user_turn(question, num_input_images)], system_turn) + ASSISTANT_MARKER
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
-    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], system_turn: bool) -> str:
+    """The messages in the template's words, with or without the system turn that it writes before the first one.
+
+    The template has no switch for it; but what follows another conversation has none. So that is put in front and
+    taken away again.
+
+    Raises:
+        ConfigError: the template writes earlier turns otherwise when later ones follow.
+    """
+    if system_turn:
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+    other = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    before = cast(str, tokenizer.apply_chat_template(other, tokenize=False))
+    whole = cast(str, tokenizer.apply_chat_template(other + messages, tokenize=False))
+    if not whole.startswith(before):
+        raise ConfigError(
+            f"the chat template cannot leave out its system turn ({tokenizer.name_or_path}): it must write earlier "
+            "turns alike whatever follows; set data.system_turn=true, or use Qwen2.5-VL's template"
+        )
+    return whole.removeprefix(before)
 
 
 def _user_turn(question: str, num_images: int) -> dict[str, Any]:
@@ -190,12 +228,21 @@ class Encoder:
         *,
         stage: Stage,
         latent_size: int,
+        system_turn: bool = True,
+        max_length: int | None = None,
     ) -> None:
+        """
+        Args:
+            system_turn: begin with the system turn that the chat template writes by itself.
+            max_length: tokens that a sample may have; None: any number.
+        """
         self.ids = TokenIds.of(tokenizer)
         self._tokenizer = tokenizer
         self._image_processor = image_processor
         self._stage = stage
         self._latent_size = latent_size
+        self._system_turn = system_turn
+        self._max_length = max_length
         self._marker = self._tokenize(ASSISTANT_MARKER)
         self._check_template()
 
@@ -212,6 +259,7 @@ class Encoder:
         pixel_values_latent, grid_thw_latent = self._patches(helper_images, f"{sample.key}.helper")
         self._check_helpers(grid_thw_latent, sample.key)
         input_ids = self._input_ids(sample, self._image_processor.num_merged(grid_thw))
+        self._check_length(len(input_ids), sample.key)
         prompt_length = find_prompt_length(input_ids, self._marker)
         image_mask = input_ids == self.ids.image_pad
         return EncodedSample(
@@ -231,7 +279,7 @@ class Encoder:
 
     def _check_template(self) -> None:
         """A template for text alone would drop the images without a word."""
-        text = train_text(self._tokenizer, IMAGE_TAG, OUTPUT_IMAGE_TAG, num_input_images=1, num_helper_images=1)
+        text = self._train_text(IMAGE_TAG, OUTPUT_IMAGE_TAG, 1, 1, latents=True)
         if [text.count(part) for part in (IMAGE_BLOCK, ASSISTANT_MARKER, LATENT_BLOCK)] != [1, 1, 1]:
             raise ConfigError(
                 f"the chat template turns an image and an answer into {text!r} ({self._tokenizer.name_or_path}); it "
@@ -255,19 +303,36 @@ class Encoder:
                     "smaller latent_size"
                 )
 
+    def _check_length(self, length: int, key: str) -> None:
+        if self._max_length is not None and length > self._max_length:
+            raise DataError(
+                f"the sample has {length} tokens ({key}); data.max_length allows {self._max_length}; raise it, make "
+                "the images smaller with data.max_pixels, or leave the sample out"
+            )
+
     def _patches(self, images: Sequence[bytes], where: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self._image_processor([decode(data, f"{where}_{number}") for number, data in enumerate(images)])
 
     def _input_ids(self, sample: Sample, num_merged: Sequence[int]) -> torch.Tensor:
-        text = train_text(
-            self._tokenizer,
+        text = self._train_text(
             sample.text_input,
             sample.text_output,
-            num_input_images=len(sample.input_images),
-            num_helper_images=len(sample.helper_images),
+            len(sample.input_images),
+            len(sample.helper_images),
             latents=self._stage != "text",
         )
         return expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
+
+    def _train_text(self, question: str, answer: str, num_inputs: int, num_helpers: int, *, latents: bool) -> str:
+        return train_text(
+            self._tokenizer,
+            question,
+            answer,
+            num_input_images=num_inputs,
+            num_helper_images=num_helpers,
+            latents=latents,
+            system_turn=self._system_turn,
+        )
 
     def _tokenize(self, text: str) -> torch.Tensor:
         return torch.tensor(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)

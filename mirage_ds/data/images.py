@@ -36,19 +36,38 @@ class ImageProcessor:
         self.patch_dim: int = 3 * processor.temporal_patch_size * processor.patch_size**2
 
     @classmethod
-    def load(cls, model_path: str, cache_dir: Path | None = None) -> "ImageProcessor":
+    def load(
+        cls,
+        model_path: str,
+        cache_dir: Path | None = None,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> "ImageProcessor":
         """Reads preprocessor_config.json of a model folder or hub id.
 
+        Args:
+            min_pixels: smaller images are scaled up to it, instead of to the folder's limit.
+            max_pixels: larger images are scaled down to it, instead of to the folder's limit.
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is none, or the limits contradict each other.
         """
         try:
-            return cls(Qwen2VLImageProcessorPil.from_pretrained(model_path, cache_dir=cache_dir))
+            processor = Qwen2VLImageProcessorPil.from_pretrained(model_path, cache_dir=cache_dir)
         except OSError as error:
             raise ConfigError(
                 f"no image processor ({model_path}): {error}; a model folder has preprocessor_config.json; name a "
                 "folder that `mirage init` or `mirage export` wrote, or a hub id"
             ) from error
+        smallest = min_pixels or processor.size["shortest_edge"]
+        largest = max_pixels or processor.size["longest_edge"]
+        if smallest > largest:
+            raise ConfigError(
+                f"images must have at least {smallest} and at most {largest} pixels (data.min_pixels, data.max_pixels, "
+                f"or where they are unset {model_path}); the first may not be above the second; set both"
+            )
+        processor.size = {"shortest_edge": smallest, "longest_edge": largest}
+        return cls(processor)
 
     def __call__(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns patches [P, patch_dim] float32 of all images and their grids [N, 3] int64 (time, height, width)."""

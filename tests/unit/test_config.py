@@ -39,6 +39,8 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
         ("train.max_steps=null", r"train: the length of the run is set twice or not at all; set train\.max_steps or"),
         ("train.epochs=2", r"train: the length of the run is set twice"),
         ("train.warmup_steps=500", r"warmup_steps is 500.*set train\.warmup_steps below train\.max_steps"),
+        ("data.max_pixels=0", r"data\.max_pixels: .*greater than 0"),
+        ("data.max_length=-5", r"data\.max_length: .*greater than 0"),
         ("train", r"override is not understood .*section\.key=value"),
         ("train.lr.peak=1", r"lr is not a section"),
         ("train.betas=[", r"not YAML"),

@@ -13,7 +13,7 @@ SOURCES = sorted(path for folder in ("mirage_ds", "data_tools") for path in (ROO
 # A room may import from its own layer and from those above it in this list, and from nothing below.
 LAYERS = (
     ("errors", "tokens"),
-    ("config", "batch", "distributed"),
+    ("config", "batch", "distributed", "tasks"),
     ("data", "ops"),
     ("model",),
     ("engine", "metrics", "preset"),
@@ -55,11 +55,12 @@ def test_import_order(path: Path) -> None:
         assert layer(other) <= layer(own), f"{own} imports {other}"
         assert {own, other} != {"data", "model"}
         assert {own, other} != {"data", "ops"}
+        assert own != "tasks" or other == "errors"
     assert not any(module.split(".")[0] in ("data_tools", "launch") for module in imports(path))
 
 
-def test_data_tools_import_only_the_formats() -> None:
-    allowed = {"errors", "tokens", "data"}
+def test_data_tools_import_only_formats_and_rules() -> None:
+    allowed = {"errors", "tokens", "data", "tasks"}
     for path in (ROOT / "data_tools").rglob("*.py"):
         modules = [module for module in imports(path) if module.startswith("mirage_ds.")]
         assert {room(module) for module in modules} <= allowed, path

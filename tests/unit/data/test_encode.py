@@ -146,6 +146,66 @@ def test_training_begins_with_the_prompt(tiny_tokenizer: PreTrainedTokenizerBase
     assert text.partition(ASSISTANT_MARKER)[:2] == (prompt.removesuffix(ASSISTANT_MARKER), ASSISTANT_MARKER)
 
 
+SYSTEM_TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("question", [QUESTION, "No slot", "<image><output_image>"])
+def test_without_the_system_turn_the_text_is_the_same_but_for_it(
+    tiny_tokenizer: PreTrainedTokenizerBase, question: str
+) -> None:
+    def texts(system_turn: bool) -> list[str]:
+        prompt = prompt_text(tiny_tokenizer, question, num_input_images=2, system_turn=system_turn)
+        train = train_text(
+            tiny_tokenizer, question, ANSWER, num_input_images=2, num_helper_images=1, system_turn=system_turn
+        )
+        return [prompt, train]
+
+    assert [SYSTEM_TURN + text for text in texts(False)] == texts(True)
+
+
+def test_the_encoder_leaves_the_system_turn_out(tmp_path: Path, rows: Path) -> None:
+    write_tiny(rows, tmp_path / "tiny", seed=0)
+    with_turn, without = (
+        load_encoder(str(tmp_path / "tiny"), stage="stage1", latent_size=K, system_turn=turn)(make_sample())
+        for turn in (True, False)
+    )
+    tokenizer = load_tokenizer(str(tmp_path / "tiny"))
+    removed = tokenizer(SYSTEM_TURN, add_special_tokens=False)["input_ids"]
+    assert with_turn.input_ids.tolist() == removed + without.input_ids.tolist()
+    assert torch.equal(with_turn.labels[len(removed) :], without.labels)
+    assert torch.equal(with_turn.position_ids[:, len(removed) :] - len(removed), without.position_ids)
+
+
+def test_a_template_without_a_system_turn_of_its_own(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("loop.first and", "false and")
+    text = prompt_text(tokenizer, "Q", num_input_images=0)
+    assert text == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant"
+    assert prompt_text(tokenizer, "Q", num_input_images=0, system_turn=False) == text
+
+
+def test_a_template_that_writes_earlier_turns_otherwise_is_refused(
+    tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    with pytest.raises(ConfigError, match="cannot leave out its system turn"):
+        Encoder(tokenizer, image_processor, stage="text", latent_size=K, system_turn=False)
+
+
+def test_a_longer_sample_is_refused_with_its_key(
+    tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
+) -> None:
+    def encode(max_length: int | None) -> int:
+        encoder = Encoder(tiny_tokenizer, image_processor, stage="stage2", latent_size=K, max_length=max_length)
+        return len(encoder(make_sample()).input_ids)
+
+    length = encode(None)
+    assert encode(length) == length
+    with pytest.raises(DataError, match=rf"{length} tokens \(shard/k\); data.max_length allows {length - 1}"):
+        encode(length - 1)
+
+
 def test_a_template_that_drops_images_is_refused(
     tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
 ) -> None:

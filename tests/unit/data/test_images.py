@@ -1,10 +1,13 @@
 """Pixels against Pillow and numpy alone: what reaches the tower depends on the image bytes and on nothing installed."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from generated_rows import image_bytes
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mirage_ds.data.images import ImageProcessor, decode
 from mirage_ds.errors import ConfigError
@@ -68,3 +71,39 @@ def test_no_images(image_processor: ImageProcessor) -> None:
 def test_a_folder_without_processor_is_named(tmp_path: object) -> None:
     with pytest.raises(ConfigError, match=f"no image processor .{tmp_path}"):
         ImageProcessor.load(str(tmp_path))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """Limits as in Qwen2.5-VL's own folder."""
+    Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("limits", "small", "large"),
+    [
+        ({}, (56, 56), (280, 280)),
+        ({"min_pixels": 112 * 112}, (112, 112), (280, 280)),
+        ({"max_pixels": 140 * 140}, (56, 56), (140, 140)),
+        ({"min_pixels": 84 * 84, "max_pixels": 84 * 84}, (84, 84), (84, 84)),
+    ],
+)
+def test_limits_replace_those_of_the_folder(
+    folder: str, limits: dict[str, int], small: tuple[int, int], large: tuple[int, int]
+) -> None:
+    """Square images whose sides are multiples of 28 are resized to exactly the limit that they break."""
+    processor = ImageProcessor.load(folder, **limits)
+    for side, (width, height) in ((28, small), (280, large)):
+        image = decode(image_bytes((side, side), seed=3), "here")
+        patches, grid_thw = processor([image])
+        assert grid_thw.tolist() == [[1, height // 14, width // 14]]
+        resized = ImageProcessor.load(folder)([image.resize((width, height), Image.Resampling.BICUBIC)])[0]
+        torch.testing.assert_close(patches, resized, rtol=0, atol=1e-5)
+
+
+def test_limits_that_contradict_each_other(folder: str) -> None:
+    with pytest.raises(ConfigError, match=r"at least 785 and at most 784 pixels .data\.min_pixels, data\.max_pixels"):
+        ImageProcessor.load(folder, min_pixels=785, max_pixels=784)
+    with pytest.raises(ConfigError, match="at least 3136 and at most 784 pixels"):
+        ImageProcessor.load(folder, max_pixels=784)
