@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from mirage_ds import distributed
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError
+from mirage_ds.model.mirage import hf_name
 from mirage_ds.trainer import TrainState
 
 FOLDER = "checkpoints"
@@ -137,6 +139,26 @@ def load_weights(engine: DeepSpeedEngine, run_dir: Path) -> None:
     for group, own in zip(engine.optimizer.optimizer.param_groups, settings, strict=True):
         group.update(own)
     engine.global_steps = engine.global_samples = engine.micro_steps = engine.skipped_steps = 0
+
+
+def load_into(hf: torch.nn.Module, run_dir: Path) -> None:
+    """Puts the weights of a run's last checkpoint into a whole, unsharded model of transformers.
+
+    The optimizer's float32 masters are read, so that nothing is lost to bf16; no process group is needed.
+    """
+    checkpoint = find_latest(run_dir)
+    state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    weights = {hf_name(name): tensor for name, tensor in state.items()}
+    expected = dict(hf.named_parameters())  # a tied head is there once
+    if weights.keys() != expected.keys():
+        raise CheckpointError(
+            f"the checkpoint has other parameters than the model ({checkpoint}): "
+            f"{', '.join(sorted(weights.keys() ^ expected.keys()))[:400]}; both must be of one model; "
+            "load the model that the run was started with (model.path in its config.yaml)"
+        )
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(weights[name])
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:

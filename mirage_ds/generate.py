@@ -10,7 +10,7 @@ The reference decodes with `model` and 8 (transformers' generation/utils.py:3286
 53f26de), but moves all rows of a batch in and out of latent mode together, and may never end a second block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +18,8 @@ import torch
 from transformers import DynamicCache
 
 from mirage_ds.batch import Batch
+from mirage_ds.data.collate import collate
+from mirage_ds.data.encode import EncodedSample
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.model.targets import Tower, build_inputs_embeds
 from mirage_ds.tokens import TokenIds
@@ -44,6 +46,11 @@ class Decoder:
     max_new_tokens: int = 1024
     feed: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden
     """What becomes of the states [B, D] before they are fed back; for ablations."""
+
+    def answers(self, prompts: Sequence[EncodedSample], batch_size: int) -> Iterator[Generation]:
+        """Decodes prompts, `batch_size` at a time, in their order."""
+        for start in range(0, len(prompts), batch_size):
+            yield from self.generate(collate(prompts[start : start + batch_size], align_latents=True))
 
     @torch.inference_mode()
     def generate(self, batch: Batch) -> list[Generation]:

@@ -277,6 +277,43 @@ class Encoder:
             latent_size=self._latent_size,
         )
 
+    def prompt(self, sample: Sample) -> EncodedSample:
+        """Encodes a sample's question, with its input images, as decoding starts it.
+
+        Raises:
+            DataError: the question and its images do not fit together; it names the sample's key.
+        """
+        check_sample(sample, sample.key)
+        pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
+        text = prompt_text(
+            self._tokenizer,
+            sample.text_input,
+            num_input_images=len(sample.input_images),
+            system_turn=self._system_turn,
+        )
+        num_merged = self._image_processor.num_merged(grid_thw)
+        input_ids = expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
+        image_mask = input_ids == self.ids.image_pad
+        nothing, no_grid = self._patches((), "")
+        return EncodedSample(
+            key=sample.key,
+            input_ids=input_ids,
+            labels=torch.full_like(input_ids, IGNORE_INDEX),
+            position_ids=mrope_positions(image_mask, grid_thw, self._image_processor.merge_size),
+            image_mask=image_mask,
+            latent_mask=torch.zeros_like(image_mask),
+            prompt_length=len(input_ids),
+            pixel_values=pixel_values,
+            image_grid_thw=grid_thw,
+            pixel_values_latent=nothing,
+            image_grid_thw_latent=no_grid,
+            latent_size=self._latent_size,
+        )
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of emitted ids, without special tokens."""
+        return cast(str, self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def _check_template(self) -> None:
         """A template for text alone would drop the images without a word."""
         text = self._train_text(IMAGE_TAG, OUTPUT_IMAGE_TAG, 1, 1, latents=True)

@@ -16,6 +16,21 @@ from mirage_ds.model.losses import LossHead, latent_losses
 from mirage_ds.model.rollout import Rollout
 from mirage_ds.model.targets import Tower, build_inputs_embeds, latent_targets
 
+# MirageModel's names of parameters -> transformers', by their beginnings.
+HF_NAMES = {
+    "tower.visual.": "model.visual.",
+    "embed_tokens.": "model.language_model.embed_tokens.",
+    "rollout.layers.": "model.language_model.layers.",
+    "rollout.norm.": "model.language_model.norm.",
+    "rollout.head.own_weight": "lm_head.weight",
+}
+
+
+def hf_name(name: str) -> str:
+    """A parameter's name in transformers' model."""
+    prefix = next(prefix for prefix in HF_NAMES if name.startswith(prefix))
+    return HF_NAMES[prefix] + name.removeprefix(prefix)
+
 
 class Losses(NamedTuple):
     """Sums over the samples of a micro-batch of each sample's own mean, so that any cut of a global batch adds up."""
