@@ -16,7 +16,7 @@ LAYERS = (
     ("config", "batch", "distributed", "tasks"),
     ("data", "ops"),
     ("model",),
-    ("engine", "metrics", "preset"),
+    ("engine", "metrics", "preset", "pretrained"),
     ("trainer",),
     ("checkpoint",),
     ("train", "cli"),
