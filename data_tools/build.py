@@ -1,5 +1,6 @@
 """JSONL rows with image files -> tar shards that plain webdataset reads, with manifest and index."""
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,67 @@ from mirage_ds.data.sample import (
     to_members,
 )
 from mirage_ds.data.shards import IndexEntry, Manifest, Shard, new_folder
+from mirage_ds.errors import DataError
 
 SHARD_PATTERN = "shard-%06d.tar"
+REJECTS_NAME = "rejects.jsonl"
+NUM_REJECTS_NAMED = 5  # in the message
 
 
-def build(rows: Path, output: Path, *, maxcount: int, maxsize: int) -> Manifest:
+class Rejects:
+    """The rows that cannot be used: where, their own id, and why."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def __call__(self, where: str, row_id: Any, error: DataError) -> None:
+        self.lines.append({"where": where, "id": row_id, "reason": str(error)})
+
+    def check(self, max_rejects: int) -> None:
+        """Refuses more than `max_rejects`.
+
+        Raises:
+            DataError: it names the first few.
+        """
+        if len(self.lines) <= max_rejects:
+            return
+        named = "".join(f"\n  - {line['reason']}" for line in self.lines[:NUM_REJECTS_NAMED])
+        more = len(self.lines) - NUM_REJECTS_NAMED
+        raise DataError(
+            f"{len(self.lines)} rows cannot be used:{named}" + (f"\n  - and {more} more" if more > 0 else "") + "\n"
+            f"at most {max_rejects} may be left out (--max-rejects); mend them or allow more; nothing was written"
+        )
+
+    def write(self, folder: Path) -> None:
+        """Writes them to rejects.jsonl, which is there only if there are any."""
+        if self.lines:
+            (folder / REJECTS_NAME).write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+
+def build(
+    rows: Path, output: Path, *, maxcount: int, maxsize: int, max_rejects: int = 0
+) -> tuple[Manifest, list[dict[str, Any]]]:
     """Builds `output`, whole or not at all; the same rows and images give the same bytes.
 
     Args:
         rows: JSONL file; image paths are relative to its folder.
         maxcount: samples per shard at most.
         maxsize: bytes of members after which the next sample begins a new shard.
+        max_rejects: rows that may be left out because they cannot be used; they are listed in rejects.jsonl.
+    Returns:
+        the manifest, and the rows left out.
     Raises:
-        DataError: a bad row (it names file:line), or an output that is there already.
+        DataError: too many bad rows (it names file:line), no good one, or an output that is there already.
     """
+    rejects = Rejects()
     with new_folder(output) as folder:
-        facts = _write_shards(read_rows(rows), folder, maxcount, maxsize)
+        facts = _write_shards(_usable(rows, rejects), folder, maxcount, maxsize)
+        rejects.check(max_rejects)
+        if not facts:
+            raise DataError(
+                f"no row can be used ({rows}); shards need at least one; mend the rows; --max-rejects 0 names them"
+            )
+        rejects.write(folder)
         shards: list[Shard] = []
         places: list[dict[str, Any]] = []
         for number, path in enumerate(sorted(folder.glob("*.tar"))):
@@ -37,11 +83,22 @@ def build(rows: Path, output: Path, *, maxcount: int, maxsize: int) -> Manifest:
             places += [{"key": key, "shard": number, "offset": offset, "size": size} for key, offset, size in found]
             shards.append(describe_shard(path, len(found)))
         index = [IndexEntry(**place, **fact) for place, fact in zip(places, facts, strict=True)]
-        return write_manifest(folder, shards, index)
+        return write_manifest(folder, shards, index), rejects.lines
+
+
+def _usable(rows: Path, rejects: Rejects) -> Iterator[tuple[Sample, dict[str, Any]]]:
+    """The rows that can be used, each with its facts; the others go to `rejects`."""
+    for where, sample in read_rows(rows, rejects):
+        try:
+            facts = facts_of(sample, where)
+        except DataError as error:
+            rejects(where, sample.extra.get("id"), error)
+        else:
+            yield sample, facts
 
 
 def _write_shards(
-    samples: Iterable[tuple[str, Sample]], folder: Path, maxcount: int, maxsize: int
+    samples: Iterable[tuple[Sample, dict[str, Any]]], folder: Path, maxcount: int, maxsize: int
 ) -> list[dict[str, Any]]:
     """Writes the shards and returns what the index says of each sample, its place excepted."""
     # Imported here, as webdataset imports torch.
@@ -51,13 +108,18 @@ def _write_shards(
     # A constant mtime makes the bytes a function of the rows; % is the pattern's own character.
     pattern = f"{folder.absolute()}".replace("%", "%%") + f"/{SHARD_PATTERN}"
     with ShardWriter(pattern, maxcount=maxcount, maxsize=maxsize, encoder=False, mtime=0, verbose=0) as writer:
-        for where, sample in samples:
-            facts.append(_facts(sample, where))
+        for sample, fact in samples:
+            facts.append(fact)
             writer.write({"__key__": sample.key, **to_members(sample)})
     return facts
 
 
-def _facts(sample: Sample, where: str) -> dict[str, Any]:
+def facts_of(sample: Sample, where: str) -> dict[str, Any]:
+    """What the index says of a sample, its place excepted; all its images are decoded.
+
+    Raises:
+        DataError: an image that cannot be decoded; it names `where`.
+    """
     return {
         "input_sizes": list(_sizes(sample.input_images, f"{where}, image_input")),
         "helper_sizes": list(_sizes(sample.helper_images, f"{where}, image_output")),

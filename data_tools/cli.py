@@ -1,4 +1,4 @@
-"""The `mirage-data` command: `mirage-data make-vsp | build`."""
+"""The `mirage-data` command: `mirage-data make-vsp | build | check`."""
 
 import sys
 from enum import StrEnum
@@ -9,7 +9,9 @@ import typer
 from rich.console import Console
 
 from data_tools import vsp
+from data_tools.build import REJECTS_NAME
 from data_tools.build import build as build_shards
+from data_tools.check import check as check_shards
 from mirage_ds.errors import MirageError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -66,12 +68,30 @@ def build(
     output: Annotated[Path, typer.Option(help="New folder for shards, manifest and index.")],
     maxcount: Annotated[int, typer.Option(min=1, help="Samples per shard at most.")] = 10_000,
     maxsize: Annotated[int, typer.Option(min=1, help="Bytes after which a new shard begins.")] = 1_000_000_000,
+    max_rejects: Annotated[int, typer.Option(min=0, help="Rows that may be left out as unusable.")] = 0,
 ) -> None:
     """Turns rows and images into tar shards that plain webdataset reads."""
     with Console(stderr=True).status("building shards"):
-        manifest = build_shards(rows, output, maxcount=maxcount, maxsize=maxsize)
+        manifest, rejects = build_shards(rows, output, maxcount=maxcount, maxsize=maxsize, max_rejects=max_rejects)
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     typer.echo(f"wrote {manifest.num_samples} samples in {len(manifest.shards)} shards, {num_bytes} bytes, to {output}")
+    if rejects:
+        typer.echo(f"left out {len(rejects)} rows: see {output / REJECTS_NAME}")
+
+
+@app.command()
+def check(
+    shards: Annotated[Path, typer.Argument(help="A folder that `mirage-data build` wrote.")],
+) -> None:
+    """Reads a whole folder of shards and prints every fault. Exit code 1: there are some; 2: it is no such folder."""
+    num_faults = 0
+    with Console(stderr=True).status("checking shards"):
+        for fault in check_shards(shards):
+            num_faults += 1
+            typer.echo(fault)
+    typer.echo(f"{num_faults} faults in {shards}")
+    if num_faults:
+        raise typer.Exit(1)
 
 
 def main() -> None:

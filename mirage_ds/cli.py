@@ -1,4 +1,4 @@
-"""The `mirage` command: `mirage init --preset tiny --text rows.jsonl --output DIR`."""
+"""The `mirage` command: `mirage init --preset tiny --text rows.jsonl --output DIR`, `mirage init --from MODEL ...`."""
 
 import sys
 from enum import StrEnum
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mirage_ds.errors import MirageError
+from mirage_ds.errors import ConfigError, MirageError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -25,17 +25,34 @@ def root() -> None:
 
 @app.command()
 def init(
-    text: Annotated[Path, typer.Option(help="JSONL rows; their texts train the tokenizer.")],
     output: Annotated[Path, typer.Option(help="New folder for the model.")],
-    preset: Annotated[Preset, typer.Option(help="Which model to make.")] = Preset.TINY,
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    preset: Annotated[Preset | None, typer.Option(help="Make a small random model.")] = None,
+    text: Annotated[Path | None, typer.Option(help="With --preset: JSONL rows, for its tokenizer.")] = None,
+    seed: Annotated[int, typer.Option(help="With --preset: seed of the random weights.")] = 0,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Copy this Qwen2.5-VL (folder or hub id), with the latent tokens.")
+    ] = None,
+    processor_from: Annotated[
+        str | None, typer.Option(help="With --from: where tokenizer and image processor are if that model lacks them.")
+    ] = None,
 ) -> None:
-    """Writes a complete Hugging Face folder with a small random Qwen2.5-VL."""
+    """Writes a complete Hugging Face folder: a small random Qwen2.5-VL, or a copy of one with the latent tokens."""
     # Imported here, as torch and transformers take seconds that --help should not.
-    from mirage_ds.preset import write_tiny
+    if preset and text and not source and not processor_from:
+        from mirage_ds.preset import write_tiny
 
-    write_tiny(text, output, seed)
-    typer.echo(f"wrote a {preset} model to {output}")
+        write_tiny(text, output, seed)
+        typer.echo(f"wrote a {preset} model to {output}")
+    elif source and not preset and not text:
+        from mirage_ds.pretrained import copy_pretrained
+
+        copy_pretrained(source, output, processor_from)
+        typer.echo(f"wrote {source} with the latent tokens to {output}")
+    else:
+        raise ConfigError(
+            "the options do not name one model (on the command line); allowed is --preset with --text, or --from with "
+            "or without --processor-from; leave out the others"
+        )
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mirage_ds.data.sample import read_json_lines
 from mirage_ds.data.shards import new_folder
-from mirage_ds.model.backbone import random_model
+from mirage_ds.model.backbone import ROW_MULTIPLE, random_model
 from mirage_ds.tokens import END_OF_TEXT, IM_END, LATENT_TOKENS, TokenIds
 
 # In the order of the real vocabulary, where they are 151643 to 151664.
@@ -67,7 +67,6 @@ MIN_IMAGE_PIXELS = 3136
 MAX_IMAGE_PIXELS = 12845056
 
 MAX_BASE_VOCABULARY = 2048
-VOCABULARY_MULTIPLE = 64  # matrix products like it, and the real vocabularies have spare rows too
 
 
 def write_tiny(text: Path, output: Path, seed: int) -> None:
@@ -78,7 +77,7 @@ def write_tiny(text: Path, output: Path, seed: int) -> None:
     """
     tokenizer = train_tokenizer(_row_texts(text))
     ids = TokenIds.of(tokenizer)
-    vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    vocab_size = -(-len(tokenizer) // ROW_MULTIPLE) * ROW_MULTIPLE
     with new_folder(output) as folder:
         random_model(vocab_size, ids, seed).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -157,7 +157,8 @@ def check_latent_ids(encoder: Encoder, backbone: Backbone, path: str) -> None:
     if largest >= backbone.vocab_size:
         raise ConfigError(
             f"the latent token id {largest} has no embedding (model.path={path}): the model has {backbone.vocab_size} "
-            "rows; every id of the tokenizer must be below that; use a folder whose model has rows to spare"
+            "rows; every id of the tokenizer must be below that; set model.path to a folder with more of them, which "
+            f"`mirage init --from {path} --output FOLDER` writes"
         )
 
 

@@ -19,6 +19,7 @@ from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
     IGNORE_INDEX,
+    IM_START,
     IMAGE_PAD,
     LATENT_END,
     LATENT_START,
@@ -51,24 +52,40 @@ class EncodedSample:
 
 
 def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id; latent tokens that it lacks are added, in the reference's order.
+    """The tokenizer of a model folder or hub id, with the latent tokens.
+
+    A hub model has none: they are added behind its last token, in the reference's order, here and in `mirage init
+    --from` alike. Whether the model has rows for their ids is for whoever loads the model to check.
 
     Raises:
         ConfigError: there is no tokenizer, or it has no chat template.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no tokenizer ({model_path}): {error}; name a folder that `mirage init` or `mirage export` wrote, or a "
-            "hub id"
-        ) from error
+    tokenizer = read_tokenizer(model_path, cache_dir)
     if not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer has no chat template ({model_path}); Qwen2.5-VL's is needed; put chat_template.jinja there"
         )
     tokenizer.add_tokens(list(LATENT_TOKENS), special_tokens=True)
-    return cast(PreTrainedTokenizerBase, tokenizer)
+    return tokenizer
+
+
+def read_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id as it is.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    remedy = (
+        f"a model folder has one; name one that `mirage init` wrote, or take it from another folder with `mirage init "
+        f"--from {model_path} --processor-from FOLDER`"
+    )
+    try:
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model_path, cache_dir=cache_dir))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer ({model_path}): {error}; {remedy}") from error
+    if IM_START not in tokenizer.get_vocab():  # where the files are missing, transformers makes an empty one
+        raise ConfigError(f"no tokenizer of Qwen2.5-VL, as {IM_START} is not in it ({model_path}); {remedy}")
+    return tokenizer
 
 
 def load_encoder(

@@ -56,8 +56,9 @@ class ImageProcessor:
             processor = Qwen2VLImageProcessorPil.from_pretrained(model_path, cache_dir=cache_dir)
         except OSError as error:
             raise ConfigError(
-                f"no image processor ({model_path}): {error}; a model folder has preprocessor_config.json; name a "
-                "folder that `mirage init` or `mirage export` wrote, or a hub id"
+                f"no image processor ({model_path}): {error}; a model folder has preprocessor_config.json; name "
+                "one that `mirage init` wrote, or take it from another folder with `mirage init "
+                f"--from {model_path} --processor-from FOLDER`"
             ) from error
         smallest = min_pixels or processor.size["shortest_edge"]
         largest = max_pixels or processor.size["longest_edge"]

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ _SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"BM"
 _ROW_FIELDS = ("text_input", "text_output", "image_input", "image_output")
 _MEMBER = re.compile(r"(input|helper)_(0|[1-9]\d*)\.\w+")
 
+# Takes a bad row's file:line, its own id (None if it has none) and what is wrong with it.
+Reject = Callable[[str, Any, DataError], None]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -54,14 +57,25 @@ class Sample:
     extra: dict[str, Any] = field(default_factory=dict)  # the row's other fields, the user's own id among them
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Sample]]:
-    """Yields (file:line, sample) of a JSONL file; keys are running numbers. Empty lines are passed over.
+def read_rows(path: Path, reject: Reject | None = None) -> Iterator[tuple[str, Sample]]:
+    """Yields (file:line, sample) of a JSONL file; keys number the rows. Empty lines are passed over.
 
+    Args:
+        reject: told of each row that cannot be used, which is then passed over; without it the first one is an error.
     Raises:
         DataError: the file cannot be read or holds no row, or a row is not as `read_row` wants it.
     """
-    for number, (where, row) in enumerate(read_json_lines(path)):
-        yield where, read_row(row, key=f"{number:09d}", where=where, folder=path.parent)
+    for number, (where, line) in enumerate(_read_lines(path)):
+        row: dict[str, Any] = {}
+        try:
+            row = _parse_line(line, where)
+            sample = read_row(row, key=f"{number:09d}", where=where, folder=path.parent)
+        except DataError as error:
+            if reject is None:
+                raise
+            reject(where, row.get("id"), error)
+        else:
+            yield where, sample
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -70,13 +84,18 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         DataError: the file cannot be read, holds no line, or a line is not a JSON object in UTF-8.
     """
+    for where, line in _read_lines(path):
+        yield where, _parse_line(line, where)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     empty = True
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     empty = False
-                    yield f"{path}:{number}", _parse_line(line, f"{path}:{number}")
+                    yield f"{path}:{number}", line
     except OSError as error:
         raise DataError(f"cannot read the rows: {error.strerror} ({path}); name an existing JSONL file") from error
     if empty:

@@ -5,9 +5,11 @@ index.jsonl:   one line per sample with its place in the shards and facts that h
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +61,7 @@ class IndexEntry:
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """A folder whose manifest was read and whose shards are all there, in their full size."""
+    """A folder whose manifest was read."""
 
     path: Path
     manifest: Manifest
@@ -71,10 +73,22 @@ class ShardFolder:
 
 
 def load_manifest(folder: Path) -> ShardFolder:
-    """Reads manifest.json and checks that the shards are there.
+    """Reads manifest.json and checks that the shards are there, in their full size.
 
     Raises:
         DataError: no manifest, one of another version, a shard that is missing or of another size.
+    """
+    shards = read_manifest(folder)
+    for shard in shards.manifest.shards:
+        check_shard_size(folder, shard)
+    return shards
+
+
+def read_manifest(folder: Path) -> ShardFolder:
+    """Reads manifest.json and looks at nothing else.
+
+    Raises:
+        DataError: no manifest, a damaged one or one of another version.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -84,10 +98,7 @@ def load_manifest(folder: Path) -> ShardFolder:
             f"no {MANIFEST_NAME}: {error.strerror} ({path}); a data folder is what `mirage-data build` wrote; name "
             "such a folder or build one"
         ) from error
-    manifest = _parse_manifest(data, path)
-    for shard in manifest.shards:
-        _check_shard(folder / shard.name, shard)
-    return ShardFolder(folder, manifest, hashlib.sha256(data).hexdigest())
+    return ShardFolder(folder, _parse_manifest(data, path), hashlib.sha256(data).hexdigest())
 
 
 def _parse_manifest(data: bytes, path: Path) -> Manifest:
@@ -112,7 +123,13 @@ def _parse_manifest(data: bytes, path: Path) -> Manifest:
     return manifest
 
 
-def _check_shard(path: Path, shard: Shard) -> None:
+def check_shard_size(folder: Path, shard: Shard) -> None:
+    """Refuses a shard that was not copied whole.
+
+    Raises:
+        DataError: it is missing or of another size than the manifest says.
+    """
+    path = folder / shard.name
     found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
     if found != f"{shard.bytes} bytes":
         raise DataError(
@@ -135,6 +152,53 @@ def load_index(folder: ShardFolder) -> list[IndexEntry]:
         )
     # The digest vouches for the contents.
     return [IndexEntry(**json.loads(line)) for line in data.splitlines()]
+
+
+def read_range(path: Path, offset: int, size: int, where: str) -> bytes:
+    """The bytes of one sample in a shard, headers and padding included.
+
+    Raises:
+        DataError: the shard cannot be read or is too short; it names `where`.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise DataError(f"cannot read the shard: {error.strerror} ({where}); put {path} back in its place") from error
+    if len(data) != size:
+        raise DataError(
+            f"{len(data)} of {size} bytes from byte {offset} ({where}); the index wants them all; the shard changed "
+            "after the start: copy it again, or build again"
+        )
+    return data
+
+
+def parse_members(data: bytes, key: str, where: str) -> dict[str, bytes]:
+    """The members of one sample, {"json": ..., "input_0.png": ...}, from its range of a tar file.
+
+    As plain bytes: webdataset's decoders unpickle, which would run code from a data set.
+
+    Raises:
+        DataError: the range holds anything but regular files of this key, one after the other to its end.
+    """
+    members = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for info in tar:
+                stem, _, name = info.name.partition(".")
+                if not info.isreg() or stem != key or name in members:
+                    raise tarfile.TarError(f"unexpected member {info.name}")
+                # A regular member always has a stream.
+                members[name] = tar.extractfile(info).read()  # type: ignore[union-attr]
+            # tarfile takes a damaged header behind a good member for the end.
+            if tar.offset != len(data):
+                raise tarfile.TarError(f"damaged header at byte {tar.offset}")
+    except tarfile.TarError as error:
+        raise DataError(
+            f"damaged shard: {error} ({where}); the range holds the members of this key alone; copy the shard again, "
+            "or build again"
+        ) from error
+    return members
 
 
 @contextmanager

@@ -1,14 +1,7 @@
-"""Reads the byte ranges that the plan names from tar shards, in worker processes; endless.
+"""Reads the byte ranges that the plan names from tar shards, in worker processes; endless."""
 
-Members are parsed by `tarfile` as plain bytes: webdataset's decoders unpickle, which would run code from a data set.
-"""
-
-import io
-import os
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.data.plan import Plan, micro_batch_start
 from mirage_ds.data.sample import Sample, from_members
-from mirage_ds.data.shards import ShardFolder, load_index
+from mirage_ds.data.shards import ShardFolder, load_index, parse_members, read_range
 from mirage_ds.errors import ConfigError, DataError
 
 T = TypeVar("T")
@@ -42,47 +35,7 @@ class SampleReader:
         shard, offset, size = self._places[number].tolist()
         path, key = self._paths[shard], str(self._keys[number])
         where = f"{path.name}/{key}"
-        return from_members(where, parse_members(_read_range(path, offset, size, where), key, where))
-
-
-def _read_range(path: Path, offset: int, size: int, where: str) -> bytes:
-    try:
-        with path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), size, offset)
-    except OSError as error:
-        raise DataError(f"cannot read the shard: {error.strerror} ({where}); put {path} back in its place") from error
-    if len(data) != size:
-        raise DataError(
-            f"{len(data)} of {size} bytes from byte {offset} ({where}); the index wants them all; the shard changed "
-            "after the start: copy it again, or build again"
-        )
-    return data
-
-
-def parse_members(data: bytes, key: str, where: str) -> dict[str, bytes]:
-    """The members of one sample, {"json": ..., "input_0.png": ...}, from its range of a tar file.
-
-    Raises:
-        DataError: the range holds anything but regular files of this key, one after the other to its end.
-    """
-    members = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for info in tar:
-                stem, _, name = info.name.partition(".")
-                if not info.isreg() or stem != key or name in members:
-                    raise tarfile.TarError(f"unexpected member {info.name}")
-                # A regular member always has a stream.
-                members[name] = tar.extractfile(info).read()  # type: ignore[union-attr]
-            # tarfile takes a damaged header behind a good member for the end.
-            if tar.offset != len(data):
-                raise tarfile.TarError(f"damaged header at byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise DataError(
-            f"damaged shard: {error} ({where}); the range holds the members of this key alone; copy the shard again, "
-            "or build again"
-        ) from error
-    return members
+        return from_members(where, parse_members(read_range(path, offset, size, where), key, where))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from mirage_ds.errors import ConfigError
 from mirage_ds.tokens import TokenIds
 
+ROW_MULTIPLE = 64  # of embeddings and head: matrix products like it, and the real models have spare rows too
+
 
 @dataclass
 class Backbone:
@@ -110,23 +112,58 @@ def check_config(path: str, cache_dir: Path | None = None) -> None:
     Raises:
         ConfigError: says what is wrong.
     """
-    remedy = "set model.path to a Qwen2.5-VL folder or hub id"
+    remedy = "name a Qwen2.5-VL"
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the model cannot be loaded (model.path={path}): {error}; allowed is a Hugging Face folder or hub id; "
-            f"{remedy}"
+            f"the model cannot be loaded ({path}): {error}; allowed is a Hugging Face folder or hub id; {remedy}"
         ) from error
     if not isinstance(config, Qwen2_5_VLConfig):
-        raise ConfigError(
-            f"the model is a {config.model_type} (model.path={path}); only qwen2_5_vl can be trained; {remedy}"
-        )
+        raise ConfigError(f"the model is a {config.model_type} ({path}); only qwen2_5_vl can be trained; {remedy}")
     if "sliding_attention" in config.get_text_config().layer_types:
         raise ConfigError(
             f"the model uses sliding-window attention (use_sliding_window in {path}/config.json); only full attention "
             "is computed; set use_sliding_window to false there, as Qwen2.5-VL's own checkpoints have it"
         )
+
+
+def copy_model(path: str, folder: Path, ids: TokenIds, num_ids: int) -> None:
+    """Copies config, weights (as safetensors, bit for bit) and generation defaults of a folder or hub id.
+
+    Args:
+        ids: of the tokenizer that the copy will have.
+        num_ids: one more than that tokenizer's largest id; only if the model has fewer rows some are added, each the
+            mean of those that it has.
+
+    Raises:
+        ConfigError: weights are missing, or the tokenizer is another model's.
+    """
+    load: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained
+    model, loading = load(path, dtype="auto", output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigError(
+            f"{len(missing)} weights are missing, {missing[0]} for one ({path}); a model has all that its config.json "
+            "tells of; copy the folder again"
+        )
+    wanted, found = (ids.image_pad, ids.vision_start), (model.config.image_token_id, model.config.vision_start_token_id)
+    if wanted != found:
+        raise ConfigError(
+            f"the tokenizer has the ids {wanted} for image pads and starts, the model {found} ({path}); they must be "
+            "the same; take the tokenizer of this very model"
+        )
+    if num_ids > model.config.get_text_config().vocab_size:
+        _add_rows(model, num_ids)
+    model.save_pretrained(folder)
+
+
+def _add_rows(model: Any, num_rows: int) -> None:
+    """Brings embeddings and head to a multiple of ROW_MULTIPLE rows."""
+    old = model.config.get_text_config().vocab_size
+    model.resize_token_embeddings(num_rows, pad_to_multiple_of=ROW_MULTIPLE, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].float().mean(dim=0)
 
 
 def random_model(vocab_size: int, ids: TokenIds, seed: int) -> PreTrainedModel:

@@ -16,10 +16,12 @@ LAYERS = (
     ("config", "batch", "distributed", "tasks"),
     ("data", "ops"),
     ("model",),
-    ("engine", "metrics", "preset"),
+    ("engine", "metrics", "preset", "pretrained"),
     ("trainer", "validation"),
     ("checkpoint",),
     ("run",),
+    ("generate",),
+    ("evaluate",),
     ("train", "cli"),
 )
 

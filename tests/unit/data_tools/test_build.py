@@ -16,8 +16,8 @@ from generated_rows import image_bytes, make_row, write_jsonl, write_rows
 from data_tools import cli
 from data_tools.build import build
 from data_tools.manifest import scan_shard
-from mirage_ds.data.shards import load_index, load_manifest
-from mirage_ds.data.stream import SampleReader, parse_members
+from mirage_ds.data.shards import load_index, load_manifest, parse_members
+from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import DataError
 
 VSP_DIR = os.environ.get("MIRAGE_VSP_DIR", "")
@@ -50,7 +50,8 @@ def assert_webdataset_reads(rows: Path, shards: Path) -> None:
 
 def test_generated_rows_are_read_back_by_webdataset(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows")
-    manifest = build(rows, tmp_path / "shards", maxcount=4, maxsize=10**9)
+    manifest, rejects = build(rows, tmp_path / "shards", maxcount=4, maxsize=10**9)
+    assert rejects == []
     assert [shard.samples for shard in manifest.shards] == [4, 4, 2]
     assert_webdataset_reads(rows, tmp_path / "shards")
 
@@ -98,7 +99,7 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_maxsize_begins_new_shards(tmp_path: Path) -> None:
-    manifest = build(write_rows(tmp_path / "rows"), tmp_path / "shards", maxcount=10, maxsize=1)
+    manifest, _ = build(write_rows(tmp_path / "rows"), tmp_path / "shards", maxcount=10, maxsize=1)
     assert [shard.samples for shard in manifest.shards] == [1] * 10
 
 
@@ -162,6 +163,59 @@ def test_a_bad_row_is_named_and_nothing_is_left(tmp_path: Path, spoil: Callable[
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def spoiled_rows(folder: Path) -> Path:
+    """10 rows, of which 4 cannot be used, each for another reason."""
+    rows = write_rows(folder)
+    cut_off(folder / "images" / "1_1.png")
+    (folder / "images" / "4_0.png").unlink()
+    lines = rows.read_text().splitlines()
+    lines[6] = "{"
+    lines[8] = lines[8].replace("<output_image>", "<output_image><output_image>")
+    rows.write_text("".join(line + "\n" for line in lines))
+    return rows
+
+
+def test_bad_rows_are_left_out_listed_and_counted(tmp_path: Path) -> None:
+    rows = spoiled_rows(tmp_path / "rows")
+    manifest, rejects = build(rows, tmp_path / "shards", maxcount=4, maxsize=10**9, max_rejects=4)
+    assert manifest.num_samples == 6
+    listed = [json.loads(line) for line in (tmp_path / "shards" / "rejects.jsonl").read_text().splitlines()]
+    assert listed == rejects
+    places = [(line["where"], line["id"]) for line in listed]
+    assert places == [(f"{rows}:2", "row-1"), (f"{rows}:5", "row-4"), (f"{rows}:7", None), (f"{rows}:9", "row-8")]
+    reasons = ["the image cannot be decoded", "image_input cannot be read", "malformed JSON", "text_output has 2"]
+    for line, reason in zip(listed, reasons, strict=True):
+        assert reason in line["reason"]
+    # Keys say which row a sample was, and the good rows are as they would be without the bad ones.
+    entries = load_index(load_manifest(tmp_path / "shards"))
+    assert [entry.key for entry in entries] == [f"{number:09d}" for number in (0, 2, 3, 5, 7, 9)]
+    reader = SampleReader(load_manifest(tmp_path / "shards"))
+    assert [reader(place).extra["id"] for place in range(6)] == [f"row-{number}" for number in (0, 2, 3, 5, 7, 9)]
+
+
+def test_one_bad_row_too_many_leaves_nothing(tmp_path: Path) -> None:
+    rows = spoiled_rows(tmp_path / "rows")
+    with pytest.raises(DataError, match=r"(?s)4 rows cannot be used:.*rows.jsonl:2.*rows.jsonl:9.*at most 3 ") as error:
+        build(rows, tmp_path / "out" / "shards", maxcount=4, maxsize=10**9, max_rejects=3)
+    assert "more\n" not in str(error.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_first_few_of_many_are_named(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text_input": "Q"}] * 12)
+    with pytest.raises(DataError, match=r"(?s)12 rows cannot be used:.*rows.jsonl:5.*and 7 more\n") as error:
+        build(rows, tmp_path / "out" / "shards", maxcount=4, maxsize=10**9)
+    assert "rows.jsonl:6" not in str(error.value)
+    with pytest.raises(DataError, match="no row can be used"):
+        build(rows, tmp_path / "out" / "shards", maxcount=4, maxsize=10**9, max_rejects=12)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_without_bad_rows_there_is_no_list_of_them(tmp_path: Path) -> None:
+    build(write_rows(tmp_path / "rows"), tmp_path / "shards", maxcount=4, maxsize=10**9, max_rejects=9)
+    assert not (tmp_path / "shards" / "rejects.jsonl").exists()
+
+
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["mirage-data", *map(str, arguments)])
     cli.main()
@@ -176,6 +230,12 @@ def test_the_command_builds(
     assert exit_.value.code == 0
     assert capsys.readouterr().out.startswith("wrote 10 samples in 3 shards")
     assert load_manifest(tmp_path / "shards").num_samples == 10
+    rows = spoiled_rows(tmp_path / "spoiled")
+    for max_rejects, code in ((3, 2), (4, 0)):
+        with pytest.raises(SystemExit) as exit_:
+            run_cli(monkeypatch, "build", "--input", rows, "--output", tmp_path / "six", "--max-rejects", max_rejects)
+        assert exit_.value.code == code
+    assert f"left out 4 rows: see {tmp_path / 'six' / 'rejects.jsonl'}" in capsys.readouterr().out
 
 
 def test_a_mistake_is_one_message_and_exit_code_2(

@@ -1,0 +1,88 @@
+"""Is a folder of shards what its manifest and index say, and can every sample be used? Reads all of it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from data_tools.build import facts_of
+from mirage_ds.data.sample import check_sample, from_members
+from mirage_ds.data.shards import (
+    IndexEntry,
+    Shard,
+    check_shard_size,
+    load_index,
+    parse_members,
+    read_manifest,
+    read_range,
+)
+from mirage_ds.errors import DataError
+
+
+def check(path: Path) -> Iterator[str]:
+    """Yields every fault of a folder of shards as one message that names the shard, and the sample's key if it is one.
+
+    Raises:
+        DataError: it is no such folder: its manifest is missing or cannot be read.
+    """
+    folder = read_manifest(path)
+    for shard in folder.manifest.shards:
+        yield from _check_shard(path, shard)
+    try:
+        index = load_index(folder)
+    except DataError as error:
+        yield str(error)
+        return
+    yield from _check_ranges(index, folder.manifest.shards)
+    # Samples of a shard that is missing have been told of by it.
+    names = {number: shard.name for number, shard in enumerate(folder.manifest.shards) if (path / shard.name).is_file()}
+    for entry in index:
+        if entry.shard in names:
+            yield from _check_sample(path, names[entry.shard], entry)
+
+
+def _check_shard(folder: Path, shard: Shard) -> Iterator[str]:
+    try:
+        check_shard_size(folder, shard)
+    except DataError as error:
+        yield str(error)
+        return
+    with (folder / shard.name).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != shard.sha256:
+        yield f"the shard has sha256 {digest} ({shard.name}); the manifest says {shard.sha256}; copy it again"
+
+
+def _check_ranges(index: list[IndexEntry], shards: tuple[Shard, ...]) -> Iterator[str]:
+    """The samples of a shard lie one behind the other from its first byte on, and are as many as the manifest says."""
+    ends, counts = [0] * len(shards), [0] * len(shards)
+    for entry in index:
+        if entry.shard >= len(shards):
+            yield f"the index puts a sample into shard {entry.shard} ({entry.key}); {len(shards)} exist; build again"
+            continue
+        where = f"{shards[entry.shard].name}/{entry.key}"
+        if entry.offset != ends[entry.shard]:
+            yield f"the sample begins at byte {entry.offset} ({where}); {ends[entry.shard]} was expected; build again"
+        ends[entry.shard] = entry.offset + entry.size
+        counts[entry.shard] += 1
+    for shard, count in zip(shards, counts, strict=True):
+        if count != shard.samples:
+            yield f"the index has {count} samples ({shard.name}); the manifest says {shard.samples}; build again"
+
+
+def _check_sample(folder: Path, shard: str, entry: IndexEntry) -> Iterator[str]:
+    """Reads a sample as the trainer does, decodes its images, and compares it with what the index says of it."""
+    where = f"{shard}/{entry.key}"
+    try:
+        data = read_range(folder / shard, entry.offset, entry.size, where)
+        sample = from_members(where, parse_members(data, entry.key, where))
+        check_sample(sample, where)
+        facts = json.loads(json.dumps(facts_of(sample, where)))  # JSON knows no tuples, as in the index
+    except DataError as error:
+        yield str(error)
+        return
+    said = asdict(entry)
+    for name, found in facts.items():
+        if found != said[name]:
+            yield f"{name} is {found} ({where}); the index says {said[name]}; build again"

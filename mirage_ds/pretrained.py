@@ -1,0 +1,73 @@
+"""Makes a complete model folder from any Qwen2.5-VL, without a network if that one is a folder.
+
+mirage init --from MODEL --output models/a [--processor-from OTHER]
+"""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils.hub import cached_file
+
+from mirage_ds.data.encode import read_tokenizer
+from mirage_ds.data.shards import new_folder
+from mirage_ds.errors import ConfigError
+from mirage_ds.model.backbone import check_config, copy_model
+from mirage_ds.tokens import LATENT_TOKENS, TokenIds
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def copy_pretrained(source: str, output: Path, processor_from: str | None = None) -> None:
+    """Writes config, weights, tokenizer with the latent tokens, chat template and image processor to `output`.
+
+    Args:
+        source: a Qwen2.5-VL, as a folder or hub id; of any version, so also what the reference's trainer saves.
+        processor_from: where the tokenizer, its chat template and the image processor are read if `source` lacks them.
+    Raises:
+        ConfigError: `source` is no Qwen2.5-VL, or something is missing in both places.
+        DataError: `output` is there already.
+    """
+    check_config(source)
+    tokenizer = _tokenizer(source, processor_from)
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(
+        _place_of(PROCESSOR_FILES, "image processor", source, processor_from)
+    )
+    tokenizer.add_tokens(list(LATENT_TOKENS), special_tokens=True)
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    with new_folder(output) as folder:
+        copy_model(source, folder, TokenIds.of(tokenizer), num_ids)
+        tokenizer.save_pretrained(folder)
+        image_processor.save_pretrained(folder)
+
+
+def _tokenizer(source: str, processor_from: str | None) -> PreTrainedTokenizerBase:
+    tokenizer = read_tokenizer(_place_of(TOKENIZER_FILES, "tokenizer", source, processor_from))
+    if not tokenizer.chat_template and processor_from is not None:
+        tokenizer.chat_template = read_tokenizer(processor_from).chat_template
+    if not tokenizer.chat_template:
+        raise _missing("chat template", source, processor_from)
+    return tokenizer
+
+
+def _place_of(names: tuple[str, ...], what: str, source: str, processor_from: str | None) -> str:
+    """The first of the two places that has one of the files."""
+    for place in filter(None, (source, processor_from)):
+        if any(_has(place, name) for name in names):
+            return place
+    raise _missing(what, source, processor_from)
+
+
+def _missing(what: str, source: str, processor_from: str | None) -> ConfigError:
+    return ConfigError(
+        f"no {what} ({source}{f' and {processor_from}' if processor_from else ''}); a complete model folder has one; "
+        "name a folder or hub id of Qwen2.5-VL that has it with --processor-from"
+    )
+
+
+def _has(place: str, name: str) -> bool:
+    try:
+        return cached_file(place, name) is not None
+    except OSError:  # how transformers says that there is no such file
+        return False
