@@ -1,10 +1,10 @@
-# make install | test | test-all | lint        VENV=.venv PYTHON=python3 by default
+# make install | demo | test | test-all | lint        VENV=.venv PYTHON=python3 by default
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: install test test-all lint
+.PHONY: install demo test test-all lint
 
 install: $(VENV)/installed
 
@@ -12,6 +12,9 @@ $(VENV)/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+demo: install
+	python -m launch.demo
 
 test: install
 	pytest -m "not slow"

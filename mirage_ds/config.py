@@ -47,6 +47,8 @@ class ModelConfig(Section):
     """Where a hub id is downloaded to."""
     latent_size: PositiveInt = 4
     """K: latent tokens per helper image."""
+    compress_strategy: Literal["average"] = "average"
+    """How a helper image's patch embeddings become K targets: means of equal runs, the remainder dropped."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
     """`auto`: flash_attention_2 on a GPU in bf16 where it is installed, else sdpa."""
     gather: Literal["auto", "layer", "rollout"] = "auto"

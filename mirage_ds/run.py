@@ -29,6 +29,7 @@ HARMLESS = (
     "model.activation_checkpointing",
     "data.shards",
     "data.num_workers",
+    "data.max_length",
     "train.micro_batch_size_per_gpu",
     "train.gradient_accumulation_steps",
     "train.log_freq",

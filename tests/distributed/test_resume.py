@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import launching
+import plain_loop
 import psutil
 import pytest
 import torch
 from generated_rows import write_rows
 
 from data_tools.build import build
+from mirage_ds import checkpoint
+from mirage_ds.data.encode import load_encoder
+from mirage_ds.data.shards import load_manifest
+from mirage_ds.data.stream import SampleReader
+from mirage_ds.model.backbone import load_backbone
 from mirage_ds.preset import write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +87,8 @@ def final_weights(run_dir: Path) -> str:
 def test_killed_and_resumed_is_the_run_that_was_never_stopped(ground: Path, stage: str) -> None:
     whole, killed = f"{stage}-whole", f"{stage}-killed"
     log = ground / f"{stage}.log"
-    straight = launching.start(2, *command(ground, stage, whole), log=ground / f"{whole}.log")
+    more = ("train.deterministic=true", "train.profile_steps=[2, 3]")
+    straight = launching.start(2, *command(ground, stage, whole, *more), log=ground / f"{whole}.log")
     stopped = launching.start(2, *command(ground, stage, killed, "run.resume=auto"), log=log)
     kill_after(stopped, ground / killed / "metrics.jsonl", KILLED_AFTER, log)
     launching.finish(straight, ground / f"{whole}.log", timeout_s=200)
@@ -97,6 +104,33 @@ def test_killed_and_resumed_is_the_run_that_was_never_stopped(ground: Path, stag
     for ours, reference in zip(*(records(ground / name / "validation.jsonl") for name in (killed, whole)), strict=True):
         assert ours == reference
     assert final_weights(ground / killed) == final_weights(ground / whole)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_validation_loss_is_that_of_the_saved_weights(ground: Path, stage: str) -> None:
+    """The weights of the last checkpoint in plain transformers, sample by sample, in the independent loop.
+
+    Needs the runs of the first test.
+    """
+    run_dir = ground / f"{stage}-whole"
+    backbone = load_backbone(str(ground / "model"), dtype=torch.float32)
+    checkpoint.load_into(backbone.hf, run_dir)
+    encoder = load_encoder(str(ground / "model"), stage=stage, latent_size=4)
+    read = SampleReader(load_manifest(ground / "shards"))
+    with torch.no_grad():
+        losses = [plain_loop.sample_losses(backbone.hf, vars(encoder(read(number))), stage) for number in range(5)]
+    last = records(run_dir / "validation.jsonl")[-1]
+    assert last["step"] == STEPS
+    assert last["ce_loss"] == pytest.approx(sum(ce.item() for ce, _ in losses) / 5, rel=1e-4)
+    assert last["latent_loss"] == pytest.approx(sum(latent.item() for _, latent in losses) / 5, rel=1e-4)
+
+
+def test_the_profiler_writes_the_steps_that_were_named(ground: Path) -> None:
+    """Needs the runs of the first test."""
+    for rank in (0, 1):
+        trace = json.loads((ground / "stage2-whole" / "profile" / f"rank_{rank}.json").read_text())
+        steps = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep#")}
+        assert len(steps) == 2
 
 
 def test_a_change_of_the_mathematics_is_refused(ground: Path, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Real input, all the way: the reference's ten rows, learnt by heart through both stages, decoded through latents."""
+
+import os
+from pathlib import Path
+
+import launching
+import pytest
+import torch
+
+from data_tools.build import build
+from mirage_ds import checkpoint
+from mirage_ds.data.encode import load_encoder
+from mirage_ds.data.sample import Sample, read_rows
+from mirage_ds.evaluate import evaluate
+from mirage_ds.generate import Decoder
+from mirage_ds.model.backbone import load_backbone
+from mirage_ds.preset import write_tiny
+from mirage_ds.tasks import choice
+
+ROOT = Path(__file__).parents[2]
+LATENT_SIZE, MAX_PIXELS = 4, 28 * 28 * 16
+STEPS = {"stage1": 150, "stage2": 150}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "MIRAGE_VSP_DIR" not in os.environ,
+        reason="MIRAGE_VSP_DIR does not name the reference's own rows, which have no licence to be shipped",
+    ),
+]
+
+
+def train(folder: Path, stage: str, *more: str) -> None:
+    log = folder / f"{stage}.log"
+    arguments = [
+        "--module",
+        "mirage_ds.train",
+        str(ROOT / "launch" / "recipes" / "tiny-stage1.yaml"),
+        f"train.stage={stage}",
+        f"run.dir={folder / stage}",
+        f"model.path={folder / 'model'}",
+        "model.activation_checkpointing=none",
+        f"data.shards={folder / 'shards'}",
+        f"data.max_pixels={MAX_PIXELS}",
+        f"train.max_steps={STEPS[stage]}",
+        "train.micro_batch_size_per_gpu=5",
+        "train.gradient_accumulation_steps=1",
+        "train.warmup_steps=10",
+        "train.lr=3e-3",
+        "train.ce_loss_weight=1",
+        *more,
+    ]
+    launching.finish(launching.start(2, *arguments, log=log), log, timeout_s=800)
+
+
+def test_ten_real_rows_are_learnt_and_answered(tmp_path: Path) -> None:
+    rows = Path(os.environ["MIRAGE_VSP_DIR"]) / "sample" / "sample.jsonl"
+    write_tiny(rows, tmp_path / "model", seed=0)
+    build(rows, tmp_path / "shards", maxcount=100, maxsize=10**9)
+    train(tmp_path, "stage1")
+    train(tmp_path, "stage2", f"run.init_from={tmp_path / 'stage1'}")
+
+    model = str(tmp_path / "model")
+    encoder = load_encoder(model, stage="stage2", latent_size=LATENT_SIZE, max_pixels=MAX_PIXELS)
+    backbone = load_backbone(model, dtype=torch.float32)
+    checkpoint.load_into(backbone.hf, tmp_path / "stage2")
+    samples = [sample for _, sample in read_rows(rows)]
+    decoder = Decoder(backbone, encoder.ids, latent_size=LATENT_SIZE, max_new_tokens=600)
+    answers = evaluate(decoder, encoder, samples, right_choice)
+    assert [answer.num_latents for answer in answers] == [LATENT_SIZE] * len(samples)
+    wrong = [(answer.key, answer.text) for answer in answers if not answer.success]
+    assert not wrong
+
+
+def right_choice(sample: Sample, text: str) -> bool:
+    return choice.score(sample.text_output, text)

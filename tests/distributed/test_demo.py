@@ -1,0 +1,70 @@
+"""A short form of `make demo`: the same code and commands with few steps. What it learns is not looked at here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import launching
+import pytest
+from PIL import Image
+
+RATES = ("success_untrained", "success_text", "success_stage1", "success_stage2", "success_stage2_zeroed")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which it ran, with its output."""
+    folder = tmp_path_factory.mktemp("demo")
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.demo", "--short", "--output", str(folder / "run")],
+        env=launching.environment(),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    (folder / "output").write_text(result.stdout)
+    return folder
+
+
+def test_figures(demo: Path) -> None:
+    summary = json.loads((demo / "run" / "summary.json").read_text())
+    assert set(RATES) | {"num_test", "seconds", "seconds_total"} == set(summary)
+    assert all(0 <= summary[name] <= 1 for name in RATES)
+    assert summary["num_test"] == 16
+    assert sum(summary["seconds"].values()) <= summary["seconds_total"]
+
+
+def test_what_is_left_behind(demo: Path) -> None:
+    """A picture, TensorBoard's files, validation losses, and checkpoints of all three runs."""
+    with Image.open(demo / "run" / "answers.png") as picture:
+        assert picture.width > 600
+    for stage in ("text", "stage1", "stage2"):
+        assert list((demo / "run" / stage / "tensorboard").glob("events.out.tfevents.*"))
+        assert (demo / "run" / stage / "checkpoints" / "latest").exists()
+        (record,) = [json.loads(line) for line in (demo / "run" / stage / "validation.jsonl").read_text().splitlines()]
+        assert record["loss"] > 0
+
+
+def test_what_is_said(demo: Path) -> None:
+    """Every command as a user would type it, the table, and where things lie."""
+    output = (demo / "output").read_text()
+    assert output.count("$ deepspeed --num_accelerators 2 --module mirage_ds.train") == 3
+    assert output.count("$ mirage-data build") == 2
+    for words in ("stage 1 + stage 2", "the same, latents zeroed", "95% interval", "Latents against text only:"):
+        assert words in output
+    assert f"tensorboard --logdir {demo / 'run'}" in output.replace("\n", "")
+
+
+def test_a_folder_that_is_there_is_left_alone(demo: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.demo", "--output", str(demo / "run")],
+        env=launching.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    assert "the folder is there already" in result.stderr

@@ -1,0 +1,45 @@
+"""MirageModel as a whole: names, what is frozen, and that a pass costs no gradient where it must not."""
+
+import golden_set
+import torch
+from random_samples import random_sample
+
+from mirage_ds.data.collate import collate
+from mirage_ds.model.backbone import load_backbone
+from mirage_ds.model.mirage import MirageModel, hf_name
+
+
+def test_names_map_to_those_of_transformers(make_model) -> None:
+    """By identity: the parameter under our name is the one under theirs."""
+    model = make_model("stage2")
+    theirs = dict(model.hf.named_parameters())
+    ours = dict(model.named_parameters())
+    assert {hf_name(name) for name in ours} == set(theirs)
+    assert all(theirs[hf_name(name)] is parameter for name, parameter in ours.items())
+
+
+def test_a_tied_head_belongs_to_the_embeddings(tmp_path) -> None:
+    """It would lose the embedding's gradient as a part of a ZeRO-3 leaf module."""
+    backbone = load_backbone(golden_set.MODEL, dtype=torch.float32)
+    backbone.hf.lm_head.weight = backbone.hf.model.language_model.embed_tokens.weight
+    model = MirageModel(backbone, stage="stage1", ce_loss_weight=1.0)
+    assert not any(parameter is backbone.embed_tokens.weight for parameter in model.rollout.parameters())
+    assert model.rollout.head.weights[0] is backbone.embed_tokens.weight
+
+
+def test_the_tower_is_frozen_unless_told_otherwise(make_model) -> None:
+    samples = [random_sample(1, stage="stage1", images=1)]
+    for train_tower in (False, True):
+        model = make_model("stage1", train_tower=train_tower)
+        model(collate(samples, align_latents=False)).loss.backward()
+        trained = [parameter.grad is not None for parameter in model.tower.parameters()]
+        assert all(trained) if train_tower else not any(trained)
+
+
+def test_every_weight_of_the_latent_loss_counts(make_model) -> None:
+    batch = collate([random_sample(2, stage="stage1")], align_latents=False)
+    model = make_model("stage1")
+    losses = model(batch)
+    model.latent_loss_weight = 3.0
+    weighted = model(batch)
+    assert torch.allclose(weighted.loss - losses.loss, 2 * losses.latent_loss, rtol=1e-4)
