@@ -33,6 +33,7 @@ from mirage_ds.tasks.statistics import wilson_interval
 
 RECIPES = Path(__file__).parent / "recipes"
 RANKS, LATENT_SIZE, MAX_NEW_TOKENS = 2, 4, 24
+GLOBAL_BATCH_SIZE = 64
 LABELS = {
     "untrained": "before training",
     "text": "text baseline",
@@ -53,8 +54,8 @@ class Size:
     warmup_steps: int
 
 
-FULL = Size(num_train=5800, num_test=400, stage1_steps=1000, stage2_steps=1400, warmup_steps=50)
-SHORT = Size(num_train=64, num_test=16, stage1_steps=4, stage2_steps=4, warmup_steps=1)
+FULL = Size(num_train=5800, num_test=400, stage1_steps=300, stage2_steps=440, warmup_steps=30)
+SHORT = Size(num_train=128, num_test=16, stage1_steps=4, stage2_steps=4, warmup_steps=1)
 
 
 class Demo:
@@ -96,11 +97,12 @@ class Demo:
 
     def train(self, stage: str, steps: int) -> None:
         gpus = torch.cuda.device_count()
+        ranks = min(RANKS, gpus) if gpus else RANKS
         start = [f"run.init_from={self.output / 'stage1'}"] if stage == "stage2" else []
         self.command(
             "deepspeed",
             "--num_accelerators",
-            min(RANKS, gpus) if gpus else RANKS,
+            ranks,
             "--module",
             "mirage_ds.train",
             RECIPES / f"demo-{stage}.yaml",
@@ -108,6 +110,7 @@ class Demo:
             f"model.path={self.output / 'model'}",
             f"data.shards={self.output / 'train'}",
             f"evaluation.shards={self.output / 'test'}",
+            f"train.micro_batch_size_per_gpu={GLOBAL_BATCH_SIZE // ranks}",
             f"train.max_steps={steps}",
             f"train.warmup_steps={self.size.warmup_steps}",
             *start,
@@ -157,7 +160,7 @@ class Demo:
         table = Table(title=f"Shortest ways found on {num_test} held-out 3x3 maps")
         for heading in ("model", "solved", "95% interval", "samples seen"):
             table.add_column(heading, justify="left" if heading == "model" else "right")
-        batch = 16 * RANKS
+        batch = GLOBAL_BATCH_SIZE
         both = self.size.stage1_steps + self.size.stage2_steps
         seen = {"untrained": 0, "text": both, "stage1": self.size.stage1_steps, "stage2": both, "stage2_zeroed": both}
         for name, rate in rates.items():
