@@ -19,10 +19,11 @@ from mirage_ds.tasks import choice
 
 ROOT = Path(__file__).parents[2]
 LATENT_SIZE, MAX_PIXELS = 4, 28 * 28 * 16
-STEPS = {"stage1": 150, "stage2": 150}
+STEPS = {"stage1": 120, "stage2": 45}
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         "MIRAGE_VSP_DIR" not in os.environ,
         reason="MIRAGE_VSP_DIR does not name the reference's own rows, which have no licence to be shipped",
@@ -46,8 +47,9 @@ def train(folder: Path, stage: str, *more: str) -> None:
         "train.micro_batch_size_per_gpu=5",
         "train.gradient_accumulation_steps=1",
         "train.warmup_steps=10",
-        "train.lr=3e-3",
+        "train.lr=2e-3",
         "train.ce_loss_weight=1",
+        "train.log_freq=10",
         *more,
     ]
     launching.finish(launching.start(2, *arguments, log=log), log, timeout_s=800)

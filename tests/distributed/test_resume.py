@@ -23,7 +23,7 @@ from mirage_ds.model.backbone import load_backbone
 from mirage_ds.preset import write_tiny
 
 ROOT = Path(__file__).parents[2]
-STEPS, INTERVAL, KILLED_AFTER = 9, 4, 6
+STEPS, INTERVAL, KILLED_AFTER = 11, 5, 6
 
 
 @pytest.fixture(scope="module")
