@@ -65,7 +65,7 @@ def train(config: Config) -> None:
         cache_dir=config.model.cache_dir,
     )
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
-    if config.run.init_from:
+    if config.run.init_from and not (config.run.resume == "auto" and checkpoint.latest(config.run.dir)):
         checkpoint.check_start(config.run.init_from, config)
     facts = checkpoint.describe(config, shards.digest, max_steps)
     found = open_folder(config, facts)
@@ -119,7 +119,7 @@ def train(config: Config) -> None:
         trainer.train(
             after_step=[
                 validate_if_due(trainer, config, encoder),
-                save_if_due(engine, config, facts, max_steps),
+                save_if_due(trainer, config, facts),
                 profile_step,
             ]
         )
@@ -208,13 +208,14 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
     return action
 
 
-def save_if_due(engine: DeepSpeedEngine, config: Config, facts: dict[str, Any], max_steps: int) -> Action:
+def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any]) -> Action:
     """Saves every `checkpoint.interval` steps and after the last one."""
     interval = config.checkpoint.interval
 
     def action(state: TrainState) -> None:
-        if state.step == max_steps or (interval and state.step % interval == 0):
-            checkpoint.save(engine, config, state, facts)
+        if state.step == trainer.max_steps or (interval and state.step % interval == 0):
+            trainer.metrics.flush()  # a run that goes on from here has all steps before it in metrics.jsonl
+            checkpoint.save(trainer.engine, config, state, facts)
 
     return action
 

@@ -50,6 +50,7 @@ def command(ground: Path, stage: str, name: str, *more: str) -> list[str]:
         f"evaluation.shards={ground / 'shards'}",
         f"evaluation.interval={INTERVAL}",
         "evaluation.max_samples=5",
+        f"train.log_freq={3 if 'killed' in name else 1}",
         *more,
     ]
 
