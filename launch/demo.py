@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from deepspeed.accelerator import get_accelerator
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
@@ -96,8 +97,8 @@ class Demo:
         self.command("mirage", "init", "--preset", "tiny", "--text", rows, "--output", self.output / "model")
 
     def train(self, stage: str, steps: int) -> None:
-        gpus = torch.cuda.device_count()
-        ranks = min(RANKS, gpus) if gpus else RANKS
+        accelerator = get_accelerator()
+        ranks = RANKS if accelerator.device_name() == "cpu" else min(RANKS, accelerator.device_count())
         start = [f"run.init_from={self.output / 'stage1'}"] if stage == "stage2" else []
         self.command(
             "deepspeed",

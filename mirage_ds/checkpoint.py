@@ -23,7 +23,7 @@ from mirage_ds.trainer import TrainState
 FOLDER = "checkpoints"
 
 
-def describe(config: Config, manifest_digest: str, max_steps: int) -> dict[str, Any]:
+def describe(config: Config, deepspeed_config: dict[str, Any], manifest_digest: str, max_steps: int) -> dict[str, Any]:
     """What a checkpoint says of its run; compared when a run goes on."""
     world_size = distributed.world_size()
     return {
@@ -31,6 +31,7 @@ def describe(config: Config, manifest_digest: str, max_steps: int) -> dict[str, 
         "global_batch_size": config.train.global_batch_size(world_size),
         "max_steps": max_steps,
         "manifest_digest": manifest_digest,
+        "deepspeed": deepspeed_config,
         "config": config.model_dump(mode="json"),
     }
 
@@ -47,10 +48,19 @@ def save(engine: DeepSpeedEngine, config: Config, state: TrainState, facts: dict
         mark = folder / "latest.new"
         mark.write_text(tag)
         mark.replace(folder / "latest")
-        tags = sorted(folder.glob("global_step*"), key=lambda path: int(path.name.removeprefix("global_step")))
-        for old in tags[: -config.checkpoint.keep_latest_k]:
-            shutil.rmtree(old)
+        prune(folder, state.step, config.checkpoint.keep_latest_k)
     distributed.barrier()
+
+
+def prune(folder: Path, step: int, keep_latest_k: int) -> None:
+    """Deletes checkpoints of steps up to `step`, all but the last ones.
+
+    A later one may be there: half written, by a run that was killed and went on from an earlier checkpoint.
+    """
+    names = (path.name.removeprefix("global_step") for path in folder.glob("global_step*"))
+    steps = sorted(int(name) for name in names if name.isdecimal() and int(name) <= step)
+    for old in steps[:-keep_latest_k]:
+        shutil.rmtree(folder / f"global_step{old}")
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -119,6 +129,11 @@ def check_start(run_dir: Path, config: Config) -> None:
             f"{checkpoint} was saved by {facts['world_size']} ranks, this run has {distributed.world_size()} "
             f"(run.init_from={run_dir}); the shards of a checkpoint fit the same number of ranks; "
             f"start {facts['world_size']} ranks"
+        )
+    if facts["config"]["model"]["train_tower"] != config.model.train_tower:
+        raise CheckpointError(
+            f"{checkpoint} was trained with model.train_tower={facts['config']['model']['train_tower']}, this run has "
+            f"{config.model.train_tower} (run.init_from={run_dir}); the shards hold what was trained; set it alike"
         )
     stage, latent_size = facts["config"]["train"]["stage"], facts["config"]["model"]["latent_size"]
     if stage != "text" and latent_size != config.model.latent_size:

@@ -118,6 +118,12 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _profile_goes_forward(self) -> "TrainConfig":
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps {self.profile_steps} end before they begin; set the first step first")
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainConfig":
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             raise ValueError(
@@ -171,7 +177,7 @@ class EvaluationConfig(Section):
     interval: PositiveInt = 100
     """Steps between two validations; one more comes after the last step."""
     max_samples: PositiveInt = 256
-    """The first so many samples of the folder."""
+    """At most so many samples, evenly from the whole folder."""
 
 
 class DistributedConfig(Section):

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 from datetime import timedelta
 
 import deepspeed
@@ -22,13 +23,20 @@ def map_launcher_variables() -> None:
         environment["RANK"] = environment["SLURM_PROCID"]
         environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
         environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-        environment.setdefault("MASTER_ADDR", environment["SLURM_LAUNCH_NODE_IPADDR"])
+        if "MASTER_ADDR" not in environment:
+            environment["MASTER_ADDR"] = _first_host(environment["SLURM_STEP_NODELIST"])
         # Every task computes the same port; two jobs on one node get different ones.
         environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000))
         return
     environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
     environment.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _first_host(nodelist: str) -> str:
+    """Where rank 0 runs: SLURM writes node[1-2,7], and scontrol alone knows all the ways to read it."""
+    command = ["scontrol", "show", "hostnames", nodelist]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout.split()[0]
 
 
 def _free_port() -> int:
@@ -45,7 +53,8 @@ def init(timeout_s: int) -> torch.device:
         # An all-reduce through shared memory that g++ would compile at the first start; gloo does the same job.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        # srun may show each task its own GPU alone, which is then number 0
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]) % accelerator.device_count())
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
     return torch.device(accelerator.current_device_name())
 

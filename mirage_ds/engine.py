@@ -109,16 +109,22 @@ def whole_numel(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def describe_gather(model: MirageModel, gather: str, max_live_parameters: int, dtype: torch.dtype) -> str:
+def describe_gather(model: MirageModel, gather: str, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> str:
     """The choice and its memory, for the start of the log."""
-    rollout = sum(whole_numel(parameter) for parameter in model.rollout.parameters())
+    # A set: a head of its own is both among the parameters and the weight that the head uses.
+    rollout = sum(whole_numel(parameter) for parameter in {*model.rollout.parameters(), *model.rollout.head.weights})
+    tower = sum(whole_numel(parameter) for parameter in model.tower.parameters())
     if gather == "rollout":
         held = rollout
         note = "the rollout once per forward and once per backward; up to twice this while gathering"
     else:
-        held = min(rollout, max_live_parameters)
+        # DeepSpeed's own default where the file does not say
+        held = min(rollout, deepspeed_config["zero_optimization"].get("stage3_max_live_parameters", 1_000_000_000))
         note = "layer by layer with prefetch"
-    return f"gather {gather}: {note}; at most {held * dtype.itemsize / GIB:.2f} GiB of gathered weights"
+    return (
+        f"gather {gather}: {note}; about {held * dtype.itemsize / GIB:.2f} GiB of gathered weights, before that the "
+        f"tower's {tower * dtype.itemsize / GIB:.2f} GiB"
+    )
 
 
 def whole_dim(parameter: torch.nn.Parameter) -> int:

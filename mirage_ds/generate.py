@@ -47,10 +47,14 @@ class Decoder:
     feed: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden
     """What becomes of the states [B, D] before they are fed back; for ablations."""
 
+    def __post_init__(self) -> None:
+        self.backbone.hf.eval()
+
     def answers(self, prompts: Sequence[EncodedSample], batch_size: int) -> Iterator[Generation]:
         """Decodes prompts, `batch_size` at a time, in their order."""
         for start in range(0, len(prompts), batch_size):
-            yield from self.generate(collate(prompts[start : start + batch_size], align_latents=True))
+            batch = collate(prompts[start : start + batch_size], align_latents=True)
+            yield from self.generate(batch.to(self.backbone.embed_tokens.weight.device))
 
     @torch.inference_mode()
     def generate(self, batch: Batch) -> list[Generation]:

@@ -32,12 +32,14 @@ TAGS = {
 class StepSums:
     """What one rank knows of one optimizer step; tensors stay on the device.
 
-    `losses` are sums over this rank's samples: [loss, ce_loss, latent_loss, grounded samples, tokens].
+    `losses` [3] are sums over this rank's samples: loss, ce_loss, latent_loss.
     """
 
     step: int
     position: int
     losses: torch.Tensor
+    num_grounded_samples: int
+    num_tokens: int
     lr: float
     grad_norm: torch.Tensor | float
     skipped_steps: int
@@ -73,7 +75,9 @@ class Metrics:
         """Adds the pending steps over the ranks, in one all-reduce, and writes them."""
         if not self.pending:
             return
-        totals = distributed.sum_over_ranks(torch.stack([sums.losses.double() for sums in self.pending])).tolist()
+        losses = torch.stack([sums.losses for sums in self.pending]).double()
+        counts = losses.new_tensor([[sums.num_grounded_samples, sums.num_tokens] for sums in self.pending])
+        totals = distributed.sum_over_ranks(torch.cat([losses, counts], dim=1)).tolist()
         ends = [sums.started_s for sums in self.pending[1:]] + [time.monotonic()]
         if self.file and self.writer:
             for sums, total, end_s in zip(self.pending, totals, ends, strict=True):
@@ -127,7 +131,9 @@ def _open_after(path: Path, step: int) -> TextIO:
     """Opens a file of records for appending, behind those of steps up to `step`; a line cut short by a kill goes."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
-    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    new = path.with_suffix(".new")
+    new.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    new.replace(path)
     return path.open("a")
 
 

@@ -1,6 +1,7 @@
 """The run's folder: whether a run starts or goes on there, what it was started with, and what changed since.
 
 RUN/config.yaml      the resolved configuration of the last start
+RUN/deepspeed.json   DeepSpeed's configuration with nothing left on "auto"
 RUN/versions.json    packages and git commit of the last start
 RUN/checkpoints/     see checkpoint.py
 RUN/metrics.jsonl, RUN/validation.jsonl, RUN/tensorboard/
@@ -22,7 +23,9 @@ from mirage_ds.errors import CheckpointError, ConfigError
 # What a resumed run may change: it leaves every step's loss as it is, up to rounding. The global batch size and the
 # manifest's digest are compared by themselves.
 HARMLESS = (
-    "run.*",
+    "run.dir",
+    "run.init_from",
+    "run.resume",
     "model.cache_dir",
     "model.attention",
     "model.gather",
@@ -39,6 +42,8 @@ HARMLESS = (
     "evaluation.*",
     "distributed.*",
 )
+# Parts of the DeepSpeed JSON that change results; what its other parts decide does not.
+DEEPSPEED_MATHEMATICS = ("data_types", "communication_data_type")
 
 
 def open_folder(config: Config, facts: dict[str, Any]) -> Path | None:
@@ -70,6 +75,7 @@ def open_folder(config: Config, facts: dict[str, Any]) -> Path | None:
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        (folder / "deepspeed.json").write_text(json.dumps(facts["deepspeed"], indent=2) + "\n")
         (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
     return found
 
@@ -88,6 +94,9 @@ def check_same_run(found: Path, facts: dict[str, Any]) -> list[str]:
     for key in ("world_size", "global_batch_size", "manifest_digest", "max_steps"):
         if before[key] != facts[key]:
             harmful.append(f"{key}: {before[key]!r} -> {facts[key]!r}")
+    for key in DEEPSPEED_MATHEMATICS:
+        if before["deepspeed"].get(key) != facts["deepspeed"].get(key):
+            harmful.append(f"{key}: {before['deepspeed'].get(key)!r} -> {facts['deepspeed'].get(key)!r}")
     if harmful:
         lines = "\n".join(f"  - {text}" for text in harmful)
         raise CheckpointError(
@@ -109,9 +118,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """What runs: packages, and the commit of the code, with a mark if there are uncommitted changes."""
     packages = {name: version(name) for name in ("mirage_ds", "torch", "deepspeed", "transformers")}
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-    )
-    return packages | {"git_commit": commit.stdout.strip() if commit.returncode == 0 else "not a git checkout"}
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git here, or no checkout
+        commit = "unknown"
+    return packages | {"git_commit": commit}

@@ -2,7 +2,7 @@
 
 deepspeed --num_accelerators 2 --module mirage_ds.train RECIPE [section.key=value ...]
 torchrun --nproc-per-node 2 --module mirage_ds.train RECIPE [section.key=value ...]
-srun python -m mirage_ds.train RECIPE [section.key=value ...]
+srun --kill-on-bad-exit=1 python -m mirage_ds.train RECIPE [section.key=value ...]
 """
 
 import os
@@ -42,7 +42,7 @@ from mirage_ds.model.backbone import Backbone, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.run import open_folder
 from mirage_ds.trainer import Trainer, TrainState
-from mirage_ds.validation import Validation
+from mirage_ds.validation import Validation, spread
 
 Action = Callable[[TrainState], None]
 """What follows each step, if it is due."""
@@ -67,7 +67,7 @@ def train(config: Config) -> None:
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     if config.run.init_from and not (config.run.resume == "auto" and checkpoint.latest(config.run.dir)):
         checkpoint.check_start(config.run.init_from, config)
-    facts = checkpoint.describe(config, shards.digest, max_steps)
+    facts = checkpoint.describe(config, deepspeed_config, shards.digest, max_steps)
     found = open_folder(config, facts)
 
     backbone = load_backbone(
@@ -93,10 +93,7 @@ def train(config: Config) -> None:
     state = load_state(engine, config, found)
     if distributed.is_main():
         print(describe(config, shards, model, backbone, max_steps))
-        zero = deepspeed_config["zero_optimization"]
-        print(
-            describe_gather(model, gather, zero["stage3_max_live_parameters"], DTYPES[config.train.dtype]), flush=True
-        )
+        print(describe_gather(model, gather, deepspeed_config, DTYPES[config.train.dtype]), flush=True)
 
     metrics = Metrics(
         config.run.dir,
@@ -133,6 +130,8 @@ def prepare_torch(config: Config) -> None:
     if config.train.deterministic:
         # cuBLAS reads it when it starts; https://docs.nvidia.com/cuda/cublas/#results-reproducibility
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # transformers asks this variable, not torch, what its FlashAttention shall do
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
         torch.use_deterministic_algorithms(True)
 
 
@@ -195,7 +194,7 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
         trainer.engine,
         trainer.num_passes,
         lambda numbers: collate([encoder(read(number)) for number in numbers], align_latents=align),
-        num_samples=min(shards.num_samples, config.evaluation.max_samples),
+        spread(shards.num_samples, config.evaluation.max_samples),
         micro_batch_size=config.train.micro_batch_size_per_gpu,
         device=trainer.device,
     )

@@ -61,11 +61,13 @@ class Trainer:
         """One optimizer step over one global batch."""
         started_s, waited_s = time.monotonic(), 0.0
         lr = self.set_learning_rate()
-        losses = torch.zeros(5, device=self.device)
+        losses, num_grounded_samples, num_tokens = torch.zeros(3, device=self.device), 0, 0
         for micro_step in range(self.train_config.gradient_accumulation_steps):
             batch, batch_waited_s = self.next_batch()
             waited_s += batch_waited_s
             losses += self.forward_backward(batch, micro_step)
+            num_grounded_samples += batch.num_grounded_samples
+            num_tokens += batch.num_tokens
         self.engine.step()
         self.state.step += 1
         self.state.position += self.global_batch_size
@@ -74,6 +76,8 @@ class Trainer:
                 step=self.state.step,
                 position=self.state.position,
                 losses=losses,
+                num_grounded_samples=num_grounded_samples,
+                num_tokens=num_tokens,
                 lr=lr,
                 grad_norm=self.engine.get_global_grad_norm(),
                 # DeepSpeed leaves out a step whose gradient is not finite, and only counts it.
@@ -97,7 +101,7 @@ class Trainer:
         return batch.to(self.device), time.monotonic() - started_s
 
     def forward_backward(self, batch: Batch, micro_step: int) -> torch.Tensor:
-        """Adds one micro-batch's gradient; returns [loss, ce_loss, latent_loss, grounded samples, tokens] of its rows.
+        """Adds one micro-batch's gradient; returns [loss, ce_loss, latent_loss] of its rows.
 
         The gradient of a step is the mean over the global batch of each sample's own loss. ZeRO-3 averages over the
         ranks, so each rank's sum is scaled by world_size / global_batch_size.
@@ -106,8 +110,7 @@ class Trainer:
         self.engine.set_gradient_accumulation_boundary(last)
         losses = self.engine(batch=batch, num_passes=self.num_passes(batch))
         self.engine.backward(losses.loss * (self.world_size / self.global_batch_size), scale_wrt_gas=False)
-        counts = losses.loss.new_tensor([batch.num_grounded_samples, batch.num_tokens])
-        return torch.cat([torch.stack(losses).detach(), counts])
+        return torch.stack(losses).detach()
 
     def num_passes(self, batch: Batch) -> int | None:
         """How many passes every rank makes over its micro-batch; None: as many as its own latents need.

@@ -119,7 +119,9 @@ def test_the_validation_loss_is_that_of_the_saved_weights(ground: Path, stage: s
     encoder = load_encoder(str(ground / "model"), stage=stage, latent_size=4)
     read = SampleReader(load_manifest(ground / "shards"))
     with torch.no_grad():
-        losses = [plain_loop.sample_losses(backbone.hf, vars(encoder(read(number))), stage) for number in range(5)]
+        losses = [
+            plain_loop.sample_losses(backbone.hf, vars(encoder(read(number))), stage) for number in (0, 2, 4, 6, 8)
+        ]
     last = records(run_dir / "validation.jsonl")[-1]
     assert last["step"] == STEPS
     assert last["ce_loss"] == pytest.approx(sum(ce.item() for ce, _ in losses) / 5, rel=1e-4)

@@ -44,6 +44,7 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
         ("train", r"override is not understood .*section\.key=value"),
         ("train.lr.peak=1", r"lr is not a section"),
         ("train.betas=[", r"not YAML"),
+        ("train.profile_steps=[5, 3]", r"profile_steps \(5, 3\) end before they begin"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override: str, message: str) -> None:
@@ -67,6 +68,15 @@ def test_loss_weights_follow_the_stage_unless_set() -> None:
     weights = {stage: TrainConfig(stage=stage, max_steps=20).text_weight for stage in ("text", "stage1", "stage2")}
     assert weights == {"text": 1.0, "stage1": 0.1, "stage2": 1.0}
     assert TrainConfig(stage="stage1", max_steps=20, ce_loss_weight=0).text_weight == 0
+
+
+def test_epochs_become_steps() -> None:
+    """The last step may reach into the next epoch; a warm-up longer than the run is refused."""
+    train = TrainConfig(stage="text", epochs=1.5, micro_batch_size_per_gpu=3, warmup_steps=2)
+    assert train.num_steps(num_samples=10, world_size=2) == 3
+    assert TrainConfig(stage="text", max_steps=20).num_steps(num_samples=10, world_size=2) == 20
+    with pytest.raises(ConfigError, match=r"warmup_steps is 2, .* make 2 steps"):
+        train.num_steps(num_samples=6, world_size=2)
 
 
 def rates(**settings: object) -> list[float]:

@@ -1,5 +1,7 @@
 """Which rank this is: the variables of DeepSpeed's launcher and torchrun, of srun, or of nobody."""
 
+from pathlib import Path
+
 import pytest
 
 from mirage_ds.distributed import map_launcher_variables
@@ -25,14 +27,17 @@ def test_a_launcher_that_sets_ranks_is_obeyed(variables) -> None:
     assert variables(**given, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0", SLURM_LOCALID="0") == given
 
 
-def test_a_task_of_srun_is_a_rank(variables) -> None:
+def test_a_task_of_srun_is_a_rank(variables, tmp_path: Path) -> None:
     step = dict(SLURM_STEP_NUM_TASKS="16", SLURM_PROCID="9", SLURM_LOCALID="1", SLURM_JOB_ID="123456")
-    step["SLURM_LAUNCH_NODE_IPADDR"] = "10.0.0.1"
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\n[ \"$*\" = 'show hostnames node[3-4]' ] && echo node3 && echo node4\n")
+    scontrol.chmod(0o755)
+    step |= {"SLURM_STEP_NODELIST": "node[3-4]", "PATH": f"{tmp_path}:/usr/bin:/bin"}
     assert variables(**step) == {
         "RANK": "9",
         "WORLD_SIZE": "16",
         "LOCAL_RANK": "1",
-        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_ADDR": "node3",
         "MASTER_PORT": "23456",
     }
     own = variables(**step, MASTER_ADDR="node7", MASTER_PORT="4000")

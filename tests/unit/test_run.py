@@ -21,6 +21,7 @@ def facts() -> dict[str, Any]:
         "global_batch_size": 4,
         "max_steps": 20,
         "manifest_digest": "abc",
+        "deepspeed": {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}},
         "config": load_config(RECIPE).model_dump(mode="json"),
     }
 
@@ -69,6 +70,8 @@ def test_harmless_changes_pass_and_are_named(checkpoint: Path, facts: dict[str, 
         ("config.model.latent_size", 8),
         ("config.train.weight_decay", 0.0),
         ("config.model.path", "another"),
+        ("config.run.seed", 7),
+        ("deepspeed.communication_data_type", "bf16"),
     ],
 )
 def test_other_changes_are_refused_with_both_values(
@@ -77,7 +80,7 @@ def test_other_changes_are_refused_with_both_values(
     both = changed(changed(facts, key, value), "config.data.num_workers", 7)
     with pytest.raises(CheckpointError) as error:
         check_same_run(checkpoint, both)
-    assert f"{key.removeprefix('config.')}: " in str(error.value)
+    assert f"{key.removeprefix('config.').removeprefix('deepspeed.')}: " in str(error.value)
     assert f"-> {value!r}" in str(error.value)
     assert "num_workers" not in str(error.value)
 

@@ -1,0 +1,51 @@
+"""Which checkpoints are kept, and which weights a run may start from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirage_ds import checkpoint, distributed
+from mirage_ds.config import load_config
+from mirage_ds.errors import CheckpointError
+
+RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage2.yaml"
+
+
+def test_pruning_keeps_the_last_and_never_what_it_does_not_know(tmp_path: Path) -> None:
+    """A later folder is half of a checkpoint that a killed run left; another name is the user's."""
+    for name in ("global_step100", "global_step500", "global_step600", "global_step1000", "global_step5.bak"):
+        (tmp_path / name).mkdir()
+    checkpoint.prune(tmp_path, step=600, keep_latest_k=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"global_step600", "global_step1000", "global_step5.bak"}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        (None, "world_size", 4, "was saved by 4 ranks, this run has 2 .* start 4 ranks"),
+        ("model", "latent_size", 8, "trained with latent_size 8, .* set model.latent_size=8"),
+        ("model", "train_tower", True, "trained with model.train_tower=True, this run has False"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str | None, key: str, value: Any, message: str
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    config = load_config(RECIPE, [f"run.init_from={tmp_path}"])
+    facts: dict[str, Any] = {"world_size": 2, "config": config.model_dump(mode="json")}
+    folder = tmp_path / "checkpoints" / "global_step3"
+    folder.mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest").write_text("global_step3")
+    (folder / "run.json").write_text(json.dumps(facts))
+    checkpoint.check_start(tmp_path, config)
+    (facts["config"][section] if section else facts)[key] = value
+    (folder / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.check_start(tmp_path, config)
+
+
+def test_a_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        checkpoint.check_start(tmp_path, load_config(RECIPE))
