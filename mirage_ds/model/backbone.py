@@ -3,7 +3,6 @@
 The only file that names transformers' Qwen model classes.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,7 +69,7 @@ def choose_attention(wanted: str, dtype: torch.dtype) -> str:
     if wanted == "flash_attention_2" and not flash:
         raise ConfigError(
             "model.attention is flash_attention_2, which cannot run (on this machine): it needs a GPU, "
-            "train.dtype=bf16 and the package flash-attn; install mirage_ds[cuda], or set model.attention=auto or sdpa"
+            "train.dtype=bf16 and the package flash-attn; install flash-attn, or set model.attention=auto or sdpa"
         )
     return "flash_attention_2" if flash and wanted != "sdpa" else "sdpa"
 
@@ -96,7 +95,7 @@ def load_backbone(
     check_config(path, cache_dir)
     implementation = choose_attention(attention, dtype)
     # transformers shards while loading only while this object is alive.
-    zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config is not None else nullcontext()
+    zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config is not None else None
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         path, dtype=dtype, attn_implementation=implementation, cache_dir=cache_dir
     )
