@@ -84,7 +84,7 @@ def test_tensorboard_has_the_same_numbers(job: Path, stage: str) -> None:
 
 def test_the_log_says_what_is_gathered(job: Path) -> None:
     log = (job / "log").read_text()
-    assert "gather layer: layer by layer with prefetch; at most" in log
+    assert "gather layer: layer by layer with prefetch; about" in log
     assert "gather rollout: the rollout once per forward and once per backward" in log
 
 
