@@ -31,7 +31,7 @@ class Batch:
     target_weights: torch.Tensor  # [T] float32: 1 / (supervised tokens of the sample); 0 for a dummy
     pixel_values: torch.Tensor  # [P, 1176] float32: patches of all input images, then of all helper images; P >= 4
     image_grid_thw: torch.Tensor  # [N, 3] int64, input images first
-    helper_patches: list[int]  # merged patches of each helper image (stage 1), else empty
+    helper_grids: list[tuple[int, int]]  # rows and columns of merged patches of each helper image (stage 1), else empty
     latent_sizes: list[int]  # K of each helper image (stage 1), else empty
     num_grounded_samples: int  # rows with a latent loss: those whose helper images are encoded
     num_tokens: int  # columns that are not padding, over all rows

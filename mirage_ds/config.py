@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from mirage_ds.errors import ConfigError
 
 Stage = Literal["text", "stage1", "stage2"]
+CompressStrategy = Literal["average", "average_all", "grid"]
 
 
 class Section(BaseModel):
@@ -47,8 +48,10 @@ class ModelConfig(Section):
     """Where a hub id is downloaded to."""
     latent_size: PositiveInt = 4
     """K: latent tokens per helper image."""
-    compress_strategy: Literal["average"] = "average"
-    """How a helper image's patch embeddings become K targets: means of equal runs, the remainder dropped."""
+    compress_strategy: CompressStrategy = "average"
+    """How a helper image's patch embeddings become K targets. `average`: means of equal runs, the remainder dropped, as
+    the reference does; `average_all`: means of runs that drop nothing; `grid`: means of the cells of a grid over the
+    image, whose rows times columns are K (segments.py)."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
     """`auto`: flash_attention_2 on a GPU in bf16 where it is installed, else sdpa."""
     gather: Literal["auto", "layer", "rollout"] = "auto"

@@ -40,6 +40,7 @@ from mirage_ds.errors import ConfigError, DataError, MirageError
 from mirage_ds.metrics import Metrics
 from mirage_ds.model.backbone import Backbone, load_backbone
 from mirage_ds.model.mirage import MirageModel
+from mirage_ds.ops.latent_pool import describe_path
 from mirage_ds.run import open_folder
 from mirage_ds.trainer import Trainer, TrainState
 from mirage_ds.validation import Validation, spread
@@ -53,6 +54,7 @@ def train(config: Config) -> None:
     prepare_torch(config)
     deepspeed_config = resolve_deepspeed_config(config)
     device = distributed.init(config.distributed.timeout_s)
+    pooling = describe_path(device)
     shards = load_manifest(config.data.shards)
     encoder = load_encoder(
         config.model.path,
@@ -63,6 +65,7 @@ def train(config: Config) -> None:
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
         cache_dir=config.model.cache_dir,
+        compress_strategy=config.model.compress_strategy,
     )
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     if config.run.init_from and not (config.run.resume == "auto" and checkpoint.latest(config.run.dir)):
@@ -86,6 +89,7 @@ def train(config: Config) -> None:
         latent_loss_weight=config.train.latent_loss_weight,
         recompute=config.model.activation_checkpointing == "full",
         train_tower=config.model.train_tower,
+        compress_strategy=config.model.compress_strategy,
     )
     gather = choose_gather(config.model, config.train.stage)
     mark_gather_units(model, gather)
@@ -93,7 +97,8 @@ def train(config: Config) -> None:
     state = load_state(engine, config, found)
     if distributed.is_main():
         print(describe(config, shards, model, backbone, max_steps))
-        print(describe_gather(model, gather, deepspeed_config, DTYPES[config.train.dtype]), flush=True)
+        print(describe_gather(model, gather, deepspeed_config, DTYPES[config.train.dtype]))
+        print(pooling, flush=True)
 
     metrics = Metrics(
         config.run.dir,

@@ -47,7 +47,7 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool, merge_size
     if not len(image_grid_thw):
         image_grid_thw = DUMMY_GRID
         pixel_values = pixel_values.new_zeros((int(DUMMY_GRID.prod()), pixel_values.shape[1]))
-    helper_grids = torch.cat([sample.image_grid_thw_latent for sample in samples])
+    helper_grids = torch.cat([sample.image_grid_thw_latent for sample in samples]) // merge_size
 
     return Batch(
         input_ids=lay_out([sample.input_ids for sample in samples], 0),
@@ -63,7 +63,7 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool, merge_size
         target_weights=target_weights,
         pixel_values=pixel_values,
         image_grid_thw=image_grid_thw,
-        helper_patches=(helper_grids.prod(dim=1) // merge_size**2).tolist(),
+        helper_grids=[(rows, columns) for _, rows, columns in helper_grids.tolist()],
         latent_sizes=[sample.latent_size for sample in samples for _ in sample.image_grid_thw_latent],
         num_grounded_samples=sum(len(sample.image_grid_thw_latent) > 0 for sample in samples),
         num_tokens=sum(len(sample.input_ids) for sample in samples),

@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mirage_ds.config import Stage
+from mirage_ds.config import CompressStrategy, Stage
 from mirage_ds.data.images import ImageProcessor, decode
 from mirage_ds.data.sample import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_sample, num_latent_blocks
 from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.segments import cut_image
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
     IGNORE_INDEX,
@@ -98,6 +99,7 @@ def load_encoder(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     cache_dir: Path | None = None,
+    compress_strategy: CompressStrategy = "average",
 ) -> "Encoder":
     """The encoder for a model folder or hub id; the arguments are those of `Encoder` and `ImageProcessor.load`.
 
@@ -111,6 +113,7 @@ def load_encoder(
         latent_size=latent_size,
         system_turn=system_turn,
         max_length=max_length,
+        compress_strategy=compress_strategy,
     )
 
 
@@ -247,11 +250,13 @@ class Encoder:
         latent_size: int,
         system_turn: bool = True,
         max_length: int | None = None,
+        compress_strategy: CompressStrategy = "average",
     ) -> None:
         """
         Args:
             system_turn: begin with the system turn that the chat template writes by itself.
             max_length: tokens that a sample may have; None: any number.
+            compress_strategy: how helper images will be cut into latents, which each must be large enough for.
         """
         self.ids = TokenIds.of(tokenizer)
         self._tokenizer = tokenizer
@@ -260,6 +265,7 @@ class Encoder:
         self._latent_size = latent_size
         self._system_turn = system_turn
         self._max_length = max_length
+        self._compress_strategy = compress_strategy
         self._marker = self._tokenize(ASSISTANT_MARKER)
         self._check_template()
 
@@ -349,13 +355,15 @@ class Encoder:
             )
 
     def _check_helpers(self, grid_thw: torch.Tensor, key: str) -> None:
-        for number, num_merged in enumerate(self._image_processor.num_merged(grid_thw)):
-            if num_merged < self._latent_size:
+        for number, (_, rows, columns) in enumerate((grid_thw // self._image_processor.merge_size).tolist()):
+            try:
+                cut_image(rows, columns, self._latent_size, self._compress_strategy)
+            except ValueError as error:
                 raise DataError(
-                    f"the helper image has {num_merged} merged patches for {self._latent_size} latents "
-                    f"({key}.helper_{number}); allowed is latent_size <= merged patches; use a larger image or a "
-                    "smaller latent_size"
-                )
+                    f"{error} ({key}.helper_{number}); allowed is latent_size <= merged patches, and with "
+                    "compress_strategy=grid two factors of it that fit into their rows and columns; use a larger image "
+                    "or another model.latent_size"
+                ) from error
 
     def _check_length(self, length: int, key: str) -> None:
         if self._max_length is not None and length > self._max_length:

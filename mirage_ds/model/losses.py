@@ -7,8 +7,10 @@ mean, whatever the padding.
 
 import torch
 from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
+
+from mirage_ds.ops.reference import EPS
 
 # Logits of one block of rows: 2 ** 25 elements are 64 MiB in bf16, whatever the vocabulary.
 LOGIT_BLOCK_ELEMENTS = 2**25
@@ -45,6 +47,7 @@ class LossHead(torch.nn.Module):
         return chunked_cross_entropy(torch.nn.functional.linear(hidden, self.weights[0]), target_ids, reduction="none")
 
 
-def latent_losses(latent_pred: torch.Tensor, latent_target: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of each latent, in float32: two [M, D] -> [M]."""
-    return 1 - cosine_similarity(latent_pred.float(), latent_target.float(), dim=-1)
+def latent_losses(latent_pred: torch.Tensor, latent_target: torch.Tensor, inverse_norms: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of each latent, in float32: [M, D], targets [M, D] and the inverses of their norms [M] -> [M]."""
+    unit_pred = normalize(latent_pred.float(), dim=-1, eps=EPS)
+    return 1 - (unit_pred * latent_target).sum(dim=-1) * inverse_norms

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 
 from mirage_ds.batch import Batch
-from mirage_ds.config import Stage
+from mirage_ds.config import CompressStrategy, Stage
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.model.losses import LossHead, latent_losses
 from mirage_ds.model.rollout import Rollout
-from mirage_ds.model.targets import Tower, build_inputs_embeds, latent_targets
+from mirage_ds.model.targets import LatentTargets, Tower, build_inputs_embeds, latent_targets
 
 # MirageModel's names of parameters -> transformers', by their beginnings.
 HF_NAMES = {
@@ -52,9 +52,10 @@ class MirageModel(torch.nn.Module):
         latent_loss_weight: float = 1.0,
         recompute: bool = True,
         train_tower: bool = False,
+        compress_strategy: CompressStrategy = "average",
     ) -> None:
         super().__init__()
-        self.stage = stage
+        self.stage, self.compress_strategy = stage, compress_strategy
         self.ce_loss_weight, self.latent_loss_weight = ce_loss_weight, latent_loss_weight
         self.tower = Tower(backbone.visual, trained=train_tower)
         self.embed_tokens = backbone.embed_tokens
@@ -75,8 +76,9 @@ class MirageModel(torch.nn.Module):
             num_passes: see Rollout.forward.
         """
         image_embeds, helper_embeds = self.tower.encode(batch)
-        targets = latent_targets(helper_embeds, batch)
-        inputs_embeds = build_inputs_embeds(self.embed_tokens(batch.input_ids), image_embeds, targets, batch)
+        text_embeds = self.embed_tokens(batch.input_ids)
+        latents = latent_targets(helper_embeds, batch, self.compress_strategy, text_embeds.dtype)
+        inputs_embeds = build_inputs_embeds(text_embeds, image_embeds, latents.inputs, batch)
         hidden, target_losses = self.rollout(
             inputs_embeds,
             batch.position_ids,
@@ -88,14 +90,15 @@ class MirageModel(torch.nn.Module):
             num_passes,
         )
         ce_loss = (target_losses * batch.target_weights).sum()
-        latent_loss = self.latent_loss(hidden, targets, batch)
+        latent_loss = self.latent_loss(hidden, latents, batch)
         loss = self.ce_loss_weight * ce_loss + self.latent_loss_weight * latent_loss
         return Losses(loss, ce_loss, latent_loss)
 
-    def latent_loss(self, hidden: torch.Tensor, targets: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def latent_loss(self, hidden: torch.Tensor, latents: LatentTargets, batch: Batch) -> torch.Tensor:
         """1 - cosine between the hidden state one position before each latent and its target."""
         if self.stage != "stage1":
             return hidden.new_zeros((), dtype=torch.float32)
         latent_pred = hidden.flatten(0, 1)[batch.latent_rows - 1]
         # A trained tower must not be able to lower the loss by moving the targets towards each other.
-        return (latent_losses(latent_pred, targets.detach()) * batch.latent_weights).sum()
+        targets, inverse_norms = latents.targets.detach(), latents.inverse_norms.detach()
+        return (latent_losses(latent_pred, targets, inverse_norms) * batch.latent_weights).sum()

@@ -1,35 +1,193 @@
-"""Helper-image patch embeddings to latent targets, in plain torch: the definition.
+"""Helper-image patch embeddings to latents, as one functional op: ragged segments of any images in one pass.
 
-    n = patches of an image, K = its latents, g = n // K
-    target_k = mean(patch_embeds[k * g : (k + 1) * g]),  k = 0 .. K-1
+What it computes is defined in reference.py, which segments there are in segments.py. CUDA tensors take the Triton
+kernels (latent_pool_kernel.py), CPU tensors the definition; TRITON_INTERPRET=1, set before the start, makes CPU
+tensors take the kernels too, interpreted.
 
-in float32. The last n - K * g patches are dropped, as the reference implementation does
-(UMass-Embodied-AGI/Mirage at 53f26de, modeling_qwen2_5_vl.py:2089-2143).
+Segments and index stay on the host until they were checked, so that a wrong number is an error before anything is
+launched, and no check waits for the device. The op returns new tensors: an op that wrote into inputs_embeds could not
+register a gradient, and would leak one to the row of <|latent_pad|>.
+
+Shape legend: P patches, D hidden, N segments, M entries of the index.
 """
+
+import os
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
 import torch
 
+from mirage_ds.errors import ConfigError
+from mirage_ds.ops import reference
 
-def latent_pool(patch_embeds: torch.Tensor, num_patches: list[int], latent_sizes: list[int]) -> torch.Tensor:
-    """Pools each image's patch embeddings to its latents.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.library.custom_op("mirage_ds::latent_pool", mutates_args=())
+def latent_pool(
+    patch_embeds: torch.Tensor,
+    bounds: torch.Tensor,
+    index: torch.Tensor | None,
+    num_latents: int,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means of segments of rows.
 
     Args:
-        patch_embeds: [P, D], merged patches of all images, one image after the other, each in raster order.
-        num_patches: patches of each image; their sum is P.
-        latent_sizes: K of each image; at most its patches.
+        patch_embeds: [P, D] float32, bfloat16 or float16, contiguous, on any GPU or the CPU.
+        bounds: [N, 2] int64 on the CPU: begin and end of each segment, in `index`, or without it in patch_embeds.
+            Segments may overlap and need not cover everything.
+        index: [M] int64 on the CPU: rows of patch_embeds in the order in which segments read them; None: as they are.
+        num_latents: N as the caller counts its latents.
+        out_dtype: of the inputs; one of DTYPES.
 
     Returns:
-        [sum of K, D] float32.
+        Inputs [N, D] in out_dtype (what the decoder is fed), targets [N, D] float32, inverse norms of the targets [N]
+        float32. All are differentiable.
 
     Raises:
-        ValueError: the numbers do not fit together.
+        ValueError: the arguments do not fit together; nothing was launched.
+        ConfigError: a CUDA tensor without the package triton.
     """
-    if len(num_patches) != len(latent_sizes) or sum(num_patches) != patch_embeds.shape[0]:
-        raise ValueError(f"{patch_embeds.shape[0]} patches, but images of {num_patches} with K {latent_sizes}")
-    if any(not 1 <= size <= patches for patches, size in zip(num_patches, latent_sizes, strict=True)):
-        raise ValueError(f"K must lie in 1..patches for each image: patches {num_patches}, K {latent_sizes}")
-    pooled = [
-        image[: size * (len(image) // size)].float().unflatten(0, (size, -1)).mean(dim=1)
-        for image, size in zip(patch_embeds.split(num_patches), latent_sizes, strict=True)
-    ]
-    return torch.cat(pooled) if pooled else patch_embeds.new_zeros((0, patch_embeds.shape[1]), dtype=torch.float32)
+    _check(patch_embeds, bounds, index, num_latents, out_dtype)
+    if takes_kernel(patch_embeds.device):
+        return _kernels().pool(patch_embeds, bounds, index, out_dtype, reference.EPS)
+    return reference.latent_pool(patch_embeds, bounds, index, out_dtype)
+
+
+@torch.library.custom_op("mirage_ds::latent_pool_backward", mutates_args=())
+def latent_pool_backward(
+    mean_grads: torch.Tensor, bounds: torch.Tensor, index: torch.Tensor | None, num_rows: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Gradients of the segments' means [N, D] float32 -> the gradient of patch_embeds [num_rows, D] in `dtype`."""
+    if takes_kernel(mean_grads.device):
+        return _kernels().mean_backward(mean_grads, bounds, index, num_rows, dtype)
+    return reference.mean_backward(mean_grads, bounds, index, num_rows).to(dtype)
+
+
+@latent_pool.register_fake
+def _(
+    patch_embeds: torch.Tensor,
+    bounds: torch.Tensor,
+    index: torch.Tensor | None,
+    num_latents: int,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape = (num_latents, patch_embeds.shape[1])
+    return (
+        patch_embeds.new_empty(shape, dtype=out_dtype),
+        patch_embeds.new_empty(shape, dtype=torch.float32),
+        patch_embeds.new_empty(num_latents, dtype=torch.float32),
+    )
+
+
+@latent_pool_backward.register_fake
+def _(
+    mean_grads: torch.Tensor, bounds: torch.Tensor, index: torch.Tensor | None, num_rows: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return mean_grads.new_empty((num_rows, mean_grads.shape[1]), dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    patch_embeds, bounds, index, _, _ = inputs
+    _, targets, inverse_norms = output
+    ctx.save_for_backward(bounds, index, targets, inverse_norms)
+    ctx.num_rows, ctx.dtype = patch_embeds.shape[0], patch_embeds.dtype
+
+
+def _backward(
+    ctx: Any, grad_inputs: torch.Tensor, grad_targets: torch.Tensor, grad_inverse_norms: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """d (1 / ||t||) = -t / ||t||^3, and 0 where EPS stands for the norm."""
+    bounds, index, targets, inverse_norms = ctx.saved_tensors
+    slopes = torch.where(inverse_norms < 1 / reference.EPS, grad_inverse_norms * inverse_norms**3, 0)
+    mean_grads = grad_targets + grad_inputs.float() - slopes[:, None] * targets
+    return latent_pool_backward(mean_grads, bounds, index, ctx.num_rows, ctx.dtype), None, None, None, None
+
+
+latent_pool.register_autograd(_backward, setup_context=_setup_context)
+
+
+def takes_kernel(device: torch.device) -> bool:
+    """Whether tensors on `device` take the kernels."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def describe_path(device: torch.device) -> str:
+    """Which path `latent_pool` takes on `device`, for the start of the log.
+
+    Raises:
+        ConfigError: it takes the kernels, and triton is not installed.
+    """
+    if not takes_kernel(device):
+        return f"latent_pool: plain torch on {device.type}"
+    how = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
+    return f"latent_pool: Triton {_kernels().triton.__version__} kernels on {device.type}, {how}"
+
+
+def _kernels() -> ModuleType:
+    """Triton comes with torch for CUDA, so that its absence is a fault there and none elsewhere."""
+    if find_spec("triton") is None:
+        raise ConfigError(
+            "the package triton is missing, and latent_pool needs it here (GPU tensors, or TRITON_INTERPRET=1); torch "
+            "for CUDA brings the version that fits; install that torch, or for TRITON_INTERPRET=1 `pip install "
+            "triton==3.7.1`"
+        )
+    from mirage_ds.ops import latent_pool_kernel
+
+    return latent_pool_kernel
+
+
+def _check(
+    patch_embeds: torch.Tensor,
+    bounds: torch.Tensor,
+    index: torch.Tensor | None,
+    num_latents: int,
+    out_dtype: torch.dtype,
+) -> None:
+    """Raises ValueError for arguments that do not fit together."""
+    if patch_embeds.device.type not in ("cpu", "cuda"):
+        raise _error(f"patch_embeds lie on {patch_embeds.device}", "the CPU or a CUDA GPU", "move them there")
+    if patch_embeds.dim() != 2 or not patch_embeds.is_contiguous():
+        raise _error(
+            f"patch_embeds have shape {list(patch_embeds.shape)} and strides {list(patch_embeds.stride())}",
+            "a contiguous [P, D]",
+            "call .contiguous()",
+        )
+    if patch_embeds.dtype not in DTYPES or out_dtype not in DTYPES:
+        raise _error(f"the dtypes are {patch_embeds.dtype} and {out_dtype}", f"each of {DTYPES}", "convert before")
+    for name, tensor in (("bounds", bounds), ("index", index)):
+        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype != torch.int64):
+            raise _error(
+                f"{name} is {tensor.dtype} on {tensor.device}",
+                "int64 on the CPU, where it can be checked without waiting for the device",
+                "leave it there as segments.py makes it",
+            )
+    if bounds.shape != (num_latents, 2) or num_latents == 0:
+        raise _error(
+            f"bounds have shape {list(bounds.shape)} for {num_latents} latents",
+            "[N, 2] for N >= 1 latents",
+            "leave out the call where there is no helper image",
+        )
+    num_rows = patch_embeds.shape[0]
+    if index is not None:
+        if index.dim() != 1 or ((index < 0) | (index >= num_rows)).any():
+            raise _error(
+                f"index has shape {list(index.shape)} or a row that is not there",
+                f"[M] of rows 0 .. {num_rows - 1}",
+                "make it of the images that the patches are of",
+            )
+        num_rows = len(index)
+    begins, ends = bounds.unbind(1)
+    wrong = (begins < 0) | (begins >= ends) | (ends > num_rows)
+    if wrong.any():
+        raise _error(
+            f"the bounds of a segment are {bounds[wrong][0].tolist()}",
+            f"0 <= begin < end <= {num_rows}",
+            "give every latent at least one of the rows that there are",
+        )
+
+
+def _error(what: str, allowed: str, remedy: str) -> ValueError:
+    return ValueError(f"{what} (latent_pool); allowed is {allowed}; {remedy}")
