@@ -22,6 +22,7 @@ from mirage_ds.errors import ConfigError
 from mirage_ds.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TESTED_TRITON = "triton==3.7.1"  # what torch 2.13.0 for CUDA requires
 
 
 @torch.library.custom_op("mirage_ds::latent_pool", mutates_args=())
@@ -130,9 +131,8 @@ def _kernels() -> ModuleType:
     """Triton comes with torch for CUDA, so that its absence is a fault there and none elsewhere."""
     if find_spec("triton") is None:
         raise ConfigError(
-            "the package triton is missing, and latent_pool needs it here (GPU tensors, or TRITON_INTERPRET=1); torch "
-            "for CUDA brings the version that fits; install that torch, or for TRITON_INTERPRET=1 `pip install "
-            "triton==3.7.1`"
+            "the package triton is missing (latent_pool, on GPU tensors or with TRITON_INTERPRET=1); allowed is the "
+            f"version that torch for CUDA brings; install that torch, or `pip install {TESTED_TRITON}`"
         )
     from mirage_ds.ops import latent_pool_kernel
 

@@ -82,8 +82,9 @@ def test_tensorboard_has_the_same_numbers(job: Path, stage: str) -> None:
     assert ("train/cosine" in events.Tags()["scalars"]) == (stage == "stage1")
 
 
-def test_the_log_says_what_is_gathered(job: Path) -> None:
+def test_the_log_says_what_is_gathered_and_how_latents_are_pooled(job: Path) -> None:
     log = (job / "log").read_text()
+    assert "latent_pool: plain torch on cpu" in log
     assert "gather layer: layer by layer with prefetch; about" in log
     assert "gather rollout: the rollout once per forward and once per backward" in log
 

@@ -34,6 +34,7 @@ from mirage_ds.engine import (
 from mirage_ds.metrics import Metrics
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.model.mirage import MirageModel
+from mirage_ds.ops.latent_pool import describe_path
 from mirage_ds.trainer import Trainer, TrainState
 
 
@@ -134,6 +135,7 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
         norms = {name: parameter.norm().item() for name, parameter in backbone.hf.named_parameters()}
     engine.destroy()
     return {
+        "pooling": describe_path(device),
         "gathered_bytes": gathered,
         "model_bytes": whole_model,
         "micro_losses": micro_losses,

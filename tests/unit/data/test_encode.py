@@ -124,6 +124,16 @@ def test_more_latents_than_merged_patches_are_refused(
         Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=7)(make_sample())
 
 
+def test_a_grid_that_does_not_fit_is_refused(
+    tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
+) -> None:
+    """make_sample's helper image has 6 merged patches in 2 rows of 3, or 3 of 2: five cells in a line do not fit."""
+    grid = {"stage": "stage1", "compress_strategy": "grid"}
+    assert Encoder(tiny_tokenizer, image_processor, latent_size=6, **grid)(make_sample()).latent_size == 6
+    with pytest.raises(DataError, match=r"no grid of 5 cells fits \(shard/k.helper_0\); allowed is .*grid two factors"):
+        Encoder(tiny_tokenizer, image_processor, latent_size=5, **grid)(make_sample())
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [

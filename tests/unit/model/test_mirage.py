@@ -43,3 +43,14 @@ def test_every_weight_of_the_latent_loss_counts(make_model) -> None:
     model.latent_loss_weight = 3.0
     weighted = model(batch)
     assert torch.allclose(weighted.loss - losses.loss, 2 * losses.latent_loss, rtol=1e-4)
+
+
+def test_the_strategy_decides_what_latents_are(make_model) -> None:
+    """15 patches for 4 latents: one strategy drops three of them, one none, and one cuts another way."""
+    batch = collate([random_sample(3, stage="stage1", latent_size=4)], align_latents=False)
+    model = make_model("stage1")
+    losses = []
+    for strategy in ("average", "average_all", "grid"):
+        model.compress_strategy = strategy
+        losses.append(model(batch).latent_loss.item())
+    assert len({round(loss, 6) for loss in losses}) == 3

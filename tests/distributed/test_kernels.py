@@ -1,0 +1,33 @@
+"""Training with the Triton kernels, interpreted, against training with the torch path: 2 ranks, the same samples."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import launching
+import pytest
+from cases import Outcome, all_cases, read_outcome, start_cases
+
+CASES = ("stage1-varying-tied-2x1x2", "tower")
+"""K from 2 to 8, another one for every sample; and a trained tower on ragged samples, some without a helper image."""
+
+
+def test_the_same_losses(
+    outcome: Callable[[str], Outcome],
+    models: dict[str, str],
+    deepspeed_configs: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every loss of 20 steps, and of 5 with the trained tower."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    cases = [case for case in all_cases(models, deepspeed_configs)[2] if case["name"] in CASES]
+    process, log = start_cases(2, cases, tmp_path)
+    launching.finish(process, log, timeout_s=300)
+    for name in CASES:
+        plain, interpreted = outcome(name), read_outcome(tmp_path, name)
+        assert plain.report["pooling"] == "latent_pool: plain torch on cpu"
+        assert interpreted.report["pooling"].endswith("kernels on cpu, interpreted")
+        assert len(plain.losses) == (5 if name == "tower" else 20)
+        assert interpreted.losses == pytest.approx(plain.losses, rel=1e-6)
+        norms = [[record["grad_norm"] for record in result.records] for result in (interpreted, plain)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
