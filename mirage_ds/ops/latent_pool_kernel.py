@@ -1,11 +1,12 @@
 """The Triton kernels of latent_pool, and their launches. The definition is reference.py; who calls is latent_pool.py.
 
-Triton decides when it is imported whether it compiles or, with TRITON_INTERPRET=1, interprets in numpy.
+Triton decides when it is imported whether it compiles or, with TRITON_INTERPRET=1, interprets in numpy. Its compiler
+looks up annotations, of which it knows only its own: every argument is annotated as a tl.tensor, scalars too.
 
 Shape legend: P patches, D hidden, N segments, M entries of the index, S segments' entries over all patches.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,13 +38,13 @@ def launch_shape(dim: int, dtype: torch.dtype) -> LaunchShape:
 
 @triton.jit
 def _pool_kernel(
-    patch_embeds: Any,  # [P, D]
-    bounds: Any,  # [N, 2] int64
-    index: Any,  # [M] int64
-    inputs: Any,  # [N, D], written
-    targets: Any,  # [N, D] float32, written
-    squares: Any,  # [N, programs along D] float32, written: each program's part of ||target||^2
-    dim: Any,
+    patch_embeds: tl.tensor,  # [P, D]
+    bounds: tl.tensor,  # [N, 2] int64
+    index: tl.tensor,  # [M] int64
+    inputs: tl.tensor,  # [N, D], written
+    targets: tl.tensor,  # [N, D] float32, written
+    squares: tl.tensor,  # [N, programs along D] float32, written: each program's part of ||target||^2
+    dim: tl.tensor,
     HAS_INDEX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -76,10 +77,10 @@ def _pool_kernel(
 
 @triton.jit
 def _inverse_norm_kernel(
-    squares: Any,  # [N, num_parts] float32
-    inverse_norms: Any,  # [N] float32, written
-    num_parts: Any,
-    eps: Any,
+    squares: tl.tensor,  # [N, num_parts] float32
+    inverse_norms: tl.tensor,  # [N] float32, written
+    num_parts: tl.tensor,
+    eps: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """1 / max(sqrt(sum of squares), eps) of one segment, its parts always added in the same order."""
@@ -91,13 +92,13 @@ def _inverse_norm_kernel(
 
 @triton.jit
 def _mean_backward_kernel(
-    row_grads: Any,  # [N, D] float32
-    patch_bounds: Any,  # [P + 1] int64: where the segments of each patch begin in `segments`
-    segments: Any,  # [S] int64
-    grad: Any,  # [P, D], written
-    num_patches: Any,
-    dim: Any,
-    most_segments: Any,  # that any patch is in
+    row_grads: tl.tensor,  # [N, D] float32
+    patch_bounds: tl.tensor,  # [P + 1] int64: where the segments of each patch begin in `segments`
+    segments: tl.tensor,  # [S] int64
+    grad: tl.tensor,  # [P, D], written
+    num_patches: tl.tensor,
+    dim: tl.tensor,
+    most_segments: tl.tensor,  # that any patch is in
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:

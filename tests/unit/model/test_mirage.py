@@ -46,7 +46,7 @@ def test_every_weight_of_the_latent_loss_counts(make_model) -> None:
 
 
 def test_the_strategy_decides_what_latents_are(make_model) -> None:
-    """15 patches for 4 latents: one strategy drops three of them, one none, and one cuts another way."""
+    """18 patches for 4 latents: one strategy drops two of them, one none, and one cuts another way."""
     batch = collate([random_sample(3, stage="stage1", latent_size=4)], align_latents=False)
     model = make_model("stage1")
     losses = []

@@ -1,0 +1,67 @@
+"""The kernels compile for GPUs, which needs none: what the interpreter accepts the compiler may refuse.
+
+Sizes and pointers are declared divisible by 16, as the real ones are.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mirage_ds.ops import latent_pool_kernel as kernels
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 is set, so that Triton does not compile"
+)
+DIM = 3584
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def ptx_of(kernel: Any, capability: int, num_warps: int, types: dict[str, str], constants: dict[str, Any]) -> str:
+    """The assembly of a kernel whose arguments have these Triton types."""
+    signature = types | dict.fromkeys(constants, "constexpr")
+    divisible = [["tt.divisibility", 16]]
+    attributes = {(i,): divisible for i, name in enumerate(types) if types[name][0] == "*" or name == "dim"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}).asm["ptx"]
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("has_index", [False, True], ids=["rows in order", "index"])
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_pool(capability: int, dtype: torch.dtype, has_index: bool) -> None:
+    """Each thread has eight 16-byte loads of a tile under way, as the table of launch shapes reckons."""
+    shape = kernels.launch_shape(DIM, dtype)
+    types = {"patch_embeds": f"*{NAMES[dtype]}", "bounds": "*i64", "index": "*i64"}
+    types |= {"inputs": f"*{NAMES[dtype]}", "targets": "*fp32", "squares": "*fp32", "dim": "i32"}
+    constants = {"HAS_INDEX": has_index, "BLOCK_ROWS": shape.block_rows, "BLOCK_DIM": shape.block_dim}
+    ptx = ptx_of(kernels._pool_kernel, capability, shape.num_warps, types, constants)
+    assert len(re.findall(r"ld\.global\S*\.v4\.", ptx)) == 8
+
+
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+def test_mean_backward(dtype: torch.dtype) -> None:
+    shape = kernels.launch_shape(DIM, torch.float32)
+    types = {"row_grads": "*fp32", "patch_bounds": "*i64", "segments": "*i64", "grad": f"*{NAMES[dtype]}"}
+    types |= {"num_patches": "i32", "dim": "i32", "most_segments": "i32"}
+    constants = {"BLOCK_ROWS": shape.block_rows, "BLOCK_DIM": shape.block_dim}
+    ptx = ptx_of(kernels._mean_backward_kernel, 90, shape.num_warps, types, constants)
+    assert len(re.findall(r"ld\.global\S*\.v4\.", ptx)) == 8
+    assert "atom." not in ptx
+
+
+def test_inverse_norm() -> None:
+    types = {"squares": "*fp32", "inverse_norms": "*fp32", "num_parts": "i32", "eps": "fp32"}
+    ptx = ptx_of(kernels._inverse_norm_kernel, 90, 1, types, {"BLOCK": 8})
+    assert len(re.findall(r"st\.global", ptx)) == 1
