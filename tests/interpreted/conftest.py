@@ -7,19 +7,6 @@ So they have a process of their own, which tests/unit/ops/test_interpreted.py st
 """
 
 import os
-from collections.abc import Iterator
-
-import pytest
-import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """New memory is NaN, so that what a kernel does not write is seen."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
