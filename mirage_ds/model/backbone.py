@@ -15,6 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from mirage_ds.errors import ConfigError
 from mirage_ds.tokens import TokenIds
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROW_MULTIPLE = 64  # of embeddings and head: matrix products like it, and the real models have spare rows too
 
 
@@ -53,6 +54,14 @@ class Backbone:
     def tied(self) -> bool:
         """The head's weight is the embedding's."""
         return self.head_weight is self.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def to(self, device: str) -> None:
+        """Moves the whole model."""
+        torch.nn.Module.to(self.hf, device)
 
     @property
     def vocab_size(self) -> int:
@@ -124,6 +133,21 @@ def check_config(path: str, cache_dir: Path | None = None) -> None:
         raise ConfigError(
             f"the model uses sliding-window attention (use_sliding_window in {path}/config.json); only full attention "
             "is computed; set use_sliding_window to false there, as Qwen2.5-VL's own checkpoints have it"
+        )
+
+
+def check_latent_ids(ids: TokenIds, backbone: Backbone, path: str) -> None:
+    """Refuses a vocabulary whose latent tokens have no row in the embeddings.
+
+    Raises:
+        ConfigError: an id is too large.
+    """
+    largest = max(ids.latent_pad, ids.latent_start, ids.latent_end)
+    if largest >= backbone.vocab_size:
+        raise ConfigError(
+            f"the latent token id {largest} has no embedding ({path}): the model has {backbone.vocab_size} rows; every "
+            "id of the tokenizer must be below that; name a folder with more of them, which "
+            f"`mirage init --from {path} --output FOLDER` writes"
         )
 
 
