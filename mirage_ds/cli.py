@@ -54,7 +54,7 @@ class Latents(StrEnum):
 # What `generate` and `evaluate` both take.
 ModelOption = Annotated[str, typer.Option("--model", help="A folder that `mirage export` wrote, or a hub id.")]
 LatentSizeOption = Annotated[
-    int | None, typer.Option("--latent-size", min=1, help="Latents in a block. [default: what the folder says]")
+    int | None, typer.Option("--latent-size", min=1, show_default="what the folder says", help="Latents in a block.")
 ]
 LatentEndOption = Annotated[
     LatentEnd,
@@ -68,7 +68,7 @@ TemperatureOption = Annotated[float, typer.Option("--temperature", help="0: gree
 TopPOption = Annotated[float, typer.Option("--top-p", help="With a temperature: the likeliest tokens to draw from.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="With a temperature: same seed, same answers.")]
 DtypeOption = Annotated[
-    Dtype | None, typer.Option("--dtype", help="[default: bf16 on a GPU, fp32 on the CPU]", show_default=False)
+    Dtype | None, typer.Option("--dtype", show_default="bf16 on a GPU, fp32 on the CPU", help="What to compute in.")
 ]
 
 
@@ -193,10 +193,12 @@ def _load_decoder(
     dtype: Dtype | None,
 ) -> Any:
     import torch
+    from transformers.utils import logging
 
     from mirage_ds.generate import Sampling, as_they_are, load_decoder
     from mirage_ds.model.backbone import DTYPES
 
+    logging.disable_progress_bar()
     return load_decoder(
         model,
         latent_size=latent_size,

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.integrations import HfDeepSpeedConfig
 
 from mirage_ds.errors import ConfigError
 from mirage_ds.tokens import TokenIds
@@ -103,8 +102,11 @@ def load_backbone(
     """
     check_config(path, cache_dir)
     implementation = choose_attention(attention, dtype)
-    # transformers shards while loading only while this object is alive.
-    zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config is not None else None
+    zero3 = None
+    if deepspeed_config is not None:
+        from transformers.integrations import HfDeepSpeedConfig  # imports DeepSpeed, which decoding does not need
+
+        zero3 = HfDeepSpeedConfig(deepspeed_config)  # transformers shards while loading only while it is alive
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         path, dtype=dtype, attn_implementation=implementation, cache_dir=cache_dir
     )

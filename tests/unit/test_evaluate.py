@@ -143,7 +143,7 @@ def test_results_that_are_there_are_left_alone(tmp_path: Path) -> None:
 def test_an_evaluation_that_was_broken_off_leaves_no_results(model: str, tmp_path: Path) -> None:
     """What is there by then stays in FILE.part, and the next start begins anew."""
     data, output = write_questions(tmp_path / "data", 4), tmp_path / "results"
-    with pytest.raises(MirageError, match="config.json cannot be read"):
+    with pytest.raises(MirageError, match=r"config\.json cannot be read"):
         decode(str(tmp_path / "none"), data, output)
     assert not output.exists()
     decode(model, data, output)
