@@ -6,7 +6,7 @@ accumulation and communication) and "auto" where the run decides.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import deepspeed
 import torch
@@ -133,11 +133,20 @@ def _check_sections(resolved: dict[str, Any], where: str) -> None:
         except ValidationError as error:
             details = error.errors()[0]
             key = ".".join([name, *map(str, details["loc"])])
-            if details["type"] == "extra_forbidden" and len(details["loc"]) == 1:
-                problem = f"unknown key {key} ({where}): {hint(str(details['loc'][0]), definition.model_fields)}"
+            if details["type"] == "extra_forbidden":
+                *parents, last = map(str, details["loc"])
+                problem = f"unknown key {key} ({where}): {hint(last, _names_in(definition, parents))}"
             else:
                 problem = f"{key} is {details['input']!r} ({where}): {details['msg']}"
             raise ConfigError(f"{problem}; correct it in the file") from error
+
+
+def _names_in(definition: type[BaseModel], parents: list[str]) -> list[str]:
+    """The keys that DeepSpeed knows in a section's sub-section; stage3_... are aliases there."""
+    for parent in parents:
+        annotation = definition.model_fields[parent].annotation
+        definition = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
+    return [field.alias or name for name, field in definition.model_fields.items()]
 
 
 def _get(tree: dict[str, Any], keys: list[str]) -> Any:

@@ -8,6 +8,7 @@ from importlib.metadata import requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from mirage_ds.errors import ConfigError, MirageError, leave
 
@@ -25,17 +26,21 @@ def versions() -> dict[str, str]:
     return packages | {"git_commit": commit}
 
 
+def tested_ranges() -> dict[str, SpecifierSet]:
+    """What each package of TESTED may be."""
+    required = [Requirement(text) for text in requires("mirage_ds") or []]
+    return {requirement.name: requirement.specifier for requirement in required if requirement.name in TESTED}
+
+
 def check_versions() -> None:
     """Refuses versions that nobody has tried: they compute other numbers without a word.
 
     Raises:
         ConfigError: it names each of them.
     """
-    required = [Requirement(text) for text in requires("mirage_ds") or []]
-    ranges = {requirement.name: requirement.specifier for requirement in required if requirement.name in TESTED}
     wrong = [
         f"{name} is {version(name)}, tested is {tested}"
-        for name, tested in ranges.items()
+        for name, tested in tested_ranges().items()
         if not tested.contains(version(name), prereleases=True)
     ]
     if wrong:
