@@ -12,6 +12,7 @@ import ds_configs
 from mirage_ds.config import Config, load_config
 from mirage_ds.engine import DEEPSPEED_KEYS, choose_gather, parameter_groups, resolve_deepspeed_config
 from mirage_ds.errors import ConfigError
+from mirage_ds.model import backbone
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
 SHIPPED = Path(ds_configs.__path__[0])
@@ -138,3 +139,14 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert [tuple(parameter.shape) for parameter in decayed["params"]] == [(4, 4)]
     assert kept["weight_decay"] == 0.0
     assert [tuple(parameter.shape) for parameter in kept["params"]] == [(4,), (4,), (4,)]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "sdpa"])
+def test_attention_without_flash_attn(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """On a GPU in bf16 too; there `auto` takes flash-attn as soon as it is installed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backbone, "find_spec", lambda name: None)
+    assert backbone.choose_attention(wanted, torch.bfloat16) == "sdpa"
+    monkeypatch.setattr(backbone, "find_spec", lambda name: name)
+    assert backbone.choose_attention(wanted, torch.float32) == "sdpa"
+    assert backbone.choose_attention(wanted, torch.bfloat16) == {"auto": "flash_attention_2", "sdpa": "sdpa"}[wanted]
