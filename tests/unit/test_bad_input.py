@@ -18,6 +18,7 @@ from typing import Any
 import forked_starts
 import pytest
 from generated_rows import image_bytes, make_row, write_jsonl, write_rows
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config
 
 import ds_configs
@@ -69,6 +70,18 @@ def model_without_latents(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     hf.resize_token_embeddings(len(tokenizer) - 3)
     hf.save_pretrained(folder / "model")
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100_000])
+
+
+def drop_a_weight(folder: Path) -> None:
+    path = folder / "model" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.norm.weight"]
+    save_file(weights, path, {"format": "pt"})
 
 
 def run_of(**changes: Any) -> Callable[[Path], None]:
@@ -188,6 +201,16 @@ TRAIN = {
             "`mirage init --from model --output FOLDER` writes",
         ),
         prepare=model_without_latents,
+    ),
+    "model without weights": Case(
+        (r"the weights cannot be loaded \(model\): ", "a model folder has the files", "copy the folder again"),
+        prepare=lambda folder: (folder / "model" / "model.safetensors").unlink(),
+    ),
+    "model cut short": Case(
+        (r"the weights cannot be loaded \(model\): ", "whole", "copy the folder again"), prepare=cut_weights
+    ),
+    "model without one weight": Case(
+        (r"1 weights are missing, .*norm\.weight for one \(model\)", "copy the folder again"), prepare=drop_a_weight
     ),
     # a checkpoint of another latent_size or another manifest
     "checkpoint, latent_size": Case(
