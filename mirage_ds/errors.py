@@ -48,9 +48,8 @@ def name_full_disk(folder: Path, remedy: str) -> Iterator[None]:
         # safetensors has the system's words, but not its code.
         if not any(reason in str(error) for reason in reasons):
             raise
-        raise DiskFullError(
-            f"the disk is full ({folder}): {error}; all that is written needs room; {remedy}"
-        ) from error
+        where = getattr(error, "filename", None) or folder
+        raise DiskFullError(f"the disk is full ({where}): {error}; all that is written needs room; {remedy}") from error
 
 
 def leave(error: MirageError, *, every_rank: bool = False) -> NoReturn:
@@ -59,10 +58,11 @@ def leave(error: MirageError, *, every_rank: bool = False) -> NoReturn:
     Other ranks may wait for this one in a collective: it leaves without waiting for them, the launcher ends them.
 
     Args:
-        every_rank: this rank may be the only one that knows; else the first one speaks for all.
+        every_rank: this rank may be the only one that knows; else the first one of each node speaks for all there, as
+            a folder may be missing on one node alone.
     """
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if every_rank or rank == "0":
+    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    if every_rank or local_rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2)

@@ -112,7 +112,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ConfigError: it is missing or damaged.
     """
     try:
-        tree: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
+        tree = yaml.safe_load((folder / "config.yaml").read_text())
+        if not isinstance(tree, dict):
+            raise yaml.YAMLError("it holds no sections")
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(
             f"the folder holds a run whose configuration cannot be read (run.dir={folder}): {error}; a run goes on "

@@ -233,6 +233,11 @@ TRAIN = {
         (r"holds another run already \(run\.dir=run\)", "a folder of its own", r"set run\.dir to a new one, or"),
         prepare=run_of(),
     ),
+    "run folder without its configuration": Case(
+        (r"configuration cannot be read \(run\.dir=run\): .*config\.yaml", "only where its", r"set run\.dir to a new"),
+        ("run.resume=auto",),
+        lambda folder: (run_without_checkpoint(folder), (folder / "run" / "config.yaml").unlink())[1],
+    ),
     "run folder of a run without checkpoint": Case(
         (r"started with another configuration \(in run\)", r"train\.lr: 0\.5 -> 0\.001", "a run.dir of its own"),
         ("run.resume=auto",),

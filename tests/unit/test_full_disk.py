@@ -122,7 +122,7 @@ def check_whole(run: Path, checkpoint_bytes: int) -> None:
 
 @pytest.mark.parametrize(("name", "output"), [("build", "new"), ("make-vsp", "vsp"), ("init", "copy")])
 def test_a_new_folder_is_not_left_in_part(outcomes: dict[str, Outcome], place: Path, name: str, output: str) -> None:
-    outcomes[name].check_message(f"the disk is full ({place}/disk)", f"nothing of {output} was kept", "free some space")
+    outcomes[name].check_message(f"the disk is full ({place}/disk", f"nothing of {output} was kept", "free some space")
     assert [path.name for path in outcomes[name].disk.iterdir()] == ["filler"]
 
 
@@ -156,7 +156,7 @@ def test_the_disk_fills_up_while_metrics_are_written(
     outcomes: dict[str, Outcome], place: Path, checkpoint_bytes: int
 ) -> None:
     outcome = outcomes["metrics"]
-    outcome.check_message(f"the disk is full ({place}/disk/run)", "free some space, and start again")
+    outcome.check_message(f"the disk is full ({place}/disk/run", "free some space, and start again")
     check_whole(outcome.run, checkpoint_bytes)
     assert (outcome.run / "metrics.jsonl").read_text() == (outcomes["while writing"].run / "metrics.jsonl").read_text()
 
