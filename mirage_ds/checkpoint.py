@@ -16,11 +16,13 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from mirage_ds import distributed
 from mirage_ds.config import Config
-from mirage_ds.errors import CheckpointError
+from mirage_ds.engine import whole_numel
+from mirage_ds.errors import CheckpointError, DiskFullError
 from mirage_ds.model.mirage import hf_name
 from mirage_ds.trainer import TrainState
 
 FOLDER = "checkpoints"
+ADAM_BYTES = 12  # per trained element, all float32: the master and AdamW's two moments
 
 
 def describe(config: Config, deepspeed_config: dict[str, Any], manifest_digest: str, max_steps: int) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def describe(config: Config, deepspeed_config: dict[str, Any], manifest_digest: 
     world_size = distributed.world_size()
     return {
         "world_size": world_size,
-        "global_batch_size": config.train.global_batch_size(world_size),
+        "global_batch_size": config.train.samples_per_step(world_size),
         "max_steps": max_steps,
         "manifest_digest": manifest_digest,
         "deepspeed": deepspeed_config,
@@ -37,9 +39,24 @@ def describe(config: Config, deepspeed_config: dict[str, Any], manifest_digest: 
 
 
 def save(engine: DeepSpeedEngine, config: Config, state: TrainState, facts: dict[str, Any]) -> None:
-    """Writes a checkpoint of all ranks, then deletes the oldest beyond `checkpoint.keep_latest_k`."""
+    """Writes a checkpoint of all ranks, then deletes the oldest beyond `checkpoint.keep_latest_k`.
+
+    Raises:
+        CheckpointError: there is no room for it.
+        DiskFullError: the room ended while it was written, or a quota did.
+    """
     folder, tag = config.run.dir / FOLDER, f"global_step{state.step}"
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"random": random_state()}, save_latest=False)
+    check_room(config.run.dir, engine.module, engine.device)
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, client_state={"random": random_state()}, save_latest=False)
+    except RuntimeError as error:
+        # torch.save's writer in C++ does not pass on the system's reason.
+        if "inline_container" not in str(error):
+            raise
+        raise DiskFullError(
+            f"the checkpoint could not be written whole ({folder / tag}): {error}; it needs room on the disk and in "
+            f"the user's quota; {_remedy(config.run.dir)} (what is there of this one may be deleted)"
+        ) from error
     distributed.barrier()
     if distributed.is_main():
         position = {"step": state.step, "position": state.position}
@@ -50,6 +67,40 @@ def save(engine: DeepSpeedEngine, config: Config, state: TrainState, facts: dict
         mark.replace(folder / "latest")
         prune(folder, state.step, config.checkpoint.keep_latest_k)
     distributed.barrier()
+
+
+def size_in_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a checkpoint of all ranks, but for some KiB: what is trained, with AdamW's state, and what is frozen.
+
+    Under ZeRO-3 every rank writes its shards of both.
+    """
+    return sum(
+        whole_numel(parameter) * (ADAM_BYTES if parameter.requires_grad else parameter.element_size())
+        for parameter in model.parameters()
+    )
+
+
+def check_room(run_dir: Path, model: torch.nn.Module, device: torch.device) -> None:
+    """Refuses to begin a checkpoint that the disk cannot hold; every rank calls it, and all agree.
+
+    Raises:
+        CheckpointError: it names the folder and both sizes.
+    """
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(existing).free, size_in_bytes(model)
+    if any(distributed.max_over_ranks([free < needed], device)):
+        raise CheckpointError(
+            f"no room for a checkpoint ({run_dir / FOLDER}): it takes {needed / 1e6:.1f} MB, the disk has "
+            f"{free / 1e6:.1f} MB free; one more than checkpoint.keep_latest_k must fit at a time; {_remedy(run_dir)}"
+        )
+
+
+def _remedy(run_dir: Path) -> str:
+    """What to do about a full disk."""
+    found = latest(run_dir)
+    if found is None:
+        return "free some space, or set run.dir to a folder on another disk, and start again"
+    return f"free some space, and go on from {found.name}, which is whole, with run.resume=auto"
 
 
 def prune(folder: Path, step: int, keep_latest_k: int) -> None:

@@ -13,9 +13,9 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample, read_questions
 from mirage_ds.errors import DataError
 from mirage_ds.generate import Decoder
-from mirage_ds.run import versions
 from mirage_ds.tasks import choice, vsp
 from mirage_ds.tasks.statistics import wilson_interval
+from mirage_ds.versions import versions
 
 Scores = dict[str, vsp.Outcome]
 """Outcome by way of scoring; the first way is the one to quote."""

@@ -5,8 +5,12 @@ torchrun --nproc-per-node 2 --module mirage_ds.train RECIPE [section.key=value .
 srun --kill-on-bad-exit=1 python -m mirage_ds.train RECIPE [section.key=value ...]
 """
 
+if __name__ == "__main__":  # before the imports, as another version may lack what they name
+    from mirage_ds.versions import leave_if_untested
+
+    leave_if_untested()
+
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,11 +39,11 @@ from mirage_ds.engine import (
     resolve_deepspeed_config,
     whole_numel,
 )
-from mirage_ds.errors import DataError, MirageError
+from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
 from mirage_ds.metrics import Metrics
-from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
+from mirage_ds.model.backbone import DTYPES, Backbone, check_config, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
-from mirage_ds.run import open_folder
+from mirage_ds.run import find_start, write_folder
 from mirage_ds.trainer import Trainer, TrainState
 from mirage_ds.validation import Validation, spread
 
@@ -51,8 +55,8 @@ def train(config: Config) -> None:
     """The whole run, from configuration to last checkpoint."""
     prepare_torch(config)
     deepspeed_config = resolve_deepspeed_config(config)
-    device = distributed.init(config.distributed.timeout_s)
     shards = load_manifest(config.data.shards)
+    check_config(config.model.path, config.model.cache_dir)
     encoder = load_encoder(
         config.model.path,
         stage=config.train.stage,
@@ -63,11 +67,15 @@ def train(config: Config) -> None:
         max_pixels=config.data.max_pixels,
         cache_dir=config.model.cache_dir,
     )
+    for folder in (config.data.shards, config.evaluation.shards):
+        if folder is not None:
+            encoder.check_index(load_manifest(folder))
+    device = distributed.init(config.distributed.timeout_s)
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     if config.run.init_from and not (config.run.resume == "auto" and checkpoint.latest(config.run.dir)):
         checkpoint.check_start(config.run.init_from, config)
     facts = checkpoint.describe(config, deepspeed_config, shards.digest, max_steps)
-    found = open_folder(config, facts)
+    found = find_start(config, facts)
 
     backbone = load_backbone(
         config.model.path,
@@ -86,6 +94,8 @@ def train(config: Config) -> None:
         recompute=config.model.activation_checkpointing == "full",
         train_tower=config.model.train_tower,
     )
+    checkpoint.check_room(config.run.dir, model, device)
+    write_folder(config, facts)
     gather = choose_gather(config.model, config.train.stage)
     mark_gather_units(model, gather)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
@@ -96,7 +106,7 @@ def train(config: Config) -> None:
 
     metrics = Metrics(
         config.run.dir,
-        global_batch_size=config.train.global_batch_size(distributed.world_size()),
+        global_batch_size=config.train.samples_per_step(distributed.world_size()),
         max_steps=max_steps,
         log_freq=config.train.log_freq,
         steps_done=state.step,
@@ -153,7 +163,7 @@ def open_stream(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         micro_batch_size=config.train.micro_batch_size_per_gpu,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        gradient_accumulation_steps=config.train.accumulation_steps(distributed.world_size()),
         start=state.position,
     )
     loader = make_loader(
@@ -226,7 +236,7 @@ def profiler(config: Config, state: TrainState) -> Iterator[Action]:
 def describe(config: Config, shards: ShardFolder, model: MirageModel, backbone: Backbone, max_steps: int) -> str:
     """What will be computed, for the start of the log."""
     train, ranks = config.train, distributed.world_size()
-    size = train.global_batch_size(ranks)
+    size = train.samples_per_step(ranks)
     numel = {True: 0, False: 0}
     for parameter in model.parameters():
         numel[parameter.requires_grad] += whole_numel(parameter)
@@ -234,7 +244,7 @@ def describe(config: Config, shards: ShardFolder, model: MirageModel, backbone: 
         f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
         f"{train.dtype}, attention {backbone.attention}, latent_size {config.model.latent_size}\n"
         f"{shards.num_samples} samples; global batch {size} = {ranks} ranks x {train.micro_batch_size_per_gpu} x "
-        f"{train.gradient_accumulation_steps} accumulated; {max_steps} steps = "
+        f"{train.accumulation_steps(ranks)} accumulated; {max_steps} steps = "
         f"{max_steps * size / shards.num_samples:.1f} epochs"
     )
 
@@ -246,14 +256,13 @@ def command(
 ) -> None:
     """Trains one run."""
     try:
-        train(load_config(recipe, overrides))
+        config = load_config(recipe, overrides)
+        with name_full_disk(config.run.dir, "free some space, and start again, with run.resume=auto if a run is there"):
+            train(config)
     except MirageError as error:
-        # A configuration is wrong on all ranks alike; bad data is met by one of them.
-        if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        # Other ranks may wait in a collective: leave without waiting for them, the launcher ends them.
-        sys.stderr.flush()
-        os._exit(2)
+        # A configuration is wrong on all ranks alike; bad data and a full disk may be met by one of them at its work.
+        alone = isinstance(error, (DataError, DiskFullError)) and torch.distributed.is_initialized()
+        leave(error, every_rank=alone)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mirage_ds.config import Stage
 from mirage_ds.data.images import ImageProcessor, decode
 from mirage_ds.data.sample import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
+from mirage_ds.data.shards import ShardFolder, load_index
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
@@ -270,11 +271,11 @@ class Encoder:
             DataError: the sample cannot be used in this stage; it names the sample's key.
         """
         check_sample(sample, sample.key)
-        self._check_stage(sample)
+        self._check_blocks(num_latent_blocks(sample.text_output, len(sample.helper_images)), sample.key)
         pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
         helper_images = sample.helper_images if self._stage == "stage1" else ()
         pixel_values_latent, grid_thw_latent = self._patches(helper_images, f"{sample.key}.helper")
-        self._check_helpers(grid_thw_latent, sample.key)
+        self._check_helpers(self._image_processor.num_merged(grid_thw_latent), sample.key)
         input_ids = self._input_ids(sample, self._image_processor.num_merged(grid_thw))
         self._check_length(len(input_ids), sample.key)
         prompt_length = find_prompt_length(input_ids, self._marker)
@@ -327,6 +328,19 @@ class Encoder:
             latent_size=self._latent_size,
         )
 
+    def check_index(self, folder: ShardFolder) -> None:
+        """Finds what `__call__` would refuse in this stage, as far as the index tells it, before a run begins.
+
+        Raises:
+            DataError: it names the shard and the sample's key.
+        """
+        for entry in load_index(folder):
+            key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
+            self._check_blocks(entry.latent_blocks, key)
+            if self._stage == "stage1":
+                merged = [self._image_processor.num_merged_of(*size) for size in entry.helper_sizes]
+                self._check_helpers(merged, key)
+
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of emitted ids, without special tokens."""
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -340,21 +354,20 @@ class Encoder:
                 f"must write {IMAGE_BLOCK} for an image and {ASSISTANT_MARKER} before the answer; use Qwen2.5-VL's"
             )
 
-    def _check_stage(self, sample: Sample) -> None:
-        num_blocks = num_latent_blocks(sample.text_output, len(sample.helper_images))
+    def _check_blocks(self, num_blocks: int, key: str) -> None:
         if self._stage == "stage2" and num_blocks > 1:
             raise DataError(
-                f"{num_blocks} latent blocks in one row ({sample.key}); stage 2 supports at most one; leave such rows "
+                f"{num_blocks} latent blocks in one row ({key}); stage 2 supports at most one; leave such rows "
                 "out of the stage 2 data"
             )
 
-    def _check_helpers(self, grid_thw: torch.Tensor, key: str) -> None:
-        for number, num_merged in enumerate(self._image_processor.num_merged(grid_thw)):
+    def _check_helpers(self, merged: Sequence[int], key: str) -> None:
+        for number, num_merged in enumerate(merged):
             if num_merged < self._latent_size:
                 raise DataError(
                     f"the helper image has {num_merged} merged patches for {self._latent_size} latents "
-                    f"({key}.helper_{number}); allowed is latent_size <= merged patches; use a larger image or a "
-                    "smaller latent_size"
+                    f"({key}.helper_{number}); allowed is model.latent_size <= merged patches; use a larger image "
+                    "or data.min_pixels, or set a smaller model.latent_size"
                 )
 
     def _check_length(self, length: int, key: str) -> None:

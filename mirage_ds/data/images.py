@@ -77,6 +77,10 @@ class ImageProcessor:
         features = self._processor(list(images), return_tensors="pt")
         return features["pixel_values"], features["image_grid_thw"]
 
+    def num_merged_of(self, width: int, height: int) -> int:
+        """What `num_merged` will say of an image of this size in the user's file."""
+        return self._processor.get_number_of_image_patches(height, width) // self.merge_size**2
+
     def num_merged(self, grid_thw: torch.Tensor) -> list[int]:
         """Language-model tokens of each image, from grids [N, 3] in patches."""
         merged: list[int] = (grid_thw.prod(dim=1) // self.merge_size**2).tolist()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mirage_ds.errors import ConfigError
@@ -98,7 +99,8 @@ def load_backbone(
             whole model; the process group must be there.
 
     Raises:
-        ConfigError: it is not a Qwen2.5-VL, cannot be found, or has settings that the rollout does not compute.
+        ConfigError: it is not a Qwen2.5-VL, cannot be found or is not whole, or has settings that the rollout does
+            not compute.
     """
     check_config(path, cache_dir)
     implementation = choose_attention(attention, dtype)
@@ -107,13 +109,34 @@ def load_backbone(
         from transformers.integrations import HfDeepSpeedConfig  # imports DeepSpeed, which decoding does not need
 
         zero3 = HfDeepSpeedConfig(deepspeed_config)  # transformers shards while loading only while it is alive
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, attn_implementation=implementation, cache_dir=cache_dir
-    )
+    hf = _load_weights(path, dtype=dtype, attn_implementation=implementation, cache_dir=cache_dir)
     del zero3
     hf.model.visual.requires_grad_(train_tower)
     hf.train()
     return Backbone(hf, implementation)
+
+
+def _load_weights(path: str, **settings: Any) -> Any:
+    """The model with all its weights.
+
+    Raises:
+        ConfigError: a weight is missing, for which transformers would draw a random one, or a file is damaged.
+    """
+    load: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained
+    remedy = "copy the folder again"
+    try:
+        model, loading = load(path, output_loading_info=True, **settings)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"the weights cannot be loaded ({path}): {error}; a model folder has the files that its config.json and "
+            f"its index name, whole; {remedy}"
+        ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigError(
+            f"{len(missing)} weights are missing, {missing[0]} for one ({path}); a model has all that its config.json "
+            f"tells of; {remedy}"
+        )
+    return model
 
 
 def check_config(path: str, cache_dir: Path | None = None) -> None:
@@ -164,13 +187,7 @@ def copy_model(path: str, folder: Path, ids: TokenIds, num_ids: int) -> None:
     Raises:
         ConfigError: weights are missing, or the tokenizer is another model's.
     """
-    load: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained
-    model, loading = load(path, dtype="auto", output_loading_info=True)
-    if missing := sorted(loading["missing_keys"]):
-        raise ConfigError(
-            f"{len(missing)} weights are missing, {missing[0]} for one ({path}); a model has all that its config.json "
-            "tells of; copy the folder again"
-        )
+    model = _load_weights(path, dtype="auto")
     wanted, found = (ids.image_pad, ids.vision_start), (model.config.image_token_id, model.config.vision_start_token_id)
     if wanted != found:
         raise ConfigError(

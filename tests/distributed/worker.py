@@ -111,7 +111,7 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     gather = choose_gather(config.model, config.train.stage)
     mark_gather_units(model, gather)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
-    size = config.train.global_batch_size(distributed.world_size())
+    size = config.train.samples_per_step(distributed.world_size())
     metrics = Metrics(config.run.dir, global_batch_size=size, max_steps=case.steps, log_freq=case.steps)
     gathered: list[int] = []
     trainer = Trainer(

@@ -13,7 +13,7 @@ SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for pa
 # A room may import from its own layer and from those above it in this list, and from nothing below.
 LAYERS = (
     ("errors", "tokens"),
-    ("config", "batch", "distributed", "tasks"),
+    ("config", "batch", "distributed", "tasks", "versions"),
     ("latent_settings",),
     ("data", "ops"),
     ("model",),
