@@ -14,6 +14,7 @@ SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for pa
 LAYERS = (
     ("errors", "tokens"),
     ("config", "batch", "distributed", "tasks"),
+    ("latent_settings",),
     ("data", "ops"),
     ("model",),
     ("engine", "metrics", "preset", "pretrained"),
