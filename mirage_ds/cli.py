@@ -55,6 +55,32 @@ def init(
         )
 
 
+class Dtype(StrEnum):
+    """What an export's weights are stored in."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Option(help="A run's folder (its last checkpoint), or one checkpoint in it.")],
+    output: Annotated[Path, typer.Option(help="New folder for the model.")],
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights; unset: what the run computed in, its train.dtype.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, for example 500MB.")] = "5GB",
+    model: Annotated[
+        str | None, typer.Option(help="The model that the run started from, if it is no longer at its model.path.")
+    ] = None,
+) -> None:
+    """Writes a checkpoint as a complete Hugging Face folder, which plain transformers loads."""
+    from mirage_ds.export import export_checkpoint
+
+    summary = export_checkpoint(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, model=model)
+    typer.echo(f"wrote {summary} to {output}")
+
+
 def main() -> None:
     """A user's mistake is one message and exit code 2; a bug keeps its traceback."""
     try:

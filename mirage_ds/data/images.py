@@ -77,6 +77,10 @@ class ImageProcessor:
         features = self._processor(list(images), return_tensors="pt")
         return features["pixel_values"], features["image_grid_thw"]
 
+    def save(self, folder: Path) -> None:
+        """Writes preprocessor_config.json, with the limits in force."""
+        self._processor.save_pretrained(folder)
+
     def num_merged(self, grid_thw: torch.Tensor) -> list[int]:
         """Language-model tokens of each image, from grids [N, 3] in patches."""
         merged: list[int] = (grid_thw.prod(dim=1) // self.merge_size**2).tolist()
