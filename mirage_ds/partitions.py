@@ -1,8 +1,7 @@
 """The weights in a ZeRO-3 checkpoint, read from every rank's files one parameter at a time; needs no process group.
 
 zero_pp_rank_R_mp_rank_00_model_states.pt    names and shapes; the frozen parameters' partitions, in the model's dtype
-*zero_pp_rank_R_mp_rank_00_optim_states.pt   float32 masters of the trained ones: the partitions of all parameters end
-                                             to end, cut into DeepSpeed's sub-groups
+*zero_pp_rank_R_mp_rank_00_optim_states.pt   float32 masters of the trained ones, end to end, in several sub-groups
 
 A parameter's partition is 1 / world_size of its elements, the last ones padded. DeepSpeed's own zero_to_fp32 holds the
 frozen parameters of all ranks at once, and unpickles; here only the places of tensors are unpickled, as data.
@@ -60,7 +59,7 @@ class StoredParameter:
                 raise _damaged(piece.file, f"{size} of {len(wanted)} bytes from byte {piece.offset}")
             rest = rest[size:]
         if rest:
-            raise _damaged(self.pieces[-1].file, f"{len(rest)} bytes are missing of a parameter of shape {self.shape}")
+            raise _damaged(self.pieces[-1].file, f"{len(rest)} bytes are missing of a parameter of shape {tuple(self.shape)}")
         return tensor
 
 
@@ -135,7 +134,7 @@ def _read_places(file: Path) -> dict[str, Any]:
 
 
 def _masters(file: Path, shapes: Mapping[str, torch.Size], world_size: int) -> dict[str, list[Piece]]:
-    """This rank's part of every trained parameter. It may reach over the end of a sub-group."""
+    """This rank's part of every trained parameter, from the sub-groups one after the other."""
     try:
         groups = [_piece(file, tensor) for tensor in _read_places(file)["optimizer_state_dict"]["fp32_flat_groups"]]
     except KeyError as error:
