@@ -59,7 +59,9 @@ class StoredParameter:
                 raise _damaged(piece.file, f"{size} of {len(wanted)} bytes from byte {piece.offset}")
             rest = rest[size:]
         if rest:
-            raise _damaged(self.pieces[-1].file, f"{len(rest)} bytes are missing of a parameter of shape {tuple(self.shape)}")
+            raise _damaged(
+                self.pieces[-1].file, f"{len(rest)} bytes are missing of a parameter of shape {tuple(self.shape)}"
+            )
         return tensor
 
 
