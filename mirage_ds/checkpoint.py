@@ -180,7 +180,7 @@ def load_into(hf: torch.nn.Module, run_dir: Path) -> None:
     check_fit(stored, hf, checkpoint)
     with torch.no_grad():
         for name, parameter in hf.named_parameters():
-            parameter.copy_(stored[name].read())
+            parameter.copy_(stored[name].read(parameter.dtype))
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:

@@ -145,10 +145,10 @@ def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_s
 def _write_weights(
     parameters: Mapping[str, StoredParameter], files: StateDictSplit, dtype: torch.dtype, folder: Path
 ) -> None:
-    """One file after the other: no more than one of them and a parameter as it is stored are in memory."""
+    """One file after the other: no more than one of them and a part of a parameter are in memory."""
     for name, members in files.filename_to_tensors.items():
         # transformers takes a file for torch's only with this mark.
-        save_file({m: parameters[m].read().to(dtype) for m in members}, folder / name, metadata={"format": "pt"})
+        save_file({m: parameters[m].read(dtype) for m in members}, folder / name, metadata={"format": "pt"})
         # safetensors lets nobody else read its files, whatever the umask.
         shutil.copymode(folder / "config.json", folder / name)
     if files.is_sharded:

@@ -30,6 +30,23 @@ class Piece:
     offset: int  # bytes from the file's beginning
     numel: int
 
+    def read(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first `numel` of them, [numel].
+
+        Raises:
+            CheckpointError: the file cannot be read, or is too short.
+        """
+        elements = torch.empty(numel, dtype=dtype)
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                size = file.readinto(elements.view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise _damaged(self.file, str(error)) from error
+        if size != elements.nbytes:
+            raise _damaged(self.file, f"{size} of {elements.nbytes} bytes from byte {self.offset}")
+        return elements
+
 
 @dataclass(frozen=True)
 class StoredParameter:
@@ -39,30 +56,19 @@ class StoredParameter:
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
 
-    def read(self) -> torch.Tensor:
-        """The parameter, as stored.
+    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The parameter in a dtype, or as it is stored. Besides it only one rank's part is in memory.
 
         Raises:
             CheckpointError: a file cannot be read, or is too short.
         """
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        rest = tensor.view(-1).view(torch.uint8).numpy().data
+        rest = flat = torch.empty(self.shape.numel(), dtype=dtype or self.dtype)
         for piece in self.pieces:
-            wanted = rest[: piece.numel * self.dtype.itemsize]
-            try:
-                with piece.file.open("rb") as file:
-                    file.seek(piece.offset)
-                    size = file.readinto(wanted)
-            except OSError as error:
-                raise _damaged(piece.file, str(error)) from error
-            if size != len(wanted):
-                raise _damaged(piece.file, f"{size} of {len(wanted)} bytes from byte {piece.offset}")
-            rest = rest[size:]
-        if rest:
-            raise _damaged(
-                self.pieces[-1].file, f"{len(rest)} bytes are missing of a parameter of shape {tuple(self.shape)}"
-            )
-        return tensor
+            part, rest = rest[: piece.numel], rest[piece.numel :]
+            part.copy_(piece.read(len(part), self.dtype))
+        if len(rest):
+            raise _damaged(self.pieces[-1].file, f"{len(rest)} elements are missing of shape {tuple(self.shape)}")
+        return flat.view(self.shape)
 
 
 def stored_parameters(checkpoint: Path, world_size: int) -> dict[str, StoredParameter]:

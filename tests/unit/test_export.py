@@ -311,7 +311,12 @@ def test_what_cannot_be_exported(base: Path, tmp_path: Path) -> None:
     for size in ("5", "5 gallons", "GB"):
         refused(tmp_path, ConfigError, rf"no size is '{size}' \(--max-shard-size\).*5GB", max_shard_size=size)
     refused(tmp_path, CheckpointError, r"other parameters .*: lm_head.weight; .*model.path", model=str(base / "tied"))
-    refused(tmp_path, ConfigError, r"cannot be loaded \(nowhere\).*model.path=.*untied;.*--model", model="nowhere")
+    refused(
+        tmp_path,
+        ConfigError,
+        r"cannot be loaded \(no/such/model\).*model.path=.*untied;.*--model",
+        model="no/such/model",
+    )
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
@@ -324,15 +329,15 @@ def test_what_cannot_be_exported(base: Path, tmp_path: Path) -> None:
     facts = json.loads((checkpoint / "run.json").read_text())
     facts["config"]["model"]["old_key"] = 1
     (checkpoint / "run.json").write_text(json.dumps(facts))
-    refused(tmp_path, CheckpointError, r"run.json holds no configuration of this version .*old_key.*put it back")
+    refused(tmp_path, CheckpointError, r"(?s)run.json holds no configuration of this version .*old_key")
     (checkpoint / "run.json").write_text("{")
     refused(tmp_path, CheckpointError, r"run.json cannot be read .*put it back")
 
 
 def test_a_relative_model_path_that_is_gone(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_run(tmp_path / "run", "models/mine", random_weights(base / "untied"))
+    write_run(tmp_path / "run", "runs/models/mine", random_weights(base / "untied"))
     monkeypatch.chdir(tmp_path)
-    refused(tmp_path, ConfigError, r"cannot be loaded \(models/mine\).*started from model.path=models/mine.*--model")
+    refused(tmp_path, ConfigError, r"cannot be loaded \(runs/models/mine\).*started from model.path=runs.*--model")
     export_checkpoint(tmp_path / "run", tmp_path / "out", model=str(base / "untied"))
     load_plain(tmp_path / "out")
 
@@ -371,22 +376,27 @@ def in_child(script: str, *arguments: str) -> str:
     return result.stdout
 
 
+# Not getrusage's ru_maxrss, which a child takes over from the process that started it.
 MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
-import psutil
 from mirage_ds.export import export_checkpoint
+
+def resident_bytes(name):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+
 small, large, folder = (Path(argument) for argument in sys.argv[1:4])
 export_checkpoint(small, folder / "small")  # what is imported late, and read by every export
-base = psutil.Process().memory_info().rss
+base = resident_bytes("VmRSS")
 export_checkpoint(large, folder / "large", dtype=sys.argv[4], max_shard_size=sys.argv[5])
-print("memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base)
+print("memory", resident_bytes("VmHWM") - base)
 """
 
 
 @pytest.fixture(scope="module")
 def large_run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8 ranks' checkpoint of about 250 MB: 12 layers of 16 MB and a tower of 4 blocks of 12 MB, in float32."""
+    """2 ranks' checkpoint of about 250 MB: 12 layers of 16 MB and a tower of 4 blocks of 12 MB, in float32."""
     folder = tmp_path_factory.mktemp("large")
     shutil.copytree(base / "untied", folder / "model")
     config = json.loads((folder / "model" / "config.json").read_text())
@@ -400,7 +410,7 @@ def large_run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     weights = random_weights(folder / "model")
     assert sum(weight.nbytes for weight in weights.values()) > 240e6
-    write_run(folder / "run", folder / "model", weights, ranks=8)
+    write_run(folder / "run", folder / "model", weights, ranks=2)
     return folder
 
 
@@ -430,7 +440,7 @@ def test_memory(base: Path, large_run: Path, tmp_path: Path, dtype: str, shard_s
         (["--dtype", "bf16", "--max-shard-size", "1MB"], 0, "of bf16 weights"),
         (["--max-shard-size", "much"], 2, "no size is 'much'"),
         (["--dtype", "fp16"], 2, "fp16"),
-        (["--model", "nowhere"], 2, "--model"),
+        (["--model", "no/such/model"], 2, "--model"),
     ],
 )
 def test_the_command(
