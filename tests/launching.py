@@ -19,7 +19,7 @@ def free_port() -> int:
 def environment() -> dict[str, str]:
     return os.environ | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{HERE}:{HERE / 'parity'}",
+        "PYTHONPATH": f"{HERE.parent}:{HERE}:{HERE / 'parity'}",  # the code beside the tests, installed or not
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",

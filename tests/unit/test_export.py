@@ -367,7 +367,7 @@ def test_a_full_disk(base: Path, tmp_path: Path) -> None:
 def in_child(script: str, *arguments: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        env=launching.environment() | {"PYTHONPATH": ":".join(sys.path)},
+        env=launching.environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -387,7 +387,7 @@ def resident_bytes(name):
     return int(line.split()[1]) * 1024
 
 small, large, folder = (Path(argument) for argument in sys.argv[1:4])
-export_checkpoint(small, folder / "small")  # what is imported late, and read by every export
+export_checkpoint(small, folder / "small", dtype=sys.argv[4])  # what starts late, and what every export reads
 base = resident_bytes("VmRSS")
 export_checkpoint(large, folder / "large", dtype=sys.argv[4], max_shard_size=sys.argv[5])
 print("memory", resident_bytes("VmHWM") - base)
