@@ -19,7 +19,6 @@ from mirage_ds.config import Config, ModelConfig, Stage, TrainConfig
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.mirage import MirageModel
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GIB = 2**30
 
 

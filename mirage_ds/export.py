@@ -25,10 +25,9 @@ from mirage_ds.config import Config
 from mirage_ds.data.encode import load_tokenizer
 from mirage_ds.data.images import ImageProcessor
 from mirage_ds.data.shards import new_folder
-from mirage_ds.engine import DTYPES
 from mirage_ds.errors import CheckpointError, ConfigError, DataError
 from mirage_ds.latent_settings import LatentSettings, LatentTokenIds
-from mirage_ds.model.backbone import empty_model, file_name
+from mirage_ds.model.backbone import DTYPES, empty_model, file_name
 from mirage_ds.partitions import StoredParameter, check_fit, stored_parameters
 from mirage_ds.tokens import TokenIds
 

@@ -35,11 +35,11 @@ class LatentSettings(Section):
     latent_token_ids: LatentTokenIds
 
 
-def read_latent_settings(model: str | Path, cache_dir: Path | None = None) -> LatentSettings:
-    """The settings in config.json of a folder or hub id.
+def read_latent_settings(model: str | Path, cache_dir: Path | None = None) -> LatentSettings | None:
+    """The settings in config.json of a folder or hub id; None of a model that `mirage export` did not write.
 
     Raises:
-        ConfigError: there is no config.json, or it has no such entry, or a wrong one.
+        ConfigError: there is no config.json, or its entry is a wrong one.
     """
     try:
         config, _ = PreTrainedConfig.get_config_dict(model, cache_dir=cache_dir)
@@ -48,13 +48,10 @@ def read_latent_settings(model: str | Path, cache_dir: Path | None = None) -> La
             f"config.json cannot be read ({model}): {error}; allowed is a Hugging Face folder or hub id; name one that "
             "`mirage export` wrote"
         ) from error
+    if KEY not in config:
+        return None
     try:
         return LatentSettings.model_validate(config[KEY])
-    except KeyError as error:
-        raise ConfigError(
-            f"no latent settings in config.json ({model}): it has no entry {KEY!r}; `mirage export` writes it; export "
-            "the run with `mirage export --checkpoint RUN --output FOLDER` and name that folder"
-        ) from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
         raise ConfigError(

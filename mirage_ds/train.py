@@ -27,7 +27,6 @@ from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.data.stream import SampleReader, Share, make_loader
 from mirage_ds.engine import (
-    DTYPES,
     choose_gather,
     describe_gather,
     initialize,
@@ -36,9 +35,9 @@ from mirage_ds.engine import (
     resolve_deepspeed_config,
     whole_numel,
 )
-from mirage_ds.errors import ConfigError, DataError, MirageError
+from mirage_ds.errors import DataError, MirageError
 from mirage_ds.metrics import Metrics
-from mirage_ds.model.backbone import Backbone, load_backbone
+from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.run import open_folder
 from mirage_ds.trainer import Trainer, TrainState
@@ -78,7 +77,7 @@ def train(config: Config) -> None:
         cache_dir=config.model.cache_dir,
         deepspeed_config=deepspeed_config,
     )
-    check_latent_ids(encoder, backbone, config.model.path)
+    check_latent_ids(encoder.ids, backbone, config.model.path)
     model = MirageModel(
         backbone,
         stage=config.train.stage,
@@ -144,21 +143,6 @@ def load_state(engine: DeepSpeedEngine, config: Config, found: Path | None) -> T
     if config.run.init_from:
         checkpoint.load_weights(engine, config.run.init_from)
     return TrainState()
-
-
-def check_latent_ids(encoder: Encoder, backbone: Backbone, path: str) -> None:
-    """Refuses a vocabulary whose latent tokens have no row in the embeddings.
-
-    Raises:
-        ConfigError: an id is too large.
-    """
-    largest = max(encoder.ids.latent_pad, encoder.ids.latent_start, encoder.ids.latent_end)
-    if largest >= backbone.vocab_size:
-        raise ConfigError(
-            f"the latent token id {largest} has no embedding (model.path={path}): the model has {backbone.vocab_size} "
-            "rows; every id of the tokenizer must be below that; set model.path to a folder with more of them, which "
-            f"`mirage init --from {path} --output FOLDER` writes"
-        )
 
 
 def open_stream(

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mirage_ds.config import Stage
 from mirage_ds.data.images import ImageProcessor, decode
-from mirage_ds.data.sample import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_sample, num_latent_blocks
+from mirage_ds.data.sample import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
@@ -254,7 +254,7 @@ class Encoder:
             max_length: tokens that a sample may have; None: any number.
         """
         self.ids = TokenIds.of(tokenizer)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._image_processor = image_processor
         self._stage = stage
         self._latent_size = latent_size
@@ -300,10 +300,10 @@ class Encoder:
         Raises:
             DataError: the question and its images do not fit together; it names the sample's key.
         """
-        check_sample(sample, sample.key)
+        check_question(sample, sample.key)
         pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
         text = prompt_text(
-            self._tokenizer,
+            self.tokenizer,
             sample.text_input,
             num_input_images=len(sample.input_images),
             system_turn=self._system_turn,
@@ -329,14 +329,14 @@ class Encoder:
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of emitted ids, without special tokens."""
-        return cast(str, self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _check_template(self) -> None:
         """A template for text alone would drop the images without a word."""
         text = self._train_text(IMAGE_TAG, OUTPUT_IMAGE_TAG, 1, 1, latents=True)
         if [text.count(part) for part in (IMAGE_BLOCK, ASSISTANT_MARKER, LATENT_BLOCK)] != [1, 1, 1]:
             raise ConfigError(
-                f"the chat template turns an image and an answer into {text!r} ({self._tokenizer.name_or_path}); it "
+                f"the chat template turns an image and an answer into {text!r} ({self.tokenizer.name_or_path}); it "
                 f"must write {IMAGE_BLOCK} for an image and {ASSISTANT_MARKER} before the answer; use Qwen2.5-VL's"
             )
 
@@ -379,7 +379,7 @@ class Encoder:
 
     def _train_text(self, question: str, answer: str, num_inputs: int, num_helpers: int, *, latents: bool) -> str:
         return train_text(
-            self._tokenizer,
+            self.tokenizer,
             question,
             answer,
             num_input_images=num_inputs,
@@ -389,4 +389,4 @@ class Encoder:
         )
 
     def _tokenize(self, text: str) -> torch.Tensor:
-        return torch.tensor(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)

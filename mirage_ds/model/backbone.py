@@ -18,6 +18,7 @@ from mirage_ds.tokens import TokenIds
 # transformers' names of parameters -> those in files, as on the hub: what every version of transformers reads.
 FILE_NAMES = {"model.visual.": "visual.", "model.language_model.": "model.", "lm_head.": "lm_head."}
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROW_MULTIPLE = 64  # of embeddings and head: matrix products like it, and the real models have spare rows too
 
 
@@ -56,6 +57,14 @@ class Backbone:
     def tied(self) -> bool:
         """The head's weight is the embedding's."""
         return self.head_weight is self.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def to(self, device: str) -> None:
+        """Moves the whole model."""
+        torch.nn.Module.to(self.hf, device)
 
     @property
     def vocab_size(self) -> int:
@@ -146,6 +155,21 @@ def file_name(name: str) -> str:
     """A parameter's name in a file of weights, from its name in transformers' model."""
     prefix = next(prefix for prefix in FILE_NAMES if name.startswith(prefix))
     return FILE_NAMES[prefix] + name.removeprefix(prefix)
+
+
+def check_latent_ids(ids: TokenIds, backbone: Backbone, path: str) -> None:
+    """Refuses a vocabulary whose latent tokens have no row in the embeddings.
+
+    Raises:
+        ConfigError: an id is too large.
+    """
+    largest = max(ids.latent_pad, ids.latent_start, ids.latent_end)
+    if largest >= backbone.vocab_size:
+        raise ConfigError(
+            f"the latent token id {largest} has no embedding ({path}): the model has {backbone.vocab_size} rows; every "
+            "id of the tokenizer must be below that; name a folder with more of them, which "
+            f"`mirage init --from {path} --output FOLDER` writes"
+        )
 
 
 def copy_model(path: str, folder: Path, ids: TokenIds, num_ids: int) -> None:

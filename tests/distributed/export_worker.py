@@ -22,7 +22,6 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import load_encoder
 from mirage_ds.data.sample import read_rows
 from mirage_ds.engine import (
-    DTYPES,
     choose_gather,
     initialize,
     mark_gather_units,
@@ -30,7 +29,7 @@ from mirage_ds.engine import (
     resolve_deepspeed_config,
 )
 from mirage_ds.metrics import Metrics
-from mirage_ds.model.backbone import load_backbone
+from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.model.mirage import MirageModel, hf_name
 from mirage_ds.trainer import Trainer, TrainState
 

@@ -24,7 +24,6 @@ from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.engine import (
-    DTYPES,
     choose_gather,
     initialize,
     mark_gather_units,
@@ -32,7 +31,7 @@ from mirage_ds.engine import (
     resolve_deepspeed_config,
 )
 from mirage_ds.metrics import Metrics
-from mirage_ds.model.backbone import load_backbone
+from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.trainer import Trainer, TrainState
 

@@ -228,16 +228,15 @@ def test_latent_settings_are_in_the_configuration(base: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (None, r"no latent settings in config.json \(.*out\).*mirage export --checkpoint RUN"),
         ({}, r"latent_size: Field required; stage: Field required"),
         ({"latent_size": 0}, r"entry 'mirage'\): latent_size: .* greater than 0.*export the run again"),
         ({"latents": 4}, r"latents: Extra inputs"),
     ],
 )
-def test_wrong_latent_settings(base: Path, tmp_path: Path, entry: dict[str, Any] | None, message: str) -> None:
+def test_wrong_latent_settings(base: Path, tmp_path: Path, entry: dict[str, Any], message: str) -> None:
     shutil.copytree(base / "untied", tmp_path / "out")
-    if entry is not None:
-        change_config(tmp_path / "out", mirage=entry)
+    assert read_latent_settings(tmp_path / "out") is None
+    change_config(tmp_path / "out", mirage=entry)
     with pytest.raises(ConfigError, match=message):
         read_latent_settings(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"cannot be read \(.*none\).*`mirage export` wrote"):
