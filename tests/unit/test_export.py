@@ -289,6 +289,10 @@ def test_generation_defaults(base: Path, tmp_path: Path) -> None:
     assert exported.to_dict() == started.to_dict()
     assert len(exported.eos_token_id) == 2
     shutil.copytree(base / "untied", tmp_path / "model")
+    hub = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-06, "top_k": 1, "top_p": 0.001}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(hub))
+    export_checkpoint(tmp_path / "run", tmp_path / "hub", model=str(tmp_path / "model"))
+    assert hub.items() <= GenerationConfig.from_pretrained(tmp_path / "hub").to_dict().items()
     (tmp_path / "model" / "generation_config.json").unlink()
     export_checkpoint(tmp_path / "run", tmp_path / "bare", model=str(tmp_path / "model"))
     ids = load_tokenizer(str(base / "untied")).get_vocab()
