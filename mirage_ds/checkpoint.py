@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from mirage_ds import distributed
 from mirage_ds.config import Config
 from mirage_ds.engine import whole_numel
 from mirage_ds.errors import CheckpointError, DiskFullError
-from mirage_ds.model.mirage import hf_name
+from mirage_ds.partitions import check_fit, stored_parameters
 from mirage_ds.trainer import TrainState
 
 FOLDER = "checkpoints"
@@ -141,6 +140,21 @@ def find_latest(run_dir: Path) -> Path:
     return found
 
 
+def find(path: Path) -> Path:
+    """The checkpoint that a user names: itself, or by its run's folder, whose last complete one it then is.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    found = path if (path / "run.json").is_file() else latest(path)
+    if found is None:
+        raise CheckpointError(
+            f"no complete checkpoint ({path}); allowed is a run's folder that has {FOLDER}/latest, or one checkpoint "
+            f"there, {FOLDER}/global_stepN with its run.json; name one of these"
+        )
+    return found
+
+
 def read_facts(checkpoint: Path) -> dict[str, Any]:
     """run.json of a checkpoint.
 
@@ -213,18 +227,11 @@ def load_into(hf: torch.nn.Module, run_dir: Path) -> None:
     The optimizer's float32 masters are read, so that nothing is lost to bf16; no process group is needed.
     """
     checkpoint = find_latest(run_dir)
-    state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    weights = {hf_name(name): tensor for name, tensor in state.items()}
-    expected = dict(hf.named_parameters())  # a tied head is there once
-    if weights.keys() != expected.keys():
-        raise CheckpointError(
-            f"the checkpoint has other parameters than the model ({checkpoint}): "
-            f"{', '.join(sorted(weights.keys() ^ expected.keys()))[:400]}; both must be of one model; "
-            "load the model that the run was started with (model.path in its config.yaml)"
-        )
+    stored = stored_parameters(checkpoint, read_facts(checkpoint)["world_size"])
+    check_fit(stored, hf, checkpoint)
     with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(weights[name])
+        for name, parameter in hf.named_parameters():
+            parameter.copy_(stored[name].read(parameter.dtype))
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:

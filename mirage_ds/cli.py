@@ -1,6 +1,7 @@
 """The `mirage` command: a model folder before training, and what is done with one afterwards.
 
 mirage init --preset tiny --text rows.jsonl --output DIR | --from MODEL --output DIR
+mirage export --checkpoint RUN --output DIR
 mirage generate --model DIR --image a.png --prompt "..."
 mirage evaluate --model DIR --task vsp-spatial-planning --data test.jsonl --output results.jsonl
 """
@@ -38,7 +39,7 @@ class TaskName(StrEnum):
 
 
 class Dtype(StrEnum):
-    """What a model computes in."""
+    """What a model computes in, or its weights are stored in."""
 
     BF16 = "bf16"
     FP32 = "fp32"
@@ -107,6 +108,25 @@ def init(
             "the options do not name one model (on the command line); allowed is --preset with --text, or --from with "
             "or without --processor-from; leave out the others"
         )
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Option(help="A run's folder (its last checkpoint), or one checkpoint in it.")],
+    output: Annotated[Path, typer.Option(help="New folder for the model.")],
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights; unset: what the run computed in, its train.dtype.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, for example 500MB.")] = "5GB",
+    model: Annotated[
+        str | None, typer.Option(help="The model that the run started from, if it is no longer at its model.path.")
+    ] = None,
+) -> None:
+    """Writes a checkpoint as a complete Hugging Face folder, which plain transformers loads."""
+    from mirage_ds.export import export_checkpoint
+
+    summary = export_checkpoint(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, model=model)
+    typer.echo(f"wrote {summary} to {output}")
 
 
 @app.command()

@@ -81,6 +81,10 @@ class ImageProcessor:
         """What `num_merged` will say of an image of this size in the user's file."""
         return self._processor.get_number_of_image_patches(height, width) // self.merge_size**2
 
+    def save(self, folder: Path) -> None:
+        """Writes preprocessor_config.json, with the limits in force."""
+        self._processor.save_pretrained(folder)
+
     def num_merged(self, grid_thw: torch.Tensor) -> list[int]:
         """Language-model tokens of each image, from grids [N, 3] in patches."""
         merged: list[int] = (grid_thw.prod(dim=1) // self.merge_size**2).tolist()

@@ -15,6 +15,9 @@ from transformers import AutoConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_
 from mirage_ds.errors import ConfigError
 from mirage_ds.tokens import TokenIds
 
+# transformers' names of parameters -> those in files, as on the hub: what every version of transformers reads.
+FILE_NAMES = {"model.visual.": "visual.", "model.language_model.": "model.", "lm_head.": "lm_head."}
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROW_MULTIPLE = 64  # of embeddings and head: matrix products like it, and the real models have spare rows too
 
@@ -159,6 +162,24 @@ def check_config(path: str, cache_dir: Path | None = None) -> None:
             f"the model uses sliding-window attention (use_sliding_window in {path}/config.json); only full attention "
             "is computed; set use_sliding_window to false there, as Qwen2.5-VL's own checkpoints have it"
         )
+
+
+def empty_model(path: str, cache_dir: Path | None = None) -> PreTrainedModel:
+    """A model without weights, on torch's meta device: its config, and the names and shapes of its parameters.
+
+    Raises:
+        ConfigError: see `check_config`.
+    """
+    check_config(path, cache_dir)
+    config = AutoConfig.from_pretrained(path, cache_dir=cache_dir)
+    with torch.device("meta"):
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def file_name(name: str) -> str:
+    """A parameter's name in a file of weights, from its name in transformers' model."""
+    prefix = next(prefix for prefix in FILE_NAMES if name.startswith(prefix))
+    return FILE_NAMES[prefix] + name.removeprefix(prefix)
 
 
 def check_latent_ids(ids: TokenIds, backbone: Backbone, path: str) -> None:
