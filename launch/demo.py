@@ -23,7 +23,6 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from mirage_ds import checkpoint
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample, open_image, read_rows
 from mirage_ds.evaluate import Answer, evaluate, read_task
@@ -129,17 +128,22 @@ class Demo:
 
     def decoder(self, name: str) -> tuple[Decoder, Encoder]:
         run, _, ablation = name.partition("_")
-        decoder, encoder = load_decoder(
-            str(self.output / "model"),
+        return load_decoder(
+            str(self.trained(run)),
             latent_size=LATENT_SIZE,
             system_turn=False,
             max_new_tokens=MAX_NEW_TOKENS,
             feed=torch.zeros_like if ablation == "zeroed" else as_they_are,
             dtype=torch.float32,
         )
-        if run != "untrained":
-            checkpoint.load_into(decoder.backbone.hf, self.output / run)
-        return decoder, encoder
+
+    def trained(self, run: str) -> Path:
+        """The folder of a run's last model, or of the one that all runs began with."""
+        return self.output / ("model" if run == "untrained" else f"{run}-model")
+
+    def export(self) -> None:
+        for run in ("text", "stage1", "stage2"):
+            self.command("mirage", "export", "--checkpoint", self.output / run, "--output", self.trained(run))
 
     def run(self) -> None:
         """All of it."""
@@ -150,6 +154,7 @@ class Demo:
         self.timed("Text baseline", lambda: self.train("text", size.stage1_steps + size.stage2_steps))
         self.timed("Stage 1: grounded latents", lambda: self.train("stage1", size.stage1_steps))
         self.timed("Stage 2: free latents", lambda: self.train("stage2", size.stage2_steps))
+        self.timed("Models that plain transformers loads", self.export)
         answers = self.timed("Held-out maps", self.test)
         samples = [sample for _, sample in read_rows(self.output / "rows" / "test.jsonl")]
         draw_picture(samples, answers, self.output / "answers.png")
@@ -184,6 +189,13 @@ class Demo:
             f"Picture: {self.output / 'answers.png'}   Figures: {self.output / 'summary.json'}\n"
             f"Curves:  tensorboard --logdir {self.output}",
             highlight=False,
+        )
+        question = json.loads((self.output / "rows" / "test.jsonl").read_text().splitlines()[0])
+        self.console.print(
+            f"Ask it:  mirage generate --model {self.trained('stage2')} --prompt {question['text_input']!r} "
+            f"--image {self.output / 'rows' / question['image_input']}",
+            highlight=False,
+            soft_wrap=True,
         )
 
 

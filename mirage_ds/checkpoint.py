@@ -17,7 +17,6 @@ from mirage_ds import distributed
 from mirage_ds.config import Config
 from mirage_ds.engine import whole_numel
 from mirage_ds.errors import CheckpointError, DiskFullError
-from mirage_ds.partitions import check_fit, stored_parameters
 from mirage_ds.trainer import TrainState
 
 FOLDER = "checkpoints"
@@ -219,19 +218,6 @@ def load_weights(engine: DeepSpeedEngine, run_dir: Path) -> None:
     for group, own in zip(engine.optimizer.optimizer.param_groups, settings, strict=True):
         group.update(own)
     engine.global_steps = engine.global_samples = engine.micro_steps = engine.skipped_steps = 0
-
-
-def load_into(hf: torch.nn.Module, run_dir: Path) -> None:
-    """Puts the weights of a run's last checkpoint into a whole, unsharded model of transformers.
-
-    The optimizer's float32 masters are read, so that nothing is lost to bf16; no process group is needed.
-    """
-    checkpoint = find_latest(run_dir)
-    stored = stored_parameters(checkpoint, read_facts(checkpoint)["world_size"])
-    check_fit(stored, hf, checkpoint)
-    with torch.no_grad():
-        for name, parameter in hf.named_parameters():
-            parameter.copy_(stored[name].read(parameter.dtype))
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:

@@ -12,11 +12,10 @@ if __name__ == "__main__":  # before the imports, as another version may lack wh
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -24,19 +23,20 @@ from deepspeed import DeepSpeedEngine
 from transformers.utils import logging as transformers_logging
 
 from mirage_ds import checkpoint, distributed
+from mirage_ds.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config, load_config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.shards import ShardFolder, load_manifest
-from mirage_ds.data.stream import SampleReader, Share, make_loader
+from mirage_ds.data.stream import Share, make_loader
+from mirage_ds.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.engine import (
     choose_gather,
     describe_gather,
     initialize,
     mark_gather_units,
     parameter_groups,
-    resolve_deepspeed_config,
     whole_numel,
 )
 from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
@@ -45,10 +45,6 @@ from mirage_ds.model.backbone import DTYPES, Backbone, check_config, check_laten
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.run import find_start, write_folder
 from mirage_ds.trainer import Trainer, TrainState
-from mirage_ds.validation import Validation, spread
-
-Action = Callable[[TrainState], None]
-"""What follows each step, if it is due."""
 
 
 def train(config: Config) -> None:
@@ -176,61 +172,6 @@ def open_stream(
         pin_memory=device.type == "cuda",
     )
     return iter(loader)
-
-
-def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Action:
-    """Validates every `evaluation.interval` steps and after the last one, if there is a folder to validate on."""
-    if config.evaluation.shards is None:
-        return lambda state: None
-    shards, interval = load_manifest(config.evaluation.shards), config.evaluation.interval
-    read, align = SampleReader(shards), config.train.stage == "stage2"
-    validation = Validation(
-        trainer.engine,
-        trainer.num_passes,
-        lambda numbers: collate([encoder(read(number)) for number in numbers], align_latents=align),
-        spread(shards.num_samples, config.evaluation.max_samples),
-        micro_batch_size=config.train.micro_batch_size_per_gpu,
-        device=trainer.device,
-    )
-
-    def action(state: TrainState) -> None:
-        if state.step % interval == 0 or state.step == trainer.max_steps:
-            trainer.metrics.flush()
-            trainer.metrics.add_validation(state.step, validation.losses())
-
-    return action
-
-
-def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any]) -> Action:
-    """Saves every `checkpoint.interval` steps and after the last one."""
-    interval = config.checkpoint.interval
-
-    def action(state: TrainState) -> None:
-        if state.step == trainer.max_steps or (interval and state.step % interval == 0):
-            trainer.metrics.flush()  # a run that goes on from here has all steps before it in metrics.jsonl
-            checkpoint.save(trainer.engine, config, state, facts)
-
-    return action
-
-
-@contextmanager
-def profiler(config: Config, state: TrainState) -> Iterator[Action]:
-    """Traces the steps `train.profile_steps` into RUN/profile/rank_N.json, for chrome://tracing or Perfetto."""
-    steps = config.train.profile_steps
-    if steps is None or state.step >= steps[0]:
-        yield lambda state: None
-        return
-    folder = config.run.dir / "profile"
-    folder.mkdir(exist_ok=True)
-    schedule = torch.profiler.schedule(
-        skip_first=steps[0] - 1 - state.step, wait=0, warmup=0, active=steps[1] - steps[0] + 1, repeat=1
-    )
-    trace = torch.profiler.profile(
-        schedule=schedule,
-        on_trace_ready=lambda profile: profile.export_chrome_trace(f"{folder}/rank_{distributed.rank()}.json"),
-    )
-    with trace:
-        yield lambda state: trace.step()
 
 
 def describe(config: Config, shards: ShardFolder, model: MirageModel, backbone: Backbone, max_steps: int) -> str:

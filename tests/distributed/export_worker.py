@@ -21,12 +21,12 @@ from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import load_encoder
 from mirage_ds.data.sample import read_rows
+from mirage_ds.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.engine import (
     choose_gather,
     initialize,
     mark_gather_units,
     parameter_groups,
-    resolve_deepspeed_config,
 )
 from mirage_ds.metrics import Metrics
 from mirage_ds.model.backbone import DTYPES, load_backbone

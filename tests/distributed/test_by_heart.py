@@ -5,12 +5,10 @@ from pathlib import Path
 
 import launching
 import pytest
-import torch
 
 from data_tools.build import build
-from mirage_ds import checkpoint
-from mirage_ds.data.encode import load_encoder
 from mirage_ds.evaluate import evaluate, read_task
+from mirage_ds.export import export_checkpoint
 from mirage_ds.generate import load_decoder
 from mirage_ds.preset import write_tiny
 
@@ -59,9 +57,8 @@ def test_ten_real_rows_are_learnt_and_answered(tmp_path: Path) -> None:
     train(tmp_path, "stage1")
     train(tmp_path, "stage2", f"run.init_from={tmp_path / 'stage1'}")
 
-    decoder, _ = load_decoder(str(tmp_path / "model"), latent_size=LATENT_SIZE, max_new_tokens=600, dtype=torch.float32)
-    checkpoint.load_into(decoder.backbone.hf, tmp_path / "stage2")
-    encoder = load_encoder(str(tmp_path / "model"), stage="stage2", latent_size=LATENT_SIZE, max_pixels=MAX_PIXELS)
+    export_checkpoint(tmp_path / "stage2", tmp_path / "trained")
+    decoder, encoder = load_decoder(str(tmp_path / "trained"), max_new_tokens=600)
     task = "vsp-spatial-reasoning"
     answers = list(evaluate(decoder, encoder, read_task(rows, task), task, batch_size=10))
     assert [answer.num_latents for answer in answers] == [LATENT_SIZE] * 10

@@ -23,12 +23,12 @@ from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
+from mirage_ds.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.engine import (
     choose_gather,
     initialize,
     mark_gather_units,
     parameter_groups,
-    resolve_deepspeed_config,
 )
 from mirage_ds.metrics import Metrics
 from mirage_ds.model.backbone import DTYPES, load_backbone

@@ -17,12 +17,13 @@ LAYERS = (
     ("latent_settings",),
     ("data", "ops"),
     ("model",),
-    ("engine", "metrics", "partitions", "preset", "pretrained"),
+    ("deepspeed_config", "engine", "metrics", "partitions", "preset", "pretrained"),
     ("trainer", "validation"),
     ("checkpoint",),
     ("run", "export"),
     ("generate",),
     ("evaluate",),
+    ("after_step",),
     ("train", "cli"),
 )
 
