@@ -1,6 +1,6 @@
 """Exports, read back by plain transformers, tokenizers and safetensors; checkpoints from zero3_files, no rank started.
 
-Real two-rank checkpoints, and logits against the trainer's: tests/distributed/test_export.py.
+Real two-rank checkpoints, and logits against the trainer's: tests/distributed/test_exported_runs.py.
 """
 
 import hashlib
