@@ -1,4 +1,4 @@
-"""One rank of test_export.py: trains a few steps, saves as a run does, and keeps what the model then was and computed.
+"""One rank of test_exported_runs.py: trains a few steps, saves, keeps what the model then was and computed.
 
     deepspeed --num_accelerators 2 tests/distributed/export_worker.py RUNS.json FOLDER
 

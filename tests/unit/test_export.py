@@ -1,6 +1,6 @@
 """Exports, read back by plain transformers, tokenizers and safetensors; checkpoints from zero3_files, no rank started.
 
-Real two-rank checkpoints, and logits against the trainer's: tests/distributed/test_export.py.
+Real two-rank checkpoints, and logits against the trainer's: tests/distributed/test_exported_runs.py.
 """
 
 import hashlib
@@ -373,7 +373,8 @@ def test_a_full_disk(base: Path, tmp_path: Path) -> None:
 def in_child(script: str, *arguments: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        env=launching.environment(),
+        # Tensors over 32 MiB always go back to the system when freed; with this, those of these small models do too.
+        env=launching.environment() | {"MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -436,7 +437,7 @@ def test_memory(base: Path, large_run: Path, tmp_path: Path, dtype: str, shard_s
     )
     assert sum(files) > 4 * max(files)
     print(f"peak {peak / 1e6:.1f} MB, largest file {max(files) / 1e6:.1f} MB, layer {layer / 1e6:.1f} MB")
-    assert max(files) < peak < 1.5 * max(files) + layer
+    assert 0.9 * max(files) < peak < 1.5 * max(files) + layer
 
 
 @pytest.mark.parametrize(
