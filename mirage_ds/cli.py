@@ -6,14 +6,15 @@ mirage generate --model DIR --image a.png --prompt "..."
 mirage evaluate --model DIR --task vsp-spatial-planning --data test.jsonl --output results.jsonl
 """
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mirage_ds.errors import ConfigError, MirageError
+from mirage_ds import errors
+from mirage_ds.errors import ConfigError, name_full_disk
+from mirage_ds.versions import check_versions
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -76,6 +77,7 @@ DtypeOption = Annotated[
 @app.callback()
 def root() -> None:
     """Trains Qwen2.5-VL to reason with latent visual tokens."""
+    check_versions()
 
 
 @app.command()
@@ -189,7 +191,8 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "sampling": {"temperature": temperature, "top_p": top_p, "seed": seed} if temperature else "greedy",
     }
-    with evaluation.Results(output) as results:
+    full_disk = name_full_disk(output.parent, "free some space, or name another --output, and start again")
+    with full_disk, evaluation.Results(output) as results:
         decoder, encoder = _load_decoder(
             model, latent_size, latent_end, latents, max_new_tokens, temperature, top_p, seed, dtype
         )
@@ -231,9 +234,4 @@ def _load_decoder(
 
 
 def main() -> None:
-    """A user's mistake is one message and exit code 2; a bug keeps its traceback."""
-    try:
-        app()
-    except MirageError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    errors.run(app)

@@ -6,7 +6,7 @@ Every message has four parts: what is wrong, where, what is allowed, what to do.
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -66,3 +66,11 @@ def leave(error: MirageError, *, every_rank: bool = False) -> NoReturn:
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2)
+
+
+def run(app: Callable[[], object]) -> None:
+    """Runs a command line: a user's mistake is one message and exit code 2; a bug keeps its traceback."""
+    try:
+        app()
+    except MirageError as error:
+        leave(error)

@@ -196,7 +196,7 @@ TRAIN = {
     ),
     "model without latents": Case(
         (
-            r"the latent token id \d+ has no embedding \(model\.path=model\)",
+            r"the latent token id \d+ has no embedding \(model\)",
             "every id of the tokenizer must be below that",
             "`mirage init --from model --output FOLDER` writes",
         ),
