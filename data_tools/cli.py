@@ -1,6 +1,5 @@
 """The `mirage-data` command: `mirage-data make-vsp | build | check`."""
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ from data_tools import vsp
 from data_tools.build import REJECTS_NAME
 from data_tools.build import build as build_shards
 from data_tools.check import check as check_shards
-from mirage_ds.errors import MirageError
+from mirage_ds import errors
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -95,9 +94,4 @@ def check(
 
 
 def main() -> None:
-    """A user's mistake is one message and exit code 2; a bug keeps its traceback."""
-    try:
-        app()
-    except MirageError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    errors.run(app)

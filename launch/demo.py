@@ -23,18 +23,16 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from mirage_ds import checkpoint
-from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample, open_image, read_rows
-from mirage_ds.evaluate import Answer, evaluate
-from mirage_ds.generate import Decoder
-from mirage_ds.model.backbone import load_backbone
-from mirage_ds.tasks import vsp
+from mirage_ds.evaluate import Answer, evaluate, read_task
+from mirage_ds.generate import Decoder, as_they_are, load_decoder
 from mirage_ds.tasks.statistics import wilson_interval
 
 RECIPES = Path(__file__).parent / "recipes"
 RANKS, LATENT_SIZE, MAX_NEW_TOKENS = 2, 4, 24
 GLOBAL_BATCH_SIZE = 64
+TASK = "vsp-spatial-planning"
 LABELS = {
     "untrained": "before training",
     "text": "text baseline",
@@ -117,26 +115,35 @@ class Demo:
             *start,
         )
 
-    def test(self) -> tuple[list[Sample], dict[str, list[Answer]]]:
+    def test(self) -> dict[str, list[Answer]]:
         """The answers of every model to the held-out maps."""
-        samples = [sample for _, sample in read_rows(self.output / "rows" / "test.jsonl")]
-        model = str(self.output / "model")
-        encoder = load_encoder(model, stage="stage2", latent_size=LATENT_SIZE, system_turn=False)
+        rows = read_task(self.output / "rows" / "test.jsonl", TASK)
         answers = {}
         for name in LABELS:
             started_s = time.monotonic()
-            decoder = self.decoder(name, model, encoder)
-            answers[name] = evaluate(decoder, encoder, samples, reaches_goal)
+            decoder, encoder = self.decoder(name)
+            answers[name] = list(evaluate(decoder, encoder, rows, TASK, batch_size=50))
             self.console.print(f"{LABELS[name].strip()}: {time.monotonic() - started_s:.0f} s", highlight=False)
-        return samples, answers
+        return answers
 
-    def decoder(self, name: str, model: str, encoder: Encoder) -> Decoder:
-        backbone = load_backbone(model, dtype=torch.float32)
+    def decoder(self, name: str) -> tuple[Decoder, Encoder]:
         run, _, ablation = name.partition("_")
-        if run != "untrained":
-            checkpoint.load_into(backbone.hf, self.output / run)
-        feed: dict[str, Any] = {"feed": torch.zeros_like} if ablation == "zeroed" else {}
-        return Decoder(backbone, encoder.ids, latent_size=LATENT_SIZE, max_new_tokens=MAX_NEW_TOKENS, **feed)
+        return load_decoder(
+            str(self.trained(run)),
+            latent_size=LATENT_SIZE,
+            system_turn=False,
+            max_new_tokens=MAX_NEW_TOKENS,
+            feed=torch.zeros_like if ablation == "zeroed" else as_they_are,
+            dtype=torch.float32,
+        )
+
+    def trained(self, run: str) -> Path:
+        """The folder of a run's last model, or of the one that all runs began with."""
+        return self.output / ("model" if run == "untrained" else f"{run}-model")
+
+    def export(self) -> None:
+        for run in ("text", "stage1", "stage2"):
+            self.command("mirage", "export", "--checkpoint", self.output / run, "--output", self.trained(run))
 
     def run(self) -> None:
         """All of it."""
@@ -147,10 +154,12 @@ class Demo:
         self.timed("Text baseline", lambda: self.train("text", size.stage1_steps + size.stage2_steps))
         self.timed("Stage 1: grounded latents", lambda: self.train("stage1", size.stage1_steps))
         self.timed("Stage 2: free latents", lambda: self.train("stage2", size.stage2_steps))
-        samples, answers = self.timed("Held-out maps", self.test)
+        self.timed("Models that plain transformers loads", self.export)
+        answers = self.timed("Held-out maps", self.test)
+        samples = [sample for _, sample in read_rows(self.output / "rows" / "test.jsonl")]
         draw_picture(samples, answers, self.output / "answers.png")
-        rates = {name: sum(answer.success for answer in answers[name]) / len(samples) for name in LABELS}
-        summary = {f"success_{name}": rate for name, rate in rates.items()}
+        rates = {name: sum(map(solved, answers[name])) / len(samples) for name in LABELS}
+        summary: dict[str, Any] = {f"success_{name}": rate for name, rate in rates.items()}
         summary |= {"num_test": len(samples), "seconds": self.seconds}
         summary["seconds_total"] = round(time.monotonic() - started_s, 1)
         (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -181,11 +190,18 @@ class Demo:
             f"Curves:  tensorboard --logdir {self.output}",
             highlight=False,
         )
+        question = json.loads((self.output / "rows" / "test.jsonl").read_text().splitlines()[0])
+        self.console.print(
+            f"Ask it:  mirage generate --model {self.trained('stage2')} --prompt {question['text_input']!r} "
+            f"--image {self.output / 'rows' / question['image_input']}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
-def reaches_goal(sample: Sample, text: str) -> bool:
-    """Whether an answer's moves, strictly parsed, end on the goal of the sample's map."""
-    return vsp.score(sample.extra["map_desc"], text, "strict").success
+def solved(answer: Answer) -> bool:
+    """Whether an answer's moves, strictly parsed, end on the goal of the row's map."""
+    return answer.scores["strict"].success
 
 
 def draw_picture(samples: list[Sample], answers: dict[str, list[Answer]], path: Path, rows: int = 8) -> None:
@@ -206,9 +222,9 @@ def draw_picture(samples: list[Sample], answers: dict[str, list[Answer]], path: 
         for column, name in enumerate(names):
             answer = answers[name][row]
             latents = "[latent] " * answer.num_latents
-            mark = "solved" if answer.success else "failed"
+            mark = "solved" if solved(answer) else "failed"
             text = f"{latents.strip()}\n{answer.text.strip()[:36]}\n{mark}"
-            draw.text((200 + 250 * column, top + 20), text, fill="darkgreen" if answer.success else "firebrick")
+            draw.text((200 + 250 * column, top + 20), text, fill="darkgreen" if solved(answer) else "firebrick")
     picture.save(path)
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from mirage_ds import distributed
 from mirage_ds.config import Config
-from mirage_ds.errors import CheckpointError
-from mirage_ds.model.mirage import hf_name
+from mirage_ds.engine import whole_numel
+from mirage_ds.errors import CheckpointError, DiskFullError
 from mirage_ds.trainer import TrainState
 
 FOLDER = "checkpoints"
+ADAM_BYTES = 12  # per trained element, all float32: the master and AdamW's two moments
 
 
 def describe(config: Config, deepspeed_config: dict[str, Any], manifest_digest: str, max_steps: int) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def describe(config: Config, deepspeed_config: dict[str, Any], manifest_digest: 
     world_size = distributed.world_size()
     return {
         "world_size": world_size,
-        "global_batch_size": config.train.global_batch_size(world_size),
+        "global_batch_size": config.train.samples_per_step(world_size),
         "max_steps": max_steps,
         "manifest_digest": manifest_digest,
         "deepspeed": deepspeed_config,
@@ -37,9 +37,24 @@ def describe(config: Config, deepspeed_config: dict[str, Any], manifest_digest: 
 
 
 def save(engine: DeepSpeedEngine, config: Config, state: TrainState, facts: dict[str, Any]) -> None:
-    """Writes a checkpoint of all ranks, then deletes the oldest beyond `checkpoint.keep_latest_k`."""
+    """Writes a checkpoint of all ranks, then deletes the oldest beyond `checkpoint.keep_latest_k`.
+
+    Raises:
+        CheckpointError: there is no room for it.
+        DiskFullError: the room ended while it was written, or a quota did.
+    """
     folder, tag = config.run.dir / FOLDER, f"global_step{state.step}"
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"random": random_state()}, save_latest=False)
+    check_room(config.run.dir, engine.module, engine.device)
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, client_state={"random": random_state()}, save_latest=False)
+    except RuntimeError as error:
+        # torch.save's writer in C++ does not pass on the system's reason.
+        if "inline_container" not in str(error):
+            raise
+        raise DiskFullError(
+            f"the checkpoint could not be written whole ({folder / tag}): {error}; it needs room on the disk and in "
+            f"the user's quota; {_remedy(config.run.dir)} (what is there of this one may be deleted)"
+        ) from error
     distributed.barrier()
     if distributed.is_main():
         position = {"step": state.step, "position": state.position}
@@ -50,6 +65,40 @@ def save(engine: DeepSpeedEngine, config: Config, state: TrainState, facts: dict
         mark.replace(folder / "latest")
         prune(folder, state.step, config.checkpoint.keep_latest_k)
     distributed.barrier()
+
+
+def size_in_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a checkpoint of all ranks, but for some KiB: what is trained, with AdamW's state, and what is frozen.
+
+    Under ZeRO-3 every rank writes its shards of both.
+    """
+    return sum(
+        whole_numel(parameter) * (ADAM_BYTES if parameter.requires_grad else parameter.element_size())
+        for parameter in model.parameters()
+    )
+
+
+def check_room(run_dir: Path, model: torch.nn.Module, device: torch.device) -> None:
+    """Refuses to begin a checkpoint that the disk cannot hold; every rank calls it, and all agree.
+
+    Raises:
+        CheckpointError: it names the folder and both sizes.
+    """
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(existing).free, size_in_bytes(model)
+    if any(distributed.max_over_ranks([free < needed], device)):
+        raise CheckpointError(
+            f"no room for a checkpoint ({run_dir / FOLDER}): it takes {needed / 1e6:.1f} MB, the disk has "
+            f"{free / 1e6:.1f} MB free; one more than checkpoint.keep_latest_k must fit at a time; {_remedy(run_dir)}"
+        )
+
+
+def _remedy(run_dir: Path) -> str:
+    """What to do about a full disk."""
+    found = latest(run_dir)
+    if found is None:
+        return "free some space, or set run.dir to a folder on another disk, and start again"
+    return f"free some space, and go on from {found.name}, which is whole, with run.resume=auto"
 
 
 def prune(folder: Path, step: int, keep_latest_k: int) -> None:
@@ -86,6 +135,21 @@ def find_latest(run_dir: Path) -> Path:
         raise CheckpointError(
             f"there is no complete checkpoint ({run_dir / FOLDER}); allowed is the folder of a run that has saved one; "
             "give that run's run.dir, or run it first"
+        )
+    return found
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a user names: itself, or by its run's folder, whose last complete one it then is.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    found = path if (path / "run.json").is_file() else latest(path)
+    if found is None:
+        raise CheckpointError(
+            f"no complete checkpoint ({path}); allowed is a run's folder that has {FOLDER}/latest, or one checkpoint "
+            f"there, {FOLDER}/global_stepN with its run.json; name one of these"
         )
     return found
 
@@ -154,26 +218,6 @@ def load_weights(engine: DeepSpeedEngine, run_dir: Path) -> None:
     for group, own in zip(engine.optimizer.optimizer.param_groups, settings, strict=True):
         group.update(own)
     engine.global_steps = engine.global_samples = engine.micro_steps = engine.skipped_steps = 0
-
-
-def load_into(hf: torch.nn.Module, run_dir: Path) -> None:
-    """Puts the weights of a run's last checkpoint into a whole, unsharded model of transformers.
-
-    The optimizer's float32 masters are read, so that nothing is lost to bf16; no process group is needed.
-    """
-    checkpoint = find_latest(run_dir)
-    state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    weights = {hf_name(name): tensor for name, tensor in state.items()}
-    expected = dict(hf.named_parameters())  # a tied head is there once
-    if weights.keys() != expected.keys():
-        raise CheckpointError(
-            f"the checkpoint has other parameters than the model ({checkpoint}): "
-            f"{', '.join(sorted(weights.keys() ^ expected.keys()))[:400]}; both must be of one model; "
-            "load the model that the run was started with (model.path in its config.yaml)"
-        )
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(weights[name])
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:

@@ -1,13 +1,20 @@
-"""The `mirage` command: `mirage init --preset tiny --text rows.jsonl --output DIR`, `mirage init --from MODEL ...`."""
+"""The `mirage` command: a model folder before training, and what is done with one afterwards.
 
-import sys
+mirage init --preset tiny --text rows.jsonl --output DIR | --from MODEL --output DIR
+mirage export --checkpoint RUN --output DIR
+mirage generate --model DIR --image a.png --prompt "..."
+mirage evaluate --model DIR --task vsp-spatial-planning --data test.jsonl --output results.jsonl
+"""
+
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mirage_ds.errors import ConfigError, MirageError
+from mirage_ds import errors
+from mirage_ds.errors import ConfigError, name_full_disk
+from mirage_ds.versions import check_versions
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -18,9 +25,59 @@ class Preset(StrEnum):
     TINY = "tiny"
 
 
+class LatentEnd(StrEnum):
+    """How a block of latents ends."""
+
+    FIXED = "fixed"
+    MODEL = "model"
+
+
+class TaskName(StrEnum):
+    """How answers are scored."""
+
+    PLANNING = "vsp-spatial-planning"
+    REASONING = "vsp-spatial-reasoning"
+
+
+class Dtype(StrEnum):
+    """What a model computes in, or its weights are stored in."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+class Latents(StrEnum):
+    """What a latent's input is."""
+
+    FED = "fed"
+    ZEROED = "zeroed"
+
+
+# What `generate` and `evaluate` both take.
+ModelOption = Annotated[str, typer.Option("--model", help="A folder that `mirage export` wrote, or a hub id.")]
+LatentSizeOption = Annotated[
+    int | None, typer.Option("--latent-size", min=1, show_default="what the folder says", help="Latents in a block.")
+]
+LatentEndOption = Annotated[
+    LatentEnd,
+    typer.Option("--latent-end", help="A block ends after --latent-size states, or where the model ends it before."),
+]
+LatentsOption = Annotated[
+    Latents, typer.Option("--latents", help="Feed back the hidden states, or zeros, to see what the latents are worth.")
+]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Latents count too.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", help="0: greedy decoding.")]
+TopPOption = Annotated[float, typer.Option("--top-p", help="With a temperature: the likeliest tokens to draw from.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="With a temperature: same seed, same answers.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", show_default="bf16 on a GPU, fp32 on the CPU", help="What to compute in.")
+]
+
+
 @app.callback()
 def root() -> None:
     """Trains Qwen2.5-VL to reason with latent visual tokens."""
+    check_versions()
 
 
 @app.command()
@@ -55,10 +112,126 @@ def init(
         )
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Option(help="A run's folder (its last checkpoint), or one checkpoint in it.")],
+    output: Annotated[Path, typer.Option(help="New folder for the model.")],
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights; unset: what the run computed in, its train.dtype.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, for example 500MB.")] = "5GB",
+    model: Annotated[
+        str | None, typer.Option(help="The model that the run started from, if it is no longer at its model.path.")
+    ] = None,
+) -> None:
+    """Writes a checkpoint as a complete Hugging Face folder, which plain transformers loads."""
+    from mirage_ds.export import export_checkpoint
+
+    summary = export_checkpoint(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, model=model)
+    typer.echo(f"wrote {summary} to {output}")
+
+
+@app.command()
+def generate(
+    model: ModelOption,
+    prompt: Annotated[str, typer.Option(help="The question; <image> marks where an image goes, else all in front.")],
+    image: Annotated[list[Path] | None, typer.Option(help="An image; give the option once for each.")] = None,
+    latent_size: LatentSizeOption = None,
+    latent_end: LatentEndOption = LatentEnd.FIXED,
+    latents: LatentsOption = Latents.FED,
+    max_new_tokens: MaxNewTokensOption = 1024,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 0.9,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = None,
+) -> None:
+    """Answers one question, word by word; each latent is one mark."""
+    from mirage_ds.data.sample import read_question
+    from mirage_ds.generate import answer
+
+    row = {"text_input": prompt, "image_input": [str(path) for path in image or []]}
+    question = read_question(row, key="prompt", where="the command line", folder=Path())
+    decoder, encoder = _load_decoder(
+        model, latent_size, latent_end, latents, max_new_tokens, temperature, top_p, seed, dtype
+    )
+    if answer(decoder, encoder, question) == max_new_tokens:
+        typer.echo(f"cut off after {max_new_tokens} tokens (--max-new-tokens)", err=True)
+
+
+@app.command()
+def evaluate(
+    model: ModelOption,
+    task: Annotated[TaskName, typer.Option(help="How answers are scored.")],
+    data: Annotated[Path, typer.Option(help="JSONL rows; prompts and images are taken from them.")],
+    output: Annotated[Path, typer.Option(help="New JSONL file, one line for each row; FILE.summary.json beside it.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded side by side.")] = 16,
+    latent_size: LatentSizeOption = None,
+    latent_end: LatentEndOption = LatentEnd.FIXED,
+    latents: LatentsOption = Latents.FED,
+    max_new_tokens: MaxNewTokensOption = 1024,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 0.9,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = None,
+) -> None:
+    """Answers a file of questions, scores the answers, and prints a table by level."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from mirage_ds import evaluate as evaluation
+
+    rows = evaluation.read_task(data, task)
+    settings = {
+        "model": model,
+        "task": task,
+        "data": str(data),
+        "batch_size": batch_size,
+        "latent_end": latent_end,
+        "latents": latents,
+        "max_new_tokens": max_new_tokens,
+        "sampling": {"temperature": temperature, "top_p": top_p, "seed": seed} if temperature else "greedy",
+    }
+    full_disk = name_full_disk(output.parent, "free some space, or name another --output, and start again")
+    with full_disk, evaluation.Results(output) as results:
+        decoder, encoder = _load_decoder(
+            model, latent_size, latent_end, latents, max_new_tokens, temperature, top_p, seed, dtype
+        )
+        answers = evaluation.evaluate(decoder, encoder, rows, task, batch_size=batch_size)
+        progress = Console(stderr=True)
+        for answer in track(answers, description=task, total=len(rows), console=progress):
+            results.add(answer)
+        rates = results.finish(settings | {"latent_size": decoder.latent_size})
+    Console().print(evaluation.table(rates, task))
+
+
+def _load_decoder(
+    model: str,
+    latent_size: int | None,
+    latent_end: LatentEnd,
+    latents: Latents,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    dtype: Dtype | None,
+) -> Any:
+    import torch
+    from transformers.utils import logging
+
+    from mirage_ds.generate import Sampling, as_they_are, load_decoder
+    from mirage_ds.model.backbone import DTYPES
+
+    logging.disable_progress_bar()
+    return load_decoder(
+        model,
+        latent_size=latent_size,
+        latent_end=latent_end.value,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_p, seed),
+        feed=torch.zeros_like if latents is Latents.ZEROED else as_they_are,
+        dtype=DTYPES[dtype] if dtype else None,
+    )
+
+
 def main() -> None:
-    """A user's mistake is one message and exit code 2; a bug keeps its traceback."""
-    try:
-        app()
-    except MirageError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    errors.run(app)

@@ -7,6 +7,7 @@ Every number has one owner. What DeepSpeed alone decides stands in `ds_configs/*
 
 import difflib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -88,7 +89,10 @@ class TrainConfig(Section):
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data; the last step may reach into the next one."""
     micro_batch_size_per_gpu: PositiveInt = 1
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches of each rank per step; unset: as many as make `global_batch_size`, or 1."""
+    global_batch_size: PositiveInt | None = None
+    """Samples per step over all ranks, whatever their number; unset: what the other two make of it."""
     lr: float = Field(default=1e-5, gt=0)
     """Peak learning rate."""
     warmup_steps: int = Field(default=10, ge=0)
@@ -121,6 +125,19 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _batches_divide(self) -> "TrainConfig":
+        """As far as it can be told without the number of ranks; `accumulation_steps` knows that."""
+        share = self.micro_batch_size_per_gpu * (self.gradient_accumulation_steps or 1)
+        if self.global_batch_size is not None and self.global_batch_size % share:
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size}, no multiple of the {share} samples that each rank "
+                "gives (micro_batch_size_per_gpu x gradient_accumulation_steps); set train.global_batch_size to a "
+                "multiple, or train.micro_batch_size_per_gpu to a divisor and leave "
+                "train.gradient_accumulation_steps unset"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _profile_goes_forward(self) -> "TrainConfig":
         if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
             raise ValueError(f"profile_steps {self.profile_steps} end before they begin; set the first step first")
@@ -142,9 +159,30 @@ class TrainConfig(Section):
             return self.ce_loss_weight
         return 0.1 if self.stage == "stage1" else 1.0
 
-    def global_batch_size(self, world_size: int) -> int:
-        """G: samples per optimizer step."""
-        return self.micro_batch_size_per_gpu * self.gradient_accumulation_steps * world_size
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of each rank per optimizer step.
+
+        Raises:
+            ConfigError: this many ranks cannot make `global_batch_size`.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps or 1
+        micro_step = self.micro_batch_size_per_gpu * world_size
+        steps, rest = divmod(self.global_batch_size, micro_step)
+        if rest or self.gradient_accumulation_steps not in (None, steps):
+            wanted = self.gradient_accumulation_steps
+            raise ConfigError(
+                f"train.global_batch_size is {self.global_batch_size}, which {world_size} ranks x "
+                f"train.micro_batch_size_per_gpu={self.micro_batch_size_per_gpu}"
+                + (f" x train.gradient_accumulation_steps={wanted}" if wanted else "")
+                + f" do not make; allowed are multiples of {micro_step}, with train.gradient_accumulation_steps unset; "
+                "set one of these numbers, or start another number of ranks"
+            )
+        return steps
+
+    def samples_per_step(self, world_size: int) -> int:
+        """G: samples per optimizer step, over all ranks."""
+        return self.micro_batch_size_per_gpu * self.accumulation_steps(world_size) * world_size
 
     def num_steps(self, num_samples: int, world_size: int) -> int:
         """Steps of the whole run over a data set of `num_samples`.
@@ -154,7 +192,7 @@ class TrainConfig(Section):
         """
         if self.epochs is None:
             return cast(int, self.max_steps)
-        steps = math.ceil(self.epochs * num_samples / self.global_batch_size(world_size))
+        steps = math.ceil(self.epochs * num_samples / self.samples_per_step(world_size))
         if self.warmup_steps >= steps:
             raise ConfigError(
                 f"train.warmup_steps is {self.warmup_steps}, and train.epochs={self.epochs} of {num_samples} samples "
@@ -218,15 +256,18 @@ def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Confi
         return Config.model_validate(tree)
     except ValidationError as error:
         problems = "\n".join(f"  - {_describe(details)}" for details in error.errors())
-        raise ConfigError(f"the configuration is wrong ({path} and its overrides):\n{problems}") from error
+        raise ConfigError(
+            f"the configuration is wrong ({path} and its overrides):\n{problems}\n"
+            "correct each in the recipe, or with section.key=value on the command line"
+        ) from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text())
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"the recipe cannot be read ({path}: {error.strerror}); a recipe is a YAML file; "
+            f"the recipe cannot be read ({path}): {error}; a recipe is a YAML file; "
             "give the path of one, for example one of launch/recipes/"
         ) from error
     except yaml.YAMLError as error:
@@ -269,13 +310,18 @@ def _describe(details: ErrorDetails) -> str:
     key = ".".join(location)
     if details["type"] == "extra_forbidden":
         allowed = _keys_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], allowed, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown key {key}: {hint}allowed here: {', '.join(allowed)}"
+        return f"unknown key {key}: {hint(location[-1], allowed)}"
     if details["type"] == "missing":
         return f"{key} is missing: set it in the recipe or with {key}=VALUE"
     message = details["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" + ("" if details["type"] == "value_error" else f" (got {details['input']!r})")
+
+
+def hint(name: str, allowed: Iterable[str]) -> str:
+    """The nearest of the allowed names, and all of them."""
+    names = list(allowed)
+    near = difflib.get_close_matches(name, names, n=1)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"allowed here: {', '.join(names)}"
 
 
 def _keys_at(location: list[str]) -> list[str]:

@@ -1,11 +1,5 @@
-"""ds_configs/*.json + the run's configuration -> a DeepSpeed engine. Every number has one owner.
+"""The model -> a DeepSpeed engine: what ZeRO-3 gathers at a time, which parameters decay, the learning rate."""
 
-A DeepSpeed JSON says what DeepSpeed alone decides (ZeRO's buckets and thresholds, offload, the dtypes of gradient
-accumulation and communication) and "auto" where the run decides.
-"""
-
-import json
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,73 +8,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import set_z3_leaf_module
 
-import ds_configs
-from mirage_ds.config import Config, ModelConfig, Stage, TrainConfig
-from mirage_ds.errors import ConfigError
+from mirage_ds.config import ModelConfig, Stage, TrainConfig
 from mirage_ds.model.mirage import MirageModel
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GIB = 2**30
-
-
-def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
-    """Reads the DeepSpeed JSON and fills in what the run decides.
-
-    DeepSpeed sees one accumulation step: the trainer sets the boundary, so that a loss is scaled in one place only.
-
-    Raises:
-        ConfigError: the file is missing or not JSON, is not ZeRO-3, or says something else than the run's
-            configuration.
-    """
-    name = config.distributed.deepspeed_config
-    path = Path(name) if "/" in name else Path(ds_configs.__path__[0]) / name
-    where = f"distributed.deepspeed_config={name}"
-    try:
-        resolved = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"the DeepSpeed configuration cannot be read ({where}): {error}; allowed is a path, or the name of a file "
-            "in ds_configs/; correct it"
-        ) from error
-    if resolved.get("zero_optimization", {}).get("stage") != 3:
-        raise ConfigError(
-            f"zero_optimization.stage is not 3 ({where}); mirage_ds runs under ZeRO-3 only; set it, or use zero3.json"
-        )
-    if "optimizer" in resolved or "scheduler" in resolved:
-        raise ConfigError(
-            f"an optimizer or scheduler section stands there ({where}); the run's configuration owns both; "
-            "delete the section and set train.lr, train.weight_decay and the like"
-        )
-    train = config.train
-    _fill(resolved, ["train_micro_batch_size_per_gpu"], train.micro_batch_size_per_gpu, where)
-    _fill(resolved, ["gradient_accumulation_steps"], 1, where)
-    _fill(resolved, ["gradient_clipping"], train.gradient_clipping, where)
-    _fill(resolved, ["bf16", "enabled"], train.dtype == "bf16", where)
-    for key in (["data_types", "grad_accum_dtype"], ["communication_data_type"]):
-        if _get(resolved, key) is None:
-            raise ConfigError(
-                f"{'.'.join(key)} is not set ({where}); DeepSpeed's own default would then change results; "
-                'write it out, "fp32" as in zero3.json'
-            )
-    return resolved
-
-
-def _get(tree: dict[str, Any], keys: list[str]) -> Any:
-    for key in keys:
-        tree = tree.get(key, {})
-    return tree or None
-
-
-def _fill(tree: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
-    *parents, last = keys
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    if tree.get(last, "auto") not in ("auto", value):
-        raise ConfigError(
-            f"{'.'.join(keys)} is {tree[last]!r} there, but the run's configuration makes it {value!r} ({where}); "
-            'the run owns this number; write "auto" there and set it in the recipe'
-        )
-    tree[last] = value
 
 
 def choose_gather(model: ModelConfig, stage: Stage) -> str:

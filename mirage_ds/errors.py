@@ -3,6 +3,16 @@
 Every message has four parts: what is wrong, where, what is allowed, what to do.
 """
 
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from safetensors import SafetensorError
+
 
 class MirageError(Exception):
     """Base of every error that a user can mend; anything else is a bug and keeps its traceback."""
@@ -18,3 +28,49 @@ class DataError(MirageError):
 
 class CheckpointError(MirageError):
     """A checkpoint that is missing, incomplete, or belongs to another model or run."""
+
+
+class DiskFullError(MirageError):
+    """A disk, or a user's quota on it, with no room for what was to be written."""
+
+
+@contextmanager
+def name_full_disk(folder: Path, remedy: str) -> Iterator[None]:
+    """Says where the disk is full, and what to do; every other error passes as it is.
+
+    Raises:
+        DiskFullError: the system had no room for something written inside.
+    """
+    reasons = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors has the system's words, but not its code.
+        if not any(reason in str(error) for reason in reasons):
+            raise
+        where = getattr(error, "filename", None) or folder
+        raise DiskFullError(f"the disk is full ({where}): {error}; all that is written needs room; {remedy}") from error
+
+
+def leave(error: MirageError, *, every_rank: bool = False) -> NoReturn:
+    """Prints the message and ends this process with exit code 2.
+
+    Other ranks may wait for this one in a collective: it leaves without waiting for them, the launcher ends them.
+
+    Args:
+        every_rank: this rank may be the only one that knows; else the first one of each node speaks for all there, as
+            a folder may be missing on one node alone.
+    """
+    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    if every_rank or local_rank == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2)
+
+
+def run(app: Callable[[], object]) -> None:
+    """Runs a command line: a user's mistake is one message and exit code 2; a bug keeps its traceback."""
+    try:
+        app()
+    except MirageError as error:
+        leave(error)

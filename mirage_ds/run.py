@@ -8,9 +8,7 @@ RUN/metrics.jsonl, RUN/validation.jsonl, RUN/tensorboard/
 """
 
 import json
-import subprocess
 from fnmatch import fnmatch
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import yaml
 from mirage_ds import checkpoint, distributed
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError, ConfigError
+from mirage_ds.versions import versions
 
 # What a resumed run may change: it leaves every step's loss as it is, up to rounding. The global batch size and the
 # manifest's digest are compared by themselves.
@@ -35,6 +34,7 @@ HARMLESS = (
     "data.max_length",
     "train.micro_batch_size_per_gpu",
     "train.gradient_accumulation_steps",
+    "train.global_batch_size",
     "train.log_freq",
     "train.deterministic",
     "train.profile_steps",
@@ -46,8 +46,8 @@ HARMLESS = (
 DEEPSPEED_MATHEMATICS = ("data_types", "communication_data_type")
 
 
-def open_folder(config: Config, facts: dict[str, Any]) -> Path | None:
-    """Makes the folder or takes it up again; every rank calls it.
+def find_start(config: Config, facts: dict[str, Any]) -> Path | None:
+    """Whether the run starts in its folder or goes on there; writes nothing.
 
     Args:
         facts: what a checkpoint of this run would say of itself, see `checkpoint.describe`.
@@ -60,24 +60,32 @@ def open_folder(config: Config, facts: dict[str, Any]) -> Path | None:
         CheckpointError: the run there was started with another mathematics.
     """
     folder = config.run.dir
-    taken = (folder / "metrics.jsonl").exists()
-    found = checkpoint.latest(folder) if config.run.resume == "auto" else None
-    if taken and config.run.resume == "never":
+    found = checkpoint.latest(folder)
+    if config.run.resume == "never" and (found or (folder / "metrics.jsonl").exists()):
         raise ConfigError(
             f"the folder holds another run already (run.dir={folder}); a run needs a folder of its own; set run.dir to "
             "a new one, or run.resume=auto to go on with that run"
         )
     if found is not None:
         changed = check_same_run(found, facts)
-        if changed and distributed.is_main():
-            print("changed since the last start: " + "; ".join(changed), flush=True)
+    elif (folder / "metrics.jsonl").exists():  # it ended before its first checkpoint
+        changed = _harmless(folder, *_changes(_read_config(folder), facts["config"]))
+    else:
+        changed = []
+    if changed and distributed.is_main():
+        print("changed since the last start: " + "; ".join(changed), flush=True)
+    return found
+
+
+def write_folder(config: Config, facts: dict[str, Any]) -> None:
+    """Makes the folder, if it is not there, and says in it what runs; every rank calls it, once nothing is refused."""
+    folder = config.run.dir
     distributed.barrier()  # every rank has looked before rank 0 writes
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         (folder / "deepspeed.json").write_text(json.dumps(facts["deepspeed"], indent=2) + "\n")
         (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
-    return found
 
 
 def check_same_run(found: Path, facts: dict[str, Any]) -> list[str]:
@@ -87,20 +95,48 @@ def check_same_run(found: Path, facts: dict[str, Any]) -> list[str]:
         CheckpointError: with every change that is not harmless.
     """
     before = checkpoint.read_facts(found)
-    old, new = flatten(before["config"]), flatten(facts["config"])
-    changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
-    harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in HARMLESS)]
-    harmful = [text for text in changes.values() if text not in harmless]
+    harmless, harmful = _changes(before["config"], facts["config"])
     for key in ("world_size", "global_batch_size", "manifest_digest", "max_steps"):
         if before[key] != facts[key]:
             harmful.append(f"{key}: {before[key]!r} -> {facts[key]!r}")
     for key in DEEPSPEED_MATHEMATICS:
         if before["deepspeed"].get(key) != facts["deepspeed"].get(key):
             harmful.append(f"{key}: {before['deepspeed'].get(key)!r} -> {facts['deepspeed'].get(key)!r}")
+    return _harmless(found, harmless, harmful)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.yaml of a run.
+
+    Raises:
+        ConfigError: it is missing or damaged.
+    """
+    try:
+        tree = yaml.safe_load((folder / "config.yaml").read_text())
+        if not isinstance(tree, dict):
+            raise yaml.YAMLError("it holds no sections")
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"the folder holds a run whose configuration cannot be read (run.dir={folder}): {error}; a run goes on "
+            "only where its config.yaml is; put the file back, or set run.dir to a new folder"
+        ) from error
+    return tree
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The harmless and the harmful differences of two configurations."""
+    old, new = flatten(before), flatten(now)
+    changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
+    harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in HARMLESS)]
+    return harmless, [text for text in changes.values() if text not in harmless]
+
+
+def _harmless(where: Path, harmless: list[str], harmful: list[str]) -> list[str]:
+    """Returns the harmless changes; refuses the others."""
     if harmful:
         lines = "\n".join(f"  - {text}" for text in harmful)
         raise CheckpointError(
-            f"the run was started with another configuration (in {found}):\n{lines}\na run that goes on keeps what "
+            f"the run was started with another configuration (in {where}):\n{lines}\na run that goes on keeps what "
             "decides its losses; undo these changes, or give the changed run a run.dir of its own (with run.init_from "
             "to start from these weights)"
         )
@@ -113,14 +149,3 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def versions() -> dict[str, str]:
-    """What runs: packages, and the commit of the code, with a mark if there are uncommitted changes."""
-    packages = {name: version(name) for name in ("mirage_ds", "torch", "deepspeed", "transformers")}
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):  # no git here, or no checkout
-        commit = "unknown"
-    return packages | {"git_commit": commit}

@@ -5,14 +5,17 @@ torchrun --nproc-per-node 2 --module mirage_ds.train RECIPE [section.key=value .
 srun --kill-on-bad-exit=1 python -m mirage_ds.train RECIPE [section.key=value ...]
 """
 
+if __name__ == "__main__":  # before the imports, as another version may lack what they name
+    from mirage_ds.versions import leave_if_untested
+
+    leave_if_untested()
+
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -20,42 +23,37 @@ from deepspeed import DeepSpeedEngine
 from transformers.utils import logging as transformers_logging
 
 from mirage_ds import checkpoint, distributed
+from mirage_ds.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config, load_config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.shards import ShardFolder, load_manifest
-from mirage_ds.data.stream import SampleReader, Share, make_loader
+from mirage_ds.data.stream import Share, make_loader
+from mirage_ds.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.engine import (
-    DTYPES,
     choose_gather,
     describe_gather,
     initialize,
     mark_gather_units,
     parameter_groups,
-    resolve_deepspeed_config,
     whole_numel,
 )
-from mirage_ds.errors import ConfigError, DataError, MirageError
+from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
 from mirage_ds.metrics import Metrics
-from mirage_ds.model.backbone import Backbone, load_backbone
+from mirage_ds.model.backbone import DTYPES, Backbone, check_config, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.ops.latent_pool import describe_path
-from mirage_ds.run import open_folder
+from mirage_ds.run import find_start, write_folder
 from mirage_ds.trainer import Trainer, TrainState
-from mirage_ds.validation import Validation, spread
-
-Action = Callable[[TrainState], None]
-"""What follows each step, if it is due."""
 
 
 def train(config: Config) -> None:
     """The whole run, from configuration to last checkpoint."""
     prepare_torch(config)
     deepspeed_config = resolve_deepspeed_config(config)
-    device = distributed.init(config.distributed.timeout_s)
-    pooling = describe_path(device)
     shards = load_manifest(config.data.shards)
+    check_config(config.model.path, config.model.cache_dir)
     encoder = load_encoder(
         config.model.path,
         stage=config.train.stage,
@@ -67,11 +65,16 @@ def train(config: Config) -> None:
         cache_dir=config.model.cache_dir,
         compress_strategy=config.model.compress_strategy,
     )
+    for folder in (config.data.shards, config.evaluation.shards):
+        if folder is not None:
+            encoder.check_index(load_manifest(folder))
+    device = distributed.init(config.distributed.timeout_s)
+    pooling = describe_path(device)
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     if config.run.init_from and not (config.run.resume == "auto" and checkpoint.latest(config.run.dir)):
         checkpoint.check_start(config.run.init_from, config)
     facts = checkpoint.describe(config, deepspeed_config, shards.digest, max_steps)
-    found = open_folder(config, facts)
+    found = find_start(config, facts)
 
     backbone = load_backbone(
         config.model.path,
@@ -81,7 +84,7 @@ def train(config: Config) -> None:
         cache_dir=config.model.cache_dir,
         deepspeed_config=deepspeed_config,
     )
-    check_latent_ids(encoder, backbone, config.model.path)
+    check_latent_ids(encoder.ids, backbone, config.model.path)
     model = MirageModel(
         backbone,
         stage=config.train.stage,
@@ -91,6 +94,8 @@ def train(config: Config) -> None:
         train_tower=config.model.train_tower,
         compress_strategy=config.model.compress_strategy,
     )
+    checkpoint.check_room(config.run.dir, model, device)
+    write_folder(config, facts)
     gather = choose_gather(config.model, config.train.stage)
     mark_gather_units(model, gather)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
@@ -102,7 +107,7 @@ def train(config: Config) -> None:
 
     metrics = Metrics(
         config.run.dir,
-        global_batch_size=config.train.global_batch_size(distributed.world_size()),
+        global_batch_size=config.train.samples_per_step(distributed.world_size()),
         max_steps=max_steps,
         log_freq=config.train.log_freq,
         steps_done=state.step,
@@ -151,21 +156,6 @@ def load_state(engine: DeepSpeedEngine, config: Config, found: Path | None) -> T
     return TrainState()
 
 
-def check_latent_ids(encoder: Encoder, backbone: Backbone, path: str) -> None:
-    """Refuses a vocabulary whose latent tokens have no row in the embeddings.
-
-    Raises:
-        ConfigError: an id is too large.
-    """
-    largest = max(encoder.ids.latent_pad, encoder.ids.latent_start, encoder.ids.latent_end)
-    if largest >= backbone.vocab_size:
-        raise ConfigError(
-            f"the latent token id {largest} has no embedding (model.path={path}): the model has {backbone.vocab_size} "
-            "rows; every id of the tokenizer must be below that; set model.path to a folder with more of them, which "
-            f"`mirage init --from {path} --output FOLDER` writes"
-        )
-
-
 def open_stream(
     config: Config, shards: ShardFolder, encoder: Encoder, state: TrainState, device: torch.device
 ) -> Iterator[Batch]:
@@ -174,7 +164,7 @@ def open_stream(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         micro_batch_size=config.train.micro_batch_size_per_gpu,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        gradient_accumulation_steps=config.train.accumulation_steps(distributed.world_size()),
         start=state.position,
     )
     loader = make_loader(
@@ -189,65 +179,10 @@ def open_stream(
     return iter(loader)
 
 
-def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Action:
-    """Validates every `evaluation.interval` steps and after the last one, if there is a folder to validate on."""
-    if config.evaluation.shards is None:
-        return lambda state: None
-    shards, interval = load_manifest(config.evaluation.shards), config.evaluation.interval
-    read, align = SampleReader(shards), config.train.stage == "stage2"
-    validation = Validation(
-        trainer.engine,
-        trainer.num_passes,
-        lambda numbers: collate([encoder(read(number)) for number in numbers], align_latents=align),
-        spread(shards.num_samples, config.evaluation.max_samples),
-        micro_batch_size=config.train.micro_batch_size_per_gpu,
-        device=trainer.device,
-    )
-
-    def action(state: TrainState) -> None:
-        if state.step % interval == 0 or state.step == trainer.max_steps:
-            trainer.metrics.flush()
-            trainer.metrics.add_validation(state.step, validation.losses())
-
-    return action
-
-
-def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any]) -> Action:
-    """Saves every `checkpoint.interval` steps and after the last one."""
-    interval = config.checkpoint.interval
-
-    def action(state: TrainState) -> None:
-        if state.step == trainer.max_steps or (interval and state.step % interval == 0):
-            trainer.metrics.flush()  # a run that goes on from here has all steps before it in metrics.jsonl
-            checkpoint.save(trainer.engine, config, state, facts)
-
-    return action
-
-
-@contextmanager
-def profiler(config: Config, state: TrainState) -> Iterator[Action]:
-    """Traces the steps `train.profile_steps` into RUN/profile/rank_N.json, for chrome://tracing or Perfetto."""
-    steps = config.train.profile_steps
-    if steps is None or state.step >= steps[0]:
-        yield lambda state: None
-        return
-    folder = config.run.dir / "profile"
-    folder.mkdir(exist_ok=True)
-    schedule = torch.profiler.schedule(
-        skip_first=steps[0] - 1 - state.step, wait=0, warmup=0, active=steps[1] - steps[0] + 1, repeat=1
-    )
-    trace = torch.profiler.profile(
-        schedule=schedule,
-        on_trace_ready=lambda profile: profile.export_chrome_trace(f"{folder}/rank_{distributed.rank()}.json"),
-    )
-    with trace:
-        yield lambda state: trace.step()
-
-
 def describe(config: Config, shards: ShardFolder, model: MirageModel, backbone: Backbone, max_steps: int) -> str:
     """What will be computed, for the start of the log."""
     train, ranks = config.train, distributed.world_size()
-    size = train.global_batch_size(ranks)
+    size = train.samples_per_step(ranks)
     numel = {True: 0, False: 0}
     for parameter in model.parameters():
         numel[parameter.requires_grad] += whole_numel(parameter)
@@ -255,7 +190,7 @@ def describe(config: Config, shards: ShardFolder, model: MirageModel, backbone: 
         f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
         f"{train.dtype}, attention {backbone.attention}, latent_size {config.model.latent_size}\n"
         f"{shards.num_samples} samples; global batch {size} = {ranks} ranks x {train.micro_batch_size_per_gpu} x "
-        f"{train.gradient_accumulation_steps} accumulated; {max_steps} steps = "
+        f"{train.accumulation_steps(ranks)} accumulated; {max_steps} steps = "
         f"{max_steps * size / shards.num_samples:.1f} epochs"
     )
 
@@ -267,14 +202,13 @@ def command(
 ) -> None:
     """Trains one run."""
     try:
-        train(load_config(recipe, overrides))
+        config = load_config(recipe, overrides)
+        with name_full_disk(config.run.dir, "free some space, and start again, with run.resume=auto if a run is there"):
+            train(config)
     except MirageError as error:
-        # A configuration is wrong on all ranks alike; bad data is met by one of them.
-        if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        # Other ranks may wait in a collective: leave without waiting for them, the launcher ends them.
-        sys.stderr.flush()
-        os._exit(2)
+        # A configuration is wrong on all ranks alike; bad data and a full disk may be met by one of them at its work.
+        alone = isinstance(error, (DataError, DiskFullError)) and torch.distributed.is_initialized()
+        leave(error, every_rank=alone)
 
 
 def main() -> None:

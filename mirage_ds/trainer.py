@@ -48,7 +48,8 @@ class Trainer:
         self.max_steps = max_steps
         self.agree_on_passes = agree_on_passes
         self.world_size = distributed.world_size()
-        self.global_batch_size = train.global_batch_size(self.world_size)
+        self.global_batch_size = train.samples_per_step(self.world_size)
+        self.accumulation_steps = train.accumulation_steps(self.world_size)
 
     def train(self, after_step: Sequence[Callable[[TrainState], None]] = ()) -> None:
         """The rest of the run; after each step, in order, what may be due then."""
@@ -62,7 +63,7 @@ class Trainer:
         started_s, waited_s = time.monotonic(), 0.0
         lr = self.set_learning_rate()
         losses, num_grounded_samples, num_tokens = torch.zeros(3, device=self.device), 0, 0
-        for micro_step in range(self.train_config.gradient_accumulation_steps):
+        for micro_step in range(self.accumulation_steps):
             batch, batch_waited_s = self.next_batch()
             waited_s += batch_waited_s
             losses += self.forward_backward(batch, micro_step)
@@ -106,7 +107,7 @@ class Trainer:
         The gradient of a step is the mean over the global batch of each sample's own loss. ZeRO-3 averages over the
         ranks, so each rank's sum is scaled by world_size / global_batch_size.
         """
-        last = micro_step == self.train_config.gradient_accumulation_steps - 1
+        last = micro_step == self.accumulation_steps - 1
         self.engine.set_gradient_accumulation_boundary(last)
         losses = self.engine(batch=batch, num_passes=self.num_passes(batch))
         self.engine.backward(losses.loss * (self.world_size / self.global_batch_size), scale_wrt_gas=False)

@@ -19,7 +19,7 @@ def free_port() -> int:
 def environment() -> dict[str, str]:
     return os.environ | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{HERE}:{HERE / 'parity'}",
+        "PYTHONPATH": f"{HERE.parent}:{HERE}:{HERE / 'parity'}",  # this tree, whatever is installed
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mirage_ds.config import CompressStrategy, Stage
 from mirage_ds.data.images import ImageProcessor, decode
-from mirage_ds.data.sample import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_sample, num_latent_blocks
+from mirage_ds.data.sample import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
+from mirage_ds.data.shards import ShardFolder, load_index
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.segments import cut_image
 from mirage_ds.tokens import (
@@ -259,7 +260,7 @@ class Encoder:
             compress_strategy: how helper images will be cut into latents, which each must be large enough for.
         """
         self.ids = TokenIds.of(tokenizer)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._image_processor = image_processor
         self._stage = stage
         self._latent_size = latent_size
@@ -276,11 +277,11 @@ class Encoder:
             DataError: the sample cannot be used in this stage; it names the sample's key.
         """
         check_sample(sample, sample.key)
-        self._check_stage(sample)
+        self._check_blocks(num_latent_blocks(sample.text_output, len(sample.helper_images)), sample.key)
         pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
         helper_images = sample.helper_images if self._stage == "stage1" else ()
         pixel_values_latent, grid_thw_latent = self._patches(helper_images, f"{sample.key}.helper")
-        self._check_helpers(grid_thw_latent, sample.key)
+        self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sample.key)
         input_ids = self._input_ids(sample, self._image_processor.num_merged(grid_thw))
         self._check_length(len(input_ids), sample.key)
         prompt_length = find_prompt_length(input_ids, self._marker)
@@ -306,10 +307,10 @@ class Encoder:
         Raises:
             DataError: the question and its images do not fit together; it names the sample's key.
         """
-        check_sample(sample, sample.key)
+        check_question(sample, sample.key)
         pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
         text = prompt_text(
-            self._tokenizer,
+            self.tokenizer,
             sample.text_input,
             num_input_images=len(sample.input_images),
             system_turn=self._system_turn,
@@ -333,36 +334,49 @@ class Encoder:
             latent_size=self._latent_size,
         )
 
+    def check_index(self, folder: ShardFolder) -> None:
+        """Finds what `__call__` would refuse in this stage, as far as the index tells it, before a run begins.
+
+        Raises:
+            DataError: it names the shard and the sample's key.
+        """
+        for entry in load_index(folder):
+            key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
+            self._check_blocks(entry.latent_blocks, key)
+            if self._stage == "stage1":
+                merged = [self._image_processor.merged_grid_of(*size) for size in entry.helper_sizes]
+                self._check_helpers(merged, key)
+
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of emitted ids, without special tokens."""
-        return cast(str, self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _check_template(self) -> None:
         """A template for text alone would drop the images without a word."""
         text = self._train_text(IMAGE_TAG, OUTPUT_IMAGE_TAG, 1, 1, latents=True)
         if [text.count(part) for part in (IMAGE_BLOCK, ASSISTANT_MARKER, LATENT_BLOCK)] != [1, 1, 1]:
             raise ConfigError(
-                f"the chat template turns an image and an answer into {text!r} ({self._tokenizer.name_or_path}); it "
+                f"the chat template turns an image and an answer into {text!r} ({self.tokenizer.name_or_path}); it "
                 f"must write {IMAGE_BLOCK} for an image and {ASSISTANT_MARKER} before the answer; use Qwen2.5-VL's"
             )
 
-    def _check_stage(self, sample: Sample) -> None:
-        num_blocks = num_latent_blocks(sample.text_output, len(sample.helper_images))
+    def _check_blocks(self, num_blocks: int, key: str) -> None:
         if self._stage == "stage2" and num_blocks > 1:
             raise DataError(
-                f"{num_blocks} latent blocks in one row ({sample.key}); stage 2 supports at most one; leave such rows "
+                f"{num_blocks} latent blocks in one row ({key}); stage 2 supports at most one; leave such rows "
                 "out of the stage 2 data"
             )
 
-    def _check_helpers(self, grid_thw: torch.Tensor, key: str) -> None:
-        for number, (_, rows, columns) in enumerate((grid_thw // self._image_processor.merge_size).tolist()):
+    def _check_helpers(self, grids: Sequence[tuple[int, int]], key: str) -> None:
+        """Helper images of so many rows and columns of merged patches."""
+        for number, (rows, columns) in enumerate(grids):
             try:
                 cut_image(rows, columns, self._latent_size, self._compress_strategy)
             except ValueError as error:
                 raise DataError(
-                    f"{error} ({key}.helper_{number}); allowed is latent_size <= merged patches, and with "
-                    "compress_strategy=grid two factors of it that fit into their rows and columns; use a larger image "
-                    "or another model.latent_size"
+                    f"{error} ({key}.helper_{number}); allowed is model.latent_size <= merged patches, and with "
+                    "model.compress_strategy=grid two factors of it that fit into their rows and columns; use a larger "
+                    "image or data.min_pixels, or set another model.latent_size"
                 ) from error
 
     def _check_length(self, length: int, key: str) -> None:
@@ -387,7 +401,7 @@ class Encoder:
 
     def _train_text(self, question: str, answer: str, num_inputs: int, num_helpers: int, *, latents: bool) -> str:
         return train_text(
-            self._tokenizer,
+            self.tokenizer,
             question,
             answer,
             num_input_images=num_inputs,
@@ -397,4 +411,4 @@ class Encoder:
         )
 
     def _tokenize(self, text: str) -> torch.Tensor:
-        return torch.tensor(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)

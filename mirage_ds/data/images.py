@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from mirage_ds.data.sample import open_image
 from mirage_ds.errors import ConfigError
@@ -77,7 +77,22 @@ class ImageProcessor:
         features = self._processor(list(images), return_tensors="pt")
         return features["pixel_values"], features["image_grid_thw"]
 
+    def merged_grid_of(self, width: int, height: int) -> tuple[int, int]:
+        """What `merged_grids` will say of an image of this size in the user's file."""
+        side = self._processor.patch_size * self.merge_size
+        limits = self._processor.size
+        rows, columns = smart_resize(height, width, side, limits["shortest_edge"], limits["longest_edge"])
+        return rows // side, columns // side
+
+    def save(self, folder: Path) -> None:
+        """Writes preprocessor_config.json, with the limits in force."""
+        self._processor.save_pretrained(folder)
+
     def num_merged(self, grid_thw: torch.Tensor) -> list[int]:
         """Language-model tokens of each image, from grids [N, 3] in patches."""
         merged: list[int] = (grid_thw.prod(dim=1) // self.merge_size**2).tolist()
         return merged
+
+    def merged_grids(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
+        """Rows and columns of merged patches of each image, from grids [N, 3] in patches."""
+        return [(rows, columns) for _, rows, columns in (grid_thw // self.merge_size).tolist()]

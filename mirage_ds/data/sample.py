@@ -78,6 +78,31 @@ def read_rows(path: Path, reject: Reject | None = None) -> Iterator[tuple[str, S
             yield where, sample
 
 
+def read_questions(path: Path) -> Iterator[tuple[str, Sample]]:
+    """As `read_rows`, for rows that are to be answered; see `read_question`."""
+    for number, (where, row) in enumerate(read_json_lines(path)):
+        yield where, read_question(row, key=f"{number:09d}", where=where, folder=path.parent)
+
+
+def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Sample:
+    """As `read_row`, but text_output may be missing, and helper images are not read.
+
+    Raises:
+        DataError: the question and its images do not fit together, or an image cannot be decoded.
+    """
+    sample = Sample(
+        key=key,
+        text_input=_text(row, "text_input", where),
+        text_output=_text(row, "text_output", where) if "text_output" in row else "",
+        input_images=_images(row, "image_input", where, folder),
+        extra=_extra(row),
+    )
+    check_question(sample, where)
+    for number, data in enumerate(sample.input_images):
+        open_image(data, f"{where}, image {number}")
+    return sample
+
+
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (file:line, object) of a JSONL file, at least one.
 
@@ -126,10 +151,14 @@ def read_row(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Samp
         text_output=_text(row, "text_output", where),
         input_images=_images(row, "image_input", where, folder),
         helper_images=_images(row, "image_output", where, folder),
-        extra={name: value for name, value in row.items() if name not in _ROW_FIELDS},
+        extra=_extra(row),
     )
     check_sample(sample, where)
     return sample
+
+
+def _extra(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in _ROW_FIELDS}
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
@@ -163,19 +192,28 @@ def check_sample(sample: Sample, where: str) -> None:
     Raises:
         DataError: it names `where`.
     """
-    for name, text in (("text_input", sample.text_input), ("text_output", sample.text_output)):
-        _check_text(text, name, where)
-    num_blocks = num_image_blocks(sample.text_input, len(sample.input_images))
-    if num_blocks != len(sample.input_images):
-        raise DataError(
-            f"text_input has {num_blocks} image slots for {len(sample.input_images)} input images ({where}); allowed "
-            f"is one {IMAGE_TAG} for each image, or none, which puts all images in front; add or remove slots or images"
-        )
+    check_question(sample, where)
+    _check_text(sample.text_output, "text_output", where)
     num_slots, num_helpers = sample.text_output.count(OUTPUT_IMAGE_TAG), len(sample.helper_images)
     if num_slots != num_helpers and (num_slots, num_helpers) != (0, 1):
         raise DataError(
             f"text_output has {num_slots} {OUTPUT_IMAGE_TAG} for {num_helpers} helper images ({where}); allowed is one "
             "for each, or none with one helper image, which then comes first; add or remove slots or images"
+        )
+
+
+def check_question(sample: Sample, where: str) -> None:
+    """What `check_sample` asks of a question, which is all that decoding takes of a sample.
+
+    Raises:
+        DataError: it names `where`.
+    """
+    _check_text(sample.text_input, "text_input", where)
+    num_blocks = num_image_blocks(sample.text_input, len(sample.input_images))
+    if num_blocks != len(sample.input_images):
+        raise DataError(
+            f"text_input has {num_blocks} image slots for {len(sample.input_images)} input images ({where}); allowed "
+            f"is one {IMAGE_TAG} for each image, or none, which puts all images in front; add or remove slots or images"
         )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.errors import DataError
+from mirage_ds.errors import DataError, name_full_disk
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -207,6 +207,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     Raises:
         DataError: `output` is there and not an empty folder.
+        DiskFullError: there is no room for it.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise DataError(
@@ -214,8 +215,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         )
     temporary = output.absolute().parent / f".{output.name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True)
+    remedy = f"nothing of {output.name} was kept; free some space, or write it to another disk"
     try:
-        yield temporary
+        with name_full_disk(temporary.parent, remedy):
+            yield temporary
         temporary.rename(output)
     except BaseException:
         shutil.rmtree(temporary)

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.integrations import HfDeepSpeedConfig
 
 from mirage_ds.errors import ConfigError
 from mirage_ds.tokens import TokenIds
 
+# transformers' names of parameters -> those in files, as on the hub: what every version of transformers reads.
+FILE_NAMES = {"model.visual.": "visual.", "model.language_model.": "model.", "lm_head.": "lm_head."}
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROW_MULTIPLE = 64  # of embeddings and head: matrix products like it, and the real models have spare rows too
 
 
@@ -55,6 +59,14 @@ class Backbone:
         return self.head_weight is self.embed_tokens.weight
 
     @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def to(self, device: str) -> None:
+        """Moves the whole model."""
+        torch.nn.Module.to(self.hf, device)
+
+    @property
     def vocab_size(self) -> int:
         return self.hf.config.text_config.vocab_size
 
@@ -90,19 +102,44 @@ def load_backbone(
             whole model; the process group must be there.
 
     Raises:
-        ConfigError: it is not a Qwen2.5-VL, cannot be found, or has settings that the rollout does not compute.
+        ConfigError: it is not a Qwen2.5-VL, cannot be found or is not whole, or has settings that the rollout does
+            not compute.
     """
     check_config(path, cache_dir)
     implementation = choose_attention(attention, dtype)
-    # transformers shards while loading only while this object is alive.
-    zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config is not None else None
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, attn_implementation=implementation, cache_dir=cache_dir
-    )
+    zero3 = None
+    if deepspeed_config is not None:
+        from transformers.integrations import HfDeepSpeedConfig  # imports DeepSpeed, which decoding does not need
+
+        zero3 = HfDeepSpeedConfig(deepspeed_config)  # transformers shards while loading only while it is alive
+    hf = _load_weights(path, dtype=dtype, attn_implementation=implementation, cache_dir=cache_dir)
     del zero3
     hf.model.visual.requires_grad_(train_tower)
     hf.train()
     return Backbone(hf, implementation)
+
+
+def _load_weights(path: str, **settings: Any) -> Any:
+    """The model with all its weights.
+
+    Raises:
+        ConfigError: a weight is missing, for which transformers would draw a random one, or a file is damaged.
+    """
+    load: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained
+    remedy = "copy the folder again"
+    try:
+        model, loading = load(path, output_loading_info=True, **settings)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"the weights cannot be loaded ({path}): {error}; a model folder has the files that its config.json and "
+            f"its index name, whole; {remedy}"
+        ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigError(
+            f"{len(missing)} weights are missing, {missing[0]} for one ({path}); a model has all that its config.json "
+            f"tells of; {remedy}"
+        )
+    return model
 
 
 def check_config(path: str, cache_dir: Path | None = None) -> None:
@@ -127,6 +164,39 @@ def check_config(path: str, cache_dir: Path | None = None) -> None:
         )
 
 
+def empty_model(path: str, cache_dir: Path | None = None) -> PreTrainedModel:
+    """A model without weights, on torch's meta device: its config, and the names and shapes of its parameters.
+
+    Raises:
+        ConfigError: see `check_config`.
+    """
+    check_config(path, cache_dir)
+    config = AutoConfig.from_pretrained(path, cache_dir=cache_dir)
+    with torch.device("meta"):
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def file_name(name: str) -> str:
+    """A parameter's name in a file of weights, from its name in transformers' model."""
+    prefix = next(prefix for prefix in FILE_NAMES if name.startswith(prefix))
+    return FILE_NAMES[prefix] + name.removeprefix(prefix)
+
+
+def check_latent_ids(ids: TokenIds, backbone: Backbone, path: str) -> None:
+    """Refuses a vocabulary whose latent tokens have no row in the embeddings.
+
+    Raises:
+        ConfigError: an id is too large.
+    """
+    largest = max(ids.latent_pad, ids.latent_start, ids.latent_end)
+    if largest >= backbone.vocab_size:
+        raise ConfigError(
+            f"the latent token id {largest} has no embedding ({path}): the model has {backbone.vocab_size} rows; every "
+            "id of the tokenizer must be below that; name a folder with more of them, which "
+            f"`mirage init --from {path} --output FOLDER` writes"
+        )
+
+
 def copy_model(path: str, folder: Path, ids: TokenIds, num_ids: int) -> None:
     """Copies config, weights (as safetensors, bit for bit) and generation defaults of a folder or hub id.
 
@@ -138,13 +208,7 @@ def copy_model(path: str, folder: Path, ids: TokenIds, num_ids: int) -> None:
     Raises:
         ConfigError: weights are missing, or the tokenizer is another model's.
     """
-    load: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained
-    model, loading = load(path, dtype="auto", output_loading_info=True)
-    if missing := sorted(loading["missing_keys"]):
-        raise ConfigError(
-            f"{len(missing)} weights are missing, {missing[0]} for one ({path}); a model has all that its config.json "
-            "tells of; copy the folder again"
-        )
+    model = _load_weights(path, dtype="auto")
     wanted, found = (ids.image_pad, ids.vision_start), (model.config.image_token_id, model.config.vision_start_token_id)
     if wanted != found:
         raise ConfigError(

@@ -1,7 +1,7 @@
 r"""Scores answers to multiple choice (spatial reasoning): the letter in the last \boxed{...}, compared exactly."""
 
 from mirage_ds.errors import DataError
-from mirage_ds.tasks.vsp import extract_boxed
+from mirage_ds.tasks.vsp import Outcome, extract_boxed
 
 CHOICES = ("A", "B", "C")
 
@@ -12,8 +12,8 @@ def extract_choice(text: str) -> str | None:
     return boxed if boxed in CHOICES else None
 
 
-def score(expected: str, answer: str) -> bool:
-    """Whether an answer gives the letter that the row's own text_output gives.
+def score(expected: str, answer: str) -> Outcome:
+    """Whether an answer gives the letter that the row's own text_output gives: "Right", "Wrong", or "Invalid".
 
     Raises:
         DataError: the row's text_output gives none.
@@ -24,4 +24,5 @@ def score(expected: str, answer: str) -> bool:
             f"text_output {expected!r:.80} gives no choice (in a row that is to be scored); allowed is \\boxed{{...}} "
             f"with one of {', '.join(CHOICES)}; mend the row or score it as another task"
         )
-    return extract_choice(answer) == choice
+    given = extract_choice(answer)
+    return Outcome(given == choice, "Invalid" if given is None else "Right" if given == choice else "Wrong")

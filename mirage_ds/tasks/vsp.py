@@ -16,7 +16,6 @@ MOVES = {"LEFT": (0, -1), "RIGHT": (0, 1), "UP": (-1, 0), "DOWN": (1, 0)}
 MapDesc = list[list[int]]
 Cell = tuple[int, int]
 Mode = Literal["reference", "strict"]
-Status = Literal["Reached goal", "Fell in hole", "Did not reach goal", "Invalid"]
 
 _BY_LETTER = {name[0]: name for name in MOVES}
 _WORD = f"(?:{'|'.join((*MOVES, *_BY_LETTER))})"
@@ -25,10 +24,10 @@ _MOVE_LIST = re.compile(rf"\s*{_WORD}(?:(?:\s*,\s*|\s+){_WORD})*\s*")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an answer ends; `success` is status "Reached goal"."""
+    """How an answer ends. On a map: "Reached goal" (success), "Fell in hole", "Did not reach goal", "Invalid"."""
 
     success: bool
-    status: Status
+    status: str
 
 
 def score(map_desc: Any, answer: str, mode: Mode = "strict") -> Outcome:

@@ -5,17 +5,12 @@ from pathlib import Path
 
 import launching
 import pytest
-import torch
 
 from data_tools.build import build
-from mirage_ds import checkpoint
-from mirage_ds.data.encode import load_encoder
-from mirage_ds.data.sample import Sample, read_rows
-from mirage_ds.evaluate import evaluate
-from mirage_ds.generate import Decoder
-from mirage_ds.model.backbone import load_backbone
+from mirage_ds.evaluate import evaluate, read_task
+from mirage_ds.export import export_checkpoint
+from mirage_ds.generate import load_decoder
 from mirage_ds.preset import write_tiny
-from mirage_ds.tasks import choice
 
 ROOT = Path(__file__).parents[2]
 LATENT_SIZE, MAX_PIXELS = 4, 28 * 28 * 16
@@ -62,17 +57,10 @@ def test_ten_real_rows_are_learnt_and_answered(tmp_path: Path) -> None:
     train(tmp_path, "stage1")
     train(tmp_path, "stage2", f"run.init_from={tmp_path / 'stage1'}")
 
-    model = str(tmp_path / "model")
-    encoder = load_encoder(model, stage="stage2", latent_size=LATENT_SIZE, max_pixels=MAX_PIXELS)
-    backbone = load_backbone(model, dtype=torch.float32)
-    checkpoint.load_into(backbone.hf, tmp_path / "stage2")
-    samples = [sample for _, sample in read_rows(rows)]
-    decoder = Decoder(backbone, encoder.ids, latent_size=LATENT_SIZE, max_new_tokens=600)
-    answers = evaluate(decoder, encoder, samples, right_choice)
-    assert [answer.num_latents for answer in answers] == [LATENT_SIZE] * len(samples)
-    wrong = [(answer.key, answer.text) for answer in answers if not answer.success]
+    export_checkpoint(tmp_path / "stage2", tmp_path / "trained")
+    decoder, encoder = load_decoder(str(tmp_path / "trained"), max_new_tokens=600)
+    task = "vsp-spatial-reasoning"
+    answers = list(evaluate(decoder, encoder, read_task(rows, task), task, batch_size=10))
+    assert [answer.num_latents for answer in answers] == [LATENT_SIZE] * 10
+    wrong = [(answer.where, answer.text) for answer in answers if not answer.scores["exact"].success]
     assert not wrong
-
-
-def right_choice(sample: Sample, text: str) -> bool:
-    return choice.score(sample.text_output, text)

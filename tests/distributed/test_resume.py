@@ -15,10 +15,10 @@ import torch
 from generated_rows import write_rows
 
 from data_tools.build import build
-from mirage_ds import checkpoint
 from mirage_ds.data.encode import load_encoder
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
+from mirage_ds.export import export_checkpoint
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.preset import write_tiny
 
@@ -108,14 +108,14 @@ def test_killed_and_resumed_is_the_run_that_was_never_stopped(ground: Path, stag
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_the_validation_loss_is_that_of_the_saved_weights(ground: Path, stage: str) -> None:
+def test_the_validation_loss_is_that_of_the_saved_weights(ground: Path, stage: str, tmp_path: Path) -> None:
     """The weights of the last checkpoint in plain transformers, sample by sample, in the independent loop.
 
     Needs the runs of the first test.
     """
     run_dir = ground / f"{stage}-whole"
-    backbone = load_backbone(str(ground / "model"), dtype=torch.float32)
-    checkpoint.load_into(backbone.hf, run_dir)
+    export_checkpoint(run_dir, tmp_path / "model")
+    backbone = load_backbone(str(tmp_path / "model"), dtype=torch.float32)
     encoder = load_encoder(str(ground / "model"), stage=stage, latent_size=4)
     read = SampleReader(load_manifest(ground / "shards"))
     with torch.no_grad():

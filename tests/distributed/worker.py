@@ -23,16 +23,15 @@ from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
+from mirage_ds.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.engine import (
-    DTYPES,
     choose_gather,
     initialize,
     mark_gather_units,
     parameter_groups,
-    resolve_deepspeed_config,
 )
 from mirage_ds.metrics import Metrics
-from mirage_ds.model.backbone import load_backbone
+from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.ops.latent_pool import describe_path
 from mirage_ds.trainer import Trainer, TrainState
@@ -113,7 +112,7 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     gather = choose_gather(config.model, config.train.stage)
     mark_gather_units(model, gather)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
-    size = config.train.global_batch_size(distributed.world_size())
+    size = config.train.samples_per_step(distributed.world_size())
     metrics = Metrics(config.run.dir, global_batch_size=size, max_steps=case.steps, log_freq=case.steps)
     gathered: list[int] = []
     trainer = Trainer(

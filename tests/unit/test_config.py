@@ -44,6 +44,7 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
         ("train", r"override is not understood .*section\.key=value"),
         ("train.lr.peak=1", r"lr is not a section"),
         ("train.betas=[", r"not YAML"),
+        ("train.global_batch_size=9", r"global_batch_size is 9, no multiple of the 2 .*set train\.global_batch_size"),
         ("train.profile_steps=[5, 3]", r"profile_steps \(5, 3\) end before they begin"),
     ],
 )
@@ -68,6 +69,46 @@ def test_loss_weights_follow_the_stage_unless_set() -> None:
     weights = {stage: TrainConfig(stage=stage, max_steps=20).text_weight for stage in ("text", "stage1", "stage2")}
     assert weights == {"text": 1.0, "stage1": 0.1, "stage2": 1.0}
     assert TrainConfig(stage="stage1", max_steps=20, ce_loss_weight=0).text_weight == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "steps"),
+    [
+        ({}, 4, 1),
+        ({"gradient_accumulation_steps": 3}, 4, 3),
+        ({"global_batch_size": 16}, 4, 2),
+        ({"global_batch_size": 16}, 8, 1),
+        ({"global_batch_size": 16, "gradient_accumulation_steps": 2}, 4, 2),
+    ],
+)
+def test_accumulation_follows_the_global_batch(settings: dict[str, int], world_size: int, steps: int) -> None:
+    train = TrainConfig(stage="text", max_steps=20, micro_batch_size_per_gpu=2, **settings)
+    assert train.accumulation_steps(world_size) == steps
+    assert train.samples_per_step(world_size) == 2 * steps * world_size
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "message"),
+    [
+        ({"global_batch_size": 16}, 3, "is 16, which 3 ranks .*=2 do not make; allowed are multiples of 6"),
+        ({"global_batch_size": 4}, 4, "is 4, which 4 ranks .*=2 do not make; allowed are multiples of 8"),
+        (
+            {"global_batch_size": 16, "gradient_accumulation_steps": 4},
+            4,
+            r"4 ranks .*=2 x train\.gradient_accumulation_steps=4 do not make; .* unset; set one of these",
+        ),
+    ],
+)
+def test_a_global_batch_that_the_ranks_cannot_make(settings: dict[str, int], world_size: int, message: str) -> None:
+    train = TrainConfig(stage="text", max_steps=20, micro_batch_size_per_gpu=2, **settings)
+    with pytest.raises(ConfigError, match=message):
+        train.accumulation_steps(world_size)
+
+
+def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"the recipe cannot be read .*recipe\.yaml.*give the path of one"):
+        load_config(tmp_path / "recipe.yaml")
 
 
 def test_epochs_become_steps() -> None:

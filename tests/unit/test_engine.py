@@ -1,69 +1,15 @@
-"""One owner for every number: how ds_configs/*.json and the run's configuration become DeepSpeed's configuration."""
+"""What is gathered at a time, what decays, and which attention is taken."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import ds_configs
-from mirage_ds.config import Config, load_config
-from mirage_ds.engine import choose_gather, parameter_groups, resolve_deepspeed_config
-from mirage_ds.errors import ConfigError
+from mirage_ds.config import load_config
+from mirage_ds.engine import choose_gather, parameter_groups
+from mirage_ds.model import backbone
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
-SHIPPED = Path(ds_configs.__path__[0])
-
-
-def config(*overrides: str) -> Config:
-    return load_config(RECIPE, list(overrides))
-
-
-@pytest.mark.parametrize("name", ["zero3.json", "zero3_offload.json"])
-def test_shipped_files_leave_no_auto_and_no_default_that_changes_results(name: str) -> None:
-    overrides = (
-        "train.gradient_clipping=0",
-        "train.micro_batch_size_per_gpu=3",
-        f"distributed.deepspeed_config={name}",
-    )
-    resolved = resolve_deepspeed_config(config(*overrides))
-    assert "auto" not in json.dumps(resolved)
-    assert resolved["train_micro_batch_size_per_gpu"] == 3
-    assert resolved["gradient_accumulation_steps"] == 1  # the trainer sets the boundary
-    assert resolved["gradient_clipping"] == 0  # DeepSpeed's default clips at 1.0
-    assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
-    assert resolved["communication_data_type"] == "fp32"
-    assert resolved["bf16"]["enabled"] is False
-    assert resolve_deepspeed_config(config("train.dtype=bf16"))["bf16"]["enabled"] is True
-
-
-def changed(path: Path, **changes: Any) -> str:
-    content = json.loads((SHIPPED / "zero3.json").read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-    return f"distributed.deepspeed_config={path}"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"gradient_clipping": 0.5}, r"gradient_clipping is 0\.5 there, but the run's configuration makes it 1\.0"),
-        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu is 8 there"),
-        ({"bf16": {"enabled": True}}, "bf16.enabled is True there"),
-        ({"optimizer": {"type": "AdamW"}}, "optimizer or scheduler section .* delete the section"),
-        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is not 3"),
-        ({"communication_data_type": None}, "communication_data_type is not set"),
-        ({"data_types": None}, "data_types.grad_accum_dtype is not set"),
-    ],
-)
-def test_a_file_that_disagrees_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        resolve_deepspeed_config(config(changed(tmp_path / "ds.json", **changes)))
-
-
-def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"cannot be read \(distributed.deepspeed_config=zero4.json\)"):
-        resolve_deepspeed_config(config("distributed.deepspeed_config=zero4.json"))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +23,7 @@ def test_a_file_that_is_not_there() -> None:
     ],
 )
 def test_what_is_gathered_at_a_time(wanted: str, stage: str, chosen: str) -> None:
-    overridden = config(f"model.gather={wanted}", f"train.stage={stage}")
+    overridden = load_config(RECIPE, [f"model.gather={wanted}", f"train.stage={stage}"])
     assert choose_gather(overridden.model, overridden.train.stage) == chosen
 
 
@@ -89,3 +35,14 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert [tuple(parameter.shape) for parameter in decayed["params"]] == [(4, 4)]
     assert kept["weight_decay"] == 0.0
     assert [tuple(parameter.shape) for parameter in kept["params"]] == [(4,), (4,), (4,)]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "sdpa"])
+def test_attention_without_flash_attn(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """On a GPU in bf16 too; there `auto` takes flash-attn as soon as it is installed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backbone, "find_spec", lambda name: None)
+    assert backbone.choose_attention(wanted, torch.bfloat16) == "sdpa"
+    monkeypatch.setattr(backbone, "find_spec", lambda name: name)
+    assert backbone.choose_attention(wanted, torch.float32) == "sdpa"
+    assert backbone.choose_attention(wanted, torch.bfloat16) == {"auto": "flash_attention_2", "sdpa": "sdpa"}[wanted]

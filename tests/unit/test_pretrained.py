@@ -24,11 +24,10 @@ from transformers import (
 from mirage_ds import cli
 from mirage_ds.data.encode import load_encoder, load_tokenizer
 from mirage_ds.errors import ConfigError, DataError
-from mirage_ds.model.backbone import load_backbone, random_model
+from mirage_ds.model.backbone import check_latent_ids, load_backbone, random_model
 from mirage_ds.preset import CHAT_TEMPLATE, write_tiny
 from mirage_ds.pretrained import copy_pretrained
 from mirage_ds.tokens import LATENT_TOKENS, TokenIds
-from mirage_ds.train import check_latent_ids
 
 __all__ = ["real_tokenizer"]
 
@@ -73,7 +72,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def check_as_the_trainer_does(folder: Path) -> None:
     encoder = load_encoder(str(folder), stage="stage1", latent_size=4)
-    check_latent_ids(encoder, load_backbone(str(folder), dtype=torch.float32), str(folder))
+    check_latent_ids(encoder.ids, load_backbone(str(folder), dtype=torch.float32), str(folder))
 
 
 def test_rows_to_spare_are_used(tiny: Path, tmp_path: Path) -> None:

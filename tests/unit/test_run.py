@@ -9,7 +9,7 @@ import pytest
 
 from mirage_ds.config import load_config
 from mirage_ds.errors import CheckpointError
-from mirage_ds.run import check_same_run, flatten, versions
+from mirage_ds.run import check_same_run, flatten
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
 
@@ -92,9 +92,3 @@ def test_a_checkpoint_without_its_facts_is_named(tmp_path: Path) -> None:
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
-
-
-def test_versions_name_what_runs() -> None:
-    found = versions()
-    assert set(found) == {"mirage_ds", "torch", "deepspeed", "transformers", "git_commit"}
-    assert all(found.values())

@@ -13,15 +13,17 @@ SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for pa
 # A room may import from its own layer and from those above it in this list, and from nothing below.
 LAYERS = (
     ("errors", "tokens"),
-    ("config", "batch", "distributed", "tasks", "segments"),
+    ("config", "batch", "distributed", "tasks", "versions"),
+    ("latent_settings", "segments"),
     ("data", "ops"),
     ("model",),
-    ("engine", "metrics", "preset", "pretrained"),
+    ("deepspeed_config", "engine", "metrics", "partitions", "preset", "pretrained"),
     ("trainer", "validation"),
     ("checkpoint",),
-    ("run",),
+    ("run", "export"),
     ("generate",),
     ("evaluate",),
+    ("after_step",),
     ("train", "cli"),
 )
 

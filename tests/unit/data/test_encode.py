@@ -6,16 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from generated_rows import image_bytes
+from generated_rows import image_bytes, make_row, write_jsonl, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from mirage_ds.data.encode import Encoder, Stage, load_encoder, load_tokenizer, mrope_positions, prompt_text, train_text
+from data_tools.build import build
+from mirage_ds.config import Stage
+from mirage_ds.data.encode import Encoder, load_encoder, load_tokenizer, mrope_positions, prompt_text, train_text
 from mirage_ds.data.images import ImageProcessor
 from mirage_ds.data.sample import Sample
+from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.preset import write_tiny
 from mirage_ds.tokens import ASSISTANT_MARKER, IGNORE_INDEX, IMAGE_PAD, LATENT_PAD
@@ -132,6 +135,28 @@ def test_a_grid_that_does_not_fit_is_refused(
     assert Encoder(tiny_tokenizer, image_processor, latent_size=6, **grid)(make_sample()).latent_size == 6
     with pytest.raises(DataError, match=r"no grid of 5 cells fits \(shard/k.helper_0\); allowed is .*grid two factors"):
         Encoder(tiny_tokenizer, image_processor, latent_size=5, **grid)(make_sample())
+
+
+def test_the_index_tells_it_before_a_run_begins(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
+) -> None:
+    """Row 4 has a helper image of 2 x 3 merged patches, the others 3 x 3; row 7 has two latent blocks."""
+    rows = [make_row(number) | {"image_input": None, "text_input": "Q"} for number in range(10)]
+    write_rows(tmp_path / "rows", 10)
+    (tmp_path / "rows" / "images" / "4_1.png").write_bytes(image_bytes((56, 84)))
+    rows[7] |= {"text_output": "<output_image> <output_image>", "image_output": ["images/7_1.png", "images/8_1.png"]}
+    build(write_jsonl(tmp_path / "rows" / "rows.jsonl", rows), tmp_path / "shards", maxcount=4, maxsize=10**9)
+    shards = load_manifest(tmp_path / "shards")
+
+    def check(stage: Stage, latent_size: int) -> None:
+        Encoder(tiny_tokenizer, image_processor, stage=stage, latent_size=latent_size).check_index(shards)
+
+    check("text", 100)
+    check("stage1", 6)
+    with pytest.raises(DataError, match=r"6 merged patches for 7 latents \(shard-000001\.tar/000000004\.helper_0\)"):
+        check("stage1", 7)
+    with pytest.raises(DataError, match=r"2 latent blocks in one row \(shard-000001\.tar/000000007\)"):
+        check("stage2", 4)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,14 @@ def test_images_follow_each_other(image_processor: ImageProcessor) -> None:
     assert image_processor.num_merged(grid_thw) == [4, 12]
 
 
+@pytest.mark.parametrize("size", [(56, 28), (84, 56), (192, 193), (20, 300), (8, 8), (1000, 601)])
+@pytest.mark.parametrize(("smallest", "largest"), [(3136, 12845056), (50176, 100352)])
+def test_the_size_alone_tells_the_merged_tokens(size: tuple[int, int], smallest: int, largest: int) -> None:
+    processor = ImageProcessor(Qwen2VLImageProcessorPil(min_pixels=smallest, max_pixels=largest))
+    _, grid_thw = processor([decode(image_bytes(size), "here")])
+    assert [processor.merged_grid_of(*size)] == processor.merged_grids(grid_thw)
+
+
 def test_no_images(image_processor: ImageProcessor) -> None:
     patches, grid_thw = image_processor([])
     assert (patches.shape, patches.dtype) == ((0, 1176), torch.float32)

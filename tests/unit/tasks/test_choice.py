@@ -18,7 +18,8 @@ from mirage_ds.tasks.choice import score
     ],
 )
 def test_exact_match(answer: str, right: bool) -> None:
-    assert score("so \\boxed{B}.", answer) is right
+    outcome = score("so \\boxed{B}.", answer)
+    assert outcome.success is right
 
 
 def test_a_row_without_a_choice_is_refused() -> None:

@@ -1,0 +1,179 @@
+"""The weights in a ZeRO-3 checkpoint, read from every rank's files one parameter at a time; needs no process group.
+
+zero_pp_rank_R_mp_rank_00_model_states.pt    names and shapes; the frozen parameters' partitions, in the model's dtype
+*zero_pp_rank_R_mp_rank_00_optim_states.pt   float32 masters of the trained ones, end to end, in several sub-groups
+
+A parameter's partition is 1 / world_size of its elements, the last ones padded. DeepSpeed's own zero_to_fp32 holds the
+frozen parameters of all ranks at once, and unpickles; here only the places of tensors are unpickled, as data.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+
+from mirage_ds.errors import CheckpointError
+from mirage_ds.model.mirage import hf_name
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive elements in a file."""
+
+    file: Path
+    offset: int  # bytes from the file's beginning
+    numel: int
+
+    def read(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first `numel` of them, [numel].
+
+        Raises:
+            CheckpointError: the file cannot be read, or is too short.
+        """
+        elements = torch.empty(numel, dtype=dtype)
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                size = file.readinto(elements.view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise _damaged(self.file, str(error)) from error
+        if size != elements.nbytes:
+            raise _damaged(self.file, f"{size} of {elements.nbytes} bytes from byte {self.offset}")
+        return elements
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """Where a parameter's elements lie: rank by rank, at the end perhaps more of them than it has."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The parameter in a dtype, or as it is stored. Besides it only one rank's part is in memory.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is too short.
+        """
+        rest = flat = torch.empty(self.shape.numel(), dtype=dtype or self.dtype)
+        for piece in self.pieces:
+            part, rest = rest[: piece.numel], rest[piece.numel :]
+            part.copy_(piece.read(len(part), self.dtype))
+        if len(rest):
+            raise _damaged(self.pieces[-1].file, f"{len(rest)} elements are missing of shape {tuple(self.shape)}")
+        return flat.view(self.shape)
+
+
+def stored_parameters(checkpoint: Path, world_size: int) -> dict[str, StoredParameter]:
+    """All parameters of a checkpoint by transformers' names, trained and frozen ones. Reads no weights.
+
+    Raises:
+        CheckpointError: a rank's file is missing or damaged.
+    """
+    models = [_find(checkpoint, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(world_size)]
+    masters = [_find(checkpoint, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(world_size)]
+    contents = [_read_places(file) for file in models]
+    try:
+        trained = {name: shape for group in contents[0]["param_shapes"] for name, shape in group.items()}
+        frozen = contents[0]["frozen_param_shapes"] or {}
+        fragments = [content["frozen_param_fragments"] for content in contents]
+    except KeyError as error:
+        raise _damaged(models[0], f"it has no {error}") from error
+    partitions = [_masters(file, trained, world_size) for file in masters]
+    stored = {
+        name: StoredParameter(shape, torch.float32, tuple(piece for places in partitions for piece in places[name]))
+        for name, shape in trained.items()
+    }
+    for name, shape in frozen.items():
+        tensors = [rank[name] for rank in fragments]
+        pieces = tuple(_piece(file, tensor) for file, tensor in zip(models, tensors, strict=True))
+        stored[name] = StoredParameter(shape, tensors[0].dtype, pieces)
+    return {hf_name(name): parameter for name, parameter in stored.items()}
+
+
+def check_fit(stored: Mapping[str, StoredParameter], model: torch.nn.Module, checkpoint: Path) -> None:
+    """Refuses a model of transformers that has not the very parameters of a checkpoint.
+
+    Raises:
+        CheckpointError: names those that only one of them has, or that have another shape.
+    """
+    found = {name: tuple(parameter.shape) for name, parameter in stored.items()}
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied head once
+    if found != expected:
+        other = ", ".join(sorted({name for name, _ in found.items() ^ expected.items()}))
+        raise CheckpointError(
+            f"the checkpoint has other parameters than the model ({checkpoint}): {other[:400]}; "
+            "both must be of one model; give the model that the run was started with (model.path in its config.yaml)"
+        )
+
+
+def _find(checkpoint: Path, pattern: str) -> Path:
+    found = sorted(checkpoint.glob(pattern))
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{len(found)} files {pattern} ({checkpoint}); a checkpoint has one of every rank; copy the whole folder "
+            "again, from all nodes, or take another checkpoint"
+        )
+    return found[0]
+
+
+def _zero_stage(kind: type, name: str) -> ZeroStageEnum:
+    """Stands in for getattr, as which Python before 3.11.4 pickles a member of an enumeration."""
+    return ZeroStageEnum[name]
+
+
+def _read_places(file: Path) -> dict[str, Any]:
+    """A file of torch.save, whose tensors have no data but know where it lies."""
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, (_zero_stage, "builtins.getattr")]):
+            content: dict[str, Any] = torch.load(file, map_location="meta", weights_only=True)
+    except UnpicklingError as error:
+        raise _damaged(file, "it holds other things than DeepSpeed writes") from error
+    except (OSError, RuntimeError, EOFError) as error:
+        raise _damaged(file, repr(error).split(".")[0]) from error
+    return content
+
+
+def _masters(file: Path, shapes: Mapping[str, torch.Size], world_size: int) -> dict[str, list[Piece]]:
+    """This rank's part of every trained parameter, from the sub-groups one after the other."""
+    try:
+        groups = [_piece(file, tensor) for tensor in _read_places(file)["optimizer_state_dict"]["fp32_flat_groups"]]
+    except KeyError as error:
+        raise _damaged(file, f"it has no {error}") from error
+    sizes = {name: math.ceil(shape.numel() / world_size) for name, shape in shapes.items()}
+    stored, wanted = sum(group.numel for group in groups), sum(sizes.values())
+    if stored != wanted:
+        raise _damaged(file, f"{stored} elements instead of {wanted}")
+    partitions: dict[str, list[Piece]] = {}
+    for name, size in sizes.items():
+        partitions[name] = []
+        while size:
+            group = groups[0]
+            taken = min(size, group.numel)
+            partitions[name].append(Piece(file, group.offset, taken))
+            groups[0] = Piece(file, group.offset + taken * torch.float32.itemsize, group.numel - taken)
+            if not groups[0].numel:
+                del groups[0]
+            size -= taken
+    return partitions
+
+
+def _piece(file: Path, tensor: torch.Tensor) -> Piece:
+    # torch documents this attribute: "torch.load with FakeTensorMode" in its notes on serialization.
+    beginning = tensor.untyped_storage()._checkpoint_offset
+    assert beginning is not None  # it came from torch.load
+    return Piece(file, beginning + int(tensor.storage_offset()) * tensor.itemsize, tensor.numel())
+
+
+def _damaged(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"the file cannot be read ({file}): {what}; allowed is what the run wrote; copy it again, or take another "
+        "checkpoint"
+    )

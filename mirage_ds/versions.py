@@ -1,0 +1,59 @@
+"""What runs, and whether it was tested. Imports neither torch nor transformers, so that it can look before they load.
+
+setup.cfg owns the ranges; a package's own metadata repeats them.
+"""
+
+import subprocess
+from importlib.metadata import requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from mirage_ds.errors import ConfigError, MirageError, leave
+
+TESTED = ("torch", "deepspeed", "transformers")  # what decides a run's numbers
+
+
+def versions() -> dict[str, str]:
+    """Packages, and the commit of the code, with a mark if there are uncommitted changes."""
+    packages = {name: version(name) for name in ("mirage_ds", *TESTED)}
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git here, or no checkout
+        commit = "unknown"
+    return packages | {"git_commit": commit}
+
+
+def tested_ranges() -> dict[str, SpecifierSet]:
+    """What each package of TESTED may be."""
+    required = [Requirement(text) for text in requires("mirage_ds") or []]
+    return {requirement.name: requirement.specifier for requirement in required if requirement.name in TESTED}
+
+
+def check_versions() -> None:
+    """Refuses versions that nobody has tried: they compute other numbers without a word.
+
+    Raises:
+        ConfigError: it names each of them.
+    """
+    wrong = [
+        f"{name} is {version(name)}, tested is {tested}"
+        for name, tested in tested_ranges().items()
+        if not tested.contains(version(name), prereleases=True)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"another version than the tested one is installed ({'; '.join(wrong)}); others may compute something "
+            "else without a word, as transformers 5.3.0 to 5.5.3 do, which give images wrong positions; install the "
+            "tested ones with pip install -c constraints.txt -e ."
+        )
+
+
+def leave_if_untested() -> None:
+    """`check_versions` for the first lines of a program, before it imports what another version may lack."""
+    try:
+        check_versions()
+    except MirageError as error:
+        leave(error)

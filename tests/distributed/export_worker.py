@@ -1,0 +1,101 @@
+"""One rank of test_exported_runs.py: trains a few steps, saves, keeps what the model then was and computed.
+
+    deepspeed --num_accelerators 2 tests/distributed/export_worker.py RUNS.json FOLDER
+
+For each run FOLDER/NAME is its folder, and FOLDER/NAME.pt has, from the ZeRO-3 engine itself, every parameter gathered
+by DeepSpeed, and input, hidden states and logits of one forward pass over text and an image.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from mirage_ds import checkpoint, distributed
+from mirage_ds.batch import Batch
+from mirage_ds.config import Config
+from mirage_ds.data.collate import collate
+from mirage_ds.data.encode import load_encoder
+from mirage_ds.data.sample import read_rows
+from mirage_ds.deepspeed_config import resolve_deepspeed_config
+from mirage_ds.engine import (
+    choose_gather,
+    initialize,
+    mark_gather_units,
+    parameter_groups,
+)
+from mirage_ds.metrics import Metrics
+from mirage_ds.model.backbone import DTYPES, load_backbone
+from mirage_ds.model.mirage import MirageModel, hf_name
+from mirage_ds.trainer import Trainer, TrainState
+
+
+def batches(config: Config, rows: Path, stage: str) -> Iterator[Batch]:
+    """This rank's rows, one a micro-batch."""
+    encoder = load_encoder(config.model.path, stage=stage, latent_size=config.model.latent_size)
+    samples = [encoder(sample) for _, sample in read_rows(rows)]
+    for sample in samples[distributed.rank() :: distributed.world_size()]:
+        yield collate([sample], align_latents=stage == "stage2")
+
+
+def what_it_computes(engine: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """One forward pass of the engine; logits from its hidden states, as the loss head makes them."""
+    hidden: list[torch.Tensor] = []
+    hook = engine.module.rollout.register_forward_hook(lambda module, inputs, output: hidden.append(output[0].detach()))
+    engine(batch=batch, num_passes=1)
+    hook.remove()
+    head = engine.module.rollout.head.weights[0]
+    with deepspeed.zero.GatheredParameters([head]), torch.no_grad():
+        logits = torch.nn.functional.linear(hidden[0], head)
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    return {name: getattr(batch, name) for name in names} | {"logits": logits}
+
+
+def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device) -> None:
+    name = settings.pop("name")
+    config = Config.model_validate(settings)
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    deepspeed_config = resolve_deepspeed_config(config)
+    backbone = load_backbone(
+        config.model.path,
+        dtype=DTYPES[config.train.dtype],
+        train_tower=config.model.train_tower,
+        deepspeed_config=deepspeed_config,
+    )
+    train_tower = config.model.train_tower
+    model = MirageModel(backbone, stage=config.train.stage, ce_loss_weight=1.0, train_tower=train_tower)
+    mark_gather_units(model, choose_gather(config.model, config.train.stage))
+    engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
+    steps = config.train.max_steps
+    metrics = Metrics(config.run.dir, global_batch_size=distributed.world_size(), max_steps=steps, log_freq=steps)
+    stream, state = batches(config, rows, config.train.stage), TrainState()
+    trainer = Trainer(
+        engine, stream, config.train, metrics, state, max_steps=steps, device=device, agree_on_passes=False
+    )
+    trainer.train()
+    metrics.close()
+    checkpoint.save(engine, config, state, checkpoint.describe(config, deepspeed_config, "unused", steps))
+    # Without latents, so that a model which knows nothing of them computes the same.
+    computed = what_it_computes(engine, next(batches(config, rows, "text")).to(device))
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        computed["parameters"] = {hf_name(key): value.detach().clone() for key, value in model.named_parameters()}
+    if distributed.is_main():
+        torch.save(computed, folder / f"{name}.pt")
+    engine.destroy()
+
+
+def main() -> None:
+    listing, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
+    device = distributed.init(timeout_s=60)
+    for settings in json.loads(listing.read_text()):
+        run(settings, folder, folder / "rows" / "rows.jsonl", device)
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,134 @@
+"""Exports of real two-rank ZeRO-3 checkpoints against the engine that saved them: weights and logits."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import launching
+import pytest
+import torch
+from cases import HERE
+from generated_rows import write_rows
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mirage_ds import checkpoint
+from mirage_ds.export import export_checkpoint
+from mirage_ds.partitions import stored_parameters
+from mirage_ds.preset import write_tiny
+
+RUNS: dict[str, dict[str, Any]] = {
+    "untied": {"train": {"stage": "stage2", "dtype": "fp32"}},
+    "tied": {"train": {"stage": "stage1", "dtype": "fp32"}},
+    "tower": {"train": {"stage": "stage1", "dtype": "fp32"}, "model": {"train_tower": True}},
+    "bf16": {"train": {"stage": "stage2", "dtype": "bf16"}},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, deepspeed_configs: dict[str, str]) -> Path:
+    """A folder with every run and what its engine computed, from one launch of two ranks."""
+    folder = tmp_path_factory.mktemp("export")
+    write_tiny(write_rows(folder / "rows"), folder / "model", seed=0)
+    shutil.copytree(folder / "model", folder / "model-tied")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder / "model-tied")
+    sub_groups = json.loads(Path(deepspeed_configs["plain"]).read_text())
+    sub_groups["zero_optimization"]["sub_group_size"] = 60_000
+    (folder / "deepspeed.json").write_text(json.dumps(sub_groups))
+    listing = folder / "runs.json"
+    listing.write_text(json.dumps([settings(folder, name) for name in RUNS]))
+    log = folder / "log"
+    worker = str(HERE / "export_worker.py")
+    launching.finish(launching.start(2, worker, str(listing), str(folder), log=log), log, timeout_s=300)
+    return folder
+
+
+def settings(folder: Path, name: str) -> dict[str, Any]:
+    own = RUNS[name]
+    return {
+        "name": name,
+        "run": {"dir": str(folder / name)},
+        "model": {"path": str(folder / ("model-tied" if name == "tied" else "model"))} | own.get("model", {}),
+        "data": {"shards": "unused"},
+        "train": {"max_steps": 3, "warmup_steps": 0, "lr": 1e-3} | own["train"],
+        "distributed": {"deepspeed_config": str(folder / "deepspeed.json")},
+    }
+
+
+@pytest.fixture(scope="module", params=list(RUNS))
+def export(request: pytest.FixtureRequest, runs: Path) -> tuple[Path, Any]:
+    """An export's folder, and what the engine kept of the run."""
+    output = runs / "exports" / request.param
+    export_checkpoint(runs / request.param, output, max_shard_size="1MB")
+    return output, torch.load(runs / f"{request.param}.pt")
+
+
+def load(folder: Path) -> Any:
+    model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    return model.eval()
+
+
+def test_weights_are_the_engines_bit_for_bit(export: tuple[Path, Any]) -> None:
+    """In bf16 too: a master rounded to bf16 is what the run computes with."""
+    folder, kept = export
+    loaded = dict(load(folder).named_parameters())
+    assert loaded.keys() == kept["parameters"].keys()
+    for name, parameter in kept["parameters"].items():
+        assert loaded[name].dtype == parameter.dtype
+        assert torch.equal(loaded[name], parameter), name
+
+
+def test_training_changed_what_is_trained(runs: Path, export: tuple[Path, Any]) -> None:
+    """So that equal weights above are not those that the run started from."""
+    folder, kept = export
+    started = dict(load(runs / ("model-tied" if folder.name == "tied" else "model")).named_parameters())
+    assert started.keys() == kept["parameters"].keys()
+    same = {name for name, value in kept["parameters"].items() if torch.equal(value, started[name].to(value.dtype))}
+    frozen = set() if folder.name == "tower" else {name for name in started if name.startswith("model.visual.")}
+    if folder.name == "bf16":  # a step may be too small for bf16
+        assert frozen <= same < started.keys()
+    else:
+        assert same == frozen
+
+
+def test_logits_are_the_trainers(export: tuple[Path, Any]) -> None:
+    """transformers makes positions and image embeddings by itself."""
+    folder, kept = export
+    model = load(folder)
+    image_pads = kept["input_ids"] == model.config.image_token_id
+    with torch.no_grad():
+        logits = model(
+            input_ids=kept["input_ids"],
+            attention_mask=kept["attention_mask"],
+            pixel_values=kept["pixel_values"],
+            image_grid_thw=kept["image_grid_thw"],
+            mm_token_type_ids=image_pads.int(),
+        ).logits
+    assert logits.shape == kept["logits"].shape
+    assert image_pads.any()
+    assert kept["logits"].std() > 0.1
+    bf16 = folder.name == "bf16"  # other orders of adding up round otherwise
+    torch.testing.assert_close(logits, kept["logits"], rtol=0, atol=0.05 if bf16 else 1e-5)
+
+
+def test_a_bf16_run_keeps_its_masters_in_fp32(runs: Path, tmp_path: Path) -> None:
+    export_checkpoint(runs / "bf16", tmp_path / "out", dtype="fp32")
+    masters = dict(load(tmp_path / "out").named_parameters())
+    kept = torch.load(runs / "bf16.pt")["parameters"]
+    assert all(parameter.dtype == torch.float32 for parameter in masters.values())
+    assert all(torch.equal(masters[name].bfloat16(), kept[name]) for name in kept)
+    finer = {name for name in kept if not torch.equal(masters[name], kept[name].float())}
+    assert finer == {name for name in kept if not name.startswith("model.visual.")}
+
+
+def test_the_checkpoint_really_has_several_sub_groups(runs: Path) -> None:
+    """Of each of the two parameter groups, on both ranks."""
+    for rank in range(2):
+        (file,) = (runs / "untied" / "checkpoints" / "global_step3").glob(f"zero_pp_rank_{rank}_*_optim_states.pt")
+        assert len(torch.load(file, weights_only=False)["optimizer_state_dict"]["fp32_flat_groups"]) > 4
+    stored = stored_parameters(checkpoint.find(runs / "untied"), 2)
+    assert {len(parameter.pieces) for parameter in stored.values()} == {2}

@@ -1,0 +1,49 @@
+"""What becomes of the commands on a disk that is really full: a small tmpfs, in a mount namespace of its own.
+
+unshare --map-root-user --mount python small_disk.py DISK BYTES < [{"name", "arguments", "folder"}, ...]
+
+Mounts DISK, starts each command in turn, as forked_starts.py does, and copies DISK to FOLDER/../NAME.disk after it: the
+disk goes with its namespace. A start may also have "fill": fill the disk first, and "lie": the trainer is told of
+room that is not there, as where a quota counts.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import forked_starts
+
+import data_tools.cli
+import mirage_ds.cli
+from mirage_ds import train
+
+MAINS = {"build": data_tools.cli.main, "make-vsp": data_tools.cli.main, "init": mirage_ds.cli.main}
+SPARE_BYTES = 16 * 1024  # left, so that writing begins
+
+
+class Usage(NamedTuple):
+    free: int
+
+
+def start(disk: Path, each: dict[str, Any]) -> int:
+    if each.get("fill"):
+        (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - SPARE_BYTES)))
+
+    def main() -> None:
+        if each.get("lie"):
+            shutil.disk_usage = lambda path: Usage(free=2**40)
+        MAINS.get(each["arguments"][0], train.main)()
+
+    code = forked_starts.fork(each, main)
+    shutil.copytree(disk, Path(each["folder"]).parent / f"{each['name']}.disk")
+    (disk / "filler").unlink(missing_ok=True)
+    return code
+
+
+if __name__ == "__main__":
+    disk = Path(sys.argv[1])
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sys.argv[2]}", "tmpfs", str(disk)], check=True)
+    print(json.dumps({each["name"]: start(disk, each) for each in json.load(sys.stdin)}))

@@ -1,0 +1,43 @@
+"""A tiny random model that opens latent blocks, and ends its answers, at moments that depend on the prompt."""
+
+from pathlib import Path
+
+import torch
+from generated_rows import image_bytes, write_jsonl, write_rows
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mirage_ds.data.encode import load_tokenizer
+from mirage_ds.preset import write_tiny
+
+# How much longer than a random one these tokens' rows of the head are made.
+LOUDNESS = {"<|latent_start|>": 2.0, "<|im_end|>": 3.0}
+
+
+def write_talkative(folder: Path) -> Path:
+    """Writes rows and the model FOLDER/model, whose tokenizer is trained on them."""
+    rows = write_rows(folder / "rows")
+    write_tiny(rows, folder / "quiet", seed=0)
+    ids = load_tokenizer(str(folder / "quiet")).get_vocab()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "quiet", dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight *= 4  # a random model is hardly ever sure of a token
+        for token, factor in LOUDNESS.items():
+            model.lm_head.weight[ids[token]] *= factor
+    (folder / "quiet").rename(folder / "model")
+    model.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def write_questions(folder: Path, count: int) -> Path:
+    """Questions of many lengths: none, one or two images, of several sizes, in front or in the text."""
+    folder.mkdir(parents=True)
+    rows = []
+    for number in range(count):
+        images = [f"{number}_{place}.png" for place in range(number % 3)]
+        for place, name in enumerate(images):
+            size = (56 + 28 * (number % 4), 56 + 28 * (number % 5))
+            (folder / name).write_bytes(image_bytes(size, seed=number + place))
+        slots = "<image>" * len(images) if number % 2 else ""
+        question = f"{'the plan ' * (number % 7)}{slots} reach {number}?"
+        rows.append({"text_input": question, "image_input": images, "map_desc": [[1, 0], [-1, 2]], "id": number})
+    return write_jsonl(folder / "questions.jsonl", rows)

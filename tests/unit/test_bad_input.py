@@ -1,0 +1,352 @@
+"""Every wrong input, at the command that a user gives it to: exit code 2, one message, no traceback, nothing written.
+
+Each case names the parts that its message must have: what is wrong and where, what is allowed, what to do. The tests
+of the single modules know more ways to be wrong. Elsewhere: versions (test_versions.py), a full disk
+(test_full_disk.py).
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import forked_starts
+import pytest
+from generated_rows import image_bytes, make_row, write_jsonl, write_rows
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen2Config
+
+import ds_configs
+from data_tools import cli
+from data_tools.build import build
+from mirage_ds.config import load_config
+from mirage_ds.data.shards import load_manifest
+from mirage_ds.model.backbone import load_backbone
+from mirage_ds.preset import write_tiny
+
+RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
+
+
+@dataclass(frozen=True)
+class Case:
+    says: tuple[str, ...]  # regular expressions: what and where, what is allowed, what to do
+    overrides: tuple[str, ...] = ()
+    prepare: Callable[[Path], None] = lambda folder: None  # gets the folder that the command is started in
+
+
+def deepspeed_json(**changes: Any) -> Callable[[Path], None]:
+    content = json.loads((Path(ds_configs.__path__[0]) / "zero3.json").read_text())
+
+    def write(folder: Path) -> None:
+        (folder / "ds.json").write_text(json.dumps(content | changes))
+
+    return write
+
+
+OWN_JSON = ("distributed.deepspeed_config=./ds.json",)
+
+
+def shards_spoiled_by(spoil: Callable[[Path], object]) -> Callable[[Path], None]:
+    return lambda folder: (spoil(folder / "shards"), None)[1]
+
+
+def manifest_without_samples(shards: Path) -> None:
+    manifest = json.loads((shards / "manifest.json").read_text())
+    (shards / "manifest.json").write_text(json.dumps(manifest | {"num_samples": 0, "shards": []}))
+
+
+def other_model(folder: Path) -> None:
+    Qwen2Config().save_pretrained(folder / "model")
+
+
+def model_without_latents(folder: Path) -> None:
+    """The tokenizer knows 3 tokens too many for the embeddings, as the latent tokens are in a hub's small model."""
+    hf = load_backbone(str(folder / "model"), dtype=None).hf
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    hf.resize_token_embeddings(len(tokenizer) - 3)
+    hf.save_pretrained(folder / "model")
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100_000])
+
+
+def drop_a_weight(folder: Path) -> None:
+    path = folder / "model" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.norm.weight"]
+    save_file(weights, path, {"format": "pt"})
+
+
+def run_of(**changes: Any) -> Callable[[Path], None]:
+    """A run with a checkpoint, as far as it is looked at: the configuration of these tests but for `changes`."""
+
+    def write(folder: Path) -> None:
+        overrides = [*OVERRIDES, *changes.pop("overrides", ())]
+        facts: dict[str, Any] = {
+            "step": 2,
+            "position": 4,
+            "world_size": 1,
+            "global_batch_size": 2,
+            "max_steps": 20,
+            "manifest_digest": load_manifest(folder / "shards").digest,
+            "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"},
+            "config": load_config(RECIPE, overrides).model_dump(mode="json"),
+        }
+        checkpoint = folder / "run" / "checkpoints" / "global_step2"
+        checkpoint.mkdir(parents=True)
+        (checkpoint.parent / "latest").write_text("global_step2")
+        (checkpoint / "run.json").write_text(json.dumps(facts | changes))
+        (folder / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+
+    return write
+
+
+OVERRIDES = ("run.dir=run", "model.path=model", "data.shards=shards", "data.num_workers=0")
+
+TRAIN = {
+    # unknown or misspelt configuration key; wrong type or choice
+    "key misspelt": Case(
+        (r"recipe.*unknown key train\.warmup_step:", "did you mean 'warmup_steps'", "allowed here", "correct each"),
+        ("train.warmup_step=1",),
+    ),
+    "wrong type": Case((r"train\.lr: .*valid number.*got 'fast'", "correct each"), ("train.lr=fast",)),
+    "wrong choice": Case((r"train\.stage: .*'text', 'stage1' or 'stage2'", "correct each"), ("train.stage=stage3",)),
+    # batch arithmetic that does not divide
+    "batch and micro-batch": Case(
+        (r"global_batch_size is 7, no multiple of the 2 samples", r"set train\.global_batch_size to a multiple"),
+        ("train.global_batch_size=7",),
+    ),
+    "batch and ranks": Case(
+        (
+            r"train\.global_batch_size is 8, which 1 ranks x train\.micro_batch_size_per_gpu=1 x .*steps=2 do not make",
+            "allowed are multiples of 1, with train.gradient_accumulation_steps unset",
+            "set one of these numbers",
+        ),
+        ("train.global_batch_size=8",),
+    ),
+    # a DeepSpeed JSON that disagrees, has a misspelt key, or an optimizer section
+    "deepspeed disagrees": Case(
+        (r"gradient_clipping is 3 there, .* makes it 1\.0 \(distributed\.deepspeed_config=\./ds\.json", 'write "auto"'),
+        OWN_JSON,
+        deepspeed_json(gradient_clipping=3),
+    ),
+    "deepspeed misspelt": Case(
+        (r"unknown key zero_optimisation \(.*ds\.json\): did you mean 'zero_optimization'", "rename or delete it"),
+        OWN_JSON,
+        deepspeed_json(zero_optimisation={}),
+    ),
+    "deepspeed misspelt inside": Case(
+        (r"unknown key zero_optimization\.overlap_com \(.*ds\.json\): did you mean 'overlap_comm'", "correct it"),
+        OWN_JSON,
+        deepspeed_json(zero_optimization={"stage": 3, "overlap_com": True}),
+    ),
+    "deepspeed optimizer": Case(
+        (r"optimizer stands there \(.*ds\.json\)", "configuration owns it", r"delete it there and set train\.lr"),
+        OWN_JSON,
+        deepspeed_json(optimizer={"type": "AdamW"}),
+    ),
+    # flash_attention_2 named but not installed
+    "flash attention": Case(
+        (r"model\.attention is flash_attention_2, which cannot run", "needs a GPU", "install flash-attn, or set"),
+        ("model.attention=flash_attention_2",),
+    ),
+    # missing or empty shards
+    "shards missing": Case(
+        (r"no manifest\.json.*\(nowhere/manifest\.json\)", "what `mirage-data build` wrote", "name such a folder or"),
+        ("data.shards=nowhere",),
+    ),
+    "validation shards missing": Case(
+        (r"no manifest\.json.*\(nowhere/manifest\.json\)",), ("evaluation.shards=nowhere",)
+    ),
+    "shard missing": Case(
+        (r"the shard is no file \(shards/shard-000001\.tar\)", "manifest says", "copy it again, or build again"),
+        prepare=shards_spoiled_by(lambda shards: (shards / "shard-000001.tar").unlink()),
+    ),
+    "shard empty": Case(
+        (r"the shard is 0 bytes \(shards/shard-000001\.tar\)", r"manifest says \d+ bytes", "copy it again"),
+        prepare=shards_spoiled_by(lambda shards: (shards / "shard-000001.tar").write_bytes(b"")),
+    ),
+    "no samples": Case(
+        (r"0 samples .*\(shards/manifest\.json\)", "to 1 or more", "build the shards again"),
+        prepare=shards_spoiled_by(manifest_without_samples),
+    ),
+    # latent_size larger than a helper image's patches
+    "latent_size and patches": Case(
+        (
+            r"9 merged patches for 10 latents \(shard-000000\.tar/000000000\.helper_0\)",
+            r"model\.latent_size <= merged patches",
+            r"larger image or data\.min_pixels, or set a smaller model\.latent_size",
+        ),
+        ("model.latent_size=10",),
+    ),
+    # a model folder that is not Qwen2.5-VL or lacks the latent tokens
+    "no model": Case(
+        (r"the model cannot be loaded \(nowhere\)", "a Hugging Face folder or hub id", "name a Qwen2.5-VL"),
+        ("model.path=nowhere",),
+    ),
+    "other model": Case(
+        (r"the model is a qwen2 \(model\)", "only qwen2_5_vl can be trained", "name a Qwen2.5-VL"), prepare=other_model
+    ),
+    "model without latents": Case(
+        (
+            r"the latent token id \d+ has no embedding \(model\)",
+            "every id of the tokenizer must be below that",
+            "`mirage init --from model --output FOLDER` writes",
+        ),
+        prepare=model_without_latents,
+    ),
+    "model without weights": Case(
+        (r"the weights cannot be loaded \(model\): ", "a model folder has the files", "copy the folder again"),
+        prepare=lambda folder: (folder / "model" / "model.safetensors").unlink(),
+    ),
+    "model cut short": Case(
+        (r"the weights cannot be loaded \(model\): ", "whole", "copy the folder again"), prepare=cut_weights
+    ),
+    "model without one weight": Case(
+        (r"1 weights are missing, .*norm\.weight for one \(model\)", "copy the folder again"), prepare=drop_a_weight
+    ),
+    # a checkpoint of another latent_size or another manifest
+    "checkpoint, latent_size": Case(
+        (r"started with another configuration \(in run/.*global_step2\)", r"model\.latent_size: 8 -> 4", "undo these"),
+        ("run.resume=auto",),
+        run_of(overrides=["model.latent_size=8"]),
+    ),
+    "checkpoint, manifest": Case(
+        (r"started with another configuration \(in run/.*global_step2\)", "manifest_digest: 'other' -> ", "undo these"),
+        ("run.resume=auto",),
+        run_of(manifest_digest="other"),
+    ),
+    "start from another latent_size": Case(
+        (r"trained with latent_size 8, .*\(run\.init_from=run\)", "both must agree", r"set model\.latent_size=8"),
+        ("run.init_from=run", "run.dir=next"),
+        run_of(overrides=["model.latent_size=8"]),
+    ),
+    # a run folder that belongs to another run
+    "run folder taken": Case(
+        (r"holds another run already \(run\.dir=run\)", "a folder of its own", r"set run\.dir to a new one, or"),
+        prepare=run_of(),
+    ),
+    "run folder without its configuration": Case(
+        (r"configuration cannot be read \(run\.dir=run\): .*config\.yaml", "only where its", r"set run\.dir to a new"),
+        ("run.resume=auto",),
+        lambda folder: (run_without_checkpoint(folder), (folder / "run" / "config.yaml").unlink())[1],
+    ),
+    "run folder of a run without checkpoint": Case(
+        (r"started with another configuration \(in run\)", r"train\.lr: 0\.5 -> 0\.001", "a run.dir of its own"),
+        ("run.resume=auto",),
+        lambda folder: run_without_checkpoint(folder),
+    ),
+}
+
+
+def run_without_checkpoint(folder: Path) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    config = load_config(RECIPE, [*OVERRIDES, "train.lr=0.5"])
+    (folder / "run" / "config.yaml").write_text(config.model_dump_json())  # JSON is YAML
+
+
+def contents(folder: Path) -> dict[str, str | None]:
+    """Every path under a folder, with what a file holds."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in paths}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and shards."""
+    folder = tmp_path_factory.mktemp("ground")
+    rows = write_rows(folder / "rows", 10)
+    write_tiny(rows, folder / "model", seed=0)
+    build(rows, folder / "shards", maxcount=4, maxsize=10**9)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def starts(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, bool]]:
+    """Exit code and output of each start, and whether its folder stayed as it was."""
+    folder = tmp_path_factory.mktemp("starts")
+    started = []
+    for name, case in TRAIN.items():
+        place = folder / name / "cwd"
+        for part in ("model", "shards"):
+            shutil.copytree(ground / part, place / part)
+        case.prepare(place)
+        arguments = [str(RECIPE), *OVERRIDES, *case.overrides]
+        started.append({"name": name, "arguments": arguments, "folder": str(place)})
+    before = {start["name"]: contents(Path(start["folder"])) for start in started}
+    codes = forked_starts.run(started, timeout_s=600)
+    return {
+        start["name"]: (
+            codes[start["name"]],
+            forked_starts.log_of(start).read_text(),
+            contents(Path(start["folder"])) == before[start["name"]],
+        )
+        for start in started
+    }
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_the_trainer_refuses(starts: dict[str, tuple[int, str, bool]], name: str) -> None:
+    code, output, unchanged = starts[name]
+    assert code == 2, output
+    assert output.count("error: ") == 1, output
+    assert "Traceback" not in output
+    for part in TRAIN[name].says:
+        assert re.search(part, output, re.DOTALL), (part, output)
+    assert unchanged
+
+
+def row(**changes: Any) -> Callable[[Path], None]:
+    """The second of three rows changed."""
+    return lambda rows: (write_jsonl(rows, [make_row(0), make_row(1) | changes, make_row(2)]), None)[1]
+
+
+def damaged_image(rows: Path) -> None:
+    (rows.parent / "images" / "1_0.png").write_bytes(image_bytes()[:100])
+
+
+BUILD = {
+    # a row with no text, a missing or undecodable image, slots that do not fit the images
+    "no text": ((r"text_input is ''", "a row needs a text", "fill it in"), row(text_input="")),
+    "no such image": (
+        (r"image_input cannot be read: 'no\.png'", "relative to", "mend the path"),
+        row(image_input="no.png"),
+    ),
+    "damaged image": ((r"cannot be decoded: ", "allowed are PNG", "replace the image"), damaged_image),
+    "<image>": (
+        ("text_input has 2 image slots for 1 input images", "one <image> for each", "add or remove slots"),
+        row(text_input="<image><image> Where?"),
+    ),
+    "<output_image>": (
+        ("text_output has 0 <output_image> for 2 helper images", "one for each", "add or remove slots or images"),
+        row(text_output="A", image_output=["images/1_1.png", "images/2_1.png"]),
+    ),
+    "no rows": (("no rows", "at least one JSON object", "write some rows"), lambda rows: rows.write_text("")),
+}
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_mirage_data_build_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    parts, spoil = BUILD[name]
+    rows = write_rows(tmp_path / "rows", 3)
+    spoil(rows)
+    before = contents(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mirage-data", "build", "--input", str(rows), "--output", str(tmp_path / "new")])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    message = capsys.readouterr().err
+    assert left.value.code == 2
+    where = str(rows) if name == "no rows" else f"{rows}:2"
+    for part in (re.escape(where), *parts):
+        assert re.search(part, message), (part, message)
+    assert contents(tmp_path) == before

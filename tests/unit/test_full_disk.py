@@ -1,0 +1,172 @@
+"""A disk that is really full, a tmpfs of some MB: the message, and that what was there before is whole.
+
+Two starts are told of room that is not there, as with a quota, so that the disk fills up while a checkpoint is written.
+Skips where this user may not mount a tmpfs in a namespace of its own.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import forked_starts
+import launching
+import pytest
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from generated_rows import write_rows
+
+from data_tools.build import build
+from mirage_ds import checkpoint
+from mirage_ds.errors import DiskFullError, name_full_disk
+from mirage_ds.model.backbone import load_backbone
+from mirage_ds.preset import write_tiny
+
+RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
+NAMESPACE = ["unshare", "--map-root-user", "--mount"]
+
+
+def may_mount() -> bool:
+    try:
+        command = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+class Outcome:
+    """What a start left behind."""
+
+    def __init__(self, place: Path, name: str, code: int) -> None:
+        self.code, self.output = code, (place / f"{name}.log").read_text()
+        self.disk = place / f"{name}.disk"
+
+    @property
+    def run(self) -> Path:
+        return self.disk / "run"
+
+    def check_message(self, *parts: str) -> None:
+        assert self.code == 2, self.output
+        assert "Traceback" not in self.output
+        for part in parts:
+            assert part in self.output
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("full")
+
+
+@pytest.fixture(scope="module")
+def checkpoint_bytes(place: Path) -> int:
+    rows = write_rows(place / "rows", 10)
+    write_tiny(rows, place / "model", seed=0)
+    build(rows, place / "shards", maxcount=4, maxsize=10**9)
+    return checkpoint.size_in_bytes(load_backbone(str(place / "model"), dtype=torch.float32).hf)
+
+
+@pytest.fixture(scope="module")
+def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
+    """One checkpoint fits on the disk, two do not."""
+    if not may_mount():
+        pytest.skip("this user may not mount a tmpfs in a namespace of its own")
+    disk, folder = place / "disk", place / "cwd"
+    disk.mkdir()
+    folder.mkdir()
+    run = [
+        str(RECIPE),
+        f"run.dir={disk}/run",
+        f"model.path={place}/model",
+        f"data.shards={place}/shards",
+        "data.num_workers=0",
+        "checkpoint.interval=1",
+        "run.resume=auto",
+    ]
+    vsp = ["--output", f"{disk}/vsp", "--num-train", "30", "--num-test", "2", "--levels", "3"]
+    starts = [
+        {"name": "build", "arguments": ["build", "--input", f"{place}/rows/rows.jsonl", "--output", f"{disk}/new"]},
+        {"name": "make-vsp", "arguments": ["make-vsp", *vsp]},
+        {"name": "init", "arguments": ["init", "--from", f"{place}/model", "--output", f"{disk}/copy"]},
+        {"name": "no room at the start", "arguments": run},
+        {"name": "second checkpoint", "arguments": run},
+        {"name": "while writing", "arguments": run, "lie": True},
+        {"name": "metrics", "arguments": [*run, "checkpoint.interval=0"], "lie": True, "fill": True},
+    ]
+    for start in starts:
+        start["folder"] = str(folder)
+    for start in starts[:4]:
+        start["fill"] = True
+    script = str(Path(forked_starts.__file__).parent / "small_disk.py")
+    result = subprocess.run(
+        [*NAMESPACE, sys.executable, script, str(disk), str(int(1.6 * checkpoint_bytes))],
+        input=json.dumps(starts),
+        env=launching.environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    return {name: Outcome(place, name, code) for name, code in json.loads(result.stdout).items()}
+
+
+def check_whole(run: Path, checkpoint_bytes: int) -> None:
+    """`latest` names step 1, and all of it is there."""
+    found = checkpoint.latest(run)
+    assert found == run / "checkpoints" / "global_step1"
+    assert checkpoint.read_facts(found)["step"] == 1
+    state = get_fp32_state_dict_from_zero_checkpoint(str(found.parent), tag=found.name)
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    size = sum(path.stat().st_size for path in found.iterdir())
+    assert size == pytest.approx(checkpoint_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "output"), [("build", "new"), ("make-vsp", "vsp"), ("init", "copy")])
+def test_a_new_folder_is_not_left_in_part(outcomes: dict[str, Outcome], place: Path, name: str, output: str) -> None:
+    outcomes[name].check_message(f"the disk is full ({place}/disk", f"nothing of {output} was kept", "free some space")
+    assert [path.name for path in outcomes[name].disk.iterdir()] == ["filler"]
+
+
+def test_a_run_whose_checkpoint_has_no_room_does_not_start(outcomes: dict[str, Outcome], place: Path) -> None:
+    outcome = outcomes["no room at the start"]
+    outcome.check_message(
+        f"no room for a checkpoint ({place}/disk/run/checkpoints)",
+        "keep_latest_k",
+        "set run.dir to a folder on another",
+    )
+    assert not outcome.run.exists()
+
+
+def test_no_room_for_the_next_checkpoint(outcomes: dict[str, Outcome], place: Path, checkpoint_bytes: int) -> None:
+    outcome = outcomes["second checkpoint"]
+    outcome.check_message(
+        f"no room for a checkpoint ({place}/disk/run/checkpoints): it takes {checkpoint_bytes / 1e6:.1f} MB",
+        "free some space, and go on from global_step1, which is whole, with run.resume=auto",
+    )
+    check_whole(outcome.run, checkpoint_bytes)
+    assert not (outcome.run / "checkpoints" / "global_step2").exists()
+
+
+def test_the_disk_fills_up_while_a_checkpoint_is_written(outcomes: dict[str, Outcome], checkpoint_bytes: int) -> None:
+    outcome = outcomes["while writing"]
+    outcome.check_message("goes on from", "the checkpoint could not be written whole", "go on from global_step1")
+    check_whole(outcome.run, checkpoint_bytes)
+
+
+def test_the_disk_fills_up_while_metrics_are_written(
+    outcomes: dict[str, Outcome], place: Path, checkpoint_bytes: int
+) -> None:
+    outcome = outcomes["metrics"]
+    outcome.check_message(f"the disk is full ({place}/disk/run", "free some space, and start again")
+    check_whole(outcome.run, checkpoint_bytes)
+    assert (outcome.run / "metrics.jsonl").read_text() == (outcomes["while writing"].run / "metrics.jsonl").read_text()
+
+
+def test_other_errors_of_the_system_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), name_full_disk(tmp_path, "free some space"):
+        (tmp_path / "nothing").read_text()
+    with (
+        pytest.raises(DiskFullError, match=rf"the disk is full \({tmp_path}\): .*No space left .*; free some space"),
+        name_full_disk(tmp_path, "free some space"),
+        Path("/dev/full").open("w") as file,
+    ):
+        file.write("text")
