@@ -182,7 +182,7 @@ TRAIN = {
         (
             r"9 merged patches for 10 latents \(shard-000000\.tar/000000000\.helper_0\)",
             r"model\.latent_size <= merged patches",
-            r"larger image or data\.min_pixels, or set a smaller model\.latent_size",
+            r"larger image or data\.min_pixels, or set another model\.latent_size",
         ),
         ("model.latent_size=10",),
     ),
