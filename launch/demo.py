@@ -8,6 +8,7 @@ samples as the text baseline. What is scored: maps that no training row has, gre
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
+from mirage_ds.config import TaskName
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample, open_image, read_rows
 from mirage_ds.evaluate import Answer, evaluate, read_task
@@ -32,7 +34,7 @@ from mirage_ds.tasks.statistics import wilson_interval
 RECIPES = Path(__file__).parent / "recipes"
 RANKS, LATENT_SIZE, MAX_NEW_TOKENS = 2, 4, 24
 GLOBAL_BATCH_SIZE = 64
-TASK = "vsp-spatial-planning"
+TASK: TaskName = "vsp-spatial-planning"
 LABELS = {
     "untrained": "before training",
     "text": "text baseline",
@@ -192,7 +194,7 @@ class Demo:
         )
         question = json.loads((self.output / "rows" / "test.jsonl").read_text().splitlines()[0])
         self.console.print(
-            f"Ask it:  mirage generate --model {self.trained('stage2')} --prompt {question['text_input']!r} "
+            f"Ask it:  mirage generate --model {self.trained('stage2')} --prompt {shlex.quote(question['text_input'])} "
             f"--image {self.output / 'rows' / question['image_input']}",
             highlight=False,
             soft_wrap=True,

@@ -20,6 +20,7 @@ from mirage_ds.errors import CheckpointError, DiskFullError
 from mirage_ds.trainer import TrainState
 
 FOLDER = "checkpoints"
+FACTS_NAME = "run.json"
 ADAM_BYTES = 12  # per trained element, all float32: the master and AdamW's two moments
 
 
@@ -58,7 +59,7 @@ def save(engine: DeepSpeedEngine, config: Config, state: TrainState, facts: dict
     distributed.barrier()
     if distributed.is_main():
         position = {"step": state.step, "position": state.position}
-        (folder / tag / "run.json").write_text(json.dumps(position | facts, indent=2) + "\n")
+        (folder / tag / FACTS_NAME).write_text(json.dumps(position | facts, indent=2) + "\n")
         # `latest` comes last and at once, so that a checkpoint that is being written is never taken for a whole one.
         mark = folder / "latest.new"
         mark.write_text(tag)
@@ -145,7 +146,7 @@ def find(path: Path) -> Path:
     Raises:
         CheckpointError: neither is there.
     """
-    found = path if (path / "run.json").is_file() else latest(path)
+    found = path if (path / FACTS_NAME).is_file() else latest(path)
     if found is None:
         raise CheckpointError(
             f"no complete checkpoint ({path}); allowed is a run's folder that has {FOLDER}/latest, or one checkpoint "
@@ -154,18 +155,18 @@ def find(path: Path) -> Path:
     return found
 
 
-def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """run.json of a checkpoint.
+def read_facts(file: Path) -> dict[str, Any]:
+    """What a checkpoint, or a run without one, says of its run.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
     try:
-        facts: dict[str, Any] = json.loads((checkpoint / "run.json").read_text())
+        facts: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"run.json cannot be read ({checkpoint}): {error}; a checkpoint has the file that the run wrote; "
-            "put it back, or name another tag in `latest`"
+            f"{file.name} cannot be read ({file.parent}): {error}; allowed is what the run wrote there; put it back, or "
+            "take another checkpoint, or a new run.dir"
         ) from error
     return facts
 
@@ -176,7 +177,7 @@ def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
     torch.set_rng_state(client_state["random"]["cpu"])
     if "cuda" in client_state["random"]:
         torch.cuda.set_rng_state(client_state["random"]["cuda"])
-    facts = read_facts(checkpoint)
+    facts = read_facts(checkpoint / FACTS_NAME)
     return TrainState(step=facts["step"], position=facts["position"])
 
 
@@ -187,7 +188,7 @@ def check_start(run_dir: Path, config: Config) -> None:
         CheckpointError: no checkpoint, another number of ranks, or another latent_size.
     """
     checkpoint = find_latest(run_dir)
-    facts = read_facts(checkpoint)
+    facts = read_facts(checkpoint / FACTS_NAME)
     if facts["world_size"] != distributed.world_size():
         raise CheckpointError(
             f"{checkpoint} was saved by {facts['world_size']} ranks, this run has {distributed.world_size()} "

@@ -6,52 +6,24 @@ mirage generate --model DIR --image a.png --prompt "..."
 mirage evaluate --model DIR --task vsp-spatial-planning --data test.jsonl --output results.jsonl
 """
 
-from enum import StrEnum
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from mirage_ds import errors
+from mirage_ds.config import Dtype, LatentEnd, TaskName
 from mirage_ds.errors import ConfigError, name_full_disk
 from mirage_ds.versions import check_versions
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-class Preset(StrEnum):
-    """Models that can be made without a network."""
-
-    TINY = "tiny"
-
-
-class LatentEnd(StrEnum):
-    """How a block of latents ends."""
-
-    FIXED = "fixed"
-    MODEL = "model"
-
-
-class TaskName(StrEnum):
-    """How answers are scored."""
-
-    PLANNING = "vsp-spatial-planning"
-    REASONING = "vsp-spatial-reasoning"
-
-
-class Dtype(StrEnum):
-    """What a model computes in, or its weights are stored in."""
-
-    BF16 = "bf16"
-    FP32 = "fp32"
-
-
-class Latents(StrEnum):
-    """What a latent's input is."""
-
-    FED = "fed"
-    ZEROED = "zeroed"
-
+Preset = Literal["tiny"]
+"""Models that can be made without a network."""
+Latents = Literal["fed", "zeroed"]
+"""What a latent's input is."""
 
 # What `generate` and `evaluate` both take.
 ModelOption = Annotated[str, typer.Option("--model", help="A folder that `mirage export` wrote, or a hub id.")]
@@ -137,8 +109,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The question; <image> marks where an image goes, else all in front.")],
     image: Annotated[list[Path] | None, typer.Option(help="An image; give the option once for each.")] = None,
     latent_size: LatentSizeOption = None,
-    latent_end: LatentEndOption = LatentEnd.FIXED,
-    latents: LatentsOption = Latents.FED,
+    latent_end: LatentEndOption = "fixed",
+    latents: LatentsOption = "fed",
     max_new_tokens: MaxNewTokensOption = 1024,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 0.9,
@@ -146,15 +118,12 @@ def generate(
     dtype: DtypeOption = None,
 ) -> None:
     """Answers one question, word by word; each latent is one mark."""
-    from mirage_ds.data.sample import read_question
-    from mirage_ds.generate import answer
+    from mirage_ds.terminal import answer, read_question
 
-    row = {"text_input": prompt, "image_input": [str(path) for path in image or []]}
-    question = read_question(row, key="prompt", where="the command line", folder=Path())
-    decoder, encoder = _load_decoder(
-        model, latent_size, latent_end, latents, max_new_tokens, temperature, top_p, seed, dtype
-    )
-    if answer(decoder, encoder, question) == max_new_tokens:
+    question = read_question(prompt, image or [])
+    options = Decoding(model, latent_size, latent_end, latents, max_new_tokens, temperature, top_p, seed, dtype)
+    decoder, encoder = options.load()
+    if not answer(decoder, encoder, question):
         typer.echo(f"cut off after {max_new_tokens} tokens (--max-new-tokens)", err=True)
 
 
@@ -166,8 +135,8 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="New JSONL file, one line for each row; FILE.summary.json beside it.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded side by side.")] = 16,
     latent_size: LatentSizeOption = None,
-    latent_end: LatentEndOption = LatentEnd.FIXED,
-    latents: LatentsOption = Latents.FED,
+    latent_end: LatentEndOption = "fixed",
+    latents: LatentsOption = "fed",
     max_new_tokens: MaxNewTokensOption = 1024,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 0.9,
@@ -180,57 +149,56 @@ def evaluate(
 
     from mirage_ds import evaluate as evaluation
 
+    results = evaluation.Results(output)
     rows = evaluation.read_task(data, task)
-    settings = {
-        "model": model,
-        "task": task,
-        "data": str(data),
-        "batch_size": batch_size,
-        "latent_end": latent_end,
-        "latents": latents,
-        "max_new_tokens": max_new_tokens,
-        "sampling": {"temperature": temperature, "top_p": top_p, "seed": seed} if temperature else "greedy",
-    }
-    full_disk = name_full_disk(output.parent, "free some space, or name another --output, and start again")
-    with full_disk, evaluation.Results(output) as results:
-        decoder, encoder = _load_decoder(
-            model, latent_size, latent_end, latents, max_new_tokens, temperature, top_p, seed, dtype
-        )
+    options = Decoding(model, latent_size, latent_end, latents, max_new_tokens, temperature, top_p, seed, dtype)
+    decoder, encoder = options.load()
+    with name_full_disk(output.parent, "free some space, or name another --output, and start again"), results:
         answers = evaluation.evaluate(decoder, encoder, rows, task, batch_size=batch_size)
-        progress = Console(stderr=True)
-        for answer in track(answers, description=task, total=len(rows), console=progress):
+        for answer in track(answers, description=task, total=len(rows), console=Console(stderr=True)):
             results.add(answer)
-        rates = results.finish(settings | {"latent_size": decoder.latent_size})
+        settings = asdict(options) | {"latent_size": decoder.latent_size, "computed": decoder.backbone.describe()}
+        rates = results.finish({"task": task, "data": str(data), "batch_size": batch_size} | settings)
     Console().print(evaluation.table(rates, task))
+    if cut_off := sum(not answer.complete for answer in results.answers):
+        typer.echo(f"{cut_off} answers were cut off after {max_new_tokens} tokens (--max-new-tokens)")
 
 
-def _load_decoder(
-    model: str,
-    latent_size: int | None,
-    latent_end: LatentEnd,
-    latents: Latents,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    dtype: Dtype | None,
-) -> Any:
-    import torch
-    from transformers.utils import logging
+@dataclass(frozen=True)
+class Decoding:
+    """The options that `generate` and `evaluate` both take."""
 
-    from mirage_ds.generate import Sampling, as_they_are, load_decoder
-    from mirage_ds.model.backbone import DTYPES
+    model: str
+    latent_size: int | None
+    latent_end: LatentEnd
+    latents: Latents
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    dtype: Dtype | None
 
-    logging.disable_progress_bar()
-    return load_decoder(
-        model,
-        latent_size=latent_size,
-        latent_end=latent_end.value,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_p, seed),
-        feed=torch.zeros_like if latents is Latents.ZEROED else as_they_are,
-        dtype=DTYPES[dtype] if dtype else None,
-    )
+    def load(self) -> Any:
+        """Decoder and encoder; says on stderr how the model is computed."""
+        import torch
+        from transformers.utils import logging
+
+        from mirage_ds.generate import as_they_are, load_decoder
+        from mirage_ds.model.backbone import DTYPES
+        from mirage_ds.sampling import Sampling
+
+        logging.disable_progress_bar()
+        decoder, encoder = load_decoder(
+            self.model,
+            latent_size=self.latent_size,
+            latent_end=self.latent_end,
+            max_new_tokens=self.max_new_tokens,
+            sampling=Sampling(self.temperature, self.top_p, self.seed),
+            feed=torch.zeros_like if self.latents == "zeroed" else as_they_are,
+            dtype=DTYPES[self.dtype] if self.dtype else None,
+        )
+        typer.echo(f"{self.model}: latent_size {decoder.latent_size}, {decoder.backbone.describe()}", err=True)
+        return decoder, encoder
 
 
 def main() -> None:

@@ -21,6 +21,11 @@ Stage = Literal["text", "stage1", "stage2"]
 CompressStrategy = Literal["average", "average_all", "grid"]
 
 
+Dtype = Literal["bf16", "fp32"]
+LatentEnd = Literal["fixed", "model"]
+TaskName = Literal["vsp-spatial-planning", "vsp-spatial-reasoning"]
+
+
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values cannot change after the start."""
 
@@ -105,7 +110,7 @@ class TrainConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Limit of the global gradient norm; 0: no clipping."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Dtype = "bf16"
     """What the model computes in; masters and optimizer states are float32 either way."""
     ce_loss_weight: float | None = Field(default=None, ge=0)
     """Weight of the text loss; unset: the method's 0.1 in stage 1, 1 in stage 2 and text."""

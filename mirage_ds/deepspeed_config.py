@@ -34,6 +34,7 @@ DEEPSPEED_KEYS = (
 )
 # The two sections on precision may say only this: masters are float32.
 PRECISION_KEYS = {"bf16": ("enabled",), "data_types": ("grad_accum_dtype",)}
+REDUCTION_DTYPES = ("fp32", "bf16")
 # Sections with DeepSpeed's own definition of their keys.
 DEEPSPEED_SECTIONS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -77,11 +78,12 @@ def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
     _fill(resolved, ["gradient_accumulation_steps"], 1, where)
     _fill(resolved, ["gradient_clipping"], train.gradient_clipping, where)
     _fill(resolved, ["bf16", "enabled"], train.dtype == "bf16", where)
-    for key in (["data_types", "grad_accum_dtype"], ["communication_data_type"]):
-        if _get(resolved, key) is None:
+    for keys in (["data_types", "grad_accum_dtype"], ["communication_data_type"]):
+        if _get(resolved, keys) not in REDUCTION_DTYPES:
             raise ConfigError(
-                f"{'.'.join(key)} is not set ({where}); DeepSpeed's own default would then change results; "
-                'write it out, "fp32" as in zero3.json'
+                f"{'.'.join(keys)} is {_get(resolved, keys)!r} ({where}); allowed is one of "
+                f"{', '.join(REDUCTION_DTYPES)}, written out, as DeepSpeed's own default would change results; "
+                'write "fp32" as in zero3.json'
             )
     _check_sections(resolved, where)
     return resolved

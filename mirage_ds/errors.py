@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from safetensors import SafetensorError
-
 
 class MirageError(Exception):
     """Base of every error that a user can mend; anything else is a bug and keeps its traceback."""
@@ -44,12 +42,29 @@ def name_full_disk(folder: Path, remedy: str) -> Iterator[None]:
     reasons = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        # safetensors has the system's words, but not its code.
+    except Exception as error:
+        # safetensors and tokenizers have the system's words but not its code, and tokenizers' error has no type.
         if not any(reason in str(error) for reason in reasons):
             raise
         where = getattr(error, "filename", None) or folder
         raise DiskFullError(f"the disk is full ({where}): {error}; all that is written needs room; {remedy}") from error
+
+
+@contextmanager
+def name_unwritable(path: Path, remedy: str) -> Iterator[None]:
+    """Says what cannot be made, and what to do; a full disk is `name_full_disk`'s.
+
+    Raises:
+        DataError: the system refused to make something inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"it cannot be written: {error.strerror} ({path}); allowed is a place where you may write; {remedy}"
+        ) from error
 
 
 def leave(error: MirageError, *, every_rank: bool = False) -> NoReturn:
@@ -73,4 +88,5 @@ def run(app: Callable[[], object]) -> None:
     try:
         app()
     except MirageError as error:
-        leave(error)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from mirage_ds.config import TaskName
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.sample import Sample, read_questions
-from mirage_ds.errors import DataError
+from mirage_ds.errors import DataError, name_unwritable
 from mirage_ds.generate import Decoder
 from mirage_ds.tasks import choice, vsp
 from mirage_ds.tasks.statistics import wilson_interval
@@ -33,7 +35,7 @@ def score_reasoning(sample: Sample, answer: str) -> Scores:
     return {"exact": choice.score(sample.text_output, answer)}
 
 
-TASKS: dict[str, Callable[[Sample, str], Scores]] = {
+TASKS: dict[TaskName, Callable[[Sample, str], Scores]] = {
     "vsp-spatial-planning": score_planning,
     "vsp-spatial-reasoning": score_reasoning,
 }
@@ -45,13 +47,15 @@ class Answer:
 
     where: str  # file:line
     text: str
+    num_tokens: int  # that were emitted, latents among them
     num_latents: int  # states that were fed back
+    complete: bool  # it ended by itself; if not, max_new_tokens cut it off
     level: str
     scores: Scores
     row: dict[str, Any]  # the row's own fields
 
 
-def read_task(data: Path, task: str) -> list[tuple[str, Sample]]:
+def read_task(data: Path, task: TaskName) -> list[tuple[str, Sample]]:
     """The rows of a file, each with its file:line, after a look whether all of them can be asked and scored.
 
     Raises:
@@ -67,7 +71,7 @@ def read_task(data: Path, task: str) -> list[tuple[str, Sample]]:
 
 
 def evaluate(
-    decoder: Decoder, encoder: Encoder, rows: Sequence[tuple[str, Sample]], task: str, *, batch_size: int
+    decoder: Decoder, encoder: Encoder, rows: Sequence[tuple[str, Sample]], task: TaskName, *, batch_size: int
 ) -> Iterator[Answer]:
     """Answers and scores rows, `batch_size` at a time, in their order; prompts come from the rows."""
     for start in range(0, len(rows), batch_size):
@@ -75,7 +79,16 @@ def evaluate(
         batch = collate([encoder.prompt(sample) for _, sample in part], align_latents=True)
         for (where, sample), row in zip(part, decoder.generate(batch), strict=True):
             text = encoder.text_of(row.ids).strip()
-            yield Answer(where, text, len(row.latents), level_of(sample), TASKS[task](sample, text), sample.extra)
+            yield Answer(
+                where=where,
+                text=text,
+                num_tokens=len(row.ids),
+                num_latents=len(row.latents),
+                complete=bool(decoder.is_end(torch.tensor(row.ids[-1]))),
+                level=level_of(sample),
+                scores=TASKS[task](sample, text),
+                row=sample.extra,
+            )
 
 
 def level_of(sample: Sample) -> str:
@@ -88,9 +101,10 @@ class Results:
     """A results file in the making: FILE.part grows with each answer and becomes FILE when all are there."""
 
     def __init__(self, output: Path) -> None:
-        """
+        """Writes nothing yet.
+
         Raises:
-            DataError: the file is there already, or its folder cannot be written to.
+            DataError: the file is there already.
         """
         self.output, self.summary = output, Path(f"{output}.summary.json")
         self.answers: list[Answer] = []
@@ -100,16 +114,16 @@ class Results:
                     f"{path} is there already (--output); results need a new file; delete it or name another"
                 )
         self.part = Path(f"{output}.part")
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.part.open("w")
-        except OSError as error:
-            raise DataError(
-                f"the results cannot be written: {error.strerror} (--output {output}); allowed is a new file in a "
-                "folder of yours; name another"
-            ) from error
 
     def __enter__(self) -> "Results":
+        """Begins the file.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        with name_unwritable(self.part, "name another --output"):
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.part.open("w")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,7 +157,7 @@ def _rate(answers: Sequence[Answer], way: str) -> dict[str, Any]:
     return {"rate": successes / len(answers), "low": low, "high": high, "num_rows": len(answers)}
 
 
-def table(rates: Rates, task: str) -> Table:
+def table(rates: Rates, task: TaskName) -> Table:
     """Rates by level, each with its 95 % interval."""
     drawn = Table(title=task)
     ways = list(rates["all"])

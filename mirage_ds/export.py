@@ -18,16 +18,17 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from mirage_ds import latent_settings
-from mirage_ds.checkpoint import find, read_facts
-from mirage_ds.config import Config
+from mirage_ds.checkpoint import FACTS_NAME, find, read_facts
+from mirage_ds.config import Config, Dtype
 from mirage_ds.data.encode import load_tokenizer
 from mirage_ds.data.images import ImageProcessor
 from mirage_ds.data.shards import new_folder
 from mirage_ds.errors import CheckpointError, ConfigError, DataError
 from mirage_ds.latent_settings import LatentSettings, LatentTokenIds
-from mirage_ds.model.backbone import DTYPES, empty_model, file_name
+from mirage_ds.model.backbone import DTYPES, empty_model, file_name, has_file
 from mirage_ds.partitions import StoredParameter, check_fit, stored_parameters
 from mirage_ds.tokens import TokenIds
 
@@ -36,7 +37,7 @@ GB = 10**9
 
 
 def export_checkpoint(
-    path: Path, output: Path, *, dtype: str | None = None, max_shard_size: str = "5GB", model: str | None = None
+    path: Path, output: Path, *, dtype: Dtype | None = None, max_shard_size: str = "5GB", model: str | None = None
 ) -> str:
     """Writes the folder, and says in a few words what it holds.
 
@@ -53,7 +54,7 @@ def export_checkpoint(
         DataError: `output` is there already, or cannot be written.
     """
     checkpoint = find(path)
-    facts = read_facts(checkpoint)
+    facts = read_facts(checkpoint / FACTS_NAME)
     config = _run_config(facts, checkpoint)
     stored = stored_parameters(checkpoint, facts["world_size"])
     source, cache_dir = model or config.model.path, config.model.cache_dir
@@ -121,10 +122,16 @@ def _set_config(hf: PreTrainedModel, dtype: torch.dtype, settings: LatentSetting
 
 
 def _generation_config(source: str, cache_dir: Path | None, hf: PreTrainedModel) -> GenerationConfig:
+    """That of the model that the run started from; of a checkpoint of the reference, what its configuration says."""
+    if not has_file(source, GENERATION_CONFIG_NAME, cache_dir):
+        return GenerationConfig.from_model_config(hf.config)
     try:
         return GenerationConfig.from_pretrained(source, cache_dir=cache_dir)
-    except OSError:  # there is none: checkpoints of the reference have only what the model's configuration says
-        return GenerationConfig.from_model_config(hf.config)
+    except OSError as error:
+        raise ConfigError(
+            f"{GENERATION_CONFIG_NAME} cannot be read ({source}): {error}; allowed is JSON as transformers writes it; "
+            "mend the file or remove it"
+        ) from error
 
 
 def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:

@@ -10,65 +10,23 @@ The reference decodes with `model` and 8 (transformers' generation/utils.py:3286
 53f26de), but moves all rows of a batch in and out of latent mode together, and may never end a second block.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache
 
 from mirage_ds.batch import Batch
-from mirage_ds.data.collate import collate
+from mirage_ds.config import LatentEnd
 from mirage_ds.data.encode import Encoder, load_encoder
-from mirage_ds.data.sample import Sample
 from mirage_ds.errors import ConfigError
-from mirage_ds.latent_settings import read_latent_settings
-from mirage_ds.model.backbone import Backbone, check_latent_ids, load_backbone
+from mirage_ds.latent_settings import LatentSettings, LatentTokenIds, read_latent_settings
+from mirage_ds.model.backbone import Backbone, check_config, check_latent_ids, load_backbone
 from mirage_ds.model.targets import Tower, build_inputs_embeds
+from mirage_ds.sampling import GREEDY, Sampling
 from mirage_ds.tokens import TokenIds
-
-LatentEnd = Literal["fixed", "model"]
-LATENT_MARK = "\N{BLACK SMALL SQUARE}"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. A row's draws depend on the seed and its key alone, not on its batch."""
-
-    temperature: float = 0.0
-    """0: the likeliest token, always."""
-    top_p: float = 1.0
-    """Draw from the smallest set of likeliest tokens that has this probability together."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"temperature {self.temperature} with top-p {self.top_p} (sampling); allowed is a temperature of at "
-                "least 0 and 0 < top-p <= 1; for example 0.7 and 0.9, or temperature 0 for greedy decoding"
-            )
-
-    def generator(self, key: str) -> torch.Generator:
-        """The random numbers of one row."""
-        digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-
-    def choose(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-        """Logits [B, V] -> token ids [B] on the CPU."""
-        if self.temperature == 0:
-            return logits.argmax(dim=-1).cpu()
-        likely, ids = (logits.float() / self.temperature).softmax(dim=-1).double().sort(dim=-1, descending=True)
-        cumulative = likely.cumsum(dim=-1)
-        likely = likely.masked_fill(cumulative - likely >= self.top_p, 0)  # the likeliest one always stays
-        draws = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-        cumulative = likely.cumsum(dim=-1)
-        places = torch.searchsorted(cumulative, draws.to(logits.device)[:, None] * cumulative[:, -1:], right=True)
-        return ids.gather(1, places).flatten().cpu()
-
-
-GREEDY = Sampling()
 
 
 def as_they_are(hidden: torch.Tensor) -> torch.Tensor:
@@ -135,7 +93,7 @@ class Decoder:
         mask = batch.attention_mask
         position = batch.position_ids.amax(dim=(0, 2)) + 1  # [B]: images count as grids, so not the length
         hidden = self.step(self.prompt_embeds(batch), batch.position_ids, mask, cache)
-        for _ in range(self.max_new_tokens):
+        for num_emitted in range(1, self.max_new_tokens + 1):
             chosen = self.sampling.choose(self.backbone.hf.lm_head(hidden), generators)
             emitted, latent_steps = self.next_tokens(chosen, latent_steps)
             feeds_state = latent_steps > 0
@@ -144,14 +102,18 @@ class Decoder:
                 None if done[row] else Emission(token, fed[row] if feeds_state[row] else None)
                 for row, token in enumerate(emitted.tolist())
             ]
-            done |= (emitted == self.ids.im_end) | (emitted == self.ids.end_of_text)
-            if done.all():
+            done |= self.is_end(emitted)
+            if done.all() or num_emitted == self.max_new_tokens:
                 break
             embeds = self.backbone.embed_tokens(emitted.to(hidden.device))
             embeds = torch.where(feeds_state.to(hidden.device)[:, None], fed, embeds)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             hidden = self.step(embeds[:, None], position.expand(3, -1)[..., None], mask, cache)
             position = position + 1
+
+    def is_end(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where an answer ends."""
+        return (tokens == self.ids.im_end) | (tokens == self.ids.end_of_text)
 
     def next_tokens(self, chosen: torch.Tensor, latent_steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What rows emit when the model chooses `chosen`, and how far their blocks are then: both [B] int64."""
@@ -203,35 +165,14 @@ def load_decoder(
         dtype: None: bf16 on a GPU, float32 on the CPU.
 
     Raises:
-        ConfigError: no Qwen2.5-VL with latent tokens is there, or K is said nowhere.
+        ConfigError: no Qwen2.5-VL with latent tokens is there, or K is said nowhere, or the tokenizer is another's.
     """
     if (Path(model) / "checkpoints").is_dir():
         raise ConfigError(
             f"the folder of a run is not a model ({model}); allowed is a Hugging Face folder or hub id; write one with "
             f"`mirage export --checkpoint {model} --output FOLDER`"
         )
-    latent_size, system_turn = _settings(model, latent_size, system_turn, cache_dir)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype is None:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    backbone = load_backbone(model, dtype=dtype, cache_dir=cache_dir)
-    backbone.to(device)
-    encoder = load_encoder(
-        model,
-        stage="stage2",
-        latent_size=latent_size,
-        system_turn=system_turn,
-        cache_dir=cache_dir,
-    )
-    check_latent_ids(encoder.ids, backbone, model)
-    decoder = Decoder(backbone, encoder.ids, latent_size, latent_end, max_new_tokens, sampling, feed)
-    return decoder, encoder
-
-
-def _settings(
-    model: str, latent_size: int | None, system_turn: bool | None, cache_dir: Path | None
-) -> tuple[int, bool]:
-    """latent_size and system_turn as they are set, or else as the folder says."""
+    check_config(model, cache_dir)
     settings = read_latent_settings(model, cache_dir)
     if settings is not None:
         latent_size = settings.latent_size if latent_size is None else latent_size
@@ -241,39 +182,25 @@ def _settings(
             f"the number of latents in a block is not known ({model}: config.json has no entry `mirage`); `mirage "
             "export` writes it; export the run, or set --latent-size for a model that comes from elsewhere"
         )
-    return latent_size, system_turn is not False
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    encoder = load_encoder(
+        model, stage="stage2", latent_size=latent_size, system_turn=system_turn is not False, cache_dir=cache_dir
+    )
+    _check_ids(settings, encoder.ids, model)
+    backbone = load_backbone(model, dtype=dtype, cache_dir=cache_dir)
+    check_latent_ids(encoder.ids, backbone, model)
+    backbone.to(device)
+    decoder = Decoder(backbone, encoder.ids, latent_size, latent_end, max_new_tokens, sampling, feed)
+    return decoder, encoder
 
 
-class Terminal(TextStreamer):
-    """Writes an answer as it comes: whole words of text, and one mark for each latent."""
-
-    def __init__(self, decoder: Decoder, encoder: Encoder) -> None:
-        super().__init__(encoder.tokenizer, skip_special_tokens=True)
-        self.ids = decoder.ids
-        self.empty = True
-
-    def write(self, emission: Emission) -> None:
-        if emission.latent is not None:
-            self.on_finalized_text(LATENT_MARK)
-        elif emission.token == self.ids.latent_start:
-            self.end()  # what is held back until its word is whole
-        else:
-            self.put(torch.tensor([emission.token]))
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Prints; the newline that every answer begins with is left out."""
-        text = text.lstrip() if self.empty else text
-        self.empty = self.empty and not text
-        print(text, end="", flush=True)
-
-
-def answer(decoder: Decoder, encoder: Encoder, question: Sample) -> int:
-    """Decodes one question to the terminal; returns the number of tokens, latents among them."""
-    terminal, num_tokens = Terminal(decoder, encoder), 0
-    for (emission,) in decoder.steps(collate([encoder.prompt(question)], align_latents=True)):
-        assert emission is not None, "the only row ends with the loop"
-        terminal.write(emission)
-        num_tokens += 1
-    terminal.end()
-    print()
-    return num_tokens
+def _check_ids(settings: LatentSettings | None, ids: TokenIds, model: str) -> None:
+    """Refuses a tokenizer other than the one that the model was trained with."""
+    found = LatentTokenIds(pad=ids.latent_pad, start=ids.latent_start, end=ids.latent_end)
+    if settings is not None and settings.latent_token_ids != found:
+        raise ConfigError(
+            f"the tokenizer has the latent tokens {found}, config.json says {settings.latent_token_ids} ({model}); "
+            "both come from one export; export the run again"
+        )

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils.hub import cached_file
 
 from mirage_ds.data.encode import read_tokenizer
 from mirage_ds.data.shards import new_folder
 from mirage_ds.errors import ConfigError
-from mirage_ds.model.backbone import check_config, copy_model
+from mirage_ds.model.backbone import check_config, copy_model, has_file
 from mirage_ds.tokens import LATENT_TOKENS, TokenIds
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -54,7 +53,7 @@ def _tokenizer(source: str, processor_from: str | None) -> PreTrainedTokenizerBa
 def _place_of(names: tuple[str, ...], what: str, source: str, processor_from: str | None) -> str:
     """The first of the two places that has one of the files."""
     for place in filter(None, (source, processor_from)):
-        if any(_has(place, name) for name in names):
+        if any(has_file(place, name) for name in names):
             return place
     raise _missing(what, source, processor_from)
 
@@ -64,10 +63,3 @@ def _missing(what: str, source: str, processor_from: str | None) -> ConfigError:
         f"no {what} ({source}{f' and {processor_from}' if processor_from else ''}); a complete model folder has one; "
         "name a folder or hub id of Qwen2.5-VL that has it with --processor-from"
     )
-
-
-def _has(place: str, name: str) -> bool:
-    try:
-        return cached_file(place, name) is not None
-    except OSError:  # how transformers says that there is no such file
-        return False

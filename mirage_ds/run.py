@@ -1,5 +1,6 @@
 """The run's folder: whether a run starts or goes on there, what it was started with, and what changed since.
 
+RUN/start.json       what a run that goes on here is compared with
 RUN/config.yaml      the resolved configuration of the last start
 RUN/deepspeed.json   DeepSpeed's configuration with nothing left on "auto"
 RUN/versions.json    packages and git commit of the last start
@@ -16,8 +17,10 @@ import yaml
 
 from mirage_ds import checkpoint, distributed
 from mirage_ds.config import Config
-from mirage_ds.errors import CheckpointError, ConfigError
+from mirage_ds.errors import CheckpointError, ConfigError, name_unwritable
 from mirage_ds.versions import versions
+
+START_NAME = "start.json"
 
 # What a resumed run may change: it leaves every step's loss as it is, up to rounding. The global batch size and the
 # manifest's digest are compared by themselves.
@@ -66,12 +69,9 @@ def find_start(config: Config, facts: dict[str, Any]) -> Path | None:
             f"the folder holds another run already (run.dir={folder}); a run needs a folder of its own; set run.dir to "
             "a new one, or run.resume=auto to go on with that run"
         )
-    if found is not None:
-        changed = check_same_run(found, facts)
-    elif (folder / "metrics.jsonl").exists():  # it ended before its first checkpoint
-        changed = _harmless(folder, *_changes(_read_config(folder), facts["config"]))
-    else:
-        changed = []
+    changed = []
+    if found or (folder / "metrics.jsonl").exists():  # without a checkpoint it ended before its first one
+        changed = check_same_run(found / checkpoint.FACTS_NAME if found else folder / START_NAME, facts)
     if changed and distributed.is_main():
         print("changed since the last start: " + "; ".join(changed), flush=True)
     return found
@@ -82,62 +82,36 @@ def write_folder(config: Config, facts: dict[str, Any]) -> None:
     folder = config.run.dir
     distributed.barrier()  # every rank has looked before rank 0 writes
     if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
+        with name_unwritable(folder, "set run.dir to a folder where you may write"):
+            folder.mkdir(parents=True, exist_ok=True)
+        (folder / START_NAME).write_text(json.dumps(facts, indent=2) + "\n")
         (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         (folder / "deepspeed.json").write_text(json.dumps(facts["deepspeed"], indent=2) + "\n")
         (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
 
 
-def check_same_run(found: Path, facts: dict[str, Any]) -> list[str]:
-    """Compares a checkpoint with the run that wants to go on from it; returns the harmless changes.
+def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
+    """Compares a checkpoint, or a run without one, with the run that wants to go on; returns the harmless changes.
 
     Raises:
         CheckpointError: with every change that is not harmless.
     """
-    before = checkpoint.read_facts(found)
-    harmless, harmful = _changes(before["config"], facts["config"])
+    before = checkpoint.read_facts(file)
+    old, new = flatten(before["config"]), flatten(facts["config"])
+    changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
+    harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in HARMLESS)]
+    harmful = [text for text in changes.values() if text not in harmless]
     for key in ("world_size", "global_batch_size", "manifest_digest", "max_steps"):
         if before[key] != facts[key]:
             harmful.append(f"{key}: {before[key]!r} -> {facts[key]!r}")
     for key in DEEPSPEED_MATHEMATICS:
         if before["deepspeed"].get(key) != facts["deepspeed"].get(key):
             harmful.append(f"{key}: {before['deepspeed'].get(key)!r} -> {facts['deepspeed'].get(key)!r}")
-    return _harmless(found, harmless, harmful)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """config.yaml of a run.
-
-    Raises:
-        ConfigError: it is missing or damaged.
-    """
-    try:
-        tree = yaml.safe_load((folder / "config.yaml").read_text())
-        if not isinstance(tree, dict):
-            raise yaml.YAMLError("it holds no sections")
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"the folder holds a run whose configuration cannot be read (run.dir={folder}): {error}; a run goes on "
-            "only where its config.yaml is; put the file back, or set run.dir to a new folder"
-        ) from error
-    return tree
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The harmless and the harmful differences of two configurations."""
-    old, new = flatten(before), flatten(now)
-    changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
-    harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in HARMLESS)]
-    return harmless, [text for text in changes.values() if text not in harmless]
-
-
-def _harmless(where: Path, harmless: list[str], harmful: list[str]) -> list[str]:
-    """Returns the harmless changes; refuses the others."""
     if harmful:
         lines = "\n".join(f"  - {text}" for text in harmful)
         raise CheckpointError(
-            f"the run was started with another configuration (in {where}):\n{lines}\na run that goes on keeps what "
-            "decides its losses; undo these changes, or give the changed run a run.dir of its own (with run.init_from "
+            f"the run was started with another configuration (in {file.parent}):\n{lines}\na run that goes on keeps "
+            "what decides its losses; undo these changes, or give the changed run a run.dir of its own (with run.init_from "
             "to start from these weights)"
         )
     return harmless

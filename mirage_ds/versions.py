@@ -4,7 +4,7 @@ setup.cfg owns the ranges; a package's own metadata repeats them.
 """
 
 import subprocess
-from importlib.metadata import requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -27,8 +27,18 @@ def versions() -> dict[str, str]:
 
 
 def tested_ranges() -> dict[str, SpecifierSet]:
-    """What each package of TESTED may be."""
-    required = [Requirement(text) for text in requires("mirage_ds") or []]
+    """What each package of TESTED may be.
+
+    Raises:
+        ConfigError: mirage_ds itself is not installed.
+    """
+    try:
+        required = [Requirement(text) for text in requires("mirage_ds") or []]
+    except PackageNotFoundError as error:
+        raise ConfigError(
+            "mirage_ds is not installed (in this Python), so that nothing says which versions it was tested with; a "
+            "checkout is installed with pip install -c constraints.txt -e ."
+        ) from error
     return {requirement.name: requirement.specifier for requirement in required if requirement.name in TESTED}
 
 

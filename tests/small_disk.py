@@ -20,7 +20,8 @@ import data_tools.cli
 import mirage_ds.cli
 from mirage_ds import train
 
-MAINS = {"build": data_tools.cli.main, "make-vsp": data_tools.cli.main, "init": mirage_ds.cli.main}
+MAINS = dict.fromkeys(("build", "make-vsp"), data_tools.cli.main)
+MAINS |= dict.fromkeys(("init", "export", "evaluate"), mirage_ds.cli.main)
 SPARE_BYTES = 16 * 1024  # left, so that writing begins
 
 

@@ -93,7 +93,7 @@ def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path) ->
     sample = Sample(
         key=key,
         text_input=_text(row, "text_input", where),
-        text_output=_text(row, "text_output", where) if "text_output" in row else "",
+        text_output=_text(row, "text_output", where) if row.get("text_output") else "",
         input_images=_images(row, "image_input", where, folder),
         extra=_extra(row),
     )

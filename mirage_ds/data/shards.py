@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.errors import DataError, name_full_disk
+from mirage_ds.errors import DataError, name_full_disk, name_unwritable
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -214,7 +214,8 @@ def new_folder(output: Path) -> Iterator[Path]:
             f"the output is there already ({output}); allowed is a new or an empty folder; name another or remove it"
         )
     temporary = output.absolute().parent / f".{output.name}.{os.getpid()}.tmp"
-    temporary.mkdir(parents=True)
+    with name_unwritable(output, "name another"):
+        temporary.mkdir(parents=True)
     remedy = f"nothing of {output.name} was kept; free some space, or write it to another disk"
     try:
         with name_full_disk(temporary.parent, remedy):

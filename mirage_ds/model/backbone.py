@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils.hub import cached_file
 
+from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
 from mirage_ds.tokens import TokenIds
 
 # transformers' names of parameters -> those in files, as on the hub: what every version of transformers reads.
 FILE_NAMES = {"model.visual.": "visual.", "model.language_model.": "model.", "lm_head.": "lm_head."}
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROW_MULTIPLE = 64  # of embeddings and head: matrix products like it, and the real models have spare rows too
 
 
@@ -65,6 +67,10 @@ class Backbone:
     def to(self, device: str) -> None:
         """Moves the whole model."""
         torch.nn.Module.to(self.hf, device)
+
+    def describe(self) -> str:
+        """How it is computed, in a few words."""
+        return f"{self.embed_tokens.weight.dtype} on {self.device}, attention {self.attention}".removeprefix("torch.")
 
     @property
     def vocab_size(self) -> int:
@@ -180,6 +186,14 @@ def file_name(name: str) -> str:
     """A parameter's name in a file of weights, from its name in transformers' model."""
     prefix = next(prefix for prefix in FILE_NAMES if name.startswith(prefix))
     return FILE_NAMES[prefix] + name.removeprefix(prefix)
+
+
+def has_file(path: str, name: str, cache_dir: Path | None = None) -> bool:
+    """Whether a folder or hub id has a file of this name."""
+    try:
+        return cached_file(path, name, cache_dir=cache_dir) is not None
+    except OSError:  # how transformers says that there is no such file
+        return False
 
 
 def check_latent_ids(ids: TokenIds, backbone: Backbone, path: str) -> None:

@@ -233,24 +233,32 @@ TRAIN = {
         (r"holds another run already \(run\.dir=run\)", "a folder of its own", r"set run\.dir to a new one, or"),
         prepare=run_of(),
     ),
-    "run folder without its configuration": Case(
-        (r"configuration cannot be read \(run\.dir=run\): .*config\.yaml", "only where its", r"set run\.dir to a new"),
+    "run folder without its facts": Case(
+        (r"start\.json cannot be read \(run\): ", "what the run wrote there", r"put it back, or take .* new run\.dir"),
         ("run.resume=auto",),
-        lambda folder: (run_without_checkpoint(folder), (folder / "run" / "config.yaml").unlink())[1],
+        lambda folder: (run_without_checkpoint(folder), (folder / "run" / "start.json").unlink())[1],
+    ),
+    "run folder of a run without checkpoint, on other shards": Case(
+        (r"started with another configuration \(in run\)", r"manifest_digest: 'other' -> ", "a run.dir of its own"),
+        ("run.resume=auto",),
+        lambda folder: run_without_checkpoint(folder, manifest_digest="other"),
+    ),
+    "run folder that cannot be made": Case(
+        (r"cannot be written: .* \(/dev/null/run\)", "a place where you may write", r"set run\.dir to a folder"),
+        ("run.dir=/dev/null/run",),
     ),
     "run folder of a run without checkpoint": Case(
         (r"started with another configuration \(in run\)", r"train\.lr: 0\.5 -> 0\.001", "a run.dir of its own"),
         ("run.resume=auto",),
-        lambda folder: run_without_checkpoint(folder),
+        lambda folder: run_without_checkpoint(folder, overrides=["train.lr=0.5"]),
     ),
 }
 
 
-def run_without_checkpoint(folder: Path) -> None:
-    (folder / "run").mkdir()
-    (folder / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
-    config = load_config(RECIPE, [*OVERRIDES, "train.lr=0.5"])
-    (folder / "run" / "config.yaml").write_text(config.model_dump_json())  # JSON is YAML
+def run_without_checkpoint(folder: Path, **changes: Any) -> None:
+    run_of(**changes)(folder)
+    (folder / "run" / "checkpoints" / "global_step2" / "run.json").rename(folder / "run" / "start.json")
+    shutil.rmtree(folder / "run" / "checkpoints")
 
 
 def contents(folder: Path) -> dict[str, str | None]:

@@ -1,5 +1,8 @@
 """Decoding: a batch does to each row what the row alone would get; sampling; what the terminal shows."""
 
+import json
+import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +16,9 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.sample import read_questions
 from mirage_ds.errors import ConfigError
-from mirage_ds.generate import LATENT_MARK, Decoder, Generation, Sampling, answer, load_decoder
+from mirage_ds.generate import Decoder, Generation, load_decoder
+from mirage_ds.sampling import Sampling
+from mirage_ds.terminal import LATENT_MARK, answer
 
 NUM_PROMPTS, MAX_NEW_TOKENS, CLOSE = 64, 24, 1e-3
 
@@ -93,6 +98,17 @@ def test_a_batch_ends_with_its_last_row(model: str, questions: Path, monkeypatch
     assert all(row.ids.index(decoder.ids.im_end) == len(row.ids) - 1 for row in found)
 
 
+def test_a_batch_that_is_cut_off_wastes_no_forward(
+    model: str, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, encoder = load(model, max_new_tokens=5)
+    calls = []
+    step = decoder.step
+    monkeypatch.setattr(decoder, "step", lambda *inputs: calls.append(inputs) or step(*inputs))
+    found = decoder.generate(collate(prompts(encoder, questions), align_latents=True))
+    assert max(len(row.ids) for row in found) == len(calls) == 5
+
+
 def test_sampling_depends_on_seed_and_row_alone(model: str, questions: Path) -> None:
     decoder, encoder = load(model, sampling=Sampling(0.7, 0.9, seed=1))
     rows = prompts(encoder, questions)[:8]
@@ -118,9 +134,19 @@ def test_draws_have_the_frequencies_of_transformers_warpers(temperature: float, 
     torch.testing.assert_close(found, expected, rtol=0, atol=0.03)  # 4 standard deviations at most
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 0.9), (0.7, 0.0), (0.7, 1.1)])
+@pytest.mark.parametrize("temperature", [1e-50, 1e300])
+def test_extreme_temperatures(temperature: float) -> None:
+    """The coldest takes the likeliest token, the hottest any."""
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).expand(500, -1) * 1e4
+    sampling = Sampling(temperature)
+    draws = sampling.choose(logits, [sampling.generator("row")] * 500)
+    assert len(draws.unique()) == 1 if temperature < 1 else len(draws.unique()) > 40
+    assert temperature > 1 or draws[0] == logits[0].argmax()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 0.9), (0.7, 0.0), (0.7, 1.1), (math.nan, 1), (math.inf, 1)])
 def test_what_is_no_way_of_sampling_is_refused(temperature: float, top_p: float) -> None:
-    with pytest.raises(ConfigError, match="allowed is a temperature of at least 0 and 0 < top-p <= 1"):
+    with pytest.raises(ConfigError, match="allowed is a finite temperature of at least 0 and 0 < top-p <= 1"):
         Sampling(temperature, top_p)
 
 
@@ -131,7 +157,7 @@ def test_the_terminal_shows_text_and_a_mark_for_each_latent(
     shown = set()
     for _, question in list(read_questions(questions))[:8]:
         (row,) = decoder.generate(collate([encoder.prompt(question)], align_latents=True))
-        assert answer(decoder, encoder, question) == len(row.ids)
+        assert answer(decoder, encoder, question) == (row.ids[-1] == decoder.ids.im_end)
         printed = capsys.readouterr().out
         assert printed.count(LATENT_MARK) == len(row.latents)
         assert printed.replace(LATENT_MARK, "").strip() == encoder.text_of(row.ids).strip()
@@ -148,3 +174,19 @@ def test_a_run_is_not_a_model(model: str, tmp_path: Path) -> None:
 def test_a_model_without_latent_settings_needs_the_latent_size(model: str) -> None:
     with pytest.raises(ConfigError, match=r"has no entry `mirage`.*set --latent-size"):
         load(model, latent_size=None)
+
+
+def test_a_tokenizer_of_another_model_is_refused(model: str, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    ids = {"pad": 151665, "start": 151666, "end": 151667}
+    config["mirage"] = {"latent_size": 4, "stage": "stage2", "system_turn": True, "latent_token_ids": ids}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"the tokenizer has the latent tokens .* config\.json says pad=151665"):
+        load(str(tmp_path / "model"))
+
+
+def test_a_model_of_another_kind_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ConfigError, match="the model is a qwen2"):
+        load(str(tmp_path), latent_size=None)

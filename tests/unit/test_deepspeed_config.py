@@ -67,8 +67,10 @@ def changed(path: Path, **changes: Any) -> str:
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, r'reduce_bucket_size is "auto" .*delete'),
         ({"comms_logger": {"on": True}}, r"unknown key comms_logger\.on"),
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is not 3"),
-        ({"communication_data_type": None}, "communication_data_type is not set"),
-        ({"data_types": None}, "data_types.grad_accum_dtype is not set"),
+        ({"communication_data_type": None}, "communication_data_type is None .*allowed is one of fp32, bf16"),
+        ({"communication_data_type": "fp99"}, "communication_data_type is 'fp99'"),
+        ({"data_types": None}, r"data_types\.grad_accum_dtype is None"),
+        ({"data_types": {"grad_accum_dtype": "fp99"}}, r"data_types\.grad_accum_dtype is 'fp99'"),
     ],
 )
 def test_a_file_that_disagrees_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

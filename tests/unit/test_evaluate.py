@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from generated_rows import write_jsonl
 from talkative import write_questions, write_talkative
 from typer.testing import CliRunner
 
-from mirage_ds.cli import app
+from mirage_ds.cli import app, main
 from mirage_ds.errors import DataError, MirageError
 from mirage_ds.evaluate import Answer, evaluate, read_task, success_rates
-from mirage_ds.generate import load_decoder
+from mirage_ds.generate import Decoder, load_decoder
 from mirage_ds.tasks.statistics import wilson_interval
 from mirage_ds.tasks.vsp import Outcome
 
@@ -53,8 +54,12 @@ def test_results(model: str, tmp_path: Path) -> None:
     assert any(record["num_latents"] for record in records)
     summary = json.loads((tmp_path / "new" / "results.jsonl.summary.json").read_text())
     assert summary["rates"]["all"]["strict"]["num_rows"] == 12
-    assert summary["settings"]["sampling"] == "greedy"
+    assert summary["settings"]["temperature"] == 0
     assert summary["settings"]["latent_size"] == 3
+    assert summary["settings"]["computed"] == "float32 on cpu, attention sdpa"
+    cut_off = [record for record in records if not record["complete"]]
+    assert all(record["num_tokens"] == 12 for record in cut_off)
+    assert f"{len(cut_off)} answers were cut off after 12 tokens" in printed
     assert {"torch", "transformers", "git_commit"} <= set(summary["versions"])
     for words in (PLANNING, "strict", "reference", "95% interval", "all"):
         assert words in printed
@@ -82,7 +87,7 @@ def test_sampled_and_zeroed(model: str, tmp_path: Path) -> None:
 def test_rates_by_level() -> None:
     """Three of four and none of one; the level "10" after "9"."""
     outcomes = [("9", True), ("9", True), ("9", False), ("9", True), ("10", False)]
-    answers = [Answer("", "", 0, level, {"exact": Outcome(right, "")}, {}) for level, right in outcomes]
+    answers = [Answer("", "", 1, 0, True, level, {"exact": Outcome(right, "")}, {}) for level, right in outcomes]
     rates = success_rates(answers)
     assert list(rates) == ["9", "10", "all"]
     assert [rates[level]["exact"]["rate"] for level in rates] == [0.75, 0.0, 0.6]
@@ -140,14 +145,49 @@ def test_results_that_are_there_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "results").read_text() == "mine"
 
 
-def test_an_evaluation_that_was_broken_off_leaves_no_results(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(("--model", "none/of/these"), "cannot be loaded"), (("--top-p", 2, "--temperature", 1), "sampling")],
+)
+def test_what_is_refused_writes_nothing(model: str, tmp_path: Path, more: tuple, message: str) -> None:
+    data = write_questions(tmp_path / "data", 4)
+    with pytest.raises(MirageError, match=message):
+        decode(model, data, tmp_path / "new" / "results", *more)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_results_that_cannot_be_written(model: str, tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data", 2)
+    with pytest.raises(DataError, match=r"cannot be written: .*/dev/null/results\.part.*name another --output"):
+        decode(model, data, Path("/dev/null/results"))
+
+
+def test_an_evaluation_that_is_broken_off_leaves_no_results(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is there by then stays in FILE.part, and the next start begins anew."""
-    data, output = write_questions(tmp_path / "data", 4), tmp_path / "results"
-    with pytest.raises(MirageError, match=r"config\.json cannot be read"):
-        decode(str(tmp_path / "none"), data, output)
+    data, output = write_questions(tmp_path / "data", 12), tmp_path / "results"
+    whole = Decoder.generate
+    monkeypatch.setattr(Decoder, "generate", broken_at_second_call(whole))
+    with pytest.raises(RuntimeError, match="broken off"):
+        decode(model, data, output)
     assert not output.exists()
+    assert len(lines(tmp_path / "results.part")) == 5
+    monkeypatch.setattr(Decoder, "generate", whole)
     decode(model, data, output)
-    assert len(lines(output)) == 4
+    assert len(lines(output)) == 12
+
+
+def broken_at_second_call(function: Callable) -> Callable:
+    calls = []
+
+    def wrapped(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("broken off")
+        return function(*arguments)
+
+    return wrapped
 
 
 def test_multiple_choice(model: str, tmp_path: Path) -> None:
@@ -169,5 +209,30 @@ def test_generate(model: str, tmp_path: Path) -> None:
     with_images = run(*common, "<image> or <image>: reach?", *images)
     assert with_images.strip()
     assert run(*common, "reach?") != with_images
-    with pytest.raises(DataError, match=r"2 image slots for 1 input images \(the command line\)"):
+    with pytest.raises(DataError, match=r"2 image slots for 1 input images \(--prompt\)"):
         run(*common, "<image> or <image>", *images[:2])
+    with pytest.raises(DataError, match=r"the question is empty \(--prompt\)"):
+        run(*common, "")
+    with pytest.raises(DataError, match=r"cannot be read: No such file or directory \(--image nothing\.png\)"):
+        run(*common, "?", "--image", "nothing.png")
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
+def test_a_user_s_mistake_is_one_message_and_exit_code_2(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = str(tmp_path / "nothing")
+    options = {
+        "generate": ["--model", nothing, "--prompt", "?"],
+        "evaluate": ["--model", nothing, "--task", PLANNING, "--data", nothing, "--output", nothing],
+        "export": ["--checkpoint", nothing, "--output", nothing],
+    }
+    monkeypatch.setattr("sys.argv", ["mirage", command, *options[command]])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert nothing in message
+    assert "Traceback" not in message
+    assert not list(tmp_path.iterdir())

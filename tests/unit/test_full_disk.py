@@ -14,7 +14,7 @@ import launching
 import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from generated_rows import write_rows
+from generated_rows import write_jsonl, write_rows
 
 from data_tools.build import build
 from mirage_ds import checkpoint
@@ -82,6 +82,10 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
         "checkpoint.interval=1",
         "run.resume=auto",
     ]
+    rows = [{"text_input": "?", "map_desc": [[1, 2], [0, 0]], "note": "long " * 1000} for _ in range(20)]
+    questions = write_jsonl(place / "questions.jsonl", rows)
+    model = ["--model", f"{place}/model", "--latent-size", "2", "--max-new-tokens", "2", "--batch-size", "5"]
+    evaluation = ["--task", "vsp-spatial-planning", "--data", str(questions), "--output", f"{disk}/results"]
     vsp = ["--output", f"{disk}/vsp", "--num-train", "30", "--num-test", "2", "--levels", "3"]
     starts = [
         {"name": "build", "arguments": ["build", "--input", f"{place}/rows/rows.jsonl", "--output", f"{disk}/new"]},
@@ -89,13 +93,14 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
         {"name": "init", "arguments": ["init", "--from", f"{place}/model", "--output", f"{disk}/copy"]},
         {"name": "no room at the start", "arguments": run},
         {"name": "second checkpoint", "arguments": run},
+        {"name": "export", "arguments": ["export", "--checkpoint", f"{disk}/run", "--output", f"{disk}/model"]},
+        {"name": "evaluate", "arguments": ["evaluate", *model, *evaluation]},
         {"name": "while writing", "arguments": run, "lie": True},
         {"name": "metrics", "arguments": [*run, "checkpoint.interval=0"], "lie": True, "fill": True},
     ]
     for start in starts:
         start["folder"] = str(folder)
-    for start in starts[:4]:
-        start["fill"] = True
+        start["fill"] = start.get("fill", start["name"] not in ("second checkpoint", "while writing"))
     script = str(Path(forked_starts.__file__).parent / "small_disk.py")
     result = subprocess.run(
         [*NAMESPACE, sys.executable, script, str(disk), str(int(1.6 * checkpoint_bytes))],
@@ -113,7 +118,7 @@ def check_whole(run: Path, checkpoint_bytes: int) -> None:
     """`latest` names step 1, and all of it is there."""
     found = checkpoint.latest(run)
     assert found == run / "checkpoints" / "global_step1"
-    assert checkpoint.read_facts(found)["step"] == 1
+    assert checkpoint.read_facts(found / "run.json")["step"] == 1
     state = get_fp32_state_dict_from_zero_checkpoint(str(found.parent), tag=found.name)
     assert all(tensor.isfinite().all() for tensor in state.values())
     size = sum(path.stat().st_size for path in found.iterdir())
@@ -124,6 +129,16 @@ def check_whole(run: Path, checkpoint_bytes: int) -> None:
 def test_a_new_folder_is_not_left_in_part(outcomes: dict[str, Outcome], place: Path, name: str, output: str) -> None:
     outcomes[name].check_message(f"the disk is full ({place}/disk", f"nothing of {output} was kept", "free some space")
     assert [path.name for path in outcomes[name].disk.iterdir()] == ["filler"]
+
+
+def test_an_export_is_not_left_in_part(outcomes: dict[str, Outcome], place: Path) -> None:
+    outcomes["export"].check_message(f"the disk is full ({place}/disk", "nothing of model was kept", "free some space")
+    assert {path.name for path in outcomes["export"].disk.iterdir()} == {"filler", "run"}
+
+
+def test_results_are_not_left_in_part_under_their_name(outcomes: dict[str, Outcome], place: Path) -> None:
+    outcomes["evaluate"].check_message(f"the disk is full ({place}/disk)", "name another --output, and start again")
+    assert not (outcomes["evaluate"].disk / "results").exists()
 
 
 def test_a_run_whose_checkpoint_has_no_room_does_not_start(outcomes: dict[str, Outcome], place: Path) -> None:

@@ -29,7 +29,7 @@ def facts() -> dict[str, Any]:
 @pytest.fixture
 def checkpoint(tmp_path: Path, facts: dict[str, Any]) -> Path:
     (tmp_path / "run.json").write_text(json.dumps({"step": 4, "position": 16} | facts))
-    return tmp_path
+    return tmp_path / "run.json"
 
 
 def changed(facts: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def test_other_changes_are_refused_with_both_values(
 
 def test_a_checkpoint_without_its_facts_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
-        check_same_run(tmp_path, {})
+        check_same_run(tmp_path / "run.json", {})
 
 
 def test_flatten() -> None:

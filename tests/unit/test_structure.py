@@ -21,8 +21,9 @@ LAYERS = (
     ("trainer", "validation"),
     ("checkpoint",),
     ("run", "export"),
+    ("sampling",),
     ("generate",),
-    ("evaluate",),
+    ("evaluate", "terminal"),
     ("after_step",),
     ("train", "cli"),
 )
