@@ -23,6 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from mirage_ds.config import TaskName
 from mirage_ds.data.encode import Encoder
@@ -239,6 +240,7 @@ def main(
         raise SystemExit(f"the folder is there already ({output}); the demo needs a new one; delete it or set --output")
     # Two ranks on a few cores: more threads than cores only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // RANKS)))
+    transformers_logging.disable_progress_bar()
     Demo(output, SHORT if short else FULL).run()
 
 

@@ -165,8 +165,8 @@ def read_facts(file: Path) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file.name} cannot be read ({file.parent}): {error}; allowed is what the run wrote there; put it back, or "
-            "take another checkpoint, or a new run.dir"
+            f"{file.name} cannot be read ({file.parent}): {error}; allowed is what the run wrote there; "
+            "put it back, or take another checkpoint, or a new run.dir"
         ) from error
     return facts
 

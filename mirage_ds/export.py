@@ -33,7 +33,7 @@ from mirage_ds.partitions import StoredParameter, check_fit, stored_parameters
 from mirage_ds.tokens import TokenIds
 
 INDEX_NAME = "model.safetensors.index.json"
-GB = 10**9
+MB = 10**6
 
 
 def export_checkpoint(
@@ -68,7 +68,7 @@ def export_checkpoint(
     _set_config(hf, DTYPES[dtype], _latent_settings(config, TokenIds.of(tokenizer)))
     parameters = {file_name(name): stored[name] for name, _ in hf.named_parameters()}
     files = _divide(parameters, DTYPES[dtype], max_shard_size)
-    size = f"{files.metadata['total_size'] / GB:.2f} GB"
+    size = f"{files.metadata['total_size'] / MB:.1f} MB"
     try:
         with new_folder(output) as folder:
             hf.config.save_pretrained(folder)

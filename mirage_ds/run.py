@@ -111,8 +111,8 @@ def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
         lines = "\n".join(f"  - {text}" for text in harmful)
         raise CheckpointError(
             f"the run was started with another configuration (in {file.parent}):\n{lines}\na run that goes on keeps "
-            "what decides its losses; undo these changes, or give the changed run a run.dir of its own (with run.init_from "
-            "to start from these weights)"
+            "what decides its losses; undo these changes, or give the changed run a run.dir of its own (with "
+            "run.init_from to start from these weights)"
         )
     return harmless
 
