@@ -1,6 +1,8 @@
 """A short form of `make demo`: the same code and commands with few steps. What it learns is not looked at here."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +57,7 @@ def test_what_is_said(demo: Path) -> None:
     assert output.count("$ mirage-data build") == 2
     for words in ("stage 1 + stage 2", "the same, latents zeroed", "95% interval", "Latents against text only:"):
         assert words in output
+    assert f"mirage generate --model {demo / 'run' / 'stage2-model'} --prompt" in output
     assert f"tensorboard --logdir {demo / 'run'}" in output.replace("\n", "")
 
 
@@ -68,3 +71,22 @@ def test_a_folder_that_is_there_is_left_alone(demo: Path) -> None:
     )
     assert result.returncode != 0
     assert "the folder is there already" in result.stderr
+
+
+@pytest.mark.skipif(
+    "MIRAGE_VSP_DIR" not in os.environ,
+    reason="MIRAGE_VSP_DIR does not name the reference's own rows, which have no licence to be shipped",
+)
+def test_its_model_answers_the_reference_s_planning_rows(demo: Path) -> None:
+    """All of them, by the command; the table has their levels."""
+    data = Path(os.environ["MIRAGE_VSP_DIR"]) / "test" / "test_part.jsonl"
+    command = ["mirage", "evaluate", "--model", str(demo / "run" / "stage2-model"), "--task", "vsp-spatial-planning"]
+    command += ["--data", str(data), "--output", str(demo / "results.jsonl"), "--max-new-tokens", "16"]
+    result = subprocess.run(command, env=launching.environment(), capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    answers = [json.loads(line) for line in (demo / "results.jsonl").read_text().splitlines()]
+    assert [answer["row"]["map_id"] for answer in answers] == [row["map_id"] for row in rows]
+    for level in ("3", "4", "5", "6"):
+        count = sum(len(row["map_desc"]) == int(level) for row in rows)
+        assert re.search(rf"{level}\W+{count}\W", result.stdout)

@@ -100,3 +100,10 @@ def test_ascii_and_no_placeholders() -> None:
     for path in SOURCES:
         assert path.read_text().isascii(), path
         assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", path.read_text()), path
+
+
+def test_the_readme_names_every_file_of_the_package() -> None:
+    tree = (ROOT / "README.md").read_text().split("\n## Files\n")[1]
+    named = {name for line in tree.splitlines() if line.startswith("  ") for name in re.findall(r"\S+\.py\b", line)}
+    there = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert named == there
