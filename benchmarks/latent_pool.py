@@ -133,6 +133,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="two images of D 64 only")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here; times are taken on one; --device cpu --small tries the script out")
     numbers, dims, copy_bytes = ((1, 8, 64, 256), (2048, 3584, 5120, 8192), COPY_BYTES)
     if arguments.small:
         numbers, dims, copy_bytes = (2,), (64,), 2**20
