@@ -61,7 +61,17 @@ def latent_pool(
 def latent_pool_backward(
     mean_grads: torch.Tensor, bounds: torch.Tensor, index: torch.Tensor | None, num_rows: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Gradients of the segments' means [N, D] float32 -> the gradient of patch_embeds [num_rows, D] in `dtype`."""
+    """Gradients of the segments' means -> the gradient of patch_embeds; called by the op's autograd alone.
+
+    Args:
+        mean_grads: [N, D] float32.
+        bounds, index: those of the forward pass, which checked them.
+        num_rows: P.
+        dtype: of patch_embeds.
+
+    Returns:
+        [P, D] in `dtype`; rows in no segment get 0.
+    """
     if takes_kernel(mean_grads.device):
         return _kernels().mean_backward(mean_grads, bounds, index, num_rows, dtype)
     return reference.mean_backward(mean_grads, bounds, index, num_rows).to(dtype)
@@ -112,7 +122,12 @@ latent_pool.register_autograd(_backward, setup_context=_setup_context)
 
 def takes_kernel(device: torch.device) -> bool:
     """Whether tensors on `device` take the kernels."""
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cuda" or interprets()
+
+
+def interprets() -> bool:
+    """Whether Triton interprets: its own reading of the variable."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def describe_path(device: torch.device) -> str:
@@ -123,7 +138,7 @@ def describe_path(device: torch.device) -> str:
     """
     if not takes_kernel(device):
         return f"latent_pool: plain torch on {device.type}"
-    how = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
+    how = "interpreted" if interprets() else "compiled"
     return f"latent_pool: Triton {_kernels().triton.__version__} kernels on {device.type}, {how}"
 
 
@@ -158,10 +173,12 @@ def _check(
     if patch_embeds.dtype not in DTYPES or out_dtype not in DTYPES:
         raise _error(f"the dtypes are {patch_embeds.dtype} and {out_dtype}", f"each of {DTYPES}", "convert before")
     for name, tensor in (("bounds", bounds), ("index", index)):
-        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype != torch.int64):
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu" or tensor.dtype != torch.int64 or not tensor.is_contiguous():
             raise _error(
-                f"{name} is {tensor.dtype} on {tensor.device}",
-                "int64 on the CPU, where it can be checked without waiting for the device",
+                f"{name} is {tensor.dtype} on {tensor.device} with strides {list(tensor.stride())}",
+                "contiguous int64 on the CPU, where it can be checked without waiting for the device",
                 "leave it there as segments.py makes it",
             )
     if bounds.shape != (num_latents, 2) or num_latents == 0:

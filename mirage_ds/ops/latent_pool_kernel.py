@@ -87,7 +87,9 @@ def _inverse_norm_kernel(
     segment = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, BLOCK)
     square = tl.sum(tl.load(squares + segment * num_parts + parts, mask=parts < num_parts, other=0.0), axis=0)
-    tl.store(inverse_norms + segment, 1.0 / tl.maximum(tl.sqrt(square), eps))
+    # Rounded to nearest, as in torch: of a norm of eps or less the backward pass must find exactly 1 / eps.
+    norm = tl.maximum(tl.sqrt_rn(square), eps, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(inverse_norms + segment, tl.div_rn(1.0, norm))
 
 
 @triton.jit
@@ -161,7 +163,7 @@ def mean_backward(
 ) -> torch.Tensor:
     """reference.mean_backward of float32 gradients [N, D] -> [num_rows, D] in `dtype`."""
     device, dim = mean_grads.device, mean_grads.shape[1]
-    row_grads = mean_grads / _to_device(bounds.diff(dim=1), device)
+    row_grads = (mean_grads / _to_device(bounds.diff(dim=1), device)).contiguous()  # autograd gives any strides
     patch_bounds, segments = transpose(bounds, index, num_rows)
     most_segments = int(patch_bounds.diff().max())
     grad = torch.empty((num_rows, dim), dtype=dtype, device=device)
@@ -196,7 +198,8 @@ def transpose(bounds: torch.Tensor, index: torch.Tensor | None, num_rows: int) -
         rows = index[rows]
     counts = torch.bincount(rows, minlength=num_rows)
     begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return begins, segments[rows.argsort(stable=True)]
+    in_order = bool((rows.diff() >= 0).all())  # as of segments that do not overlap; sorting takes milliseconds
+    return begins, segments if in_order else segments[rows.argsort(stable=True)]
 
 
 def _to_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:

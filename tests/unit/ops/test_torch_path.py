@@ -107,6 +107,24 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(torch.zeros(4, 2).double(), BOUNDS, None, 2, torch.float32, "torch.float64 and", id="dtype"),
         pytest.param(torch.zeros(4, 2), BOUNDS, None, 2, torch.int32, "and torch.int32", id="output dtype"),
         pytest.param(torch.zeros(4, 2), BOUNDS.int(), None, 2, torch.float32, "bounds is torch.int32", id="bounds"),
+        pytest.param(
+            torch.zeros(4, 2),
+            torch.tensor([[0, 2], [2, 4]]).T,
+            None,
+            2,
+            torch.float32,
+            r"bounds .* strides \[1, 2\].*contiguous int64",
+            id="bounds' strides",
+        ),
+        pytest.param(
+            torch.zeros(4, 2),
+            BOUNDS,
+            torch.arange(8)[::2],
+            2,
+            torch.float32,
+            r"index .* strides \[2\].*contiguous int64",
+            id="index' strides",
+        ),
     ],
 )
 def test_refused_before_launch(
@@ -144,8 +162,10 @@ def test_which_path(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"triton is missing.*pip install triton=="):
         describe_path(torch.device("cuda"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(ConfigError, match=r"triton is missing"):
-        latent_pool(torch.ones(4, 2), BOUNDS, None, 2, torch.float32)
+    for value in ("1", "true"):  # Triton takes both
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        with pytest.raises(ConfigError, match=r"triton is missing"):
+            latent_pool(torch.ones(4, 2), BOUNDS, None, 2, torch.float32)
 
 
 def test_the_remedy_names_the_tested_triton() -> None:
