@@ -1,6 +1,7 @@
 """Starts real processes: DeepSpeed's launcher on this machine, with ranks that have one thread each."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,7 +33,13 @@ def start(ranks: int, *arguments: str, log: Path, cwd: Path | None = None) -> su
     command = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     with log.open("wb") as output:
         return subprocess.Popen(
-            [*command, *arguments], env=environment(), cwd=cwd, stdout=output, stderr=subprocess.STDOUT
+            [*command, *arguments],
+            # What DeepSpeed compiles goes there: in the user's folder a build that was killed leaves a lock for ever.
+            env=environment() | {"TORCH_EXTENSIONS_DIR": str(log.parent / "torch_extensions")},
+            cwd=cwd,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
         )
 
 
@@ -41,7 +48,9 @@ def finish(process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> str
     try:
         code = process.wait(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        process.terminate()  # DeepSpeed's launcher ends its ranks
         raise AssertionError(f"no end after {timeout_s} s:\n{log.read_text()[-4000:]}") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # a signal to the launcher alone would leave its ranks behind
     assert code == 0, log.read_text()[-4000:]
     return log.read_text()
