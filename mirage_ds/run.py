@@ -28,6 +28,7 @@ HARMLESS = (
     "run.dir",
     "run.init_from",
     "run.resume",
+    "run.save_before_end_s",
     "model.cache_dir",
     "model.attention",
     "model.gather",
@@ -44,6 +45,7 @@ HARMLESS = (
     "checkpoint.*",
     "evaluation.*",
     "distributed.*",
+    "launch.*",
 )
 # Parts of the DeepSpeed JSON that change results; what its other parts decide does not.
 DEEPSPEED_MATHEMATICS = ("data_types", "communication_data_type")
