@@ -53,7 +53,7 @@ def test_what_is_left_behind(demo: Path) -> None:
 def test_what_is_said(demo: Path) -> None:
     """Every command as a user would type it, the table, and where things lie."""
     output = (demo / "output").read_text()
-    assert output.count("$ deepspeed --num_accelerators 2 --module mirage_ds.train") == 3
+    assert output.count("$ mirage-launch local --ranks 2") == 3
     assert output.count("$ mirage-data build") == 2
     for words in ("stage 1 + stage 2", "the same, latents zeroed", "95% interval", "Latents against text only:"):
         assert words in output
