@@ -1,6 +1,6 @@
 """`mirage-launch local` with stand-ins for the trainer: who is started, told and ended, and what is reported.
 
-Real ranks: tests/distributed/test_local.py.
+Real ranks: tests/distributed/test_local_launch.py.
 """
 
 import json
