@@ -138,7 +138,7 @@ def test_a_signal_to_one_rank_saves_all(ground: Path, tmp_path: Path) -> None:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-    text = launching.finish(asked, log, timeout_s=100)
+    text = launching.finish(asked, log, timeout_s=800)
     step = json.loads((run_dir / "preempted").read_text())["step"]
     assert 3 <= step < STEPS
     assert f"rank 1: SIGUSR1; the run saves after step {step}" in text
@@ -147,7 +147,7 @@ def test_a_signal_to_one_rank_saves_all(ground: Path, tmp_path: Path) -> None:
         beat = json.loads((run_dir / "heartbeat" / f"rank_{number}").read_text())
         assert (beat["step"], beat["host"]) == (step, socket.gethostname())
 
-    launching.finish(launching.start(2, *arguments, log=log), log, timeout_s=200)
+    launching.finish(launching.start(2, *arguments, log=log), log, timeout_s=800)
     assert not (run_dir / "preempted").exists()
     expected, got = (records(ground / name / "metrics.jsonl") for name in ("stage1-whole", "stage1-asked"))
     assert [record["loss_hex"] for record in got] == [record["loss_hex"] for record in expected]
