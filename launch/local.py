@@ -73,6 +73,7 @@ class Launch:
         """
         self.grace_s = grace_s
         self.code = 0  # the launcher's own exit code
+        self.cause = ""  # what others say after it, for example of a lost connection, follows from it
         self.signals, write_end = os.pipe()
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end)
@@ -116,6 +117,8 @@ class Launch:
                     interrupted = True
                     say("the run saves and ends; Ctrl-\\ ends it at once")
                 self.send(FORWARDED[number])
+        if self.cause:
+            say(f"{self.cause}; its message above is the one to read")
         # Saved or not: in a shell, `stage 1 && stage 2` shall not go on with stage 2 after a Ctrl-C.
         return self.code or (128 + signal.SIGINT if interrupted else 0)
 
@@ -134,6 +137,8 @@ class Launch:
                 killer = -process.returncode
                 self.code = 128 + killer if killer > 0 else process.returncode
                 end = signal.Signals(killer).name if killer > 0 else f"exit code {self.code}"
+                if self.ranks:
+                    self.cause = f"rank {rank} was the first that failed, with {end}"
                 say(f"rank {rank} ended with {end}" + (", the others are ended" if self.ranks else ""))
                 self.send(signal.SIGTERM)
                 signal.alarm(self.grace_s)

@@ -150,6 +150,7 @@ def test_the_first_failure_ends_all_and_is_the_exit_code(end: str, code: int, sa
     result = run_ranks(3, f"import os, sys, time\nif os.environ['RANK'] == '1': {end}\ntime.sleep(600)")
     assert result.returncode == code
     assert f"mirage-launch: rank 1 ended with {said}, the others are ended" in result.stderr
+    assert f"mirage-launch: rank 1 was the first that failed, with {said}" in result.stderr.splitlines()[-1]
 
 
 def test_who_does_not_end_after_a_failure_is_killed(start: Callable[..., Started]) -> None:
