@@ -99,7 +99,7 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
 
 def main() -> None:
     listing, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
-    device = distributed.init(timeout_s=60)
+    device = distributed.init(timeout_s=300)
     for settings in json.loads(listing.read_text()):
         run(settings, folder, folder / "rows" / "rows.jsonl", device)
     distributed.shut_down()

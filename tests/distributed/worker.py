@@ -159,7 +159,7 @@ def take_gathered_bytes() -> int:
 
 def main() -> None:
     cases, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
-    device = distributed.init(timeout_s=60)
+    device = distributed.init(timeout_s=300)
     for settings in json.loads(cases.read_text()):
         case = Case(**settings)
         report = run(case, folder, device)

@@ -290,7 +290,7 @@ def starts(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         arguments = [str(RECIPE), *OVERRIDES, *case.overrides]
         started.append({"name": name, "arguments": arguments, "folder": str(place)})
     before = {start["name"]: contents(Path(start["folder"])) for start in started}
-    codes = forked_starts.run(started, timeout_s=600)
+    codes = forked_starts.run(started, timeout_s=1500)
     return {
         start["name"]: (
             codes[start["name"]],

@@ -377,7 +377,7 @@ def in_child(script: str, *arguments: str) -> str:
         env=launching.environment() | {"MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

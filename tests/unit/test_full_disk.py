@@ -108,7 +108,7 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
         env=launching.environment(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert result.returncode == 0, result.stderr
     return {name: Outcome(place, name, code) for name, code in json.loads(result.stdout).items()}
