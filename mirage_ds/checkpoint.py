@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 
-from mirage_ds import distributed
+from mirage_ds import distributed, reshard
 from mirage_ds.config import Config
 from mirage_ds.engine import whole_numel
 from mirage_ds.errors import CheckpointError, DiskFullError
@@ -172,34 +172,31 @@ def read_facts(file: Path) -> dict[str, Any]:
 
 
 def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
-    """Loads everything; the next step is the one that would have come."""
-    client_state = _load(engine, checkpoint)
-    torch.set_rng_state(client_state["random"]["cpu"])
-    if "cuda" in client_state["random"]:
-        torch.cuda.set_rng_state(client_state["random"]["cuda"])
+    """Loads everything; the next step is the one that would have come. The number of ranks may be another one."""
     facts = read_facts(checkpoint / FACTS_NAME)
-    return TrainState(step=facts["step"], position=facts["position"])
+    state = TrainState(step=facts["step"], position=facts["position"])
+    if facts["world_size"] == distributed.world_size():
+        client_state = _load(engine, checkpoint)
+        torch.set_rng_state(client_state["random"]["cpu"])
+        if "cuda" in client_state["random"]:
+            torch.cuda.set_rng_state(client_state["random"]["cuda"])
+        return state
+    # Each rank's random state stays as its seed made it: nothing that a step computes is drawn at random.
+    reshard.load_weights(engine, checkpoint, facts["world_size"])
+    updates = reshard.load_optimizer(engine, checkpoint, facts["world_size"])
+    engine.global_steps, engine.global_samples = state.step, state.position
+    engine.skipped_steps = state.step - updates
+    return state
 
 
 def check_start(run_dir: Path, config: Config) -> None:
     """Refuses to start from weights of another kind.
 
     Raises:
-        CheckpointError: no checkpoint, another number of ranks, or another latent_size.
+        CheckpointError: no checkpoint, or another latent_size.
     """
     checkpoint = find_latest(run_dir)
     facts = read_facts(checkpoint / FACTS_NAME)
-    if facts["world_size"] != distributed.world_size():
-        raise CheckpointError(
-            f"{checkpoint} was saved by {facts['world_size']} ranks, this run has {distributed.world_size()} "
-            f"(run.init_from={run_dir}); the shards of a checkpoint fit the same number of ranks; "
-            f"start {facts['world_size']} ranks"
-        )
-    if facts["config"]["model"]["train_tower"] != config.model.train_tower:
-        raise CheckpointError(
-            f"{checkpoint} was trained with model.train_tower={facts['config']['model']['train_tower']}, this run has "
-            f"{config.model.train_tower} (run.init_from={run_dir}); the shards hold what was trained; set it alike"
-        )
     stage, latent_size = facts["config"]["train"]["stage"], facts["config"]["model"]["latent_size"]
     if stage != "text" and latent_size != config.model.latent_size:
         raise CheckpointError(
@@ -210,15 +207,9 @@ def check_start(run_dir: Path, config: Config) -> None:
 
 
 def load_weights(engine: DeepSpeedEngine, run_dir: Path) -> None:
-    """Loads the float32 masters of a run's last checkpoint, and nothing else of it: the optimizer starts anew."""
-    groups = engine.optimizer.optimizer.param_groups
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    # DeepSpeed keeps ZeRO-3's weights with the optimizer's state, so both are loaded and the state is dropped.
-    _load(engine, find_latest(run_dir))
-    engine.optimizer.optimizer.state.clear()
-    for group, own in zip(engine.optimizer.optimizer.param_groups, settings, strict=True):
-        group.update(own)
-    engine.global_steps = engine.global_samples = engine.micro_steps = engine.skipped_steps = 0
+    """Loads the weights of a run's last checkpoint, trained and frozen ones, and nothing else of it."""
+    checkpoint = find_latest(run_dir)
+    reshard.load_weights(engine, checkpoint, read_facts(checkpoint / FACTS_NAME)["world_size"])
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:

@@ -103,9 +103,13 @@ def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
     changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
     harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in HARMLESS)]
     harmful = [text for text in changes.values() if text not in harmless]
-    for key in ("world_size", "global_batch_size", "manifest_digest", "max_steps"):
+    if before["world_size"] != facts["world_size"]:
+        harmless.append(f"ranks: {before['world_size']} -> {facts['world_size']}")
+    for key in ("global_batch_size", "manifest_digest", "max_steps"):
         if before[key] != facts[key]:
             harmful.append(f"{key}: {before[key]!r} -> {facts[key]!r}")
+    if before["global_batch_size"] != facts["global_batch_size"]:
+        harmful.append(f"with train.global_batch_size={before['global_batch_size']} it would be the same on any ranks")
     for key in DEEPSPEED_MATHEMATICS:
         if before["deepspeed"].get(key) != facts["deepspeed"].get(key):
             harmful.append(f"{key}: {before['deepspeed'].get(key)!r} -> {facts['deepspeed'].get(key)!r}")
