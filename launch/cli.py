@@ -2,6 +2,7 @@
 
 import typer
 
+from launch.slurm import slurm
 from mirage_ds import errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -10,6 +11,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 @app.callback()
 def launch() -> None:
     """Starts runs of mirage_ds."""
+
+
+app.command("slurm")(slurm)
 
 
 def main() -> None:
