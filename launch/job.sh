@@ -1,13 +1,13 @@
 #!/bin/bash
-# @{recipe} on SLURM, from commit @{commit}. Written by `mirage-launch slurm`.
+# @@{recipe} on SLURM, from commit @@{commit}. Written by `mirage-launch slurm`.
 # One log for all starts; RUN/jobs/N/attempts.jsonl says how each of them ended.
-@{options}
+@@{options}
 #SBATCH --requeue                    # SLURM may start it again, under the same id
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@@@{warning_s}          # warns this script so many seconds before the time limit
+#SBATCH --signal=@@{warning}         # warns this script so many seconds before the time limit
 
-job=@{job}
-python=@{python}
+job=@@{job}
+python=@@{python}
 
 # Environment: all of it is set here, and sbatch hands on what was set at submission.
 export PYTHONPATH="$job/code${PYTHONPATH:+:$PYTHONPATH}"   # the code as it was at submission
@@ -17,10 +17,10 @@ export MASTER_ADDR
 export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 # A build that was killed leaves a lock for ever: what torch compiles goes to a new folder at each start.
-cache=@{local_disk}/mirage_ds-$(id -un)
+cache=@@{local_disk}/mirage_ds-$(id -un)
 export TRITON_CACHE_DIR="$cache/triton"
 export TORCH_EXTENSIONS_DIR="$cache/torch_extensions-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
-@{environment}
+@@{environment}
 echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
 env | grep -E '^(MASTER_|OMP_|NCCL_|UCX_|TORCH|TRITON|CUDA|DS_|HF_|PYTHON)' | sort
 
@@ -39,8 +39,8 @@ run_step() {
 next=$("$python" -m launch.attempts begin "$job") || exit 1
 if [ "$next" = run ]; then
     # One task on each node looks for the shards, then every rank trains.
-    run_step --ntasks-per-node=1 --ntasks="$SLURM_NNODES" @{step}-m launch.node_check "$job"
-    [ $code -ne 0 ] || run_step --kill-on-bad-exit=1 @{step}-u -m mirage_ds.train "$job/recipe.yaml"
+    run_step --ntasks-per-node=1 --ntasks="$SLURM_NNODES" @@{step}-m launch.node_check "$job"
+    [ $code -ne 0 ] || run_step --kill-on-bad-exit=1 @@{step}-u -m mirage_ds.train "$job/recipe.yaml"
     next=$("$python" -m launch.attempts end "$job" --code "$code" "${terminated[@]}") || exit 1
 fi
 

@@ -33,9 +33,9 @@ PACKAGES = (mirage_ds, launch, ds_configs)
 
 
 class Script(string.Template):
-    """Bash has its own use for $."""
+    """Bash has its own use for $ and for @."""
 
-    delimiter = "@"
+    delimiter = "@@"
 
 
 def slurm(
@@ -200,7 +200,7 @@ def render(recipe: Path, config: Config, cluster: Cluster, nodes: int, job: Path
         recipe=recipe,
         commit=versions()["git_commit"],
         options="\n".join(f"#SBATCH {line}" for line in (*lines, *cluster.sbatch)),
-        warning_s=config.run.save_before_end_s,
+        warning=f"B:USR1@{config.run.save_before_end_s}",
         job=shlex.quote(str(job)),
         python=shlex.quote(sys.executable),
         local_disk=shlex.quote(str(cluster.local_disk)),
