@@ -7,6 +7,7 @@ RUN/jobs/N/id            SLURM's number
 RUN/jobs/N/log           what all starts of the job print
 """
 
+import re
 import shlex
 import shutil
 import string
@@ -79,7 +80,11 @@ def slurm(
     check_partition(settings.partition, nodes)
     check_not_queued(config.run.dir)
     folder = write(recipe, config, settings, nodes)
-    number = ask("sbatch", "--parsable", str(folder / "job.sh")).split(";")[0].strip()
+    try:
+        number = ask("sbatch", "--parsable", str(folder / "job.sh")).split(";")[0].strip()
+    except ConfigError:
+        shutil.rmtree(folder)  # no job came of it
+        raise
     (folder / "id").write_text(number + "\n")
     again = shlex.join(["mirage-launch", *sys.argv[1:]])
     print(
@@ -131,7 +136,36 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
         DataError: what the run reads is not on this machine.
     """
     config.train.accumulation_steps(nodes * ranks(cluster))
+    limit_s = seconds(cluster.time) if cluster.time else None
+    if limit_s is not None and limit_s <= config.run.save_before_end_s:
+        raise ConfigError(
+            f"the time limit is {limit_s} s (--time {cluster.time}), and run.save_before_end_s="
+            f"{config.run.save_before_end_s}: the run would be saved as soon as it starts; allowed is a longer limit; "
+            "set --time or run.save_before_end_s"
+        )
     check_inputs(config)
+
+
+def seconds(limit: str) -> int | None:
+    """A time limit as SLURM writes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None: no limit.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if limit.lower() in ("infinite", "unlimited"):
+        return None
+    found = re.fullmatch(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})", limit)
+    if found is None:
+        raise ConfigError(
+            f"the time limit is not understood (--time {limit}); allowed are minutes, H:M:S, D-H and D-H:M:S, for "
+            "example 24:00:00; correct it"
+        )
+    parts = [int(part) for part in found["rest"].split(":")]
+    if found["days"]:
+        hours, minutes, rest = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, rest = {1: [0, parts[0], 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return ((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def check_not_queued(run: Path) -> None:

@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from launch.cli import app
+from launch.slurm import seconds
 from mirage_ds.config import load_config
 from mirage_ds.errors import ConfigError, DataError, MirageError
 
@@ -66,6 +67,8 @@ def submit(*arguments: str) -> str:
         (["--nodes", "2", "model.path=./gone"], ConfigError, "the model's folder is not there"),
         (["--nodes", "2", "run.init_from=gone"], DataError, "the run to start from is not there"),
         (["--nodes", "2", "train.lrr=1"], ConfigError, "train.lrr"),
+        (["--nodes", "2", "--time", "2"], ConfigError, r"limit is 120 s \(--time 2\), and run.save_before_end_s=120"),
+        (["--nodes", "2", "--time", "2h"], ConfigError, "not understood .*24:00:00"),
         (["--nodes", "2", "--sbatch", "qos=long"], ConfigError, "'qos=long'"),
         (["--nodes", "2", "--cluster", "nope"], ConfigError, "no such cluster .* example"),
     ],
@@ -99,6 +102,15 @@ def test_slurm_refuses(here: Path) -> None:
     (here / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid account' >&2; exit 1\n")
     with pytest.raises(ConfigError, match="Invalid account"):
         submit("--nodes", "1", "--ranks-per-node", "1")
+    assert not list((here / "a run" / "jobs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [("30", 1800), ("2:30", 150), ("24:00:00", 86400), ("1-2", 93600), ("1-2:03:04", 93784), ("UNLIMITED", None)],
+)
+def test_time_limits_are_read_as_slurm_does(limit: str, wanted: int | None) -> None:
+    assert seconds(limit) == wanted
 
 
 def test_a_run_has_one_job_at_a_time(here: Path) -> None:
