@@ -42,7 +42,7 @@ class Attempt:
     started: float  # unix seconds
     ended: float
     code: int | None  # srun's exit code; None: nobody was left to see it
-    outcome: str  # finished, preempted, stopped (by SLURM or the user), refused, failed, lost (with its first node)
+    outcome: str  # finished, preempted, stopped (by SLURM, the user, or for other nodes), refused, failed, lost
     step: int  # the newest step that a heartbeat tells, -1: none
     checkpoint: int  # the newest complete checkpoint's step, -1: none
     suspect: str | None  # the node that the failure came from, as far as it can be told
@@ -64,8 +64,13 @@ class Verdict:
         return " ".join((self.action, ",".join(self.exclude))).strip()
 
 
-def begin(job: Path, environment: dict[str, str], nodes: list[str]) -> Verdict:
-    """Before the ranks start: books an attempt that ended with its node, forgets its traces, notes the new one."""
+def begin(job: Path, environment: dict[str, str], nodes: list[str], there: set[str]) -> Verdict:
+    """Before the ranks start: books an attempt that ended with its node, forgets its traces, notes the new one.
+
+    Args:
+        nodes: those that SLURM gave this attempt.
+        there: all nodes of the partition.
+    """
     run = job.parents[1]
     left = job / RUNNING_NAME
     attempts = read_attempts(job)
@@ -73,14 +78,11 @@ def begin(job: Path, environment: dict[str, str], nodes: list[str]) -> Verdict:
         lost = json.loads(left.read_text())
         suspect = _suspect_in_log(log_since(job, lost["log_bytes"])) or lost["nodes"][0]
         attempts.append(_book(job, lost, None, "lost", suspect))
+        left.unlink()
     _, checkpoint = progress(run)
     for heartbeat in (run / "heartbeat").glob("rank_*"):
         heartbeat.unlink()
     (run / "preempted").unlink(missing_ok=True)
-    if attempts and attempts[-1].is_failure:  # SLURM itself started it again: what `end` says has not been done yet
-        verdict = judge(attempts, read_recipe(job)["launch"]["max_restarts"])
-        if verdict.action == "end" or set(verdict.exclude) & set(nodes):
-            return verdict
     attempt = {
         "job": environment["SLURM_JOB_ID"],
         "restart": int(environment.get("SLURM_RESTART_COUNT", 0)),
@@ -89,11 +91,18 @@ def begin(job: Path, environment: dict[str, str], nodes: list[str]) -> Verdict:
         "log_bytes": _log_size(job),
         "ranks_per_node": int(environment["SLURM_NTASKS_PER_NODE"]),
     }
+    if attempts and attempts[-1].is_failure:  # SLURM itself started it again: what `end` says has not been done yet
+        verdict = judge(attempts, read_recipe(job)["launch"]["max_restarts"], there)
+        if verdict.action == "end":
+            return verdict
+        if set(verdict.exclude) & set(nodes):
+            _book(job, attempt, None, "stopped", None)  # so that the next start runs, wherever it is
+            return verdict
     left.write_text(json.dumps(attempt) + "\n")
     return Verdict("run", f"goes on from step {checkpoint}" if checkpoint >= 0 else "starts at step 0")
 
 
-def end(job: Path, code: int, terminated: bool) -> Verdict:
+def end(job: Path, code: int, terminated: bool, there: set[str]) -> Verdict:
     """After the ranks ended: says who was behind, books the attempt, decides."""
     attempt = json.loads((job / RUNNING_NAME).read_text())
     run, log = job.parents[1], log_since(job, attempt["log_bytes"])
@@ -106,7 +115,8 @@ def end(job: Path, code: int, terminated: bool) -> Verdict:
         print(who_is_behind(beats, hosts, time.time()), file=sys.stderr)
         suspect = find_suspect(log, beats, hosts, time.time(), recipe["distributed"]["timeout_s"])
     _book(job, attempt, code, outcome, suspect)
-    return judge(read_attempts(job), recipe["launch"]["max_restarts"])
+    (job / RUNNING_NAME).unlink()
+    return judge(read_attempts(job), recipe["launch"]["max_restarts"], there)
 
 
 def classify(code: int, terminated: bool, marked: bool, log: str) -> str:
@@ -167,10 +177,8 @@ def who_is_behind(beats: dict[int, dict[str, Any]], hosts: list[str], now: float
     return f"heartbeats: rank {rank} on {beat['host']} is behind, at step {beat['step']} of {newest}, silent {ago}"
 
 
-def judge(attempts: list[Attempt], max_restarts: int) -> Verdict:
-    """What to do after the last of these attempts."""
-    if not attempts:
-        return Verdict("run", "first attempt")
+def judge(attempts: list[Attempt], max_restarts: int, there: set[str]) -> Verdict:
+    """What to do after the last of these attempts, in a partition with these nodes."""
     last = attempts[-1]
     reasons = {
         "finished": "the run is finished",
@@ -199,6 +207,9 @@ def judge(attempts: list[Attempt], max_restarts: int) -> Verdict:
     reason = f"failure {len(failures)}, restart {len(failures)} of {max_restarts}"
     if last.suspect:
         reason += f"; it came from {last.suspect}"
+    if exclude and len(there - set(exclude)) < len(last.nodes):
+        reason += f"; {', '.join(exclude)} failed {FAILURES_TO_EXCLUDE} times, but too few nodes would be left without"
+        exclude = ()
     return Verdict("requeue", reason + (f"; without {', '.join(exclude)}" if exclude else ""), exclude)
 
 
@@ -249,7 +260,7 @@ def read_recipe(job: Path) -> dict[str, Any]:
 
 
 def _book(job: Path, attempt: dict[str, Any], code: int | None, outcome: str, suspect: str | None) -> Attempt:
-    """Adds a line to attempts.jsonl; the attempt runs no longer."""
+    """Adds a line to attempts.jsonl."""
     step, checkpoint = progress(job.parents[1])
     over = Attempt(
         job=attempt["job"],
@@ -265,7 +276,6 @@ def _book(job: Path, attempt: dict[str, Any], code: int | None, outcome: str, su
     )
     with (job / ATTEMPTS_NAME).open("a") as file:
         file.write(json.dumps(asdict(over)) + "\n")
-    (job / RUNNING_NAME).unlink()
     return over
 
 
@@ -287,14 +297,15 @@ def nodes_of_job(environment: dict[str, str]) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 
-def affordable(exclude: tuple[str, ...], environment: dict[str, str]) -> tuple[str, ...]:
-    """These nodes, with those that the job leaves out already; none where too few would be left for it to start."""
-    if not exclude:
-        return ()
+def nodes_of_partition(environment: dict[str, str]) -> set[str]:
+    """All nodes that the job could run on, whatever they do now."""
     command = ["sinfo", "--noheader", "--Node", "--format=%N", f"--partition={environment['SLURM_JOB_PARTITION']}"]
-    there = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    if len(there - set(exclude)) < int(environment["SLURM_JOB_NUM_NODES"]):
-        print(f"{', '.join(exclude)} cannot be left out: the job needs the nodes that there are", file=sys.stderr)
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+def with_those_before(exclude: tuple[str, ...], environment: dict[str, str]) -> tuple[str, ...]:
+    """These nodes, and those that the job leaves out already: SLURM takes the list as a whole."""
+    if not exclude:
         return ()
     command = ["scontrol", "--oneliner", "show", "job", environment["SLURM_JOB_ID"]]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -310,12 +321,13 @@ def main() -> None:
     commands.choices["end"].add_argument("--code", type=int, required=True)
     commands.choices["end"].add_argument("--terminated", action="store_true")
     options, environment = parser.parse_args(), dict(os.environ)
+    there = nodes_of_partition(environment)
     if options.command == "begin":
-        verdict = begin(options.job, environment, nodes_of_job(environment))
+        verdict = begin(options.job, environment, nodes_of_job(environment), there)
     else:
-        verdict = end(options.job, options.code, options.terminated)
+        verdict = end(options.job, options.code, options.terminated, there)
     print(f"{time.strftime('%F %T')} {verdict.action}: {verdict.reason}", file=sys.stderr)
-    print(replace(verdict, exclude=affordable(verdict.exclude, environment)))
+    print(replace(verdict, exclude=with_those_before(verdict.exclude, environment)))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ class Cluster(BaseModel):
     gpu: str | None = None
     """The kind of GPU, for example h100-80gb: recipes that do not fit into its memory are refused."""
     container_image: str | None = None
-    """Ranks run in this image (pyxis) with its `python`, where mirage_ds must be installed. The batch script itself runs
-    outside of it, in the Python that submitted the job."""
+    """Ranks run in this image (pyxis), with its `python`, where mirage_ds must be installed. The batch script runs
+    outside of it, with the Python that submitted the job."""
     container_mounts: str | None = None
     """What the container sees, as pyxis writes it: /data:/data,/home:/home. The run's folder must be in it."""
     sbatch: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ srun: error: node2: tasks 2-3: Terminated
 """
 LOST = "srun: error: Node failure on node2\n"
 HOSTS = ["node1", "node1", "node2", "node2"]
+THERE = {"node1", "node2", "node3"}
 
 
 def attempt(outcome: str, *, step: int, checkpoint: int = -1, suspect: str | None = None) -> Attempt:
@@ -74,34 +75,41 @@ def test_one_line_says_who_is_behind_since_when() -> None:
 
 
 def test_what_restarts_and_what_does_not() -> None:
-    assert judge([attempt("preempted", step=4)], 0).action == "requeue"
-    assert judge([attempt("failed", step=4)], 1).action == "requeue"
+    assert judge([attempt("preempted", step=4)], 0, THERE).action == "requeue"
+    assert judge([attempt("failed", step=4)], 1, THERE).action == "requeue"
     for outcome in ("finished", "stopped", "refused"):
-        assert judge([attempt(outcome, step=4)], 9).action == "end"
+        assert judge([attempt(outcome, step=4)], 9, THERE).action == "end"
 
 
 def test_failures_are_counted_and_preemptions_are_not() -> None:
     past = [attempt("failed", step=1), attempt("preempted", step=2), attempt("failed", step=3)]
-    assert judge(past, 2).action == "requeue"
-    verdict = judge([*past, attempt("lost", step=4)], 2)
+    assert judge(past, 2, THERE).action == "requeue"
+    verdict = judge([*past, attempt("lost", step=4)], 2, THERE)
     assert verdict.action == "end"
     assert "launch.max_restarts=2" in verdict.reason
 
 
 def test_a_node_that_failed_twice_is_left_out() -> None:
     past = [attempt("failed", step=1, suspect="node2"), attempt("failed", step=2, suspect="node1")]
-    assert str(judge(past, 9)) == "requeue"
-    assert str(judge([*past, attempt("lost", step=3, suspect="node2")], 9)) == "requeue node2"
+    assert str(judge(past, 9, THERE)) == "requeue"
+    assert str(judge([*past, attempt("lost", step=3, suspect="node2")], 9, THERE)) == "requeue node2"
+
+
+def test_a_node_is_kept_where_the_others_are_too_few() -> None:
+    twice = [attempt("failed", step=step, suspect="node2") for step in (1, 2)]
+    verdict = judge(twice, 9, {"node1", "node2"})
+    assert str(verdict) == "requeue"
+    assert "node2 failed 2 times, but too few nodes would be left" in verdict.reason
 
 
 def test_three_restarts_without_progress_end_the_job() -> None:
     stuck = [attempt("failed", step=5, checkpoint=4) for _ in range(4)]
-    assert judge(stuck[:3], 99).action == "requeue"
-    assert "no progress in 3 restarts" in judge(stuck, 99).reason
+    assert judge(stuck[:3], 99, THERE).action == "requeue"
+    assert "no progress in 3 restarts" in judge(stuck, 99, THERE).reason
     for better in (attempt("failed", step=6, checkpoint=4), attempt("failed", step=5, checkpoint=5)):
-        assert judge([*stuck[:2], better, *stuck[:2]], 99).action == "requeue"
+        assert judge([*stuck[:2], better, *stuck[:2]], 99, THERE).action == "requeue"
     # SLURM took its nodes back before the run came far: that is not the run's fault
-    assert judge([stuck[0], *[attempt("stopped", step=0)] * 5, stuck[0]], 99).action == "requeue"
+    assert judge([stuck[0], *[attempt("stopped", step=0)] * 5, stuck[0]], 99, THERE).action == "requeue"
 
 
 @pytest.fixture
@@ -115,7 +123,7 @@ def job(tmp_path: Path) -> Path:
 
 def start(job: Path, restart: int = 0, nodes: tuple[str, ...] = ("node1", "node2")) -> attempts.Verdict:
     variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restart), "SLURM_NTASKS_PER_NODE": "1"}
-    return begin(job, variables, list(nodes))
+    return begin(job, variables, list(nodes), THERE)
 
 
 def leave_traces(job: Path, *, step: int, checkpoint: int) -> None:
@@ -133,7 +141,7 @@ def test_an_attempt_is_booked(job: Path, capsys: pytest.CaptureFixture[str]) -> 
     leave_traces(job, step=5, checkpoint=4)
     with (job / "log").open("a") as log:
         log.write("something of the trainer's\n" + KILLED)
-    assert str(end(job, 137, terminated=False)) == "requeue"
+    assert str(end(job, 137, terminated=False, there=THERE)) == "requeue"
     assert "all 2 ranks are at step 5" in capsys.readouterr().err
     (booked,) = read_attempts(job)
     assert (booked.outcome, booked.code, booked.step, booked.checkpoint) == ("failed", 137, 5, 4)
@@ -146,10 +154,10 @@ def test_a_new_start_forgets_the_last_one(job: Path) -> None:
     leave_traces(job, step=5, checkpoint=4)
     (job / "log").write_text(REFUSED)
     (job.parents[1] / "preempted").write_text("{}")
-    assert str(end(job, 0, terminated=False)) == "requeue"
+    assert str(end(job, 0, terminated=False, there=THERE)) == "requeue"
     assert start(job, restart=1).reason == "goes on from step 4"
     assert not (job.parents[1] / "preempted").exists()
-    assert str(end(job, 1, terminated=False)) == "requeue"
+    assert str(end(job, 1, terminated=False, there=THERE)) == "requeue"
     assert [(past.outcome, past.step) for past in read_attempts(job)] == [("preempted", 5), ("failed", -1)]
 
 
@@ -160,11 +168,17 @@ def test_an_attempt_that_was_lost_with_its_first_node(job: Path) -> None:
     assert str(start(job, restart=1)) == "run"
     (booked,) = read_attempts(job)
     assert (booked.outcome, booked.code, booked.step, booked.suspect) == ("lost", None, 5, "node1")
-    # lost twice there: without it, or, where launch.max_restarts is used up, not again
+    # launch.max_restarts is used up: not again, even though SLURM started it
     assert start(job, restart=2).action == "end"
-    (job / "running.json").write_text(json.dumps({**json.loads(json.dumps(vars(booked))), "log_bytes": 0}))
+
+
+def test_slurm_starts_a_job_again_on_the_node_that_it_lost_twice(job: Path) -> None:
+    """The job asks for others once; what it gets then, it takes."""
     (job / "recipe.yaml").write_text("launch: {max_restarts: 9}\ndistributed: {timeout_s: 60}\n")
-    assert str(start(job, restart=3)) == "requeue node1"
+    assert str(start(job)) == str(start(job, restart=1)) == "run"
+    assert str(start(job, restart=2)) == "requeue node1"
+    assert str(start(job, restart=3)) == "run"
+    assert [past.outcome for past in read_attempts(job)] == ["lost", "lost", "stopped"]
 
 
 def test_a_job_that_slurm_starts_on_other_nodes_runs(job: Path) -> None:
