@@ -30,6 +30,9 @@ RESTARTS_WITHOUT_PROGRESS = 3
 # srun's own words: "srun: error: node2: task 1: Killed", "srun: error: node[1-2]: tasks 0-3: Exited with exit code 1"
 DEATH = re.compile(r"^srun: error: (?P<node>[\w.-]+)(?P<more>\[\S+\])?: tasks? [\d,-]+: (?P<how>.+)$", re.MULTILINE)
 NODE_FAILURE = re.compile(r"^srun: error: Node failure on (?P<node>[\w.-]+)", re.MULTILINE)
+# The connection to a node broke, the step's second one; srun may then exit with 0 all the same.
+MISSING_NODE = re.compile(r"^srun: error: Aborting, io error and missing step on node (?P<number>\d+)", re.MULTILINE)
+ABORTED = re.compile(r"^srun: Job step aborted", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def begin(job: Path, environment: dict[str, str], nodes: list[str], there: set[s
     attempts = read_attempts(job)
     if left.exists():
         lost = json.loads(left.read_text())
-        suspect = _suspect_in_log(log_since(job, lost["log_bytes"])) or lost["nodes"][0]
+        suspect = _lost_node(log_since(job, lost["log_bytes"]), lost["nodes"]) or lost["nodes"][0]
         attempts.append(_book(job, lost, None, "lost", suspect))
         left.unlink()
     _, checkpoint = progress(run)
@@ -126,7 +129,9 @@ def classify(code: int, terminated: bool, marked: bool, log: str) -> str:
     if terminated:
         return "stopped"
     if code == 0:
-        return "preempted" if marked else "finished"
+        if marked:
+            return "preempted"
+        return "failed" if ABORTED.search(log) else "finished"
     # srun ends the other ranks when the first one fails, and then returns what became of them
     first = DEATH.search(log)
     if code == USER_ERROR or (first and first["how"] == f"Exited with exit code {USER_ERROR}"):
@@ -141,23 +146,24 @@ def find_suspect(
 
     After a hang every rank ends by the same timeout, and who was first says nothing: then the one that is behind.
     """
-    if not beats or now - max(beat["time"] for beat in beats.values()) < timeout_s:
-        return _suspect_in_log(log)
-    lost = NODE_FAILURE.search(log)
+    lost = _lost_node(log, list(dict.fromkeys(hosts)))
     if lost:
-        return lost["node"]
+        return lost
+    if not beats or now - max(beat["time"] for beat in beats.values()) < timeout_s:
+        death = DEATH.search(log)
+        # several nodes in one line died at once: that is no node's fault
+        return death["node"] if death and not death["more"] else None
     steps = {rank: beats[rank]["step"] if rank in beats else -1 for rank in range(len(hosts))}
     behind = [rank for rank, step in steps.items() if step < max(steps.values())]
     return hosts[behind[0]] if len({hosts[rank] for rank in behind}) == 1 else None
 
 
-def _suspect_in_log(log: str) -> str | None:
-    found = NODE_FAILURE.search(log)
-    if found is None:
-        death = DEATH.search(log)
-        # several nodes in one line died at once: that is no node's fault
-        found = death if death and not death["more"] else None
-    return found["node"] if found else None
+def _lost_node(log: str, nodes: list[str]) -> str | None:
+    """The node of which SLURM or srun says that it is gone."""
+    failure, missing = NODE_FAILURE.search(log), MISSING_NODE.search(log)
+    if failure:
+        return failure["node"]
+    return nodes[int(missing["number"])] if missing else None
 
 
 def who_is_behind(beats: dict[int, dict[str, Any]], hosts: list[str], now: float) -> str:

@@ -21,6 +21,12 @@ REFUSED = """srun: error: node1: task 0: Exited with exit code 2
 srun: launch/slurm: _step_signal: Terminating StepId=2.1
 srun: error: node2: tasks 2-3: Terminated
 """
+# node2 was powered off; srun returned 0 (22.05).
+CUT = """srun: error: _server_read: fd 12 error reading header: Connection reset by peer
+srun: error: Aborting, io error and missing step on node 1
+srun: Job step aborted: Waiting up to 7 seconds for job step to finish.
+srun: error: Timed out waiting for job step to complete
+"""
 LOST = "srun: error: Node failure on node2\n"
 HOSTS = ["node1", "node1", "node2", "node2"]
 THERE = {"node1", "node2", "node3"}
@@ -45,6 +51,7 @@ def beats(*steps: int, times: tuple[float, ...] = (100.0,) * 4) -> dict[int, dic
         (2, False, False, "", "refused"),
         (143, False, False, REFUSED, "refused"),
         (143, True, False, LOST, "failed"),
+        (0, False, False, CUT, "failed"),
     ],
 )
 def test_how_an_attempt_ended(code: int, terminated: bool, marked: bool, log: str, outcome: str) -> None:
@@ -54,6 +61,7 @@ def test_how_an_attempt_ended(code: int, terminated: bool, marked: bool, log: st
 def test_the_suspect_is_who_died_first() -> None:
     assert find_suspect(KILLED, beats(5, 5, 5, 5), HOSTS, 101.0, timeout_s=60) == "node2"
     assert find_suspect(LOST, beats(5, 5, 5, 5), HOSTS, 500.0, timeout_s=60) == "node2"
+    assert find_suspect(CUT, beats(5, 5, 5, 5), HOSTS, 500.0, timeout_s=60) == "node2"
     everywhere = "srun: error: node[1-2]: tasks 0-3: Exited with exit code 1\n"
     assert find_suspect(everywhere, {}, HOSTS, 101.0, timeout_s=60) is None
 
