@@ -3,6 +3,7 @@
 import typer
 
 from launch.local import local
+from launch.slurm import slurm
 from mirage_ds import errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -14,6 +15,7 @@ def launch() -> None:
 
 
 app.command("local")(local)
+app.command("slurm")(slurm)
 
 
 def main() -> None:
