@@ -2,9 +2,11 @@
 
 import typer
 
+from launch import doctor
 from mirage_ds import errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command("doctor")(doctor.command)
 
 
 @app.callback()
