@@ -2,16 +2,21 @@
 
 import typer
 
-from launch import doctor
+from launch import doctor, shards
+from launch.slurm import slurm
 from mirage_ds import errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-app.command("doctor")(doctor.command)
 
 
 @app.callback()
 def launch() -> None:
     """Starts runs of mirage_ds."""
+
+
+app.command("slurm")(slurm)
+app.command("build-shards")(shards.command)
+app.command("doctor")(doctor.command)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def examine(recipe: Path | None, overrides: list[str] | None) -> tuple[list[tupl
     from transformers.utils import logging as transformers_logging
 
     from launch import network_checks as network
-    from launch.node_checks import check_node, facts
+    from launch.machine_checks import check_node, facts
     from mirage_ds import distributed
     from mirage_ds.config import load_config
     from mirage_ds.deepspeed_config import resolve_deepspeed_config

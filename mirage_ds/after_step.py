@@ -42,11 +42,12 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
 
 
 def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any]) -> Action:
-    """Saves every `checkpoint.interval` steps and after the last one."""
+    """Saves every `checkpoint.interval` steps and after the last one, or the last one for now."""
     interval = config.checkpoint.interval
 
     def action(state: TrainState) -> None:
-        if state.step == trainer.max_steps or (interval and state.step % interval == 0):
+        last = state.ends_early or state.step == trainer.max_steps
+        if last or (interval and state.step % interval == 0):
             trainer.metrics.flush()  # a run that goes on from here has all steps before it in metrics.jsonl
             checkpoint.save(trainer.engine, config, state, facts)
 

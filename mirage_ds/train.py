@@ -10,6 +10,10 @@ if __name__ == "__main__":  # before the imports, as another version may lack wh
 
     leave_if_untested()
 
+    from mirage_ds import early_end
+
+    early_end.listen()  # before the imports too: they last for seconds, in which a signal would end the run unsaved
+
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,7 +26,7 @@ import typer
 from deepspeed import DeepSpeedEngine
 from transformers.utils import logging as transformers_logging
 
-from mirage_ds import checkpoint, distributed
+from mirage_ds import checkpoint, distributed, early_end
 from mirage_ds.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config, load_config
@@ -40,6 +44,7 @@ from mirage_ds.engine import (
     whole_numel,
 )
 from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
+from mirage_ds.heartbeat import Heartbeat
 from mirage_ds.metrics import Metrics
 from mirage_ds.model.backbone import DTYPES, Backbone, check_config, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
@@ -121,16 +126,25 @@ def train(config: Config) -> None:
         max_steps=max_steps,
         device=device,
         agree_on_passes=gather == "layer" and config.train.stage == "stage2",
+        early_end=watch_end(config),
     )
+    heartbeat = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s)
+    heartbeat.beat(state.step)
     with profiler(config, state) as profile_step:
         trainer.train(
             after_step=[
+                lambda state: heartbeat.beat(state.step),
                 validate_if_due(trainer, config, encoder),
                 save_if_due(trainer, config, facts),
                 profile_step,
             ]
         )
+    early_end.ignore()
+    heartbeat.stop()
     metrics.close()
+    if distributed.is_main() and state.step < max_steps:
+        early_end.mark(config.run.dir, state.step)
+        print(f"saved after step {state.step} of {max_steps}, to be continued with run.resume=auto", flush=True)
     distributed.shut_down()
 
 
@@ -154,6 +168,15 @@ def load_state(engine: DeepSpeedEngine, config: Config, found: Path | None) -> T
     if config.run.init_from:
         checkpoint.load_weights(engine, config.run.init_from)
     return TrainState()
+
+
+def watch_end(config: Config) -> early_end.EarlyEnd:
+    """What may end the run before its last step: signals on every rank, on rank 0 the job's time limit too."""
+    end_s = None
+    if distributed.is_main():
+        early_end.unmark(config.run.dir)
+        end_s = early_end.job_end_s(say=print)
+    return early_end.EarlyEnd(end_s, config.run.save_before_end_s)
 
 
 def open_stream(

@@ -12,7 +12,7 @@ SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for pa
 
 # A room may import from its own layer and from those above it in this list, and from nothing below.
 LAYERS = (
-    ("errors", "tokens"),
+    ("errors", "tokens", "early_end", "heartbeat"),
     ("config", "batch", "distributed", "tasks", "versions"),
     ("latent_settings", "segments"),
     ("data", "ops"),

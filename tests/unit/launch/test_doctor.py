@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.utils import cpp_extension
 
 from data_tools.build import build
-from launch import findings, node_checks
+from launch import findings, machine_checks
 from launch.findings import Report, Row, merge
 from launch.network_checks import check_same
 from mirage_ds.config import Config, load_config
@@ -50,7 +50,7 @@ def configure(data: Path, *more: str) -> Config:
 
 def test_a_lock_that_a_killed_build_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert [row.state for row in node_checks.check_locks()] == ["ok"]
+    assert [row.state for row in machine_checks.check_locks()] == ["ok"]
     # torch itself locks, as in a build; the process is killed before it can unlock
     code = (
         "import os, signal\n"
@@ -60,45 +60,45 @@ def test_a_lock_that_a_killed_build_left_is_found(tmp_path: Path, monkeypatch: p
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    (row,) = node_checks.check_locks()
+    (row,) = machine_checks.check_locks()
     lock = tmp_path / "cpu_adam" / "lock"
     assert row.state == "fail"
     assert "cpu_adam is locked" in row.found
     assert row.remedy.endswith(f"rm {lock}")
     subprocess.run(row.remedy.split(": ")[-1].split(), check=True)
-    assert [row.state for row in node_checks.check_locks()] == ["ok"]
+    assert [row.state for row in machine_checks.check_locks()] == ["ok"]
 
 
 def test_a_folder_for_compiled_ops_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    (row,) = node_checks.check_locks()
+    (row,) = machine_checks.check_locks()
     assert row.state == "fail"
     assert "TORCH_EXTENSIONS_DIR" in row.remedy
 
 
 def test_the_op_that_offload_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = node_checks.check_ops({"zero_optimization": {"stage": 3}})
+    (row,) = machine_checks.check_ops({"zero_optimization": {"stage": 3}})
     assert "needs none" in row.found
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     offload = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
-    monkeypatch.setattr(node_checks, "installed_ops", {})
-    (row,) = node_checks.check_ops(offload)
+    monkeypatch.setattr(machine_checks, "installed_ops", {})
+    (row,) = machine_checks.check_ops(offload)
     assert (row.what, row.state) == ("DeepSpeed cpu_adam", "ok")
     assert "not compiled yet" in row.found
     monkeypatch.setenv("CXX", "no-such-compiler")
-    (row,) = node_checks.check_ops(offload)
+    (row,) = machine_checks.check_ops(offload)
     assert row.state == "fail"
     assert "missing is g++" in row.found
 
 
 def test_shards_are_read(data: Path) -> None:
-    (row,) = node_checks.check_shards(configure(data))
+    (row,) = machine_checks.check_shards(configure(data))
     assert row.state == "ok"
     assert row.found.startswith("10 samples in 3 shards")
     more = [f"evaluation.shards={data}/nothing"]
-    first, second = node_checks.check_shards(configure(data, *more))
+    first, second = machine_checks.check_shards(configure(data, *more))
     assert (first.what, first.state) == ("data.shards", "ok")
     assert (second.what, second.state) == ("evaluation.shards", "fail")
     assert f"{data}/nothing/manifest.json" in second.found
@@ -117,39 +117,41 @@ def shard(data: Path) -> Iterator[Path]:
 def test_damaged_shards_are_named(data: Path, shard: Path) -> None:
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])  # not copied whole
-    (row,) = node_checks.check_shards(configure(data))
+    (row,) = machine_checks.check_shards(configure(data))
     assert row.state == "fail"
     assert str(shard) in row.found
     shard.write_bytes(bytes(len(whole)))  # a hole, as a file system leaves one after a crash
-    (row,) = node_checks.check_shards(configure(data))
+    (row,) = machine_checks.check_shards(configure(data))
     assert row.state == "fail"
     assert "shard-000002.tar" in row.found
     assert "copy" in row.remedy
 
 
 def test_a_model_that_is_not_there(data: Path, tmp_path: Path) -> None:
-    assert node_checks.check_model(configure(data)).state == "ok"
+    assert machine_checks.check_model(configure(data)).state == "ok"
     (tmp_path / "empty").mkdir()
-    row = node_checks.check_model(configure(data, f"model.path={tmp_path}/empty"))
+    row = machine_checks.check_model(configure(data, f"model.path={tmp_path}/empty"))
     assert row.state == "fail"
     assert str(tmp_path / "empty") in row.found
 
 
 def test_attention_that_cannot_run(data: Path) -> None:
-    assert node_checks.check_attention(configure(data)).found == "sdpa"
-    row = node_checks.check_attention(configure(data, "model.attention=flash_attention_2"))  # in fp32, on any machine
+    assert machine_checks.check_attention(configure(data)).found == "sdpa"
+    row = machine_checks.check_attention(
+        configure(data, "model.attention=flash_attention_2")
+    )  # in fp32, on any machine
     assert row.state == "fail"
     assert "set model.attention=auto" in row.remedy
 
 
 def test_room_in_folders(tmp_path: Path) -> None:
-    row = node_checks.check_folder("TMPDIR", tmp_path)
+    row = machine_checks.check_folder("TMPDIR", tmp_path)
     assert "GiB free" in row.found
-    row = node_checks.check_folder("run.dir", tmp_path / "not" / "yet" / "there")
+    row = machine_checks.check_folder("run.dir", tmp_path / "not" / "yet" / "there")
     assert "GiB free" in row.found
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    row = node_checks.check_folder("run.dir", tmp_path / "file")
+    row = machine_checks.check_folder("run.dir", tmp_path / "file")
     assert row.state == "fail"
     assert "Not a directory" in row.found
 
@@ -157,7 +159,7 @@ def test_room_in_folders(tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path) -> None:
     """A tmpfs of 512 KiB in a namespace of its own: less than the check writes."""
     code = (
-        "from pathlib import Path; from launch.node_checks import check_folder; "
+        "from pathlib import Path; from launch.machine_checks import check_folder; "
         "print(check_folder('TMPDIR', Path('/mnt')))"
     )
     mount = "mount -t tmpfs -o size=512k tmpfs /mnt"
@@ -174,7 +176,7 @@ def test_too_few_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
-        row = node_checks.check_open_files()
+        row = machine_checks.check_open_files()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert row.state == "warn"
@@ -197,10 +199,10 @@ def test_a_process_without_a_launcher_is_named_if_it_is_a_rank(words: list[str],
     code = f"import subprocess as s; print(s.Popen({sleeper!r}, stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     try:
-        parent = {number: parent for number, parent, _ in node_checks.processes()}[pid]
+        parent = {number: parent for number, parent, _ in machine_checks.processes()}[pid]
         if parent != 1:
             pytest.skip(f"orphans go to process {parent} here, not to 1")
-        row = node_checks.check_leftovers()
+        row = machine_checks.check_leftovers()
         assert (str(pid) in row.remedy.split("kill ")[-1]) == rank
         assert not rank or row.state == "warn"
     finally:
