@@ -5,6 +5,7 @@ byte, unless shards end earlier because of `maxsize`, or rows were left out; the
 order, in shards that are cut elsewhere.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -77,10 +78,31 @@ def rows_of(rows: Path, number: int, count: int, maxcount: int) -> range:
     return range(first, min(last, num_rows))
 
 
+def describe_part(rows: Path, number: int, count: int, maxcount: int, maxsize: int) -> Part:
+    """The part with the rows as they are now."""
+    with rows.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Part(number, count, digest, maxcount, maxsize)
+
+
+def check_no_other_parts(output: Path, part: Part) -> None:
+    """Refuses parts that lie beside `output` and are of another build.
+
+    Raises:
+        DataError: it names one.
+    """
+    for folder in sorted(output.absolute().parent.glob(f"{glob.escape(output.name)}.part-*-of-*")):
+        if read_part(folder).build != part.build:
+            raise DataError(
+                f"a part of another build is there ({folder}): its rows or options were others; allowed are parts of "
+                f"this build; remove them with rm -r {output}.part-*"
+            )
+
+
 def build_part(
     rows: Path, output: Path, *, number: int, count: int, maxcount: int, maxsize: int, max_rejects: int = 0
 ) -> tuple[Path, Manifest, list[dict[str, Any]]]:
-    """Builds one part, in a folder of its own beside `output`, whole or not at all.
+    """Builds one part, in a folder of its own beside `output`, whole or not at all; if it is there, nothing is done.
 
     Returns:
         the part's folder, its manifest, and the rows left out.
@@ -88,10 +110,10 @@ def build_part(
         DataError: as `build`, or `rows_of`.
     """
     numbers = rows_of(rows, number, count, maxcount)
-    with rows.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    part = Part(number, count, digest, maxcount, maxsize)
+    part = describe_part(rows, number, count, maxcount, maxsize)
     folder = folder_of(output, number, count)
+    if folder.exists() and read_part(folder) == part:  # by an earlier start of the same job
+        return folder, load_manifest(folder).manifest, read_rejects(folder)
     manifest, rejects = build_shards(
         rows,
         folder,
@@ -169,11 +191,16 @@ def merge(folders: list[Path], output: Path, *, max_rejects: int = 0) -> tuple[M
                 name = SHARD_PATTERN % len(shards)
                 _link(folder / shard.name, new / name)
                 shards.append(replace(shard, name=name))
-            if (folder / REJECTS_NAME).is_file():
-                rejects.lines += [json.loads(line) for line in (folder / REJECTS_NAME).read_text().splitlines()]
+            rejects.lines += read_rejects(folder)
         rejects.check(max_rejects)
         rejects.write(new)
         return write_manifest(new, shards, index), rejects.lines
+
+
+def read_rejects(folder: Path) -> list[dict[str, Any]]:
+    """The rows that a part left out."""
+    path = folder / REJECTS_NAME
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _link(shard: Path, new: Path) -> None:

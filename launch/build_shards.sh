@@ -9,10 +9,5 @@
 set -euo pipefail
 rows=@@{rows_quoted}
 output=@@{output}
-part=$(printf '%s.part-%05d-of-%05d' "$output" "$SLURM_ARRAY_TASK_ID" @@{tasks})
-# A part is whole or not there; one that is there was finished by an earlier start.
-if [ -e "$part" ]; then
-    echo "$part is there already"
-    exit 0
-fi
+# A part is whole or not there; one that an earlier start finished is left as it is.
 @@{command} build --input "$rows" --output "$output" --part "$SLURM_ARRAY_TASK_ID/@@{tasks}" @@{limits}

@@ -317,10 +317,15 @@ def check_munge() -> Row:
     """A credential made and taken back; SLURM refuses every request of a node where that fails."""
     if shutil.which("munge") is None or shutil.which("unmunge") is None:
         return Row("MUNGE", "not found here; SLURM alone needs it")
+    # SLURM may use a munged of its own
+    named = re.search(r"^AuthInfo\s*=.*?\bsocket=([^,\s]+)", _output("scontrol", "show", "config") or "", re.MULTILINE)
+    socket = [f"--socket={named[1]}"] if named else []
     try:
-        made = subprocess.run(["munge", "--no-input"], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
+        made = subprocess.run(
+            ["munge", "--no-input", *socket], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
+        )
         taken = subprocess.run(
-            ["unmunge"], input=made.stdout, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
+            ["unmunge", *socket], input=made.stdout, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
         return Row("MUNGE", f"no answer in {COMMAND_TIMEOUT_S} s", "warn", "ask the cluster's staff: munged hangs")

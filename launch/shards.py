@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from data_tools.parts import rows_of
+from data_tools.parts import check_no_other_parts, describe_part, rows_of
 from launch.cluster import Cluster, ask, check, check_partition, load_cluster
 from launch.slurm import Script
 from mirage_ds.errors import DataError, name_full_disk, name_unwritable
@@ -44,6 +44,7 @@ def command(
     rows_of(rows, 0, tasks, maxcount)  # refuses more tasks than there are shards
     if output.exists():
         raise DataError(f"the output is there already ({output}); allowed is a new folder; name another or remove it")
+    check_no_other_parts(output, describe_part(rows, 0, tasks, maxcount, maxsize))
     jobs = output.parent / f"{output.name}.jobs"
     limits = ["--maxcount", str(maxcount), "--maxsize", str(maxsize), "--max-rejects", str(max_rejects)]
     build = render("build_shards.sh", rows, output, settings, tasks, jobs / "build-%a.log", limits=shlex.join(limits))

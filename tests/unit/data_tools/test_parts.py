@@ -111,6 +111,19 @@ def test_parts_that_are_not_one_build(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_part_that_is_there_stays_and_one_of_other_rows_is_refused(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows")
+    spoil(rows, 1)
+    options = dict(number=0, count=2, maxcount=5, maxsize=LARGE, max_rejects=1)
+    first = build_part(rows, tmp_path / "out", **options)
+    times = {path: path.stat().st_mtime_ns for path in first[0].iterdir()}
+    assert build_part(rows, tmp_path / "out", **options) == first
+    assert {path: path.stat().st_mtime_ns for path in first[0].iterdir()} == times
+    spoil(rows, 2)
+    with pytest.raises(DataError, match=r"the output is there already .*out.part-00000-of-00002"):
+        build_part(rows, tmp_path / "out", **options)
+
+
 def test_too_many_parts(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows")
     with pytest.raises(DataError, match=r"4 parts are more than the 3 shards that 10 rows make .*--maxcount 4"):

@@ -11,6 +11,7 @@ import pytest
 from generated_rows import write_rows
 
 from data_tools.build import build
+from data_tools.parts import build_part
 from launch import cli
 
 NEEDS_SHELLCHECK = pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -66,8 +67,7 @@ def test_the_scripts_do_what_one_build_does(launch, commands: Path, tmp_path: Pa
     assert f"mirage-data check {output}" in said
     # Neither order nor repetition matters: a task that is started again finds its part.
     for task in "1", "0", "1":
-        last = run_script(jobs / "build.sh", SLURM_ARRAY_TASK_ID=task)
-    assert "is there already" in last
+        run_script(jobs / "build.sh", SLURM_ARRAY_TASK_ID=task)
     assert "wrote 10 samples in 4 shards" in run_script(jobs / "merge.sh")
     build(rows, tmp_path / "single", maxcount=3, maxsize=10**9)
     whole = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (output, tmp_path / "single")]
@@ -109,5 +109,10 @@ def test_what_cannot_work_is_refused_before_submission(launch, commands: Path, t
         code, _, error = launch(*arguments)
         assert code == 2
         assert message in error
+    build_part(rows, tmp_path / "mine", number=0, count=2, maxcount=5, maxsize=10**9)
+    rows.write_text(rows.read_text().replace("LEFT x 1", "LEFT x 9"))  # mended since then
+    code, _, error = launch(rows, tmp_path / "mine", "--tasks", 2, "--maxcount", 5)
+    assert code == 2
+    assert f"rm -r {tmp_path}/mine.part-*" in error
     assert not commands.exists()
     assert not list(tmp_path.glob("out*"))
