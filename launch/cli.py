@@ -3,6 +3,7 @@
 import typer
 
 from launch.local import local
+from launch import doctor, shards
 from launch.slurm import slurm
 from mirage_ds import errors
 
@@ -16,6 +17,8 @@ def launch() -> None:
 
 app.command("local")(local)
 app.command("slurm")(slurm)
+app.command("build-shards")(shards.command)
+app.command("doctor")(doctor.command)
 
 
 def main() -> None:
