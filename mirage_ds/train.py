@@ -26,6 +26,7 @@ from mirage_ds import checkpoint, distributed
 from mirage_ds.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config, load_config
+from mirage_ds.copies import Copies
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.shards import ShardFolder, load_manifest
@@ -73,6 +74,8 @@ def train(config: Config) -> None:
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     if config.run.init_from and not (config.run.resume == "auto" and checkpoint.latest(config.run.dir)):
         checkpoint.check_start(config.run.init_from, config)
+        named = checkpoint.find_latest(config.run.init_from)
+        checkpoint.refuse(named, checkpoint.find_damage(named))
     facts = checkpoint.describe(config, deepspeed_config, shards.digest, max_steps)
     found = find_start(config, facts)
 
@@ -122,16 +125,27 @@ def train(config: Config) -> None:
         device=device,
         agree_on_passes=gather == "layer" and config.train.stage == "stage2",
     )
+    copies = open_copies(config)
     with profiler(config, state) as profile_step:
         trainer.train(
             after_step=[
                 validate_if_due(trainer, config, encoder),
-                save_if_due(trainer, config, facts),
+                save_if_due(trainer, config, facts, copies),
                 profile_step,
             ]
         )
     metrics.close()
     distributed.shut_down()
+    if copies is not None:
+        copies.wait()
+
+
+def open_copies(config: Config) -> Copies | None:
+    """What copies this run's checkpoints to `checkpoint.copy_to`: on rank 0, if it is set."""
+    if config.checkpoint.copy_to is None or not distributed.is_main():
+        return None
+    name = config.run.dir.absolute().name
+    return Copies(config.checkpoint.copy_to / name, config.checkpoint.keep_latest_k)
 
 
 def prepare_torch(config: Config) -> None:

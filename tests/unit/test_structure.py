@@ -17,7 +17,7 @@ LAYERS = (
     ("latent_settings", "segments"),
     ("data", "ops"),
     ("model",),
-    ("deepspeed_config", "engine", "metrics", "partitions", "preset", "pretrained"),
+    ("complete", "copies", "deepspeed_config", "engine", "metrics", "partitions", "preset", "pretrained"),
     ("trainer", "validation"),
     ("checkpoint",),
     ("run", "export"),
