@@ -96,7 +96,7 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
         {"name": "export", "arguments": ["export", "--checkpoint", f"{disk}/run", "--output", f"{disk}/model"]},
         {"name": "evaluate", "arguments": ["evaluate", *model, *evaluation]},
         {"name": "while writing", "arguments": run, "lie": True},
-        {"name": "metrics", "arguments": [*run, "checkpoint.interval=0"], "lie": True, "fill": True},
+        {"name": "metrics", "arguments": [*run, "checkpoint.interval=0"], "lie": True, "fill": True, "spare_bytes": 0},
     ]
     for start in starts:
         start["folder"] = str(folder)
