@@ -2,8 +2,8 @@
 
 import typer
 
-from launch.local import local
 from launch import doctor, shards
+from launch.local import local
 from launch.slurm import slurm
 from mirage_ds import errors
 

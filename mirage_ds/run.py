@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from mirage_ds import checkpoint, distributed
+from mirage_ds import checkpoint, complete, distributed
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError, ConfigError, name_unwritable
 from mirage_ds.versions import versions
@@ -58,19 +58,21 @@ def find_start(config: Config, facts: dict[str, Any]) -> Path | None:
         facts: what a checkpoint of this run would say of itself, see `checkpoint.describe`.
 
     Returns:
-        The checkpoint to go on from, or None for a new run.
+        The newest whole checkpoint, to go on from, or None for a new run.
 
     Raises:
         ConfigError: the folder holds a run, and `run.resume` does not say to go on with it.
-        CheckpointError: the run there was started with another mathematics.
+        CheckpointError: the run there was started with another mathematics, or all its checkpoints are damaged.
     """
     folder = config.run.dir
-    found = checkpoint.latest(folder)
-    if config.run.resume == "never" and (found or (folder / "metrics.jsonl").exists()):
+    if config.run.resume == "never" and (
+        complete.tags(folder / checkpoint.FOLDER) or (folder / "metrics.jsonl").exists()
+    ):
         raise ConfigError(
             f"the folder holds another run already (run.dir={folder}); a run needs a folder of its own; set run.dir to "
             "a new one, or run.resume=auto to go on with that run"
         )
+    found = checkpoint.find_whole(folder)
     changed = []
     if found or (folder / "metrics.jsonl").exists():  # without a checkpoint it ended before its first one
         changed = check_same_run(found / checkpoint.FACTS_NAME if found else folder / START_NAME, facts)

@@ -30,6 +30,7 @@ from mirage_ds import checkpoint, distributed, early_end
 from mirage_ds.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config, load_config
+from mirage_ds.copies import Copies
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.shards import ShardFolder, load_manifest
@@ -78,8 +79,12 @@ def train(config: Config) -> None:
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     if config.run.init_from and not (config.run.resume == "auto" and checkpoint.latest(config.run.dir)):
         checkpoint.check_start(config.run.init_from, config)
+        named = checkpoint.find_latest(config.run.init_from)
+        checkpoint.refuse(named, checkpoint.find_damage(named))
     facts = checkpoint.describe(config, deepspeed_config, shards.digest, max_steps)
     found = find_start(config, facts)
+    if distributed.is_main():
+        early_end.unmark(config.run.dir)
 
     backbone = load_backbone(
         config.model.path,
@@ -128,6 +133,7 @@ def train(config: Config) -> None:
         agree_on_passes=gather == "layer" and config.train.stage == "stage2",
         early_end=watch_end(config),
     )
+    copies = open_copies(config)
     heartbeat = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s)
     heartbeat.beat(state.step)
     with profiler(config, state) as profile_step:
@@ -135,7 +141,7 @@ def train(config: Config) -> None:
             after_step=[
                 lambda state: heartbeat.beat(state.step),
                 validate_if_due(trainer, config, encoder),
-                save_if_due(trainer, config, facts),
+                save_if_due(trainer, config, facts, copies),
                 profile_step,
             ]
         )
@@ -146,6 +152,16 @@ def train(config: Config) -> None:
         early_end.mark(config.run.dir, state.step)
         print(f"saved after step {state.step} of {max_steps}, to be continued with run.resume=auto", flush=True)
     distributed.shut_down()
+    if copies is not None:
+        copies.wait()
+
+
+def open_copies(config: Config) -> Copies | None:
+    """What copies this run's checkpoints to `checkpoint.copy_to`: on rank 0, if it is set."""
+    if config.checkpoint.copy_to is None or not distributed.is_main():
+        return None
+    name = config.run.dir.absolute().name
+    return Copies(config.checkpoint.copy_to / name, config.checkpoint.keep_latest_k)
 
 
 def prepare_torch(config: Config) -> None:
@@ -172,10 +188,7 @@ def load_state(engine: DeepSpeedEngine, config: Config, found: Path | None) -> T
 
 def watch_end(config: Config) -> early_end.EarlyEnd:
     """What may end the run before its last step: signals on every rank, on rank 0 the job's time limit too."""
-    end_s = None
-    if distributed.is_main():
-        early_end.unmark(config.run.dir)
-        end_s = early_end.job_end_s(say=print)
+    end_s = early_end.job_end_s(say=print) if distributed.is_main() else None
     return early_end.EarlyEnd(end_s, config.run.save_before_end_s)
 
 

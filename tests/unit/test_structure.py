@@ -17,7 +17,7 @@ LAYERS = (
     ("latent_settings", "segments"),
     ("data", "ops"),
     ("model",),
-    ("deepspeed_config", "engine", "metrics", "partitions", "preset", "pretrained", "reshard"),
+    ("complete", "copies", "deepspeed_config", "engine", "metrics", "partitions", "preset", "pretrained", "reshard"),
     ("trainer", "validation"),
     ("checkpoint",),
     ("run", "export"),
