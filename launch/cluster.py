@@ -34,8 +34,6 @@ class Cluster(BaseModel):
     """Instead of `gpus_per_node` where there are no GPUs: the ranks compute on the CPU."""
     cpus_per_rank: PositiveInt | None = None
     """CPU cores of each rank; unset: what the cluster gives a task, and one thread."""
-    gpu: str | None = None
-    """The kind of GPU, for example h100-80gb: recipes that do not fit into its memory are refused."""
     container_image: str | None = None
     """Ranks run in this image (pyxis), with its `python`, where mirage_ds must be installed. The batch script runs
     outside of it, with the Python that submitted the job."""

@@ -54,7 +54,6 @@ def slurm(
     container_image: Annotated[str | None, typer.Option(help="The ranks run in it (pyxis).")] = None,
     sbatch: Annotated[list[str] | None, typer.Option(help='A further option of sbatch: --sbatch "--qos=long".')] = None,
     cluster: Annotated[str | None, typer.Option(help="Defaults: a name in launch/clusters/, or a file.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="Kind of GPU, to refuse what does not fit: h100-80gb.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the script; ask SLURM nothing, write nothing.")
     ] = False,
@@ -65,7 +64,6 @@ def slurm(
         "partition": partition,
         "account": account,
         "container_image": container_image,
-        "gpu": gpu,
         "gpus_per_node": gpus_per_node,
         "ranks_per_node": ranks_per_node,
     }
