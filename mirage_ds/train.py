@@ -60,20 +60,7 @@ def train(config: Config) -> None:
     deepspeed_config = resolve_deepspeed_config(config)
     shards = load_manifest(config.data.shards)
     check_config(config.model.path, config.model.cache_dir)
-    encoder = load_encoder(
-        config.model.path,
-        stage=config.train.stage,
-        latent_size=config.model.latent_size,
-        system_turn=config.data.system_turn,
-        max_length=config.data.max_length,
-        min_pixels=config.data.min_pixels,
-        max_pixels=config.data.max_pixels,
-        cache_dir=config.model.cache_dir,
-        compress_strategy=config.model.compress_strategy,
-    )
-    for folder in (config.data.shards, config.evaluation.shards):
-        if folder is not None:
-            encoder.check_index(load_manifest(folder))
+    encoder = open_encoder(config)
     device = distributed.init(config.distributed.timeout_s)
     pooling = describe_path(device)
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
@@ -95,15 +82,7 @@ def train(config: Config) -> None:
         deepspeed_config=deepspeed_config,
     )
     check_latent_ids(encoder.ids, backbone, config.model.path)
-    model = MirageModel(
-        backbone,
-        stage=config.train.stage,
-        ce_loss_weight=config.train.text_weight,
-        latent_loss_weight=config.train.latent_loss_weight,
-        recompute=config.model.activation_checkpointing == "full",
-        train_tower=config.model.train_tower,
-        compress_strategy=config.model.compress_strategy,
-    )
+    model = make_model(config, backbone)
     checkpoint.check_room(config.run.dir, model, device)
     write_folder(config, facts)
     gather = choose_gather(config.model, config.train.stage)
@@ -162,6 +141,38 @@ def open_copies(config: Config) -> Copies | None:
         return None
     name = config.run.dir.absolute().name
     return Copies(config.checkpoint.copy_to / name, config.checkpoint.keep_latest_k)
+
+
+def open_encoder(config: Config) -> Encoder:
+    """What turns samples into tokens; every sample of the run's shards fits it."""
+    encoder = load_encoder(
+        config.model.path,
+        stage=config.train.stage,
+        latent_size=config.model.latent_size,
+        system_turn=config.data.system_turn,
+        max_length=config.data.max_length,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+        cache_dir=config.model.cache_dir,
+        compress_strategy=config.model.compress_strategy,
+    )
+    for folder in (config.data.shards, config.evaluation.shards):
+        if folder is not None:
+            encoder.check_index(load_manifest(folder))
+    return encoder
+
+
+def make_model(config: Config, backbone: Backbone) -> MirageModel:
+    """The method's losses over a backbone."""
+    return MirageModel(
+        backbone,
+        stage=config.train.stage,
+        ce_loss_weight=config.train.text_weight,
+        latent_loss_weight=config.train.latent_loss_weight,
+        recompute=config.model.activation_checkpointing == "full",
+        train_tower=config.model.train_tower,
+        compress_strategy=config.model.compress_strategy,
+    )
 
 
 def prepare_torch(config: Config) -> None:
