@@ -13,6 +13,8 @@ import pytest
 
 from mirage_ds import complete
 
+pytestmark = pytest.mark.slow
+
 KILLS, DAMAGES = 8, 42
 
 
