@@ -1,7 +1,7 @@
 """JSONL rows with image files -> tar shards that plain webdataset reads, with manifest and index."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,14 @@ class Rejects:
 
 
 def build(
-    rows: Path, output: Path, *, maxcount: int, maxsize: int, max_rejects: int = 0
+    rows: Path,
+    output: Path,
+    *,
+    maxcount: int,
+    maxsize: int,
+    max_rejects: int = 0,
+    numbers: range | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> tuple[Manifest, list[dict[str, Any]]]:
     """Builds `output`, whole or not at all; the same rows and images give the same bytes.
 
@@ -62,6 +69,8 @@ def build(
         maxcount: samples per shard at most.
         maxsize: bytes of members after which the next sample begins a new shard.
         max_rejects: rows that may be left out because they cannot be used; they are listed in rejects.jsonl.
+        numbers: the rows to take, counted from 0 on; all of them if it is not given.
+        notes: other small files of the folder, {name: text}.
     Returns:
         the manifest, and the rows left out.
     Raises:
@@ -69,13 +78,15 @@ def build(
     """
     rejects = Rejects()
     with new_folder(output) as folder:
-        facts = _write_shards(_usable(rows, rejects), folder, maxcount, maxsize)
+        facts = _write_shards(_usable(rows, rejects, numbers), folder, maxcount, maxsize)
         rejects.check(max_rejects)
         if not facts:
             raise DataError(
                 f"no row can be used ({rows}); shards need at least one; mend the rows; --max-rejects 0 names them"
             )
         rejects.write(folder)
+        for name, text in (notes or {}).items():
+            (folder / name).write_text(text)
         shards: list[Shard] = []
         places: list[dict[str, Any]] = []
         for number, path in enumerate(sorted(folder.glob("*.tar"))):
@@ -86,9 +97,9 @@ def build(
         return write_manifest(folder, shards, index), rejects.lines
 
 
-def _usable(rows: Path, rejects: Rejects) -> Iterator[tuple[Sample, dict[str, Any]]]:
+def _usable(rows: Path, rejects: Rejects, numbers: range | None) -> Iterator[tuple[Sample, dict[str, Any]]]:
     """The rows that can be used, each with its facts; the others go to `rejects`."""
-    for where, sample in read_rows(rows, rejects):
+    for where, sample in read_rows(rows, rejects, numbers):
         try:
             facts = facts_of(sample, where)
         except DataError as error:

@@ -1,8 +1,8 @@
-"""The `mirage-data` command: `mirage-data make-vsp | build | check`."""
+"""The `mirage-data` command: `mirage-data make-vsp | build | merge | check`."""
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,7 +11,10 @@ from data_tools import vsp
 from data_tools.build import REJECTS_NAME
 from data_tools.build import build as build_shards
 from data_tools.check import check as check_shards
+from data_tools.parts import build_part, parse_part
+from data_tools.parts import merge as merge_parts
 from mirage_ds import errors
+from mirage_ds.data.shards import Manifest
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -68,10 +71,40 @@ def build(
     maxcount: Annotated[int, typer.Option(min=1, help="Samples per shard at most.")] = 10_000,
     maxsize: Annotated[int, typer.Option(min=1, help="Bytes after which a new shard begins.")] = 1_000_000_000,
     max_rejects: Annotated[int, typer.Option(min=0, help="Rows that may be left out as unusable.")] = 0,
+    part: Annotated[str | None, typer.Option(help="I/N: only this part, into OUTPUT.part-I-of-N.")] = None,
 ) -> None:
     """Turns rows and images into tar shards that plain webdataset reads."""
     with Console(stderr=True).status("building shards"):
-        manifest, rejects = build_shards(rows, output, maxcount=maxcount, maxsize=maxsize, max_rejects=max_rejects)
+        if part is None:
+            manifest, rejects = build_shards(rows, output, maxcount=maxcount, maxsize=maxsize, max_rejects=max_rejects)
+        else:
+            number, count = parse_part(part)
+            output, manifest, rejects = build_part(
+                rows,
+                output,
+                number=number,
+                count=count,
+                maxcount=maxcount,
+                maxsize=maxsize,
+                max_rejects=max_rejects,
+            )
+    report(output, manifest, rejects)
+
+
+@app.command()
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="All folders that `build --part` wrote, in any order.")],
+    output: Annotated[Path, typer.Option(help="New folder for shards, manifest and index.")],
+    max_rejects: Annotated[int, typer.Option(min=0, help="Rows that may be left out, in all parts together.")] = 0,
+) -> None:
+    """Joins the parts of a build into the folder that one build would have written."""
+    with Console(stderr=True).status("merging parts"):
+        manifest, rejects = merge_parts(parts, output, max_rejects=max_rejects)
+    report(output, manifest, rejects)
+
+
+def report(output: Path, manifest: Manifest, rejects: list[dict[str, Any]]) -> None:
+    """Says what was written."""
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     typer.echo(f"wrote {manifest.num_samples} samples in {len(manifest.shards)} shards, {num_bytes} bytes, to {output}")
     if rejects:

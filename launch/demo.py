@@ -102,11 +102,10 @@ class Demo:
         ranks = RANKS if accelerator.device_name() == "cpu" else min(RANKS, accelerator.device_count())
         start = [f"run.init_from={self.output / 'stage1'}"] if stage == "stage2" else []
         self.command(
-            "deepspeed",
-            "--num_accelerators",
+            "mirage-launch",
+            "local",
+            "--ranks",
             ranks,
-            "--module",
-            "mirage_ds.train",
             RECIPES / f"demo-{stage}.yaml",
             f"run.dir={self.output / stage}",
             f"model.path={self.output / 'model'}",

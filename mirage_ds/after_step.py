@@ -8,6 +8,7 @@ import torch
 
 from mirage_ds import checkpoint, distributed
 from mirage_ds.config import Config
+from mirage_ds.copies import Copies
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.shards import load_manifest
@@ -34,6 +35,8 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
     )
 
     def action(state: TrainState) -> None:
+        if state.ends_early:  # the time that is left is for the checkpoint
+            return
         if state.step % interval == 0 or state.step == trainer.max_steps:
             trainer.metrics.flush()
             trainer.metrics.add_validation(state.step, validation.losses())
@@ -41,14 +44,17 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
     return action
 
 
-def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any]) -> Action:
-    """Saves every `checkpoint.interval` steps and after the last one."""
+def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any], copies: Copies | None) -> Action:
+    """Saves every `checkpoint.interval` steps and after the last one, or the last one for now; copies what it saved."""
     interval = config.checkpoint.interval
 
     def action(state: TrainState) -> None:
-        if state.step == trainer.max_steps or (interval and state.step % interval == 0):
+        last = state.ends_early or state.step == trainer.max_steps
+        if last or (interval and state.step % interval == 0):
             trainer.metrics.flush()  # a run that goes on from here has all steps before it in metrics.jsonl
-            checkpoint.save(trainer.engine, config, state, facts)
+            saved = checkpoint.save(trainer.engine, config, state, facts)
+            if copies is not None:
+                copies.add(saved)
 
     return action
 

@@ -2,21 +2,24 @@
 
 RUN/checkpoints/global_step20/...        DeepSpeed's files; each rank's random state is in its own
 RUN/checkpoints/global_step20/run.json   step, position, ranks, configuration, the manifest's digest
-RUN/checkpoints/latest                   the tag of the last complete one
+RUN/checkpoints/global_step20/files.json names, sizes and sha256 of all these; see complete.py
 """
 
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-from mirage_ds import distributed
+from mirage_ds import complete, distributed, reshard
 from mirage_ds.config import Config
 from mirage_ds.engine import whole_numel
-from mirage_ds.errors import CheckpointError, DiskFullError
+from mirage_ds.errors import CheckpointError
 from mirage_ds.trainer import TrainState
 
 FOLDER = "checkpoints"
@@ -37,35 +40,102 @@ def describe(config: Config, deepspeed_config: dict[str, Any], manifest_digest: 
     }
 
 
-def save(engine: DeepSpeedEngine, config: Config, state: TrainState, facts: dict[str, Any]) -> None:
-    """Writes a checkpoint of all ranks, then deletes the oldest beyond `checkpoint.keep_latest_k`.
+class Writer(TorchCheckpointEngine):
+    """Writes this rank's files for DeepSpeed, and checks each.
+
+    It keeps an error to itself, so that this rank stays in DeepSpeed's collectives and all ranks can end together.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, dict[str, Any]] = {}  # as in files.json
+        self.error: str | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        file = Path(path)
+        try:
+            torch.save(state_dict, file)
+            self.files[file.name] = complete.check_written(file)
+        except (OSError, RuntimeError) as error:
+            # torch's writer in C++ does not pass on the system's reason.
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
+            self.error = f"{file.name}: {error}"
+            file.unlink(missing_ok=True)
+
+
+def save(engine: DeepSpeedEngine, config: Config, state: TrainState, facts: dict[str, Any]) -> Path:
+    """Writes a checkpoint of all ranks and returns it; then the oldest beyond `checkpoint.keep_latest_k` are deleted.
+
+    It has another name until every rank's files are on the disk and checked.
 
     Raises:
-        CheckpointError: there is no room for it.
-        DiskFullError: the room ended while it was written, or a quota did.
+        CheckpointError: on every rank: there is no room for it, or one of them could not write its files.
     """
+    started_s = time.monotonic()
     folder, tag = config.run.dir / FOLDER, f"global_step{state.step}"
+    part = folder / (tag + complete.PART)
+    _on_main(part, lambda: complete.remove_parts(folder))
     check_room(config.run.dir, engine.module, engine.device)
+    usual, writer = engine.checkpoint_engine, Writer()
+    engine.checkpoint_engine = writer
     try:
-        engine.save_checkpoint(str(folder), tag=tag, client_state={"random": random_state()}, save_latest=False)
-    except RuntimeError as error:
-        # torch.save's writer in C++ does not pass on the system's reason.
-        if "inline_container" not in str(error):
-            raise
-        raise DiskFullError(
-            f"the checkpoint could not be written whole ({folder / tag}): {error}; it needs room on the disk and in "
-            f"the user's quota; {_remedy(config.run.dir)} (what is there of this one may be deleted)"
-        ) from error
-    distributed.barrier()
+        client_state = {"random": random_state()}
+        engine.save_checkpoint(str(folder), tag=part.name, client_state=client_state, save_latest=False)
+    finally:
+        engine.checkpoint_engine = usual
+    outcomes = distributed.gather((writer.files, writer.error))
+    _refuse_part(part, [error for _, error in outcomes])
+    files = {name: entry for own, _ in outcomes for name, entry in own.items()}
+    position = {"step": state.step, "position": state.position}
+    _on_main(part, lambda: _make_current(part, position | facts, files, config.checkpoint.keep_latest_k))
     if distributed.is_main():
-        position = {"step": state.step, "position": state.position}
-        (folder / tag / FACTS_NAME).write_text(json.dumps(position | facts, indent=2) + "\n")
-        # `latest` comes last and at once, so that a checkpoint that is being written is never taken for a whole one.
-        mark = folder / "latest.new"
-        mark.write_text(tag)
-        mark.replace(folder / "latest")
-        prune(folder, state.step, config.checkpoint.keep_latest_k)
-    distributed.barrier()
+        size, passed_s = complete.total_bytes(files.values()), time.monotonic() - started_s
+        rate = size / 1e6 / passed_s
+        print(f"saved {folder / tag}: {size / 1e6:.1f} MB in {passed_s:.1f} s, {rate:.1f} MB/s", flush=True)
+    return folder / tag
+
+
+def _make_current(part: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]], keep_latest_k: int) -> None:
+    """What rank 0 does once every rank's files are there: `files` are theirs."""
+    own = part / FACTS_NAME
+    own.write_text(json.dumps(facts, indent=2) + "\n")
+    listing = files | {FACTS_NAME: complete.describe_file(own)}
+    (part / complete.FILES_NAME).write_text(json.dumps(listing, indent=2, sort_keys=True) + "\n")
+    final = complete.publish(part)
+    mark = final.parent / "latest.new"
+    mark.write_text(final.name)
+    mark.replace(final.parent / "latest")
+    complete.prune(final.parent, facts["step"], keep_latest_k)
+
+
+def _on_main(part: Path, action: Callable[[], None]) -> None:
+    """Rank 0 acts, all ranks wait for it, and all end if the system refuses.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    error = None
+    if distributed.is_main():
+        try:
+            action()
+        except OSError as refused:
+            error = str(refused)
+    _refuse_part(part, distributed.gather(error))
+
+
+def _refuse_part(part: Path, errors: list[str | None]) -> None:
+    """Deletes a checkpoint that a rank could not write, and says so; `errors` are those of all ranks."""
+    failed = {rank: error for rank, error in enumerate(errors) if error}
+    if not failed:
+        return
+    if distributed.is_main():
+        shutil.rmtree(part, ignore_errors=True)
+    rank, error = next(iter(failed.items()))
+    raise CheckpointError(
+        f"the checkpoint could not be written whole ({part}): rank {rank}: {error}; it needs room on the disk and in "
+        f"the user's quota; {_remedy(part.parents[1])}"
+    )
 
 
 def size_in_bytes(model: torch.nn.Module) -> int:
@@ -86,7 +156,8 @@ def check_room(run_dir: Path, model: torch.nn.Module, device: torch.device) -> N
         CheckpointError: it names the folder and both sizes.
     """
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(existing).free, size_in_bytes(model)
+    free = shutil.disk_usage(existing).free + complete.parts_bytes(run_dir / FOLDER)  # save deletes these first
+    needed = size_in_bytes(model)
     if any(distributed.max_over_ranks([free < needed], device)):
         raise CheckpointError(
             f"no room for a checkpoint ({run_dir / FOLDER}): it takes {needed / 1e6:.1f} MB, the disk has "
@@ -102,17 +173,6 @@ def _remedy(run_dir: Path) -> str:
     return f"free some space, and go on from {found.name}, which is whole, with run.resume=auto"
 
 
-def prune(folder: Path, step: int, keep_latest_k: int) -> None:
-    """Deletes checkpoints of steps up to `step`, all but the last ones.
-
-    A later one may be there: half written, by a run that was killed and went on from an earlier checkpoint.
-    """
-    names = (path.name.removeprefix("global_step") for path in folder.glob("global_step*"))
-    steps = sorted(int(name) for name in names if name.isdecimal() and int(name) <= step)
-    for old in steps[:-keep_latest_k]:
-        shutil.rmtree(folder / f"global_step{old}")
-
-
 def random_state() -> dict[str, torch.Tensor]:
     """This rank's random generators."""
     state = {"cpu": torch.get_rng_state()}
@@ -120,39 +180,82 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The last complete checkpoint of a run, if it has one."""
-    mark = run_dir / FOLDER / "latest"
-    return mark.parent / mark.read_text().strip() if mark.is_file() else None
+    """The newest checkpoint of a run that is complete by names and sizes, if it has one."""
+    return next((path for path in complete.tags(run_dir / FOLDER) if complete.wrong_size(path) is None), None)
+
+
+def find_whole(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None if it never saved one; damaged ones are named and passed over.
+
+    Every rank calls it, and all get the same answer, whatever their number: they share the reading of the files.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    found = distributed.gather(complete.tags(run_dir / FOLDER))[0]  # as rank 0 sees the folder
+    for checkpoint in found:
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        if distributed.is_main():
+            print(f"WARNING: {checkpoint} is damaged and passed over: {damage}", flush=True)
+    if found:
+        raise CheckpointError(
+            f"no checkpoint of the run is whole ({run_dir / FOLDER}): {', '.join(path.name for path in found)} are "
+            "damaged; a run goes on from a whole one; copy one there again (from checkpoint.copy_to, if it was set), "
+            "or start anew with another run.dir"
+        )
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, by names, sizes and sha256; every rank calls it, and all get the same answer."""
+    own = slice(distributed.rank(), None, distributed.world_size())
+    damages = distributed.gather(complete.wrong_size(checkpoint) or complete.wrong_content(checkpoint, own))
+    return next((damage for damage in damages if damage), None)
 
 
 def find_latest(run_dir: Path) -> Path:
-    """The last complete checkpoint of a run that must have one.
+    """The last checkpoint of a run that must have one; it is complete by names and sizes.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged: an earlier one has other weights than the user means.
     """
-    found = latest(run_dir)
-    if found is None:
+    found = complete.tags(run_dir / FOLDER)
+    if not found:
         raise CheckpointError(
             f"there is no complete checkpoint ({run_dir / FOLDER}); allowed is the folder of a run that has saved one; "
             "give that run's run.dir, or run it first"
         )
-    return found
+    refuse(found[0], complete.wrong_size(found[0]))
+    return found[0]
+
+
+def refuse(checkpoint: Path, damage: str | None) -> None:
+    """Raises:
+    CheckpointError: a checkpoint that a user named has a damage.
+    """
+    if damage is not None:
+        raise CheckpointError(
+            f"the checkpoint is damaged ({checkpoint}): {damage}; allowed is what the run wrote; copy it there again, "
+            "name another one, or delete it to have the one before it taken"
+        )
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that a user names: itself, or by its run's folder, whose last complete one it then is.
+    """The checkpoint that a user names: itself, or by its run's folder, whose last one it then is. It is whole.
 
     Raises:
-        CheckpointError: neither is there.
+        CheckpointError: neither is there, or a file of it is missing or not what the run wrote.
     """
-    found = path if (path / FACTS_NAME).is_file() else latest(path)
-    if found is None:
+    found = [path] if (path / FACTS_NAME).is_file() else complete.tags(path / FOLDER)
+    if not found:
         raise CheckpointError(
-            f"no complete checkpoint ({path}); allowed is a run's folder that has {FOLDER}/latest, or one checkpoint "
+            f"no complete checkpoint ({path}); allowed is a run's folder that has saved one, or one checkpoint "
             f"there, {FOLDER}/global_stepN with its run.json; name one of these"
         )
-    return found
+    refuse(found[0], complete.wrong_size(found[0]) or complete.wrong_content(found[0]))
+    return found[0]
 
 
 def read_facts(file: Path) -> dict[str, Any]:
@@ -172,34 +275,31 @@ def read_facts(file: Path) -> dict[str, Any]:
 
 
 def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
-    """Loads everything; the next step is the one that would have come."""
-    client_state = _load(engine, checkpoint)
-    torch.set_rng_state(client_state["random"]["cpu"])
-    if "cuda" in client_state["random"]:
-        torch.cuda.set_rng_state(client_state["random"]["cuda"])
+    """Loads everything; the next step is the one that would have come. The number of ranks may be another one."""
     facts = read_facts(checkpoint / FACTS_NAME)
-    return TrainState(step=facts["step"], position=facts["position"])
+    state = TrainState(step=facts["step"], position=facts["position"])
+    if facts["world_size"] == distributed.world_size():
+        client_state = _load(engine, checkpoint)
+        torch.set_rng_state(client_state["random"]["cpu"])
+        if "cuda" in client_state["random"]:
+            torch.cuda.set_rng_state(client_state["random"]["cuda"])
+        return state
+    # Each rank's random state stays as its seed made it: nothing that a step computes is drawn at random.
+    reshard.load_weights(engine, checkpoint, facts["world_size"])
+    updates = reshard.load_optimizer(engine, checkpoint, facts["world_size"])
+    engine.global_steps, engine.global_samples = state.step, state.position
+    engine.skipped_steps = state.step - updates
+    return state
 
 
 def check_start(run_dir: Path, config: Config) -> None:
     """Refuses to start from weights of another kind.
 
     Raises:
-        CheckpointError: no checkpoint, another number of ranks, or another latent_size.
+        CheckpointError: no checkpoint, or another latent_size.
     """
     checkpoint = find_latest(run_dir)
     facts = read_facts(checkpoint / FACTS_NAME)
-    if facts["world_size"] != distributed.world_size():
-        raise CheckpointError(
-            f"{checkpoint} was saved by {facts['world_size']} ranks, this run has {distributed.world_size()} "
-            f"(run.init_from={run_dir}); the shards of a checkpoint fit the same number of ranks; "
-            f"start {facts['world_size']} ranks"
-        )
-    if facts["config"]["model"]["train_tower"] != config.model.train_tower:
-        raise CheckpointError(
-            f"{checkpoint} was trained with model.train_tower={facts['config']['model']['train_tower']}, this run has "
-            f"{config.model.train_tower} (run.init_from={run_dir}); the shards hold what was trained; set it alike"
-        )
     stage, latent_size = facts["config"]["train"]["stage"], facts["config"]["model"]["latent_size"]
     if stage != "text" and latent_size != config.model.latent_size:
         raise CheckpointError(
@@ -210,15 +310,9 @@ def check_start(run_dir: Path, config: Config) -> None:
 
 
 def load_weights(engine: DeepSpeedEngine, run_dir: Path) -> None:
-    """Loads the float32 masters of a run's last checkpoint, and nothing else of it: the optimizer starts anew."""
-    groups = engine.optimizer.optimizer.param_groups
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    # DeepSpeed keeps ZeRO-3's weights with the optimizer's state, so both are loaded and the state is dropped.
-    _load(engine, find_latest(run_dir))
-    engine.optimizer.optimizer.state.clear()
-    for group, own in zip(engine.optimizer.optimizer.param_groups, settings, strict=True):
-        group.update(own)
-    engine.global_steps = engine.global_samples = engine.micro_steps = engine.skipped_steps = 0
+    """Loads the weights of a run's last checkpoint, trained and frozen ones, and nothing else of it."""
+    checkpoint = find_latest(run_dir)
+    reshard.load_weights(engine, checkpoint, read_facts(checkpoint / FACTS_NAME)["world_size"])
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class RunConfig(Section):
     """Folder of another run: its last checkpoint's weights replace those of `model.path` (stage 2 from stage 1)."""
     resume: Literal["never", "auto"] = "never"
     """`auto`: go on from the last checkpoint in `dir`, if there is one; `never`: `dir` must not hold a run."""
+    save_before_end_s: int = Field(default=120, ge=0)
+    """In a SLURM job: so many seconds before its time limit the run saves and ends, to be continued."""
 
 
 class ModelConfig(Section):
@@ -213,6 +215,8 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; 0: only at the end."""
     keep_latest_k: PositiveInt = 2
     """Older checkpoints are deleted after a newer one is complete."""
+    copy_to: Path | None = None
+    """A second place, for example another file system, to which each checkpoint is copied in the background."""
 
 
 class EvaluationConfig(Section):
@@ -235,6 +239,13 @@ class DistributedConfig(Section):
     """A collective that waits longer than this ends the run with an error."""
 
 
+class LaunchConfig(Section):
+    """What a cluster job does about failures (`mirage-launch slurm`)."""
+
+    max_restarts: int = Field(default=3, ge=0)
+    """How often a job that failed starts again. Preemptions and time limits are not failures."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -245,6 +256,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     distributed: DistributedConfig = DistributedConfig()
+    launch: LaunchConfig = LaunchConfig()
 
 
 def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Config:

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -91,3 +92,10 @@ def max_over_ranks(values: list[int], device: torch.device) -> list[int]:
     agreed = torch.tensor(values, device=device)
     torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
     return agreed.tolist()
+
+
+def gather(value: Any) -> list[Any]:
+    """What each rank gives, on every rank."""
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

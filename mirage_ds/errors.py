@@ -34,7 +34,7 @@ class DiskFullError(MirageError):
 
 @contextmanager
 def name_full_disk(folder: Path, remedy: str) -> Iterator[None]:
-    """Says where the disk is full, and what to do; every other error passes as it is.
+    """Says where the disk is full, and what to do; every other error, and one that says so already, passes as it is.
 
     Raises:
         DiskFullError: the system had no room for something written inside.
@@ -44,7 +44,7 @@ def name_full_disk(folder: Path, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:
         # safetensors and tokenizers have the system's words but not its code, and tokenizers' error has no type.
-        if not any(reason in str(error) for reason in reasons):
+        if isinstance(error, MirageError) or not any(reason in str(error) for reason in reasons):
             raise
         where = getattr(error, "filename", None) or folder
         raise DiskFullError(f"the disk is full ({where}): {error}; all that is written needs room; {remedy}") from error

@@ -8,7 +8,7 @@ frozen parameters of all ranks at once, and unpickles; here only the places of t
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +20,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from mirage_ds.errors import CheckpointError
 from mirage_ds.model.mirage import hf_name
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,24 @@ class StoredParameter:
             raise _damaged(self.pieces[-1].file, f"{len(rest)} elements are missing of shape {tuple(self.shape)}")
         return flat.view(self.shape)
 
+    def read_part(self, begin: int, numel: int) -> torch.Tensor:
+        """Elements [begin, begin + numel) of the flat parameter, [numel]; zeros beyond its end.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is too short.
+        """
+        part = torch.zeros(numel, dtype=self.dtype)
+        end, position = min(begin + numel, self.shape.numel()), 0
+        for piece in self.pieces:
+            first, last = max(begin, position), min(end, position + piece.numel)
+            if first < last:
+                skipped = piece.offset + (first - position) * self.dtype.itemsize
+                part[first - begin : last - begin] = Piece(piece.file, skipped, last - first).read(
+                    last - first, self.dtype
+                )
+            position += piece.numel
+        return part
+
 
 def stored_parameters(checkpoint: Path, world_size: int) -> dict[str, StoredParameter]:
     """All parameters of a checkpoint by transformers' names, trained and frozen ones. Reads no weights.
@@ -77,8 +97,7 @@ def stored_parameters(checkpoint: Path, world_size: int) -> dict[str, StoredPara
     Raises:
         CheckpointError: a rank's file is missing or damaged.
     """
-    models = [_find(checkpoint, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(world_size)]
-    masters = [_find(checkpoint, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(world_size)]
+    models = _model_files(checkpoint, world_size)
     contents = [_read_places(file) for file in models]
     try:
         trained = {name: shape for group in contents[0]["param_shapes"] for name, shape in group.items()}
@@ -86,16 +105,40 @@ def stored_parameters(checkpoint: Path, world_size: int) -> dict[str, StoredPara
         fragments = [content["frozen_param_fragments"] for content in contents]
     except KeyError as error:
         raise _damaged(models[0], f"it has no {error}") from error
-    partitions = [_masters(file, trained, world_size) for file in masters]
-    stored = {
-        name: StoredParameter(shape, torch.float32, tuple(piece for places in partitions for piece in places[name]))
-        for name, shape in trained.items()
-    }
+    stored = _of_all_ranks([_flat_groups(file) for file in _optimizer_files(checkpoint, world_size)], trained)
     for name, shape in frozen.items():
         tensors = [rank[name] for rank in fragments]
         pieces = tuple(_piece(file, tensor) for file, tensor in zip(models, tensors, strict=True))
         stored[name] = StoredParameter(shape, tensors[0].dtype, pieces)
     return {hf_name(name): parameter for name, parameter in stored.items()}
+
+
+def stored_moments(checkpoint: Path, world_size: int) -> tuple[dict[str, dict[str, StoredParameter]], int]:
+    """AdamW's moments, {"exp_avg": {name: ...}, "exp_avg_sq": ...} by the module's own names, and its step.
+
+    Raises:
+        CheckpointError: a rank's file is missing or damaged, or the run had not made a step.
+    """
+    model = _model_files(checkpoint, world_size)[0]
+    files = _optimizer_files(checkpoint, world_size)
+    states = [_read_places(file)["optimizer_state_dict"]["optimizer_state_dict"]["state"] for file in files]
+    if not all(states):
+        raise _damaged(files[0], "it holds no optimizer state")
+    trained = {name: shape for group in _read_places(model)["param_shapes"] for name, shape in group.items()}
+    moments = {
+        key: _of_all_ranks(
+            [
+                (file, [_piece(file, groups[number][key]) for number in sorted(groups)])
+                for file, groups in zip(files, states, strict=True)
+            ],
+            trained,
+        )
+        for key in MOMENTS
+    }
+    step = states[0][0]["step"]  # a tensor of torch's AdamW, a number of DeepSpeed's; each sub-group has the same
+    if isinstance(step, torch.Tensor):
+        step = _piece(files[0], step).read(1, step.dtype).item()
+    return moments, int(step)
 
 
 def check_fit(stored: Mapping[str, StoredParameter], model: torch.nn.Module, checkpoint: Path) -> None:
@@ -112,6 +155,14 @@ def check_fit(stored: Mapping[str, StoredParameter], model: torch.nn.Module, che
             f"the checkpoint has other parameters than the model ({checkpoint}): {other[:400]}; "
             "both must be of one model; give the model that the run was started with (model.path in its config.yaml)"
         )
+
+
+def _model_files(checkpoint: Path, world_size: int) -> list[Path]:
+    return [_find(checkpoint, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(world_size)]
+
+
+def _optimizer_files(checkpoint: Path, world_size: int) -> list[Path]:
+    return [_find(checkpoint, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(world_size)]
 
 
 def _find(checkpoint: Path, pattern: str) -> Path:
@@ -141,12 +192,27 @@ def _read_places(file: Path) -> dict[str, Any]:
     return content
 
 
-def _masters(file: Path, shapes: Mapping[str, torch.Size], world_size: int) -> dict[str, list[Piece]]:
-    """This rank's part of every trained parameter, from the sub-groups one after the other."""
+def _flat_groups(file: Path) -> tuple[Path, list[Piece]]:
+    """This rank's float32 masters: its sub-groups, each one flat tensor."""
     try:
-        groups = [_piece(file, tensor) for tensor in _read_places(file)["optimizer_state_dict"]["fp32_flat_groups"]]
+        return file, [_piece(file, tensor) for tensor in _read_places(file)["optimizer_state_dict"]["fp32_flat_groups"]]
     except KeyError as error:
         raise _damaged(file, f"it has no {error}") from error
+
+
+def _of_all_ranks(
+    ranks: Sequence[tuple[Path, list[Piece]]], shapes: Mapping[str, torch.Size]
+) -> dict[str, StoredParameter]:
+    """Parameter by parameter, from every rank's file and sub-groups."""
+    partitions = [_cut(file, groups, shapes, len(ranks)) for file, groups in ranks]
+    return {
+        name: StoredParameter(shape, torch.float32, tuple(piece for places in partitions for piece in places[name]))
+        for name, shape in shapes.items()
+    }
+
+
+def _cut(file: Path, groups: list[Piece], shapes: Mapping[str, torch.Size], world_size: int) -> dict[str, list[Piece]]:
+    """This rank's part of every trained parameter, from the sub-groups one after the other."""
     sizes = {name: math.ceil(shape.numel() / world_size) for name, shape in shapes.items()}
     stored, wanted = sum(group.numel for group in groups), sum(sizes.values())
     if stored != wanted:

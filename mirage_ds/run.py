@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from mirage_ds import checkpoint, distributed
+from mirage_ds import checkpoint, complete, distributed
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError, ConfigError, name_unwritable
 from mirage_ds.versions import versions
@@ -28,6 +28,7 @@ HARMLESS = (
     "run.dir",
     "run.init_from",
     "run.resume",
+    "run.save_before_end_s",
     "model.cache_dir",
     "model.attention",
     "model.gather",
@@ -44,6 +45,7 @@ HARMLESS = (
     "checkpoint.*",
     "evaluation.*",
     "distributed.*",
+    "launch.*",
 )
 # Parts of the DeepSpeed JSON that change results; what its other parts decide does not.
 DEEPSPEED_MATHEMATICS = ("data_types", "communication_data_type")
@@ -56,19 +58,21 @@ def find_start(config: Config, facts: dict[str, Any]) -> Path | None:
         facts: what a checkpoint of this run would say of itself, see `checkpoint.describe`.
 
     Returns:
-        The checkpoint to go on from, or None for a new run.
+        The newest whole checkpoint, to go on from, or None for a new run.
 
     Raises:
         ConfigError: the folder holds a run, and `run.resume` does not say to go on with it.
-        CheckpointError: the run there was started with another mathematics.
+        CheckpointError: the run there was started with another mathematics, or all its checkpoints are damaged.
     """
     folder = config.run.dir
-    found = checkpoint.latest(folder)
-    if config.run.resume == "never" and (found or (folder / "metrics.jsonl").exists()):
+    if config.run.resume == "never" and (
+        complete.tags(folder / checkpoint.FOLDER) or (folder / "metrics.jsonl").exists()
+    ):
         raise ConfigError(
             f"the folder holds another run already (run.dir={folder}); a run needs a folder of its own; set run.dir to "
             "a new one, or run.resume=auto to go on with that run"
         )
+    found = checkpoint.find_whole(folder)
     changed = []
     if found or (folder / "metrics.jsonl").exists():  # without a checkpoint it ended before its first one
         changed = check_same_run(found / checkpoint.FACTS_NAME if found else folder / START_NAME, facts)
@@ -101,9 +105,13 @@ def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
     changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
     harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in HARMLESS)]
     harmful = [text for text in changes.values() if text not in harmless]
-    for key in ("world_size", "global_batch_size", "manifest_digest", "max_steps"):
+    if before["world_size"] != facts["world_size"]:
+        harmless.append(f"ranks: {before['world_size']} -> {facts['world_size']}")
+    for key in ("global_batch_size", "manifest_digest", "max_steps"):
         if before[key] != facts[key]:
             harmful.append(f"{key}: {before[key]!r} -> {facts[key]!r}")
+    if before["global_batch_size"] != facts["global_batch_size"]:
+        harmful.append(f"with train.global_batch_size={before['global_batch_size']} it would be the same on any ranks")
     for key in DEEPSPEED_MATHEMATICS:
         if before["deepspeed"].get(key) != facts["deepspeed"].get(key):
             harmful.append(f"{key}: {before['deepspeed'].get(key)!r} -> {facts['deepspeed'].get(key)!r}")

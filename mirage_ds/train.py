@@ -10,6 +10,10 @@ if __name__ == "__main__":  # before the imports, as another version may lack wh
 
     leave_if_untested()
 
+    from mirage_ds import early_end
+
+    early_end.listen()  # before the imports too: they last for seconds, in which a signal would end the run unsaved
+
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,10 +26,11 @@ import typer
 from deepspeed import DeepSpeedEngine
 from transformers.utils import logging as transformers_logging
 
-from mirage_ds import checkpoint, distributed
+from mirage_ds import checkpoint, distributed, early_end
 from mirage_ds.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config, load_config
+from mirage_ds.copies import Copies
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.shards import ShardFolder, load_manifest
@@ -40,6 +45,7 @@ from mirage_ds.engine import (
     whole_numel,
 )
 from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
+from mirage_ds.heartbeat import Heartbeat
 from mirage_ds.metrics import Metrics
 from mirage_ds.model.backbone import DTYPES, Backbone, check_config, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
@@ -54,27 +60,18 @@ def train(config: Config) -> None:
     deepspeed_config = resolve_deepspeed_config(config)
     shards = load_manifest(config.data.shards)
     check_config(config.model.path, config.model.cache_dir)
-    encoder = load_encoder(
-        config.model.path,
-        stage=config.train.stage,
-        latent_size=config.model.latent_size,
-        system_turn=config.data.system_turn,
-        max_length=config.data.max_length,
-        min_pixels=config.data.min_pixels,
-        max_pixels=config.data.max_pixels,
-        cache_dir=config.model.cache_dir,
-        compress_strategy=config.model.compress_strategy,
-    )
-    for folder in (config.data.shards, config.evaluation.shards):
-        if folder is not None:
-            encoder.check_index(load_manifest(folder))
+    encoder = open_encoder(config)
     device = distributed.init(config.distributed.timeout_s)
     pooling = describe_path(device)
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     if config.run.init_from and not (config.run.resume == "auto" and checkpoint.latest(config.run.dir)):
         checkpoint.check_start(config.run.init_from, config)
+        named = checkpoint.find_latest(config.run.init_from)
+        checkpoint.refuse(named, checkpoint.find_damage(named))
     facts = checkpoint.describe(config, deepspeed_config, shards.digest, max_steps)
     found = find_start(config, facts)
+    if distributed.is_main():
+        early_end.unmark(config.run.dir)
 
     backbone = load_backbone(
         config.model.path,
@@ -85,15 +82,7 @@ def train(config: Config) -> None:
         deepspeed_config=deepspeed_config,
     )
     check_latent_ids(encoder.ids, backbone, config.model.path)
-    model = MirageModel(
-        backbone,
-        stage=config.train.stage,
-        ce_loss_weight=config.train.text_weight,
-        latent_loss_weight=config.train.latent_loss_weight,
-        recompute=config.model.activation_checkpointing == "full",
-        train_tower=config.model.train_tower,
-        compress_strategy=config.model.compress_strategy,
-    )
+    model = make_model(config, backbone)
     checkpoint.check_room(config.run.dir, model, device)
     write_folder(config, facts)
     gather = choose_gather(config.model, config.train.stage)
@@ -121,17 +110,69 @@ def train(config: Config) -> None:
         max_steps=max_steps,
         device=device,
         agree_on_passes=gather == "layer" and config.train.stage == "stage2",
+        early_end=watch_end(config),
     )
+    copies = open_copies(config)
+    heartbeat = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s)
+    heartbeat.beat(state.step)
     with profiler(config, state) as profile_step:
         trainer.train(
             after_step=[
+                lambda state: heartbeat.beat(state.step),
                 validate_if_due(trainer, config, encoder),
-                save_if_due(trainer, config, facts),
+                save_if_due(trainer, config, facts, copies),
                 profile_step,
             ]
         )
+    early_end.ignore()
+    heartbeat.stop()
     metrics.close()
+    if distributed.is_main() and state.step < max_steps:
+        early_end.mark(config.run.dir, state.step)
+        print(f"saved after step {state.step} of {max_steps}, to be continued with run.resume=auto", flush=True)
     distributed.shut_down()
+    if copies is not None:
+        copies.wait()
+
+
+def open_copies(config: Config) -> Copies | None:
+    """What copies this run's checkpoints to `checkpoint.copy_to`: on rank 0, if it is set."""
+    if config.checkpoint.copy_to is None or not distributed.is_main():
+        return None
+    name = config.run.dir.absolute().name
+    return Copies(config.checkpoint.copy_to / name, config.checkpoint.keep_latest_k)
+
+
+def open_encoder(config: Config) -> Encoder:
+    """What turns samples into tokens; every sample of the run's shards fits it."""
+    encoder = load_encoder(
+        config.model.path,
+        stage=config.train.stage,
+        latent_size=config.model.latent_size,
+        system_turn=config.data.system_turn,
+        max_length=config.data.max_length,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+        cache_dir=config.model.cache_dir,
+        compress_strategy=config.model.compress_strategy,
+    )
+    for folder in (config.data.shards, config.evaluation.shards):
+        if folder is not None:
+            encoder.check_index(load_manifest(folder))
+    return encoder
+
+
+def make_model(config: Config, backbone: Backbone) -> MirageModel:
+    """The method's losses over a backbone."""
+    return MirageModel(
+        backbone,
+        stage=config.train.stage,
+        ce_loss_weight=config.train.text_weight,
+        latent_loss_weight=config.train.latent_loss_weight,
+        recompute=config.model.activation_checkpointing == "full",
+        train_tower=config.model.train_tower,
+        compress_strategy=config.model.compress_strategy,
+    )
 
 
 def prepare_torch(config: Config) -> None:
@@ -154,6 +195,12 @@ def load_state(engine: DeepSpeedEngine, config: Config, found: Path | None) -> T
     if config.run.init_from:
         checkpoint.load_weights(engine, config.run.init_from)
     return TrainState()
+
+
+def watch_end(config: Config) -> early_end.EarlyEnd:
+    """What may end the run before its last step: signals on every rank, on rank 0 the job's time limit too."""
+    end_s = early_end.job_end_s(say=print) if distributed.is_main() else None
+    return early_end.EarlyEnd(end_s, config.run.save_before_end_s)
 
 
 def open_stream(

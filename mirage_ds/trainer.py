@@ -10,6 +10,7 @@ from deepspeed import DeepSpeedEngine
 from mirage_ds import distributed
 from mirage_ds.batch import Batch
 from mirage_ds.config import TrainConfig
+from mirage_ds.early_end import EarlyEnd
 from mirage_ds.engine import learning_rate
 from mirage_ds.errors import DataError
 from mirage_ds.metrics import Metrics, StepSums
@@ -21,6 +22,7 @@ class TrainState:
 
     step: int = 0  # optimizer steps done
     position: int = 0  # samples consumed, over all ranks and epochs
+    ends_early: bool = False  # all ranks have agreed that this step is the last one for now
 
 
 class Trainer:
@@ -37,24 +39,28 @@ class Trainer:
         max_steps: int,
         device: torch.device,
         agree_on_passes: bool,
+        early_end: EarlyEnd,
     ) -> None:
         """
         Args:
             batches: this rank's micro-batches, endless.
             agree_on_passes: all ranks make the same number of latent passes; needed where ZeRO-3 gathers inside them.
+            early_end: asked after each step; one rank's wish ends the run on all of them.
         """
         self.engine, self.batches, self.train_config = engine, batches, train
         self.metrics, self.state, self.device = metrics, state, device
         self.max_steps = max_steps
         self.agree_on_passes = agree_on_passes
+        self.early_end = early_end
         self.world_size = distributed.world_size()
         self.global_batch_size = train.samples_per_step(self.world_size)
         self.accumulation_steps = train.accumulation_steps(self.world_size)
 
     def train(self, after_step: Sequence[Callable[[TrainState], None]] = ()) -> None:
         """The rest of the run; after each step, in order, what may be due then."""
-        while self.state.step < self.max_steps:
+        while self.state.step < self.max_steps and not self.state.ends_early:
             self.train_step()
+            self.agree_on_end()
             for action in after_step:
                 action(self.state)
 
@@ -87,6 +93,13 @@ class Trainer:
                 waited_s=waited_s,
             )
         )
+
+    def agree_on_end(self) -> None:
+        """Whether the run ends here, before its last step: a signal may have reached one rank only, or none yet."""
+        reason = self.early_end()
+        self.state.ends_early = any(distributed.max_over_ranks([reason is not None], self.device))
+        if reason is not None:
+            print(f"rank {distributed.rank()}: {reason}; the run saves after step {self.state.step}", flush=True)
 
     def set_learning_rate(self) -> float:
         """Sets and returns the rate of the step that comes."""

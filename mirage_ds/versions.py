@@ -18,6 +18,9 @@ TESTED = ("torch", "deepspeed", "transformers")  # what decides a run's numbers
 def versions() -> dict[str, str]:
     """Packages, and the commit of the code, with a mark if there are uncommitted changes."""
     packages = {name: version(name) for name in ("mirage_ds", *TESTED)}
+    submitted = Path(__file__).parents[1] / "commit"  # `mirage-launch slurm` wrote it beside its copy of the packages
+    if submitted.is_file():
+        return packages | {"git_commit": submitted.read_text().strip()}
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

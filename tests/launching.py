@@ -11,10 +11,16 @@ BIN = Path(sys.executable).parent
 HERE = Path(__file__).parent
 
 
+held_ports: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody else gets while the tests run: a socket that never listens keeps it for who listens there."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    held_ports.append(held)
+    return held.getsockname()[1]
 
 
 def environment() -> dict[str, str]:

@@ -22,7 +22,7 @@ from mirage_ds import train
 
 MAINS = dict.fromkeys(("build", "make-vsp"), data_tools.cli.main)
 MAINS |= dict.fromkeys(("init", "export", "evaluate"), mirage_ds.cli.main)
-SPARE_BYTES = 16 * 1024  # left, so that writing begins
+SPARE_BYTES = 16 * 1024  # left, so that writing begins, unless a start has "spare_bytes"
 
 
 class Usage(NamedTuple):
@@ -31,7 +31,8 @@ class Usage(NamedTuple):
 
 def start(disk: Path, each: dict[str, Any]) -> int:
     if each.get("fill"):
-        (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - SPARE_BYTES)))
+        spare_bytes = each.get("spare_bytes", SPARE_BYTES)
+        (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - spare_bytes)))
 
     def main() -> None:
         if each.get("lie"):

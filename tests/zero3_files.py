@@ -4,6 +4,7 @@ That the layout is DeepSpeed's is checked by reading it with DeepSpeed's own zer
 the real checkpoints of tests/distributed.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ def write_run(
     sub_group_numel: int = 10**9,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Writes checkpoints/global_step3 and `latest`; returns the checkpoint.
+    """Writes checkpoints/global_step3, complete, and `latest`; returns the checkpoint.
 
     Args:
         weights: float32, by transformers' names, a tied head once; the tower's are frozen unless model.train_tower.
@@ -55,8 +56,19 @@ def write_run(
         write_rank(checkpoint, rank, ranks, groups, frozen, sub_group_numel, bf16=config.train.dtype == "bf16")
     facts = {"step": 3, "position": 12, "world_size": ranks, "config": config.model_dump(mode="json")}
     (checkpoint / "run.json").write_text(json.dumps(facts))
-    (run_dir / "checkpoints" / "latest").write_text("global_step3")
+    complete_by_hand(checkpoint)
     return checkpoint
+
+
+def complete_by_hand(checkpoint: Path) -> None:
+    """Writes files.json of what is there, and `latest`."""
+    listing = {}
+    for file in checkpoint.iterdir():
+        if file.name != "files.json":
+            content = file.read_bytes()
+            listing[file.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "files.json").write_text(json.dumps(listing))
+    (checkpoint.parent / "latest").write_text(checkpoint.name)
 
 
 def own_name(hf_name: str) -> str:

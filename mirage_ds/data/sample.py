@@ -57,15 +57,18 @@ class Sample:
     extra: dict[str, Any] = field(default_factory=dict)  # the row's other fields, the user's own id among them
 
 
-def read_rows(path: Path, reject: Reject | None = None) -> Iterator[tuple[str, Sample]]:
+def read_rows(path: Path, reject: Reject | None = None, numbers: range | None = None) -> Iterator[tuple[str, Sample]]:
     """Yields (file:line, sample) of a JSONL file; keys number the rows. Empty lines are passed over.
 
     Args:
         reject: told of each row that cannot be used, which is then passed over; without it the first one is an error.
+        numbers: reads only these rows, counted from 0 on.
     Raises:
         DataError: the file cannot be read or holds no row, or a row is not as `read_row` wants it.
     """
     for number, (where, line) in enumerate(_read_lines(path)):
+        if numbers is not None and number not in numbers:
+            continue
         row: dict[str, Any] = {}
         try:
             row = _parse_line(line, where)
@@ -76,6 +79,15 @@ def read_rows(path: Path, reject: Reject | None = None) -> Iterator[tuple[str, S
             reject(where, row.get("id"), error)
         else:
             yield where, sample
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a JSONL file, good or bad; at least one.
+
+    Raises:
+        DataError: the file cannot be read or holds no row.
+    """
+    return sum(1 for _ in _read_lines(path))
 
 
 def read_questions(path: Path) -> Iterator[tuple[str, Sample]]:

@@ -64,5 +64,5 @@ def outcome(
     folder = tmp_path_factory.mktemp("cases")
     launches = [start_cases(ranks, cases, folder) for ranks, cases in all_cases(models, deepspeed_configs).items()]
     for process, log in launches:
-        launching.finish(process, log, timeout_s=800)
+        launching.finish(process, log, timeout_s=1500)
     return partial(read_outcome, folder)

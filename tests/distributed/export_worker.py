@@ -22,6 +22,7 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import load_encoder
 from mirage_ds.data.sample import read_rows
 from mirage_ds.deepspeed_config import resolve_deepspeed_config
+from mirage_ds.early_end import EarlyEnd
 from mirage_ds.engine import (
     choose_gather,
     initialize,
@@ -74,7 +75,15 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
     metrics = Metrics(config.run.dir, global_batch_size=distributed.world_size(), max_steps=steps, log_freq=steps)
     stream, state = batches(config, rows, config.train.stage), TrainState()
     trainer = Trainer(
-        engine, stream, config.train, metrics, state, max_steps=steps, device=device, agree_on_passes=False
+        engine,
+        stream,
+        config.train,
+        metrics,
+        state,
+        max_steps=steps,
+        device=device,
+        agree_on_passes=False,
+        early_end=EarlyEnd(end_s=None, margin_s=0),
     )
     trainer.train()
     metrics.close()
@@ -90,7 +99,7 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
 
 def main() -> None:
     listing, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
-    device = distributed.init(timeout_s=60)
+    device = distributed.init(timeout_s=300)
     for settings in json.loads(listing.read_text()):
         run(settings, folder, folder / "rows" / "rows.jsonl", device)
     distributed.shut_down()

@@ -18,7 +18,7 @@ STEPS = {"stage1": 120, "stage2": 45}
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(
         "MIRAGE_VSP_DIR" not in os.environ,
         reason="MIRAGE_VSP_DIR does not name the reference's own rows, which have no licence to be shipped",
@@ -47,7 +47,7 @@ def train(folder: Path, stage: str, *more: str) -> None:
         "train.log_freq=10",
         *more,
     ]
-    launching.finish(launching.start(2, *arguments, log=log), log, timeout_s=800)
+    launching.finish(launching.start(2, *arguments, log=log), log, timeout_s=1500)
 
 
 def test_ten_real_rows_are_learnt_and_answered(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, deepspeed_configs: dict[str, 
     listing.write_text(json.dumps([settings(folder, name) for name in RUNS]))
     log = folder / "log"
     worker = str(HERE / "export_worker.py")
-    launching.finish(launching.start(2, worker, str(listing), str(folder), log=log), log, timeout_s=300)
+    launching.finish(launching.start(2, worker, str(listing), str(folder), log=log), log, timeout_s=1200)
     return folder
 
 

@@ -22,7 +22,7 @@ def test_the_same_losses(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     cases = [case for case in all_cases(models, deepspeed_configs)[2] if case["name"] in CASES]
     process, log = start_cases(2, cases, tmp_path)
-    launching.finish(process, log, timeout_s=300)
+    launching.finish(process, log, timeout_s=1200)
     for name in CASES:
         plain, interpreted = outcome(name), read_outcome(tmp_path, name)
         assert plain.report["pooling"] == "latent_pool: plain torch on cpu"

@@ -35,7 +35,7 @@ def run(script: str, folder: Path) -> str:
         env=launching.environment(),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1500,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout

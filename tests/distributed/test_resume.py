@@ -3,7 +3,9 @@
 import hashlib
 import json
 import signal
+import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +62,17 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def kill_after(process: Any, metrics: Path, step: int, log: Path) -> None:
-    """SIGKILL to the launcher and everything that it started, as soon as `step` is done."""
-    deadline = time.monotonic() + 120
+def wait_for_step(process: Any, metrics: Path, step: int, log: Path) -> None:
+    deadline = time.monotonic() + 600
     while not any(record["step"] >= step for record in records(metrics)):
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.05)
+
+
+def kill_after(process: Any, metrics: Path, step: int, log: Path) -> None:
+    """SIGKILL to the launcher and everything that it started, as soon as `step` is done."""
+    wait_for_step(process, metrics, step, log)
     launcher = psutil.Process(process.pid)
     for victim in [launcher, *launcher.children(recursive=True)]:
         victim.send_signal(signal.SIGKILL)
@@ -92,9 +98,9 @@ def test_killed_and_resumed_is_the_run_that_was_never_stopped(ground: Path, stag
     straight = launching.start(2, *command(ground, stage, whole, *more), log=ground / f"{whole}.log")
     stopped = launching.start(2, *command(ground, stage, killed, "run.resume=auto"), log=log)
     kill_after(stopped, ground / killed / "metrics.jsonl", KILLED_AFTER, log)
-    launching.finish(straight, ground / f"{whole}.log", timeout_s=200)
+    launching.finish(straight, ground / f"{whole}.log", timeout_s=800)
     again = launching.start(2, *command(ground, stage, killed, "run.resume=auto", "data.num_workers=0"), log=log)
-    text = launching.finish(again, log, timeout_s=200)
+    text = launching.finish(again, log, timeout_s=800)
     assert f"goes on from {ground / killed}/checkpoints/global_step{INTERVAL}" in text
     assert "changed since the last start: data.num_workers: 1 -> 0" in text
 
@@ -105,6 +111,47 @@ def test_killed_and_resumed_is_the_run_that_was_never_stopped(ground: Path, stag
     for ours, reference in zip(*(records(ground / name / "validation.jsonl") for name in (killed, whole)), strict=True):
         assert ours == reference
     assert final_weights(ground / killed) == final_weights(ground / whole)
+
+
+def ranks_of(process: Any) -> list[psutil.Process]:
+    """The trainer's processes by rank, without their workers, which carry the same command line."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if child.ppid() != process.pid and "RANK" in child.environ() and child.parent() not in found:
+            found.append(child)
+    return sorted(found, key=lambda rank: int(rank.environ()["RANK"]))
+
+
+def test_a_signal_to_one_rank_saves_all(ground: Path, tmp_path: Path) -> None:
+    """SIGUSR1 to rank 1 alone, SIGTERM to both while they save; the run goes on as if nothing had happened.
+
+    Needs the whole run of the first test.
+    """
+    run_dir, log = ground / "stage1-asked", tmp_path / "log"
+    arguments = command(ground, "stage1", "stage1-asked", "run.resume=auto", "checkpoint.interval=0")
+    asked = launching.start(2, *arguments, log=log)
+    wait_for_step(asked, run_dir / "metrics.jsonl", 3, log)
+    ranks = ranks_of(asked)
+    ranks[1].send_signal(signal.SIGUSR1)
+    while asked.poll() is None:  # again and again, until all is saved and the ranks are gone
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    text = launching.finish(asked, log, timeout_s=800)
+    step = json.loads((run_dir / "preempted").read_text())["step"]
+    assert 3 <= step < STEPS
+    assert f"rank 1: SIGUSR1; the run saves after step {step}" in text
+    assert (run_dir / "checkpoints" / "latest").read_text() == f"global_step{step}"
+    for number in (0, 1):
+        beat = json.loads((run_dir / "heartbeat" / f"rank_{number}").read_text())
+        assert (beat["step"], beat["host"]) == (step, socket.gethostname())
+
+    launching.finish(launching.start(2, *arguments, log=log), log, timeout_s=800)
+    assert not (run_dir / "preempted").exists()
+    expected, got = (records(ground / name / "metrics.jsonl") for name in ("stage1-whole", "stage1-asked"))
+    assert [record["loss_hex"] for record in got] == [record["loss_hex"] for record in expected]
+    assert final_weights(run_dir) == final_weights(ground / "stage1-whole")
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -141,7 +188,7 @@ def test_a_change_of_the_mathematics_is_refused(ground: Path, tmp_path: Path) ->
     log = tmp_path / "log"
     more = ("run.resume=auto", "train.lr=0.5")
     process = launching.start(2, *command(ground, "stage1", "stage1-whole", *more), log=log)
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=600) != 0
     text = log.read_text()
     assert text.count("train.lr: 0.001 -> 0.5") == 1
     assert "Traceback" not in text

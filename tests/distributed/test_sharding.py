@@ -92,7 +92,7 @@ def test_offload(models: dict[str, str], deepspeed_configs: dict[str, str], tmp_
     shape = {"steps": 5, "accumulation": 2, "latent_sizes": FIXED}
     case = {"name": "offload", "stage": "stage2", "model": models["untied"], **shape}
     process, log = start_cases(2, [case | {"deepspeed_config": deepspeed_configs["offload"]}], tmp_path)
-    launching.finish(process, log, timeout_s=400)
+    launching.finish(process, log, timeout_s=1200)
     expected = plain(models["untied"], "stage2", "fixed", 5, 4, tuple(rates(5)))
     assert read_outcome(tmp_path, "offload").losses == pytest.approx(expected["losses"], rel=1e-4)
 

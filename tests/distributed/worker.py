@@ -24,6 +24,7 @@ from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.deepspeed_config import resolve_deepspeed_config
+from mirage_ds.early_end import EarlyEnd
 from mirage_ds.engine import (
     choose_gather,
     initialize,
@@ -124,6 +125,7 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
         max_steps=case.steps,
         device=device,
         agree_on_passes=gather == "layer" and case.stage == "stage2",
+        early_end=EarlyEnd(end_s=None, margin_s=0),
     )
     take_gathered_bytes()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
@@ -157,7 +159,7 @@ def take_gathered_bytes() -> int:
 
 def main() -> None:
     cases, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
-    device = distributed.init(timeout_s=60)
+    device = distributed.init(timeout_s=300)
     for settings in json.loads(cases.read_text()):
         case = Case(**settings)
         report = run(case, folder, device)

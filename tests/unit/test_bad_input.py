@@ -20,6 +20,7 @@ import pytest
 from generated_rows import image_bytes, make_row, write_jsonl, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config
+from zero3_files import complete_by_hand
 
 import ds_configs
 from data_tools import cli
@@ -101,8 +102,8 @@ def run_of(**changes: Any) -> Callable[[Path], None]:
         }
         checkpoint = folder / "run" / "checkpoints" / "global_step2"
         checkpoint.mkdir(parents=True)
-        (checkpoint.parent / "latest").write_text("global_step2")
         (checkpoint / "run.json").write_text(json.dumps(facts | changes))
+        complete_by_hand(checkpoint)
         (folder / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
 
     return write
@@ -228,6 +229,23 @@ TRAIN = {
         ("run.init_from=run", "run.dir=next"),
         run_of(overrides=["model.latent_size=8"]),
     ),
+    "the only checkpoint, damaged": Case(
+        (
+            r"WARNING: run/.*global_step2 is damaged and passed over: run\.json has 1 bytes",
+            r"no checkpoint .* is whole",
+        ),
+        ("run.resume=auto",),
+        lambda folder: (run_of()(folder), (folder / "run/checkpoints/global_step2/run.json").write_text("{"))[1],
+    ),
+    "start from a damaged checkpoint": Case(
+        (
+            r"is damaged \(run/checkpoints/global_step2\): run\.json has 1 bytes",
+            "what the run wrote",
+            "name another one",
+        ),
+        ("run.init_from=run", "run.dir=next"),
+        lambda folder: (run_of()(folder), (folder / "run/checkpoints/global_step2/run.json").write_text("{"))[1],
+    ),
     # a run folder that belongs to another run
     "run folder taken": Case(
         (r"holds another run already \(run\.dir=run\)", "a folder of its own", r"set run\.dir to a new one, or"),
@@ -290,7 +308,7 @@ def starts(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         arguments = [str(RECIPE), *OVERRIDES, *case.overrides]
         started.append({"name": name, "arguments": arguments, "folder": str(place)})
     before = {start["name"]: contents(Path(start["folder"])) for start in started}
-    codes = forked_starts.run(started, timeout_s=600)
+    codes = forked_starts.run(started, timeout_s=1500)
     return {
         start["name"]: (
             codes[start["name"]],

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2_5_VLForConditionalGeneration,
 )
-from zero3_files import write_run
+from zero3_files import complete_by_hand, write_run
 
 from mirage_ds import cli
 from mirage_ds.data.encode import load_encoder, load_tokenizer
@@ -331,12 +331,16 @@ def test_what_cannot_be_exported(base: Path, tmp_path: Path) -> None:
 
     file = checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     file.rename(file.with_name("aside"))
+    refused(tmp_path, CheckpointError, r"damaged .*zero_pp_rank_1_.* is missing; .*copy it there again")
+    complete_by_hand(checkpoint)
     refused(tmp_path, CheckpointError, r"0 files .*zero_pp_rank_1_.*copy the whole folder again")
     facts = json.loads((checkpoint / "run.json").read_text())
     facts["config"]["model"]["old_key"] = 1
     (checkpoint / "run.json").write_text(json.dumps(facts))
+    complete_by_hand(checkpoint)
     refused(tmp_path, CheckpointError, r"(?s)run.json holds no configuration of this version .*old_key")
     (checkpoint / "run.json").write_text("{")
+    complete_by_hand(checkpoint)
     refused(tmp_path, CheckpointError, r"run.json cannot be read .*put it back")
 
 
@@ -377,7 +381,7 @@ def in_child(script: str, *arguments: str) -> str:
         env=launching.environment() | {"MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -96,7 +96,7 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
         {"name": "export", "arguments": ["export", "--checkpoint", f"{disk}/run", "--output", f"{disk}/model"]},
         {"name": "evaluate", "arguments": ["evaluate", *model, *evaluation]},
         {"name": "while writing", "arguments": run, "lie": True},
-        {"name": "metrics", "arguments": [*run, "checkpoint.interval=0"], "lie": True, "fill": True},
+        {"name": "metrics", "arguments": [*run, "checkpoint.interval=0"], "lie": True, "fill": True, "spare_bytes": 0},
     ]
     for start in starts:
         start["folder"] = str(folder)
@@ -108,7 +108,7 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
         env=launching.environment(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert result.returncode == 0, result.stderr
     return {name: Outcome(place, name, code) for name, code in json.loads(result.stdout).items()}
@@ -118,6 +118,7 @@ def check_whole(run: Path, checkpoint_bytes: int) -> None:
     """`latest` names step 1, and all of it is there."""
     found = checkpoint.latest(run)
     assert found == run / "checkpoints" / "global_step1"
+    assert checkpoint.find(run) == found  # by its sha256, too
     assert checkpoint.read_facts(found / "run.json")["step"] == 1
     state = get_fp32_state_dict_from_zero_checkpoint(str(found.parent), tag=found.name)
     assert all(tensor.isfinite().all() for tensor in state.values())
@@ -165,6 +166,7 @@ def test_the_disk_fills_up_while_a_checkpoint_is_written(outcomes: dict[str, Out
     outcome = outcomes["while writing"]
     outcome.check_message("goes on from", "the checkpoint could not be written whole", "go on from global_step1")
     check_whole(outcome.run, checkpoint_bytes)
+    assert not list((outcome.run / "checkpoints").glob("global_step2*"))
 
 
 def test_the_disk_fills_up_while_metrics_are_written(

@@ -135,6 +135,8 @@ def test_a_checkpoint_is_found_by_its_run_or_its_own_name(tmp_path: Path) -> Non
     assert checkpoint.find(tmp_path / "run") == checkpoint.find(folder) == folder
     half = folder.with_name("global_step4")
     half.mkdir()
+    with pytest.raises(CheckpointError, match=rf"damaged \({half}\): files.json is missing; .* delete it to have"):
+        checkpoint.find(tmp_path / "run")
     for path in (half, tmp_path, tmp_path / "none"):
         with pytest.raises(CheckpointError, match=rf"no complete checkpoint \({path}\); allowed is .*; name one"):
             checkpoint.find(path)

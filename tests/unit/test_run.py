@@ -61,7 +61,6 @@ def test_harmless_changes_pass_and_are_named(checkpoint: Path, facts: dict[str, 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("world_size", 4),
         ("global_batch_size", 8),
         ("max_steps", 21),
         ("manifest_digest", "def"),

@@ -12,12 +12,12 @@ SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for pa
 
 # A room may import from its own layer and from those above it in this list, and from nothing below.
 LAYERS = (
-    ("errors", "tokens"),
+    ("errors", "tokens", "early_end", "heartbeat"),
     ("config", "batch", "distributed", "tasks", "versions"),
     ("latent_settings", "segments"),
     ("data", "ops"),
     ("model",),
-    ("deepspeed_config", "engine", "metrics", "partitions", "preset", "pretrained"),
+    ("complete", "copies", "deepspeed_config", "engine", "metrics", "partitions", "preset", "pretrained", "reshard"),
     ("trainer", "validation"),
     ("checkpoint",),
     ("run", "export"),

@@ -26,7 +26,7 @@ def test_a_mistake_costs_one_message(tmp_path: Path, arguments: list[str], messa
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 2, result.stderr
     assert "error: " in result.stderr

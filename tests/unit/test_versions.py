@@ -80,7 +80,7 @@ def test_the_trainer_looks_before_it_imports(tmp_path: Path) -> None:
         cwd=tmp_path / "cwd",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: another version than the tested one is installed (transformers is 5.5.2")

@@ -1,0 +1,25 @@
+"""`mirage-launch`: starts runs, on this machine or on a SLURM cluster, and says beforehand what they need."""
+
+import typer
+
+from launch import doctor, shards
+from launch.local import local
+from launch.slurm import slurm
+from mirage_ds import errors
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def launch() -> None:
+    """Starts runs of mirage_ds."""
+
+
+app.command("local")(local)
+app.command("slurm")(slurm)
+app.command("build-shards")(shards.command)
+app.command("doctor")(doctor.command)
+
+
+def main() -> None:
+    errors.run(app)

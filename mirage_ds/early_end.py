@@ -1,0 +1,88 @@
+"""Whether a run shall save and end before its last step: a signal to any rank, or the end of its SLURM job.
+
+SIGTERM, SIGUSR1, SIGUSR2 -> a flag -> all ranks agree after the step -> checkpoint -> RUN/preempted -> exit code 0
+
+Imports nothing slow, as `listen` comes before all else: a signal during the start must not end the run unsaved.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+MARK_NAME = "preempted"
+
+_received: list[int] = []
+
+
+def listen() -> None:
+    """From now on such a signal is remembered instead of ending this process; a second one changes nothing."""
+    for number in SIGNALS:
+        signal.signal(number, _remember)
+
+
+def ignore() -> None:
+    """From now on such a signal does nothing: all is saved, and the interpreter's end takes a while."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+
+
+class EarlyEnd:
+    """This rank's wish to end; call it once per step, and let all ranks agree."""
+
+    def __init__(self, end_s: float | None, margin_s: float) -> None:
+        """
+        Args:
+            end_s: when the job ends, in seconds since the epoch, if it does.
+            margin_s: seconds before that in which a checkpoint is written.
+        """
+        self.end_s, self.margin_s = end_s, margin_s
+        self.asked_s = time.time()
+
+    def __call__(self) -> str | None:
+        """The reason to end after this step, or None. The next step is taken to last as long as this one did."""
+        now_s = time.time()
+        step_s, self.asked_s = now_s - self.asked_s, now_s
+        if _received:
+            return signal.Signals(_received[0]).name
+        if self.end_s is not None and now_s + step_s + self.margin_s > self.end_s:
+            return f"the job ends in {max(0, self.end_s - now_s):.0f} s"
+        return None
+
+
+def job_end_s(say: Callable[[str], None]) -> float | None:
+    """When this SLURM job reaches its time limit, in seconds since the epoch; None outside a job or without a limit."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    try:
+        result = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:  # in a container there may be no scontrol
+        say(f"the end of the job is not known ({error}): only a signal makes the run save in time")
+        return None
+    fields = dict(field.partition("=")[::2] for field in result.stdout.split())
+    end = fields.get("EndTime", "Unknown")
+    if end == "Unknown":
+        return None
+    return time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S"))
+
+
+def mark(run_dir: Path, step: int) -> None:
+    """Says to whoever started the run that it is saved and not finished."""
+    (run_dir / MARK_NAME).write_text(json.dumps({"step": step}) + "\n")
+
+
+def unmark(run_dir: Path) -> None:
+    """A run that starts is not preempted yet."""
+    (run_dir / MARK_NAME).unlink(missing_ok=True)
