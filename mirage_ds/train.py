@@ -70,8 +70,6 @@ def train(config: Config) -> None:
         checkpoint.refuse(named, checkpoint.find_damage(named))
     facts = checkpoint.describe(config, deepspeed_config, shards.digest, max_steps)
     found = find_start(config, facts)
-    if distributed.is_main():
-        early_end.unmark(config.run.dir)
 
     backbone = load_backbone(
         config.model.path,
