@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from mirage_ds import checkpoint, complete, distributed
+from mirage_ds import checkpoint, complete, distributed, early_end
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError, ConfigError, name_unwritable
 from mirage_ds.versions import versions
@@ -88,6 +88,7 @@ def write_folder(config: Config, facts: dict[str, Any]) -> None:
     if distributed.is_main():
         with name_unwritable(folder, "set run.dir to a folder where you may write"):
             folder.mkdir(parents=True, exist_ok=True)
+        early_end.unmark(folder)
         (folder / START_NAME).write_text(json.dumps(facts, indent=2) + "\n")
         (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         (folder / "deepspeed.json").write_text(json.dumps(facts["deepspeed"], indent=2) + "\n")
