@@ -133,6 +133,9 @@ def test_a_signal_to_one_rank_saves_all(ground: Path, tmp_path: Path) -> None:
     wait_for_step(asked, run_dir / "metrics.jsonl", 3, log)
     ranks = ranks_of(asked)
     ranks[1].send_signal(signal.SIGUSR1)
+    while "rank 1: SIGUSR1" not in log.read_text():  # else rank 0, asked by the others below, may be the first
+        assert asked.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.05)
     while asked.poll() is None:  # again and again, until all is saved and the ranks are gone
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
