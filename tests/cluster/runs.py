@@ -1,0 +1,133 @@
+"""Runs on the cluster, each by the commands that a user types, and what they leave behind."""
+
+import json
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import launching
+from cluster import Cluster, wait_until
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
+START_S = 300  # a rank's imports take 10 s on two idle cores
+TIMEOUT_S = 20  # of a collective
+
+
+@dataclass
+class Run:
+    """A run folder, and the job that writes it."""
+
+    cluster: Cluster
+    dir: Path
+    number: str = ""
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return read(self.dir / "metrics.jsonl")
+
+    @property
+    def step(self) -> int:
+        return max((record["step"] for record in self.records), default=0)
+
+    @property
+    def job(self) -> dict[str, str]:
+        return self.cluster.job(self.number)
+
+    @property
+    def starts(self) -> int:
+        return int(self.job["Restarts"])
+
+    @property
+    def folder(self) -> Path:
+        """RUN/jobs/N of the newest job."""
+        return max((self.dir / "jobs").iterdir(), key=lambda path: int(path.name))
+
+    @property
+    def log(self) -> str:
+        file = self.folder / "log"
+        return file.read_text() if file.exists() else "no log yet"
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        return read(self.folder / "attempts.jsonl")
+
+    @property
+    def checkpoint(self) -> int:
+        """The newest complete one's step."""
+        names = [path.name.removeprefix("global_step") for path in (self.dir / "checkpoints").glob("global_step*")]
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    def told(self) -> str:
+        return f"{self.job}\n{self.log[-6000:]}\n{self.attempts}"
+
+    def wait_for_step(self, step: int) -> None:
+        wait_until(lambda: self.step >= step or self.over, f"step {step}", START_S, self.told)
+        assert self.step >= step, self.told()
+
+    @property
+    def over(self) -> bool:
+        return self.job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "PREEMPTED")
+
+    def wait_for_end(self, state: str = "COMPLETED") -> None:
+        wait_until(lambda: self.over, f"{self.dir.name} {state}", START_S, self.told)
+        assert self.job["JobState"] == state, self.told()
+
+    def wait_for_restart(self, before: int, deadline_s: float = START_S) -> float:
+        """Until the job has been requeued once more than `before` times; seconds."""
+        return wait_until(lambda: self.starts > before, "requeued", deadline_s, self.told)
+
+
+@dataclass
+class Ground:
+    """Where all lies, and the cluster."""
+
+    folder: Path
+    cluster: Cluster
+
+    def recipe(self, stage: str, name: str, *more: str) -> list[str]:
+        return [
+            str(RECIPES / f"tiny-{stage}.yaml"),
+            f"model.path={self.folder / 'model'}",
+            f"data.shards={self.folder / 'shards'}",
+            f"run.dir={self.folder / name}",
+            *more,
+        ]
+
+    def submit(self, stage: str, name: str, *more: str, nodes: int = 2, options: tuple[str, ...] = ()) -> Run:
+        """`mirage-launch slurm` on the login machine."""
+        where = ["--nodes", str(nodes), "--cluster", str(self.folder / "cluster.yaml"), *options]
+        said = self.launch("slurm", *where, *self.recipe(stage, name, *more)).stdout
+        found = re.search(r"^submitted +job (\d+)", said, re.MULTILINE)
+        assert found, said
+        return Run(self.cluster, self.folder / name, found[1])
+
+    def launch(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = (str(launching.BIN / "mirage-launch"), *arguments)
+        return self.cluster.run(*command, environment=launching.environment(), cwd=self.folder, code=code)
+
+    def local(self, stage: str, name: str, *more: str, ranks: int = 2) -> list[dict[str, Any]]:
+        """The same run without a cluster; its records."""
+        command = [str(launching.BIN / "mirage-launch"), "local", "--ranks", str(ranks)]
+        done = subprocess.run(
+            [*command, *self.recipe(stage, name, *more)],
+            env=launching.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=1500,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return read(self.folder / name / "metrics.jsonl")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """JSON lines; none where no file is. The last one may be just being written."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def seconds_since(start_s: float) -> float:
+    return time.monotonic() - start_s
