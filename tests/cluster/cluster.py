@@ -226,6 +226,9 @@ class Cluster:
         self.daemons[node].kill()
         self.daemons[node].wait()
 
+    def is_on(self, node: str) -> bool:
+        return is_alive(self.daemons[node])
+
     def run(
         self, *command: str, environment: dict[str, str] | None = None, cwd: Path | None = None, code: int = 0
     ) -> subprocess.CompletedProcess[str]:

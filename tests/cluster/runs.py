@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,10 +54,14 @@ class Run:
         return read(self.folder / "attempts.jsonl")
 
     @property
-    def checkpoint(self) -> int:
-        """The newest complete one's step."""
+    def checkpoints(self) -> list[int]:
+        """The steps of the complete ones."""
         names = [path.name.removeprefix("global_step") for path in (self.dir / "checkpoints").glob("global_step*")]
-        return max((int(name) for name in names if name.isdecimal()), default=0)
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    @property
+    def checkpoint(self) -> int:
+        return max(self.checkpoints, default=0)
 
     def told(self) -> str:
         return f"{self.job}\n{self.log[-6000:]}\n{self.attempts}"
@@ -122,12 +125,22 @@ class Ground:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return read(self.folder / name / "metrics.jsonl")
 
+    def unbroken(self, stage: str, name: str, *more: str, until: int) -> list[dict[str, Any]]:
+        """The records of a run without a cluster that is let go on to a step, and is then ended."""
+        metrics, log = self.folder / name / "metrics.jsonl", self.folder / f"{name}.log"
+        command = [str(launching.BIN / "mirage-launch"), "local", "--ranks", "2", *self.recipe(stage, name, *more)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=launching.environment(), stdout=output, stderr=subprocess.STDOUT)
+        try:
+            there = lambda: process.poll() is not None or len(read(metrics)) >= until  # noqa: E731
+            wait_until(there, f"step {until}", START_S + 3 * until, log.read_text)
+        finally:
+            process.terminate()
+        assert process.wait(timeout=START_S) == 0, log.read_text()[-3000:]
+        return read(metrics)
+
 
 def read(file: Path) -> list[dict[str, Any]]:
     """JSON lines; none where no file is. The last one may be just being written."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def seconds_since(start_s: float) -> float:
-    return time.monotonic() - start_s

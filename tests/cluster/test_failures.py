@@ -1,0 +1,70 @@
+"""Ranks are killed, a node loses its power, links are cut: the job goes on from the last complete checkpoint."""
+
+from collections.abc import Callable
+
+import pytest
+from cluster import KILL_WAIT_S, SLURMD_TIMEOUT_S, wait_until
+from runs import TIMEOUT_S, Ground, Run
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = ("train.max_steps=1000", "train.global_batch_size=4", "train.gradient_accumulation_steps=null")
+INTERVAL = 5
+
+
+def trainers(run: Run, node: str) -> list[int]:
+    """The ranks on a node; `data.num_workers=0`, so that nothing else carries their command line."""
+    return [number for number, line in run.cluster.processes(node).items() if "-m mirage_ds.train" in line and "srun" not in line]
+
+
+def kill_rank(run: Run, node: str) -> None:
+    import os
+    import signal
+
+    (rank,) = trainers(run, node)
+    os.kill(rank, signal.SIGKILL)
+
+
+def fail(run: Run, fault: Callable[[], object]) -> str:
+    """After a new checkpoint; within these times all ranks have ended and the job is requeued. The suspect."""
+    run.wait_for_step(run.checkpoint + 1)
+    run.wait_for_step(run.checkpoint + INTERVAL + 1)
+    starts, nodes = run.starts, run.cluster.expand(run.job["NodeList"])
+    fault()
+    run.wait_for_restart(starts, SLURMD_TIMEOUT_S + KILL_WAIT_S + 15)
+    alive = [node for node in nodes if run.cluster.is_on(node)]
+    wait_until(lambda: not any(trainers(run, node) for node in alive), "no rank left", TIMEOUT_S, run.told)
+    return nodes
+
+
+def test_the_losses_are_those_of_the_run_that_never_failed(ground: Ground) -> None:
+    cluster = ground.cluster
+    first, second, third = cluster.nodes
+    more = (*SETTINGS, f"checkpoint.interval={INTERVAL}", f"distributed.timeout_s={TIMEOUT_S}", "data.num_workers=0")
+    run = ground.submit("stage1", "failed", *more, "launch.max_restarts=9")
+
+    assert fail(run, lambda: kill_rank(run, second)) == [first, second]
+    assert fail(run, lambda: kill_rank(run, second)) == [first, second]
+    # excluded from here on
+    assert fail(run, lambda: cluster.power_off(third)) == [first, third]
+    cluster.power_on(third)
+    assert fail(run, lambda: cluster.cut(third)) == [first, third]
+    cluster.heal(third)
+    assert fail(run, lambda: cut_while_saving(run, first)) == [first, third]
+    cluster.heal(first)
+    run.wait_for_step(run.checkpoint + INTERVAL + 1)
+    cluster.run("scancel", run.number)
+    run.wait_for_end("CANCELLED")
+
+    assert [attempt["suspect"] for attempt in run.attempts[:4]] == [second, second, third, third]
+    expected = ground.unbroken("stage1", "whole", *SETTINGS, until=run.step)[: run.step]
+    assert [record["loss_hex"] for record in run.records] == [record["loss_hex"] for record in expected]
+
+
+def cut_while_saving(run: Run, node: str) -> None:
+    """The next checkpoint is never complete."""
+    before = run.checkpoint
+    checkpoints = run.dir / "checkpoints"
+    wait_until(lambda: any(checkpoints.glob("*.part")), "a checkpoint that is being written", 120, run.told)
+    run.cluster.cut(node)
+    assert run.checkpoint == before

@@ -1,0 +1,75 @@
+"""Interrupted in every way that SLURM knows, and started again on other numbers of nodes: the run that never stopped."""
+
+from collections.abc import Callable
+
+import pytest
+from runs import Ground, Run
+
+pytestmark = pytest.mark.slow
+
+# Long enough that no leg comes to the end, and the same samples in each step on any number of ranks.
+SETTINGS = ("train.max_steps=1000", "train.global_batch_size=4", "train.gradient_accumulation_steps=null")
+KEPT = ("checkpoint.keep_latest_k=20", "data.num_workers=1")
+LEG = 6
+
+
+@pytest.fixture(scope="module")
+def run(ground: Ground) -> Run:
+    """Interrupted four times and requeued each time, then cancelled."""
+    slurm = ground.cluster.run
+    # SLURM counts limits in minutes: the first start runs into one, the others do not.
+    more = (*SETTINGS, *KEPT, "run.save_before_end_s=35")
+    run = ground.submit("stage1", "interrupted", *more, options=("--time", "1"))
+    requeued(run, lambda: None)
+    slurm("scontrol", "update", f"JobId={run.number}", "TimeLimit=60")
+    interruptions = [
+        lambda: slurm("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true"),
+        lambda: slurm("scancel", "--batch", "--signal=USR1", run.number),
+        lambda: slurm("scontrol", "requeue", run.number),
+    ]
+    for interrupt in interruptions:
+        run.wait_for_step(run.checkpoint + 2)
+        requeued(run, interrupt)
+    run.wait_for_step(run.checkpoint + 2)
+    cancel(run)
+    return run
+
+
+def requeued(run: Run, interrupt: Callable[[], object]) -> None:
+    """One checkpoint of the last step, agreed by the ranks, and SLURM has the job again."""
+    starts, checkpoints = run.starts, run.checkpoints
+    interrupt()
+    run.wait_for_restart(starts)
+    assert run.checkpoints == [*checkpoints, run.step], run.told()
+
+
+def cancel(run: Run) -> None:
+    run.cluster.run("scancel", run.number)
+    run.wait_for_end("CANCELLED")
+    assert run.checkpoint == run.step, run.told()
+
+
+def test_the_job_knows_how_each_start_ended(run: Run) -> None:
+    outcomes = [attempt["outcome"] for attempt in run.attempts]
+    assert outcomes == ["preempted", "preempted", "preempted", "stopped", "stopped"]
+    assert run.job["JobState"] == "CANCELLED"
+    assert run.starts == 4
+
+
+def test_the_losses_are_those_of_the_run_that_was_never_stopped(ground: Ground, run: Run) -> None:
+    """Bit for bit while it was interrupted; then on 1 rank of 1 node, 4 ranks of 2 nodes, and back: to 1e-4."""
+    same = run.step
+    ends = [same]
+    for nodes, ranks in ((1, 1), (2, 2), (2, 1)):
+        options = ("--ranks-per-node", str(ranks), "--time", "60")
+        again = ground.submit("stage1", "interrupted", *SETTINGS, *KEPT, nodes=nodes, options=options)
+        again.wait_for_step(ends[-1] + LEG)
+        cancel(again)
+        ends.append(again.step)
+    expected = ground.unbroken("stage1", "whole", *SETTINGS, until=ends[-1])[: ends[-1]]
+    got = run.records
+    assert [record["step"] for record in got] == list(range(1, ends[-1] + 1))
+    assert [record["position"] for record in got] == [record["position"] for record in expected]
+    assert [record["loss_hex"] for record in got[:same]] == [record["loss_hex"] for record in expected[:same]]
+    assert [record["loss"] for record in got] == pytest.approx([record["loss"] for record in expected], rel=1e-4)
+    assert all(end - begin >= LEG for begin, end in zip(ends, ends[1:], strict=False))
