@@ -33,6 +33,12 @@ NODE_FAILURE = re.compile(r"^srun: error: Node failure on (?P<node>[\w.-]+)", re
 # The connection to a node broke, the step's second one; srun may then exit with 0 all the same.
 MISSING_NODE = re.compile(r"^srun: error: Aborting, io error and missing step on node (?P<number>\d+)", re.MULTILINE)
 ABORTED = re.compile(r"^srun: Job step aborted", re.MULTILINE)
+# SLURM takes the nodes back; the batch script too was killed if the save took longer than SLURM waits.
+TAKEN_BACK = re.compile(r"^slurmstepd\S*: error: .* CANCELLED AT \S+ DUE TO (JOB REQUEUE|PREEMPTION)", re.MULTILINE)
+# A node without the shared disk has no python there; srun gives exit code 2.
+NO_PYTHON = re.compile(r"^slurmstepd\S*: error: execve\(\)", re.MULTILINE)
+# The warning before a limit, or a preemption's, that came before the ranks listened.
+UNHEARD = ("User defined signal 1", "Terminated")
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,12 @@ def begin(job: Path, environment: dict[str, str], nodes: list[str], there: set[s
     attempts = read_attempts(job)
     if left.exists():
         lost = json.loads(left.read_text())
-        suspect = _lost_node(log_since(job, lost["log_bytes"]), lost["nodes"]) or lost["nodes"][0]
-        attempts.append(_book(job, lost, None, "lost", suspect))
+        log = log_since(job, lost["log_bytes"])
+        gone = _lost_node(log, lost["nodes"])
+        if TAKEN_BACK.search(log) and not gone:
+            attempts.append(_book(job, lost, None, "stopped", None))
+        else:
+            attempts.append(_book(job, lost, None, "lost", gone or lost["nodes"][0]))
         left.unlink()
     _, checkpoint = progress(run)
     for heartbeat in (run / "heartbeat").glob("rank_*"):
@@ -105,9 +115,17 @@ def begin(job: Path, environment: dict[str, str], nodes: list[str], there: set[s
     return Verdict("run", f"goes on from step {checkpoint}" if checkpoint >= 0 else "starts at step 0")
 
 
-def end(job: Path, code: int, terminated: bool, there: set[str]) -> Verdict:
-    """After the ranks ended: says who was behind, books the attempt, decides."""
-    attempt = json.loads((job / RUNNING_NAME).read_text())
+def end(job: Path, code: int, terminated: bool, restart: int, there: set[str]) -> Verdict:
+    """After the ranks ended: says who was behind, books the attempt, decides.
+
+    Args:
+        restart: SLURM's count for the start that ended.
+    """
+    left = job / RUNNING_NAME
+    attempt = json.loads(left.read_text()) if left.exists() else None
+    if attempt is None or attempt["restart"] != restart:
+        # This node was cut off and SLURM has started the job elsewhere, where this attempt has been booked.
+        return Verdict("end", f"start {restart} was given up by SLURM, and another one has taken over")
     run, log = job.parents[1], log_since(job, attempt["log_bytes"])
     recipe = read_recipe(job)
     hosts = hosts_of_ranks(attempt["nodes"], attempt["ranks_per_node"])
@@ -118,7 +136,7 @@ def end(job: Path, code: int, terminated: bool, there: set[str]) -> Verdict:
         print(who_is_behind(beats, hosts, time.time()), file=sys.stderr)
         suspect = find_suspect(log, beats, hosts, time.time(), recipe["distributed"]["timeout_s"])
     _book(job, attempt, code, outcome, suspect)
-    (job / RUNNING_NAME).unlink()
+    left.unlink()
     return judge(read_attempts(job), recipe["launch"]["max_restarts"], there)
 
 
@@ -134,6 +152,10 @@ def classify(code: int, terminated: bool, marked: bool, log: str) -> str:
         return "failed" if ABORTED.search(log) else "finished"
     # srun ends the other ranks when the first one fails, and then returns what became of them
     first = DEATH.search(log)
+    if NO_PYTHON.search(log):
+        return "failed"
+    if first and first["how"] in UNHEARD:
+        return "preempted"
     if code == USER_ERROR or (first and first["how"] == f"Exited with exit code {USER_ERROR}"):
         return "refused"
     return "failed"
@@ -304,9 +326,9 @@ def nodes_of_job(environment: dict[str, str]) -> list[str]:
 
 
 def nodes_of_partition(environment: dict[str, str]) -> set[str]:
-    """All nodes that the job could run on, whatever they do now."""
+    """All nodes that the job could run on, whatever they do now; none if SLURM does not answer: nobody is excluded."""
     command = ["sinfo", "--noheader", "--Node", "--format=%N", f"--partition={environment['SLURM_JOB_PARTITION']}"]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    return set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
 
 
 def with_those_before(exclude: tuple[str, ...], environment: dict[str, str]) -> tuple[str, ...]:
@@ -331,7 +353,8 @@ def main() -> None:
     if options.command == "begin":
         verdict = begin(options.job, environment, nodes_of_job(environment), there)
     else:
-        verdict = end(options.job, options.code, options.terminated, there)
+        restart = int(environment.get("SLURM_RESTART_COUNT", 0))
+        verdict = end(options.job, options.code, options.terminated, restart, there)
     print(f"{time.strftime('%F %T')} {verdict.action}: {verdict.reason}", file=sys.stderr)
     print(replace(verdict, exclude=with_those_before(verdict.exclude, environment)))
 

@@ -109,14 +109,14 @@ def check(tree: Any, where: str) -> Cluster:
         ) from error
 
 
-def ask(*command: str) -> str:
-    """The output of one of SLURM's commands.
+def ask(*command: str, environment: dict[str, str] | None = None) -> str:
+    """The output of one of SLURM's commands, run with `environment` instead of this process's.
 
     Raises:
         ConfigError: it is not here, or it refused; with its own words.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{command[0]} is not on this machine (in PATH); jobs are submitted where SLURM's commands are; log in "
@@ -125,7 +125,7 @@ def ask(*command: str) -> str:
     except subprocess.CalledProcessError as error:
         raise ConfigError(
             f"SLURM refused ({' '.join(command)}): {error.stderr.strip()}; change what it names, with an option of "
-            "mirage-launch slurm or in the cluster file"
+            "this command or in the cluster file"
         ) from error
     return done.stdout
 

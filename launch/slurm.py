@@ -7,11 +7,11 @@ RUN/jobs/N/id            SLURM's number
 RUN/jobs/N/log           what all starts of the job print
 """
 
+import os
 import re
 import shlex
 import shutil
 import string
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -79,7 +79,8 @@ def slurm(
     check_not_queued(config.run.dir)
     folder = write(recipe, config, settings, nodes)
     try:
-        number = ask("sbatch", "--parsable", str(folder / "job.sh")).split(";")[0].strip()
+        said = ask("sbatch", "--parsable", str(folder / "job.sh"), environment=submission_environment(settings))
+        number = said.split(";")[0].strip()
     except ConfigError:
         shutil.rmtree(folder)  # no job came of it
         raise
@@ -113,10 +114,10 @@ def choose(cluster: Cluster, given: dict[str, object], sbatch: list[str] | None)
             "number of 1 or more; set --gpus-per-node, or --ranks-per-node where there are no GPUs"
         )
     for option in settings.sbatch:
-        if not option.startswith("-") or "\n" in option:
+        if not option.startswith("-") or option.startswith(("-a", "--array")) or "\n" in option:
             raise ConfigError(
-                f"an option of sbatch is not understood (--sbatch {option!r}); allowed is what sbatch --help lists, "
-                "for example --qos=long; correct it"
+                f"an option of sbatch is not understood (--sbatch {option!r}); allowed is what sbatch --help lists "
+                "but an array, which would be many jobs in one run, for example --qos=long; correct it"
             )
     return settings
 
@@ -170,18 +171,35 @@ def check_not_queued(run: Path) -> None:
     """Two jobs must not write into one run.
 
     Raises:
-        ConfigError: an earlier job of this run has not ended.
+        ConfigError: a job of this run has not ended.
     """
-    for file in sorted((run / "jobs").glob("*/id")):
-        number = file.read_text().strip()
-        state = subprocess.run(
-            ["squeue", "--noheader", "--format=%T", f"--jobs={number}"], capture_output=True, text=True, check=False
-        ).stdout.strip()  # a number that SLURM has forgotten is an error of squeue's
-        if state:
+    jobs = run.absolute() / "jobs"
+    for line in ask("squeue", "--me", "--noheader", "--format=%i|%T|%o").splitlines():
+        number, state, script = line.split("|", 2)
+        if Path(script).is_relative_to(jobs):
             raise ConfigError(
                 f"the run has a job already (run.dir={run}): {number} is {state}; one job at a time may write there; "
                 f"wait for it, stop it with scancel {number}, or set another run.dir"
             )
+
+
+def submission_environment(cluster: Cluster) -> dict[str, str]:
+    """This process's variables without those that would beat the script's own options, and those of a job that this
+    command is typed in: the ranks of the new one would obey them, for example all on the core of that job's step."""
+    beaten = {
+        "SBATCH_ACCOUNT": cluster.account,
+        "SBATCH_PARTITION": cluster.partition,
+        "SBATCH_TIMELIMIT": cluster.time,
+    }
+    foreign = {name for name, value in beaten.items() if value is not None} | {
+        *("SBATCH_ARRAY_INX", "SBATCH_EXPORT", "SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE", "SBATCH_OUTPUT"),
+        *("SBATCH_SIGNAL", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    }
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or not (name.startswith(("SLURM_", "SRUN_")) or name in foreign)
+    }
 
 
 def write(recipe: Path, config: Config, cluster: Cluster, nodes: int) -> Path:
@@ -222,6 +240,7 @@ def render(recipe: Path, config: Config, cluster: Cluster, nodes: int, job: Path
         step += f"--cpus-per-task={cluster.cpus_per_rank} "  # srun does not take it from sbatch any more
     if cluster.container_image:
         step += f"--container-image={shlex.quote(cluster.container_image)} "
+        step += f"--container-workdir={shlex.quote(str(Path.cwd()))} "  # the recipe's paths may be relative
     if cluster.container_mounts:
         step += f"--container-mounts={shlex.quote(cluster.container_mounts)} "
     variables = dict(cluster.environment)

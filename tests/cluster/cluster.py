@@ -198,7 +198,9 @@ class Cluster:
         subprocess.run([*self._in_control(), "ip", "link", "delete", port], capture_output=True, check=False)
         # the same address after each start, as a network card has: the others remember it
         address = f"02:00:00:00:00:{self.nodes.index(node) + 1:02x}"
-        self._control("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "address", address, "netns", init)
+        self._control(
+            "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "address", address, "netns", init
+        )
         self._control("ip", "link", "set", port, "master", "br0", "up")
         inside = ("nsenter", "--target", init, "--net", "ip")
         subprocess.run([*inside, "link", "set", "eth0", "up"], check=True)

@@ -1,5 +1,7 @@
 """Ranks are killed, a node loses its power, links are cut: the job goes on from the last complete checkpoint."""
 
+import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -14,13 +16,14 @@ INTERVAL = 5
 
 def trainers(run: Run, node: str) -> list[int]:
     """The ranks on a node; `data.num_workers=0`, so that nothing else carries their command line."""
-    return [number for number, line in run.cluster.processes(node).items() if "-m mirage_ds.train" in line and "srun" not in line]
+    return [
+        number
+        for number, line in run.cluster.processes(node).items()
+        if "-m mirage_ds.train" in line and "srun" not in line
+    ]
 
 
 def kill_rank(run: Run, node: str) -> None:
-    import os
-    import signal
-
     (rank,) = trainers(run, node)
     os.kill(rank, signal.SIGKILL)
 

@@ -1,9 +1,11 @@
 """Interrupted in every way that SLURM knows, and started again on other numbers of nodes: the run that never stopped."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
-from runs import Ground, Run
+from cluster import wait_until
+from runs import START_S, Ground, Run
 
 pytestmark = pytest.mark.slow
 
@@ -37,9 +39,10 @@ def run(ground: Ground) -> Run:
 
 def requeued(run: Run, interrupt: Callable[[], object]) -> None:
     """One checkpoint of the last step, agreed by the ranks, and SLURM has the job again."""
-    starts, checkpoints = run.starts, run.checkpoints
+    starts, checkpoints, ended = run.starts, run.checkpoints, len(run.attempts)
     interrupt()
     run.wait_for_restart(starts)
+    wait_until(lambda: len(run.attempts) > ended, "saved", START_S, run.told)
     assert run.checkpoints == [*checkpoints, run.step], run.told()
 
 
@@ -72,4 +75,4 @@ def test_the_losses_are_those_of_the_run_that_was_never_stopped(ground: Ground, 
     assert [record["position"] for record in got] == [record["position"] for record in expected]
     assert [record["loss_hex"] for record in got[:same]] == [record["loss_hex"] for record in expected[:same]]
     assert [record["loss"] for record in got] == pytest.approx([record["loss"] for record in expected], rel=1e-4)
-    assert all(end - begin >= LEG for begin, end in zip(ends, ends[1:], strict=False))
+    assert all(end - begin >= LEG for begin, end in pairwise(ends))

@@ -27,6 +27,13 @@ srun: error: Aborting, io error and missing step on node 1
 srun: Job step aborted: Waiting up to 7 seconds for job step to finish.
 srun: error: Timed out waiting for job step to complete
 """
+# SLURM took the nodes back while the ranks saved, and KillWait was over before they had.
+REQUEUED = "slurmstepd-node1: error: *** JOB 7 ON node1 CANCELLED AT 2026-11-24T12:03:59 DUE TO JOB REQUEUE ***\n"
+# USR1 came while the nodes were checked; and a node where the shared disk was not mounted.
+UNHEARD = "srun: error: node1: task 0: User defined signal 1\n"
+NO_PYTHON = """slurmstepd-node2: error: execve(): /shared/venv/bin/python: No such file or directory
+srun: error: node2: task 1: Exited with exit code 2
+"""
 LOST = "srun: error: Node failure on node2\n"
 HOSTS = ["node1", "node1", "node2", "node2"]
 THERE = {"node1", "node2", "node3"}
@@ -52,6 +59,8 @@ def beats(*steps: int, times: tuple[float, ...] = (100.0,) * 4) -> dict[int, dic
         (143, False, False, REFUSED, "refused"),
         (143, True, False, LOST, "failed"),
         (0, False, False, CUT, "failed"),
+        (138, False, False, UNHEARD, "preempted"),
+        (2, False, False, NO_PYTHON, "failed"),
     ],
 )
 def test_how_an_attempt_ended(code: int, terminated: bool, marked: bool, log: str, outcome: str) -> None:
@@ -149,7 +158,7 @@ def test_an_attempt_is_booked(job: Path, capsys: pytest.CaptureFixture[str]) -> 
     leave_traces(job, step=5, checkpoint=4)
     with (job / "log").open("a") as log:
         log.write("something of the trainer's\n" + KILLED)
-    assert str(end(job, 137, terminated=False, there=THERE)) == "requeue"
+    assert str(end(job, 137, terminated=False, restart=0, there=THERE)) == "requeue"
     assert "all 2 ranks are at step 5" in capsys.readouterr().err
     (booked,) = read_attempts(job)
     assert (booked.outcome, booked.code, booked.step, booked.checkpoint) == ("failed", 137, 5, 4)
@@ -162,10 +171,10 @@ def test_a_new_start_forgets_the_last_one(job: Path) -> None:
     leave_traces(job, step=5, checkpoint=4)
     (job / "log").write_text(REFUSED)
     (job.parents[1] / "preempted").write_text("{}")
-    assert str(end(job, 0, terminated=False, there=THERE)) == "requeue"
+    assert str(end(job, 0, terminated=False, restart=0, there=THERE)) == "requeue"
     assert start(job, restart=1).reason == "goes on from step 4"
     assert not (job.parents[1] / "preempted").exists()
-    assert str(end(job, 1, terminated=False, there=THERE)) == "requeue"
+    assert str(end(job, 1, terminated=False, restart=1, there=THERE)) == "requeue"
     assert [(past.outcome, past.step) for past in read_attempts(job)] == [("preempted", 5), ("failed", -1)]
 
 
@@ -178,6 +187,24 @@ def test_an_attempt_that_was_lost_with_its_first_node(job: Path) -> None:
     assert (booked.outcome, booked.code, booked.step, booked.suspect) == ("lost", None, 5, "node1")
     # launch.max_restarts is used up: not again, even though SLURM started it
     assert start(job, restart=2).action == "end"
+
+
+def test_a_save_that_slurm_did_not_wait_for_is_no_failure(job: Path) -> None:
+    start(job)
+    (job / "log").write_text(REQUEUED)
+    assert str(start(job, restart=1)) == "run"
+    (booked,) = read_attempts(job)
+    assert (booked.outcome, booked.suspect) == ("stopped", None)
+
+
+def test_a_start_that_was_cut_off_does_not_meddle_with_the_next(job: Path) -> None:
+    """Its node lost the controller, but not the disk."""
+    start(job)
+    start(job, restart=1)
+    running = (job / "running.json").read_text()
+    assert end(job, 1, terminated=False, restart=0, there=THERE).action == "end"
+    assert (job / "running.json").read_text() == running
+    assert [past.outcome for past in read_attempts(job)] == ["lost"]
 
 
 def test_slurm_starts_a_job_again_on_the_node_that_it_lost_twice(job: Path) -> None:

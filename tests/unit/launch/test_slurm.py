@@ -21,8 +21,8 @@ from mirage_ds.errors import ConfigError, DataError, MirageError
 
 COMMANDS = {
     "sinfo": "printf 'batch*|2\\nbatch*|1\\nurgent|8\\n'",
-    "squeue": '[ "$3" = --jobs=41 ] && echo RUNNING || { echo "slurm_load_jobs error: Invalid job id" >&2; exit 1; }',
-    "sbatch": 'echo "$@" > submitted; echo 42',
+    "squeue": "cat queue",
+    "sbatch": 'echo "$@" > submitted; env > environment; echo 42',
 }
 TRAIN = {"stage": "stage1", "max_steps": 20, "global_batch_size": 8}
 
@@ -38,6 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "queue").write_text("7|RUNNING|/elsewhere/job.sh\n8|PENDING|(null)\n")
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "a.tar").write_bytes(b"0" * 10)
     shard = {"name": "a.tar", "samples": 1, "bytes": 10, "sha256": ""}
@@ -70,6 +71,7 @@ def submit(*arguments: str) -> str:
         (["--nodes", "2", "--time", "2"], ConfigError, r"limit is 120 s \(--time 2\), and run.save_before_end_s=120"),
         (["--nodes", "2", "--time", "2h"], ConfigError, "not understood .*24:00:00"),
         (["--nodes", "2", "--sbatch", "qos=long"], ConfigError, "'qos=long'"),
+        (["--nodes", "2", "--sbatch", "--array=1-4"], ConfigError, "'--array=1-4'"),
         (["--nodes", "2", "--cluster", "nope"], ConfigError, "no such cluster .* example"),
     ],
 )
@@ -115,12 +117,24 @@ def test_time_limits_are_read_as_slurm_does(limit: str, wanted: int | None) -> N
 
 def test_a_run_has_one_job_at_a_time(here: Path) -> None:
     submit("--nodes", "1", "--ranks-per-node", "1")
-    (here / "a run" / "jobs" / "1" / "id").write_text("41\n")
-    with pytest.raises(ConfigError, match="41 is RUNNING"):
+    (here / "queue").write_text(f"7|RUNNING|/elsewhere/job.sh\n41|PENDING|{here / 'a run' / 'jobs' / '1' / 'job.sh'}\n")
+    with pytest.raises(ConfigError, match="41 is PENDING"):
         submit("--nodes", "1", "--ranks-per-node", "1")
-    (here / "a run" / "jobs" / "1" / "id").write_text("40\n")  # long over: squeue does not know it any more
+    (here / "queue").write_text("7|RUNNING|/elsewhere/job.sh\n")
     submit("--nodes", "1", "--ranks-per-node", "1")
     assert (here / "a run" / "jobs" / "2" / "job.sh").exists()
+
+
+def test_the_shell_s_variables_do_not_beat_the_script(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of another job, in which the command may be typed."""
+    foreign = ("SBATCH_NO_REQUEUE", "SBATCH_OUTPUT", "SBATCH_EXPORT", "SBATCH_TIMELIMIT", "SLURM_CPU_BIND", "RANK")
+    kept = ("SLURM_CONF", "SBATCH_PARTITION", "NCCL_DEBUG")
+    for name in foreign + kept:
+        monkeypatch.setenv(name, "of the shell")
+    submit("--nodes", "1", "--ranks-per-node", "1", "--time", "60")
+    handed_on = {line.split("=")[0] for line in (here / "environment").read_text().splitlines()}
+    assert not handed_on & set(foreign)
+    assert handed_on >= set(kept)
 
 
 def test_the_job_has_its_own_recipe_and_code(here: Path) -> None:
