@@ -44,16 +44,20 @@ if [ "$next" = run ]; then
     next=$("$python" -m launch.attempts end "$job" --code "$code" "${terminated[@]}") || exit 1
 fi
 
-# Asks again for two minutes if SLURM does not answer. Never after TERM: it would revive a job that its user cancelled.
+# Asks again for a minute if SLURM does not answer. Never after TERM: it would revive a job that its user cancelled; and
+# never once SLURM itself, having lost this node for a while, has requeued the job.
 if [[ $next = requeue* ]]; then
-    for wait_s in 10 20 30 60 ""; do
+    for wait_s in 10 20 30 ""; do
         [ ${#terminated[@]} = 0 ] || break
-        if scontrol requeue "$SLURM_JOB_ID"; then
-            trap '' TERM   # the requeue's own
-            exclude=${next#requeue}
-            # SLURM changes this of a job only once it no longer runs, which is now.
-            [ -z "$exclude" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${exclude# }"
-            break
+        if shown=$(scontrol --oneliner show job "$SLURM_JOB_ID"); then
+            [[ $shown = *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] || break
+            if scontrol requeue "$SLURM_JOB_ID"; then
+                trap '' TERM   # the requeue's own
+                exclude=${next#requeue}
+                # SLURM changes this of a job only once it no longer runs, which is now.
+                [ -z "$exclude" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${exclude# }"
+                break
+            fi
         fi
         [ -n "$wait_s" ] || { echo "error: SLURM did not requeue; submit again with the same command" >&2; exit 1; }
         sleep "$wait_s"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 NETWORK = ipaddress.ip_network("10.77.0.0/24")
 CONTROL_IP = "10.77.0.254"
-SLURMD_TIMEOUT_S, KILL_WAIT_S = 15, 5
+SLURMD_TIMEOUT_S, KILL_WAIT_S, MESSAGE_TIMEOUT_S = 15, 5, 4
 FREEZER = Path("/sys/fs/cgroup/freezer")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "ip")
 
@@ -49,6 +49,7 @@ ReturnToService=2
 SlurmdTimeout={slurmd_timeout_s}
 KillWait={kill_wait_s}
 MinJobAge=3600
+MessageTimeout={message_timeout_s}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
@@ -125,6 +126,7 @@ class Cluster:
             folder=self.folder,
             slurmd_timeout_s=SLURMD_TIMEOUT_S,
             kill_wait_s=KILL_WAIT_S,
+            message_timeout_s=MESSAGE_TIMEOUT_S,
             nodes="\n".join(lines),
         )
         (self.folder / "slurm.conf").write_text(text)

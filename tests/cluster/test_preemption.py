@@ -1,4 +1,4 @@
-"""Interrupted in every way that SLURM knows, and started again on other numbers of nodes: the run that never stopped."""
+"""Interrupted in every way that SLURM knows, and started again on other numbers of nodes: still the same run."""
 
 from collections.abc import Callable
 from itertools import pairwise
