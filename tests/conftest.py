@@ -1,6 +1,12 @@
-"""Shared set-up. The folder itself is on the path, so that tests can import the independent loop and the samples."""
+"""Set-up that several folders share."""
 
-import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
+import pytest
+from main_job import run_main_job
+
+
+@pytest.fixture(scope="session")
+def drawn_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the README's main job ran, on rows that are drawn."""
+    return run_main_job(tmp_path_factory.mktemp("drawn"), drawn=True)

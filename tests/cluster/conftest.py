@@ -1,7 +1,6 @@
 """One cluster of three nodes for all tests, and the data that their runs read."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing
@@ -13,20 +12,19 @@ from mirage_ds.preset import write_tiny
 
 
 @pytest.fixture(scope="session")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    """A model, shards and a cluster whose nodes have one rank each."""
+def cluster() -> Iterator[Cluster]:
     why = missing()
     if why:
         pytest.skip(why)
+    with Cluster(3) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def ground(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    """A model and shards."""
     folder = tmp_path_factory.mktemp("cluster")
     rows = write_rows(folder / "rows", 10)
     write_tiny(rows, folder / "model", seed=0)
     build(rows, folder / "shards", maxcount=4, maxsize=10**9)
-    with Cluster(3) as cluster:
-        (folder / "cluster.yaml").write_text("ranks_per_node: 1\ncpus_per_rank: 1\n")
-        yield Ground(folder, cluster)
-
-
-@pytest.fixture
-def folder(ground: Ground) -> Path:
-    return ground.folder
+    return Ground(folder, cluster)

@@ -99,31 +99,11 @@ class Ground:
             *more,
         ]
 
-    def submit(self, stage: str, name: str, *more: str, nodes: int = 2, options: tuple[str, ...] = ()) -> Run:
-        """`mirage-launch slurm` on the login machine."""
-        where = ["--nodes", str(nodes), "--cluster", str(self.folder / "cluster.yaml"), *options]
-        said = self.launch("slurm", *where, *self.recipe(stage, name, *more)).stdout
-        found = re.search(r"^submitted +job (\d+)", said, re.MULTILINE)
-        assert found, said
-        return Run(self.cluster, self.folder / name, found[1])
-
-    def launch(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        command = (str(launching.BIN / "mirage-launch"), *arguments)
-        return self.cluster.run(*command, environment=launching.environment(), cwd=self.folder, code=code)
-
-    def local(self, stage: str, name: str, *more: str, ranks: int = 2) -> list[dict[str, Any]]:
-        """The same run without a cluster; its records."""
-        command = [str(launching.BIN / "mirage-launch"), "local", "--ranks", str(ranks)]
-        done = subprocess.run(
-            [*command, *self.recipe(stage, name, *more)],
-            env=launching.environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=1500,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return read(self.folder / name / "metrics.jsonl")
+    def submit(
+        self, stage: str, name: str, *more: str, nodes: int = 2, ranks: int = 1, options: tuple[str, ...] = ()
+    ) -> Run:
+        recipe = self.recipe(stage, name, *more)
+        return submit(self.cluster, self.folder, *recipe, nodes=nodes, ranks=ranks, options=options)
 
     def unbroken(self, stage: str, name: str, *more: str, until: int) -> list[dict[str, Any]]:
         """The records of a run without a cluster that is let go on to a step, and is then ended."""
@@ -138,6 +118,25 @@ class Ground:
             process.terminate()
         assert process.wait(timeout=START_S) == 0, log.read_text()[-3000:]
         return read(metrics)
+
+
+def submit(
+    cluster: Cluster, cwd: Path, *recipe: str, nodes: int = 2, ranks: int = 1, options: tuple[str, ...] = ()
+) -> Run:
+    """`mirage-launch slurm RECIPE ...` on the login machine."""
+    where = ("--nodes", str(nodes), "--ranks-per-node", str(ranks), *options)
+    said = mirage_launch(cluster, cwd, "slurm", *where, *recipe).stdout
+    number = re.search(r"^submitted +job (\d+)", said, re.MULTILINE)
+    script = re.search(r"^script +(\S+)", said, re.MULTILINE)
+    assert number, said
+    assert script, said
+    return Run(cluster, Path(script[1]).parents[2], number[1])
+
+
+def mirage_launch(cluster: Cluster, cwd: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    # HOME: not this user's own cluster file
+    environment = launching.environment() | {"HOME": str(cluster.folder)}
+    return cluster.run(str(launching.BIN / "mirage-launch"), *arguments, environment=environment, cwd=cwd, code=code)
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -64,8 +64,7 @@ def test_the_losses_are_those_of_the_run_that_was_never_stopped(ground: Ground, 
     same = run.step
     ends = [same]
     for nodes, ranks in ((1, 1), (2, 2), (2, 1)):
-        options = ("--ranks-per-node", str(ranks), "--time", "60")
-        again = ground.submit("stage1", "interrupted", *SETTINGS, *KEPT, nodes=nodes, options=options)
+        again = ground.submit("stage1", "interrupted", *SETTINGS, *KEPT, nodes=nodes, ranks=ranks)
         again.wait_for_step(ends[-1] + LEG)
         cancel(again)
         ends.append(again.step)

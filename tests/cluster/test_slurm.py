@@ -1,19 +1,74 @@
-"""`mirage-launch slurm` on a real cluster: both stages train as on one machine, and what cannot run is refused."""
+"""Both stages on a real cluster as on one machine, by both launchers; and what cannot run is refused."""
 
+import shutil
+from pathlib import Path
+
+import launching
 import pytest
-from runs import Ground
+from cluster import Cluster, wait_until
+from main_job import ROOT, readme_commands
+from runs import START_S, Ground, Run, mirage_launch, read, submit
 
 
-def test_both_stages_train_as_on_one_machine(ground: Ground) -> None:
-    losses = {}
-    for stage in ("stage1", "stage2"):
-        first = [f"run.init_from={ground.folder / 'slurm-stage1'}"] if stage == "stage2" else []
-        run = ground.submit(stage, f"slurm-{stage}", "train.max_steps=20", *first)
-        run.wait_for_end()
-        expected = ground.local(stage, f"local-{stage}", "train.max_steps=20", *first)
-        losses[stage] = [record["loss"] for record in run.records]
-        assert [record["step"] for record in run.records] == list(range(1, 21))
-        assert losses[stage] == pytest.approx([record["loss"] for record in expected], rel=1e-5)
-        (attempt,) = run.attempts
-        assert attempt["outcome"] == "finished"
-        assert attempt["nodes"] == ground.cluster.nodes[:2]
+def losses(run_dir: Path) -> list[float]:
+    records = read(run_dir / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 21))
+    return [record["loss"] for record in records]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_trains_as_on_one_machine(cluster: Cluster, drawn_job: Path, stage: str) -> None:
+    """The README's main job, from shards to stage 2, with the ranks on two nodes instead of one machine."""
+    recipe = f"launch/recipes/tiny-{stage}.yaml"
+    run = submit(cluster, drawn_job, recipe, "train.max_steps=20", f"run.dir=runs/slurm-{stage}")
+    run.wait_for_end()
+    assert losses(run.dir) == pytest.approx(losses(drawn_job / "runs" / f"tiny-{stage}"), rel=1e-5)
+    (attempt,) = run.attempts
+    assert (attempt["outcome"], attempt["nodes"]) == ("finished", cluster.nodes[:2])
+
+
+@pytest.mark.slow
+def test_deepspeed_s_own_launcher(cluster: Cluster, drawn_job: Path) -> None:
+    """The README's commands inside an allocation."""
+    (commands,) = [block for block in readme_commands("A SLURM cluster", "###") if "deepspeed --launcher" in block]
+    commands = commands.replace("=8", "=1").replace("mirage_ds/train.py", str(ROOT / "mirage_ds" / "train.py"))
+    commands = commands.replace("RECIPE", "launch/recipes/tiny-stage1.yaml run.dir=runs/deepspeed")
+    script, log = drawn_job / "deepspeed.sh", drawn_job / "deepspeed.log"
+    script.write_text(f"#!/bin/bash -e\nexport DS_ACCELERATOR=cpu\n{commands}")
+    options = ("--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}")
+    environment = launching.environment()
+    number = cluster.run("sbatch", *options, str(script), environment=environment, cwd=drawn_job).stdout.strip()
+    run = Run(cluster, drawn_job / "runs" / "deepspeed", number)
+    wait_until(lambda: run.over, "the end", START_S, log.read_text)
+    assert run.job["JobState"] == "COMPLETED", log.read_text()
+    assert losses(drawn_job / "runs" / "deepspeed") == pytest.approx(
+        losses(drawn_job / "runs" / "tiny-stage1"), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--nodes", "2", "--partition", "nope"), "no such partition (--partition nope); allowed are batch (3 nodes)"),
+        (("--nodes", "4"), "wants 4 nodes (--nodes 4), and partition batch has 3"),
+        (("--nodes", "3", "train.global_batch_size=4"), "set one of these numbers, or start another number of ranks"),
+    ],
+)
+def test_refused_before_the_job_starts(ground: Ground, options: tuple[str, ...], words: str) -> None:
+    recipe = ground.recipe("stage1", "refused", "train.gradient_accumulation_steps=null")
+    said = mirage_launch(ground.cluster, ground.folder, "slurm", "--ranks-per-node", "1", *options, *recipe, code=2)
+    assert words in " ".join(said.stderr.split())
+    assert "Traceback" not in said.stderr
+    assert not (ground.folder / "refused").exists()
+
+
+def test_shards_that_are_missing_on_a_node(ground: Ground) -> None:
+    """The login machine has them, on a disk of its own: no rank starts, and the job is not requeued."""
+    shutil.copytree(ground.folder / "shards", ground.cluster.local / "shards")
+    run = ground.submit("stage1", "missing", f"data.shards={ground.cluster.local / 'shards'}")
+    run.wait_for_end("FAILED")
+    assert f"error: node {ground.cluster.nodes[0]}: " in run.log
+    assert "no manifest.json" in run.log
+    assert [attempt["outcome"] for attempt in run.attempts] == ["refused"]
+    assert run.starts == 0
+    assert "step     1/" not in run.log

@@ -6,50 +6,25 @@ On the reference's own rows where MIRAGE_VSP_DIR names them, and always on rows 
 import json
 import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import launching
 import pytest
 import torch
+from main_job import run, run_main_job
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageTextToText
-
-ROOT = Path(__file__).parents[2]
-
-
-def readme_commands(heading: str) -> list[str]:
-    """The blocks of commands under a heading of the README."""
-    section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-
-
-def run(script: str, folder: Path) -> str:
-    """Runs commands as a user would from the project's root, but with everything written into `folder`."""
-    if not (folder / "launch").exists():
-        (folder / "launch").symlink_to(ROOT / "launch")
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder,
-        env=launching.environment(),
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
 
 
 @pytest.fixture(scope="module", params=["drawn", "real"])
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the main job ran."""
-    if request.param == "real" and "MIRAGE_VSP_DIR" not in os.environ:
+    if request.param == "drawn":
+        return request.getfixturevalue("drawn_job")
+    if "MIRAGE_VSP_DIR" not in os.environ:
         pytest.skip("MIRAGE_VSP_DIR does not name the reference's own rows, which have no licence to be shipped")
-    folder = tmp_path_factory.mktemp(request.param)
-    drawn_rows, real_rows, job, *_ = readme_commands("The main job")
-    (folder / "log").write_text(run((real_rows if request.param == "real" else drawn_rows) + job, folder))
-    return folder
+    return run_main_job(tmp_path_factory.mktemp("real"), drawn=False)
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
