@@ -56,7 +56,7 @@ def test_deepspeed_s_own_launcher(cluster: Cluster, drawn_job: Path) -> None:
 )
 def test_refused_before_the_job_starts(ground: Ground, options: tuple[str, ...], words: str) -> None:
     recipe = ground.recipe("stage1", "refused", "train.gradient_accumulation_steps=null")
-    said = mirage_launch(ground.cluster, ground.folder, "slurm", "--ranks-per-node", "1", *options, *recipe, code=2)
+    said = mirage_launch(ground.cluster, ground.folder, "slurm", "--ranks-per-node", "1", *recipe, *options, code=2)
     assert words in " ".join(said.stderr.split())
     assert "Traceback" not in said.stderr
     assert not (ground.folder / "refused").exists()
