@@ -19,7 +19,11 @@ from mirage_ds.model.losses import LOGIT_BLOCK_ELEMENTS
 
 REDUCTION_BYTES = {"fp32": 4, "bf16": 2}
 FP32_BYTES = 4
-MIN_UNIT = 1_000_000_000  # DeepSpeed's own default of the live-parameter limits
+# DeepSpeed's own defaults where the file does not say (DS config.py).
+DEFAULT_LIVE = 1_000_000_000  # of stage3_max_live_parameters, stage3_max_reuse_distance and sub_group_size
+DEFAULT_BUCKET = 500_000_000
+DEFAULT_PREFETCH = 50_000_000
+DEFAULT_THRESHOLD = 100_000
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Memory:
     """While weights are gathered: the buffer that they come in, before each is cut out of it."""
     whole_gradients: int
     """Gradients of whole weights that wait for their reduction."""
+    reducing: int
+    """The copy of what is just reduced, in the dtype that is communicated."""
     update: int
     """In the optimizer's step: its copy of this rank's gradients."""
 
@@ -52,7 +58,9 @@ class Memory:
     @property
     def peak(self) -> int:
         """Weights are gathered before their gradients are there, and both are gone when the optimizer steps."""
-        backward = self.gathered + self.activations + self.logits + max(self.gathering, self.whole_gradients)
+        backward = (
+            self.gathered + self.activations + self.logits + max(self.gathering, self.whole_gradients + self.reducing)
+        )
         return self.resident + max(backward, self.update)
 
 
@@ -69,7 +77,7 @@ def estimate_memory(
     offloaded = {part: offloads(zero, part) for part in ("param", "optimizer")}
     kept = rows * kept_bytes(sizes, config, row, e)
     if recompute:
-        kept += rows * layer_bytes(sizes, config, row, e)
+        kept += 2 * rows * layer_bytes(sizes, config, row, e)  # and as much again for the gradients of all that
     tower = rows * row.patches * tower_bytes(sizes, config, e)
     return Memory(
         parameters=parameter_bytes(sizes, zero, world_size, e, offloaded=offloaded["param"]),
@@ -79,7 +87,8 @@ def estimate_memory(
         activations=kept + tower if config.model.train_tower else max(kept, tower),
         logits=logit_bytes(sizes, rows * row.targets, e),
         gathering=gathering * e,
-        whole_gradients=whole_gradient_bytes(sizes, config, deepspeed_config, e),
+        whole_gradients=waiting_gradients(sizes, config) * e,
+        reducing=reduced_elements(sizes, zero) * REDUCTION_BYTES[deepspeed_config["communication_data_type"]],
         update=0 if offloaded["optimizer"] else min(shard, largest_group(zero, trained, world_size)) * FP32_BYTES,
     )
 
@@ -105,7 +114,7 @@ def parameter_bytes(sizes: ModelSizes, zero: dict[str, Any], world_size: int, e:
 
 def persistent_numel(numels: Iterable[int], zero: dict[str, Any]) -> int:
     """Elements of small parameters, which DeepSpeed keeps whole on every rank."""
-    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
+    threshold = zero.get("stage3_param_persistence_threshold", DEFAULT_THRESHOLD)
     return sum(numel for numel in numels if numel <= threshold)
 
 
@@ -115,7 +124,7 @@ def gradient_bytes(shard: int, deepspeed_config: dict[str, Any], *, offloaded: b
     DS stage3.py, _setup_for_real_optimizer: grad_partitions_flat_buffer and the buffer of IPGBucketZ3.
     """
     accumulated = 0 if offloaded else shard * REDUCTION_BYTES[deepspeed_config["data_types"]["grad_accum_dtype"]]
-    bucket = deepspeed_config["zero_optimization"].get("reduce_bucket_size", 500_000_000)
+    bucket = deepspeed_config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET)
     return accumulated + bucket * REDUCTION_BYTES[deepspeed_config["communication_data_type"]]
 
 
@@ -131,47 +140,47 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
     """
     whole = sum(sizes.all) - persistent_numel(sizes.all, zero)
     language, tower = sum(sizes.language), sum(sizes.tower)
-    small = language < zero.get("stage3_max_reuse_distance", MIN_UNIT)
+    small = language < zero.get("stage3_max_reuse_distance", DEFAULT_LIVE)
     if choose_gather(config.model, config.train.stage) == "rollout":
         gathered = whole if small else max(language - persistent_numel(sizes.language, zero), tower)
         return gathered, sum(sizes.rollout)
-    live = max(zero.get("stage3_max_live_parameters", MIN_UNIT), tower)
-    bucket = max(zero.get("stage3_prefetch_bucket_size", 50_000_000), *sizes.language)
+    live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE), tower)
+    bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), *sizes.language)
     return whole if small else min(whole, live), min(bucket, whole)
 
 
-def whole_gradient_bytes(sizes: ModelSizes, config: Config, deepspeed_config: dict[str, Any], e: int) -> int:
-    """e x elements whose gradients wait + one float32 copy of what is reduced.
+def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
+    """Elements of weights whose gradients are whole at once.
 
     A leaf module's gradients are reduced when backward has left it (DS stage3.py, reduce_leaf_module_grads): those of
-    the whole rollout, or of the head alone. In stage 2 with `layer` the K + 1 passes add up in autograd until the first
-    pass's backward: the layers' gradients are whole as well. What is reduced is cast and laid out anew
-    (__avg_scatter_grads), a bucket or the largest weight.
+    the whole rollout, or of the head alone. In stage 2 with `layer` the K + 1 passes add up inside autograd until the
+    first pass's backward, so that the layers' gradients are whole as well: there this is a bound.
     """
     rollout = choose_gather(config.model, config.train.stage) == "rollout"
     waiting = sum(sizes.rollout) if rollout or config.train.stage == "stage2" else max(sizes.language)
-    if config.model.train_tower:
-        waiting = max(waiting, sum(sizes.tower))
-    bucket = deepspeed_config["zero_optimization"].get("reduce_bucket_size", 500_000_000)
-    copied = max(min(bucket, sum(sizes.language)), *sizes.language)
-    return e * waiting + REDUCTION_BYTES[deepspeed_config["communication_data_type"]] * copied
+    return max(waiting, sum(sizes.tower) if config.model.train_tower else 0)
+
+
+def reduced_elements(sizes: ModelSizes, zero: dict[str, Any]) -> int:
+    """Elements that are laid out anew to be reduced: a bucket, or one larger weight (DS stage3.py, __avg_scatter_grads)."""
+    bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+    return max(min(bucket, sum(sizes.language)), *sizes.language)
 
 
 def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     """What forward keeps of one row.
 
-    Recomputed (activation checkpointing, each layer of each pass): the layer's input, D e per column, and in stage 2 the
-    keys and values that later passes see, 2 x kv_heads x head_dim x e. Stored: see `layer_bytes`.
-    On top: the input embeddings, D e; the final norm, D (4 + e) and in float32 once less; cos and sin, 2 x head_dim x
-    e; the rows of the head, D e per supervised token.
+    Recomputed (activation checkpointing, each layer of each pass): the layer's input, D e per column; in stage 2 also
+    the keys and values that later passes see. Stored: see `layer_bytes`.
+    On top: the input embeddings, D e; the final norm, D (4 + e); cos and sin, 2 x head_dim x e; the rows of the head,
+    D e per supervised token.
     """
-    D = sizes.hidden  # noqa: N806
-    keys_values = 2 * sizes.kv_heads * sizes.head_dim * e * row.tokens
+    hidden = sizes.hidden
     if config.model.activation_checkpointing == "full":
-        layer = D * e * row.tokens + (keys_values if config.train.stage == "stage2" else 0)
+        layer = hidden * e * row.tokens + past_columns(config, row) * key_value_bytes(sizes, e)
     else:
         layer = layer_bytes(sizes, config, row, e)
-    once = row.tokens * (D * e + D * (FP32_BYTES + e) + 2 * sizes.head_dim * e) + row.targets * D * e
+    once = row.tokens * (hidden * e + hidden * (FP32_BYTES + e) + 2 * sizes.head_dim * e) + row.targets * hidden * e
     return sizes.num_layers * layer + once
 
 
@@ -181,26 +190,32 @@ def layer_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     - each of two norms: its input in float32, the normalized input and its output: D (4 + 2 e)
     - queries and the attention's output: 2 D e; keys and values: 2 x kv_heads x head_dim x e
     - the MLP's gate, its activation, up, and their product: 4 I e
-    In stage 2 each pass joins all keys and values before it, repeated for every head (SDPA with a mask): 2 D e for each
-    column that a pass sees, and its own part stays for later passes.
+    In stage 2 each pass joins the keys and values of all columns before it: as they are in the K - 1 passes of a single
+    column, repeated for every head, 2 D e, in the first and the last pass, where SDPA has a mask.
     """
-    D, I = sizes.hidden, sizes.intermediate  # noqa: N806, E741
-    keys_values = 2 * sizes.kv_heads * sizes.head_dim * e
-    columns = 2 * D * (FP32_BYTES + 2 * e) + 2 * D * e + keys_values + 4 * I * e
+    hidden, inner = sizes.hidden, sizes.intermediate
+    columns = row.tokens * (2 * hidden * (FP32_BYTES + 2 * e) + 2 * hidden * e + 4 * inner * e)
     if config.train.stage != "stage2":
-        return row.tokens * columns
-    return row.tokens * columns + seen_columns(config, row) * 2 * D * e
+        return columns + row.tokens * key_value_bytes(sizes, e)
+    single = sum(min(row.lead + k, row.tokens) for k in range(1, config.model.latent_size))
+    seen = single + past_columns(config, row)
+    return columns + seen * key_value_bytes(sizes, e) + (row.lead + row.tokens) * 2 * hidden * e
 
 
-def seen_columns(config: Config, row: Row) -> int:
-    """Columns that the K + 1 passes of stage 2 attend to, summed: lead + (lead + 1) + ... + (lead + K - 1) + L."""
-    return sum(min(row.lead + k, row.tokens) for k in range(config.model.latent_size)) + row.tokens
+def key_value_bytes(sizes: ModelSizes, e: int) -> int:
+    """One column's keys and values in one layer: 2 x kv_heads x head_dim x e."""
+    return 2 * sizes.kv_heads * sizes.head_dim * e
+
+
+def past_columns(config: Config, row: Row) -> int:
+    """Columns of one row whose keys and values a later pass sees: all before the last pass of stage 2."""
+    return min(row.lead + config.model.latent_size - 1, row.tokens) if config.train.stage == "stage2" else 0
 
 
 def tower_bytes(sizes: ModelSizes, config: Config, e: int) -> int:
     """Per patch: what a block of the tower keeps, as in `layer_bytes`; of all blocks where the tower is trained."""
-    D, I = sizes.tower_hidden, sizes.tower_intermediate  # noqa: N806, E741
-    block = 2 * D * (FP32_BYTES + 2 * e) + 4 * D * e + 4 * I * e
+    hidden, inner = sizes.tower_hidden, sizes.tower_intermediate
+    block = 2 * hidden * (FP32_BYTES + 2 * e) + 4 * hidden * e + 4 * inner * e
     return block * (sizes.tower_blocks if config.model.train_tower else 1)
 
 
@@ -212,4 +227,4 @@ def logit_bytes(sizes: ModelSizes, targets: int, e: int) -> int:
 
 def largest_group(zero: dict[str, Any], trained: Iterable[int], world_size: int) -> int:
     """Elements that the optimizer steps over at a time: up to sub_group_size and the parameter that reaches it."""
-    return int(zero.get("sub_group_size", 1_000_000_000)) + max(math.ceil(numel / world_size) for numel in trained)
+    return int(zero.get("sub_group_size", DEFAULT_LIVE)) + max(math.ceil(numel / world_size) for numel in trained)
