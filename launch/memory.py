@@ -162,7 +162,7 @@ def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
 
 
 def reduced_elements(sizes: ModelSizes, zero: dict[str, Any]) -> int:
-    """Elements that are laid out anew to be reduced: a bucket, or one larger weight (DS stage3.py, __avg_scatter_grads)."""
+    """Elements laid out anew to be reduced: a bucket, or one larger weight (DS stage3.py, __avg_scatter_grads)."""
     bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
     return max(min(bucket, sum(sizes.language)), *sizes.language)
 

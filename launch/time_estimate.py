@@ -1,22 +1,24 @@
 """How long a step may take, and what it moves: estimates from assumed efficiencies (gpus.py), never checked on a GPU.
 
-Legend: W ranks on N nodes of G GPUs, n tokens and T supervised tokens of a micro-batch, e bytes of an element, K latents.
+Launching kernels, reading data, logging and saving are not in it.
+
+Legend: W ranks on N nodes of G GPUs, n tokens and T supervised tokens of a micro-batch, e bytes of an element, D hidden,
+V vocabulary, K latents.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from launch.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Gpu
-from launch.memory import REDUCTION_BYTES, offloads
+from launch.memory import REDUCTION_BYTES
 from launch.model_sizes import ModelSizes
 from launch.workload import Row
 from mirage_ds.config import Config, Stage
 from mirage_ds.engine import choose_gather
-from mirage_ds.errors import ConfigError
 from mirage_ds.model.backbone import DTYPES
 
-# Bytes that AdamW reads and writes per element: DeepSpeed's copy of the gradient (4 + 4) and its use (4), the master and
-# two moments (24), the weight (2).
+# Bytes that AdamW reads and writes per element: DeepSpeed's copy of the gradient (4 + 4) and its use (4), the master
+# and two moments (24), the weight (2).
 UPDATE_BYTES = 38
 # How often a pass of one column reads or writes all weights of the layers: forward, backward to its input, the weights'
 # gradient (written, then read, read and written to be added); once more where it is computed again.
@@ -78,8 +80,8 @@ def work(sizes: ModelSizes, config: Config, row: Row) -> Work:
 def gathers(stage: Stage, gather: str, latent_size: int) -> float:
     """How often a micro-step gathers the model.
 
-    Measured for stage 2 (README, "model.gather"): 1.73 with `rollout`; 4.2, 6.4 and 10.7 with `layer` at K = 2, 4 and 8,
-    which is the line 2.07 + 1.08 K. One pass by layers: once for forward, once for backward.
+    Measured in stage 2 (README, "model.gather"): 1.73 with `rollout`; 4.2, 6.4 and 10.7 with `layer` at K = 2, 4 and
+    8, which is the line 2.07 + 1.08 K. One pass by layers: once for forward, once for backward.
     """
     if gather == "rollout":
         return 1.73
@@ -91,8 +93,8 @@ def traffic(
 ) -> Traffic:
     """Per micro-step: gathers x e x all elements + bytes of communication_data_type x trained elements, reduced.
 
-    A rank has 1 / W of it: (W - 1) / W come in over NVLink or the network. NCCL's rings of all adapters share what comes
-    from other nodes: (N - 1) / N of it into each node, 1 / G of that through each GPU's adapter.
+    A rank has 1 / W of it: (W - 1) / W come in over NVLink or the network. All adapters of a node share what comes from
+    other nodes: (N - 1) / N of it, 1 / G of that through each GPU's own.
     """
     world_size = nodes * gpus_per_node
     micro_steps = config.train.accumulation_steps(world_size)
@@ -119,7 +121,7 @@ def step_time(
     gpus_per_node: int,
     gpu: Gpu,
 ) -> StepTime:
-    """Gathering layer by layer overlaps with computing: max(compute, communication); a rollout is gathered first: their sum.
+    """Layer by layer, gathering overlaps with computing: the longer one counts; a rollout is gathered first: their sum.
 
     compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) + single columns)
     single columns the K - 1 passes of stage 2 over one column: each reads all layers' weights from the GPU's memory
@@ -127,15 +129,11 @@ def step_time(
     communication  the slower of NVLink and the network, at LINK_EFFICIENCY
     update         UPDATE_BYTES x trained elements / W over the memory's bandwidth
 
+    Not for offload, whose time depends on the host.
+
     Raises:
-        ConfigError: the batch does not divide, or something is offloaded, whose time depends on the host.
+        ConfigError: the batch does not divide.
     """
-    zero = deepspeed_config["zero_optimization"]
-    if any(offloads(zero, part) for part in ("param", "optimizer")):
-        raise ConfigError(
-            "no time is estimated with offload (distributed.deepspeed_config="
-            f"{config.distributed.deepspeed_config}): it depends on the host; allowed is a file without; take zero3.json"
-        )
     world_size = nodes * gpus_per_node
     micro_steps = config.train.accumulation_steps(world_size)
     done = work(sizes, config, row)
