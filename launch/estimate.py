@@ -1,4 +1,4 @@
-"""What a run would take on a number of GPUs: memory, traffic, time, disk; whether it fits, and what to change if not."""
+"""What a run would take on so many GPUs: memory, traffic, time, disk; whether it fits, and what to change if not."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,7 +45,8 @@ class Estimate:
 
     @property
     def samples_per_day(self) -> float | None:
-        return self.time and 86400 / self.time.step_s * self.samples_per_step
+        """None: no time is estimated."""
+        return 86400 / self.time.step_s * self.samples_per_step if self.time else None
 
     @property
     def epochs_per_day(self) -> float | None:
@@ -123,7 +124,7 @@ def checkpoint_bytes(sizes: ModelSizes, config: Config) -> int:
 def find_advice(
     sizes: ModelSizes, rows: Workload, config: Config, nodes: int, gpus_per_node: int, limit_bytes: int
 ) -> tuple[str, ...]:
-    """Changes each of which makes the run fit: single ones, else all settings together with more nodes, else another GPU."""
+    """Changes each of which makes the run fit: single ones, else settings one after the other, with more nodes too."""
 
     def fits(changed: Config, wanted_nodes: int) -> bool:
         deepspeed_config = resolve_deepspeed_config(changed)

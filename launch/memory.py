@@ -1,7 +1,7 @@
 """The memory that a run takes on each GPU, by kind. Formulas; tests/distributed/test_plan.py holds them against a run.
 
-Shape legend: W ranks, B rows of a micro-batch, L columns, Q columns of one pass, D hidden, I intermediate, V vocabulary,
-T trained elements, e bytes of an element in `train.dtype`. DS: deepspeed 0.19.8, runtime/zero/.
+Legend: W ranks, K latents, D hidden, I intermediate, V vocabulary, T trained elements, e bytes of an element in
+`train.dtype`. DS: deepspeed 0.19.8, runtime/zero/.
 """
 
 import math

@@ -116,5 +116,5 @@ def count(hf: Any) -> ModelSizes:
     )
 
 
-def _numels(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, ...]:
+def _numels(parameters: Iterable[torch.Tensor]) -> tuple[int, ...]:
     return tuple(parameter.numel() for parameter in parameters)

@@ -60,7 +60,7 @@ def table(found: list["Estimate"]) -> Table:
 
 def figures(found: "Estimate") -> list[tuple[str, str]]:
     """Each figure with its name and unit."""
-    memory, time = found.memory, found.time
+    memory = found.memory
     parts = {
         "parameters": memory.parameters,
         "optimizer": memory.optimizer,
@@ -79,23 +79,26 @@ def figures(found: "Estimate") -> list[tuple[str, str]]:
         ("samples per step", str(found.samples_per_step)),
         ("GB per GPU and step over NVLink", f"{found.traffic.nvlink / GB:.0f}"),
         ("GB per GPU and step over the network", f"{found.traffic.network / GB:.1f}"),
-        ("seconds per step", _or_unknown(time and time.step_s, ".2f")),
-        ("of these waiting for communication", _or_unknown(time and _waiting_s(found), ".2f")),
-        ("MFU, %", _or_unknown(time and 100 * time.mfu, ".1f")),
-        ("samples per day, thousands", _or_unknown(found.samples_per_day and found.samples_per_day / 1000, ".0f")),
-        ("epochs per day", _or_unknown(found.epochs_per_day, ".1f")),
+        *times(found),
         ("GB per checkpoint", f"{found.checkpoint_bytes / GB:.0f}"),
     ]
     return rows
 
 
-def _waiting_s(found: "Estimate") -> float:
-    assert found.time is not None
-    return found.time.step_s - found.time.compute_s - found.time.single_columns_s - found.time.update_s
-
-
-def _or_unknown(value: float | None, form: str) -> str:
-    return "unknown" if value is None else format(value, form)
+def times(found: "Estimate") -> list[tuple[str, str]]:
+    """What follows from the time of a step."""
+    time = found.time
+    if time is None or found.samples_per_day is None:
+        return [("seconds per step", "no estimate with offload")]
+    waiting_s = time.step_s - time.compute_s - time.single_columns_s - time.update_s
+    epochs = found.epochs_per_day
+    return [
+        ("seconds per step", f"{time.step_s:.2f}"),
+        ("of these waiting for communication", f"{waiting_s:.2f}"),
+        ("MFU, %", f"{100 * time.mfu:.1f}"),
+        ("samples per day, thousands", f"{found.samples_per_day / 1000:.0f}"),
+        ("epochs per day", "no shards" if epochs is None else f"{epochs:.1f}"),
+    ]
 
 
 def assumptions(config: Config, found: "Estimate") -> list[str]:

@@ -2,8 +2,8 @@
 
 Launching kernels, reading data, logging and saving are not in it.
 
-Legend: W ranks on N nodes of G GPUs, n tokens and T supervised tokens of a micro-batch, e bytes of an element, D hidden,
-V vocabulary, K latents.
+Legend: W ranks on N nodes of G GPUs, n tokens and T supervised tokens of a micro-batch, e bytes of an element,
+D hidden, V vocabulary, K latents.
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ Nothing here knows the formulas of launch/memory.py. Sizes are those of the engi
 still holds after forward, and of the weights and gradients that are whole at the hooks of each module.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Iterable
@@ -100,7 +101,7 @@ def held_after(profiler: Any) -> dict[int, int]:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Three steps: the first one tells DeepSpeed the order of modules; the third one is measured."""
+    """Three steps: the first one tells DeepSpeed the order of modules, the others are measured."""
     deepspeed_config = resolve_deepspeed_config(config)
     backbone = load_backbone(config.model.path, dtype=DTYPES[config.train.dtype], deepspeed_config=deepspeed_config)
     model = make_model(config, backbone)
@@ -115,14 +116,15 @@ def run(config: Config) -> dict[str, Any]:
         engine.step()
 
     step()
-    step()
     watch = Watch(model, bucket.buffer)
     with mock.patch.object(losses, "chunked_cross_entropy", watch.cross_entropy):
         step()
     batch = micro_batch(config)
     engine.set_gradient_accumulation_boundary(True)
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         outputs = engine(batch=batch)
+        gc.collect()
     weights = {tensor.data_ptr() for tensor in watch.whole()}
     held = [size for place, size in held_after(profiler).items() if place not in weights]
     engine.backward(outputs.loss, scale_wrt_gas=False)
