@@ -60,7 +60,7 @@ class Estimate:
         """One line."""
         found = (
             f"{self.memory.peak / GIB:.1f} GiB of the {self.limit_bytes / GIB:.1f} GiB that a run may use of "
-            f"{self.gpu}, on {self.nodes} nodes x {self.gpus_per_node}"
+            f"{self.gpu}, on {self.nodes} x {self.gpus_per_node} of them"
         )
         if self.fits:
             return f"fits: {found}"
@@ -108,7 +108,7 @@ def check_fits(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> None
     found = estimate(config, nodes, gpus_per_node, gpu)
     if not found.fits:
         raise ConfigError(
-            f"the run does not fit (model.path={config.model.path} on {nodes} nodes x {gpus_per_node} {gpu}): it would "
+            f"the run does not fit (model.path={config.model.path} on {nodes} x {gpus_per_node} {gpu}): it would "
             f"take {found.memory.peak / GIB:.1f} GiB on each GPU by the estimate of `mirage-launch plan`; allowed are "
             f"{found.limit_bytes / GIB:.1f} GiB; change {', or '.join(found.advice)}"
         )
