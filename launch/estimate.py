@@ -145,7 +145,7 @@ def find_advice(
     several = more_nodes(together, fits, nodes, gpus_per_node)
     if several:
         return (" and ".join([*words, several[0]]),)
-    return (f"the GPU: up to {MAX_NODES} nodes of this one are too small (set --gpu, or shorter rows)",)
+    return (f"the GPU or the model: with all of these settings {MAX_NODES} nodes of this GPU are too small",)
 
 
 def savings(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:

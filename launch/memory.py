@@ -154,7 +154,7 @@ def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
 
     A leaf module's gradients are reduced when backward has left it (DS stage3.py, reduce_leaf_module_grads): those of
     the whole rollout, or of the head alone. In stage 2 with `layer` the K + 1 passes add up inside autograd until the
-    first pass's backward, so that the layers' gradients are whole as well: there this is a bound.
+    first pass's backward (the order of torch's hooks on gradients shows it): the layers' gradients are whole as well.
     """
     rollout = choose_gather(config.model, config.train.stage) == "rollout"
     waiting = sum(sizes.rollout) if rollout or config.train.stage == "stage2" else max(sizes.language)
