@@ -1,4 +1,5 @@
-"""The memory that a run takes on each GPU, by kind. Formulas; tests/distributed/test_plan.py holds them against a run.
+"""The memory that a run takes on each GPU, by kind: formulas, which tests/distributed/test_plan_memory.py holds against
+a run.
 
 Legend: W ranks, K latents, D hidden, I intermediate, V vocabulary, T trained elements, e bytes of an element in
 `train.dtype`. DS: deepspeed 0.19.8, runtime/zero/.

@@ -51,7 +51,7 @@ class ModelSizes:
 
 
 # What config.json of Qwen/Qwen2.5-VL-*-Instruct on huggingface.co says (the 32B and 72B have a wider tower). Their
-# sums are the published numbers of parameters: tests/unit/launch/test_plan.py.
+# sums are the published numbers of parameters: tests/unit/launch/test_launch_plan.py.
 TOWER = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31]}
 
 

@@ -1,7 +1,7 @@
 """`mirage-launch plan RECIPE --nodes N --gpus-per-node G --gpu h100-80gb`: memory, time and traffic before submitting.
 
 Several numbers of nodes make one table: --nodes 1 --nodes 2 --nodes 4. All of it are estimates: memory's formulas are
-held against a small run by tests/distributed/test_plan.py, times have never been checked on a GPU.
+held against a small run by tests/distributed/test_plan_memory.py, times have never been checked on a GPU.
 """
 
 from pathlib import Path
@@ -39,17 +39,17 @@ def command(
     found = [estimate(config, number, gpus_per_node, gpu) for number in nodes]
     console = Console()
     console = Console(width=None if console.is_terminal else WIDTH_OF_A_LOG, highlight=False)
-    console.print(table(found))
+    console.print(table(found, config.train.stage))
     for words in (*assumptions(config, found[0]), "", *(each.verdict for each in found)):
         console.print(words, markup=False, soft_wrap=True)
     if not all(each.fits for each in found):
         raise typer.Exit(1)
 
 
-def table(found: list["Estimate"]) -> Table:
+def table(found: list["Estimate"], stage: str) -> Table:
     """One column for each number of nodes."""
     shown = Table(box=box.MARKDOWN)
-    shown.add_column(f"estimate, nodes of {found[0].gpus_per_node} {found[0].gpu}")
+    shown.add_column(f"estimate, {stage}, nodes of {found[0].gpus_per_node} {found[0].gpu}")
     for each in found:
         shown.add_column(str(each.nodes), justify="right")
     columns = [dict(figures(each)) for each in found]

@@ -1,4 +1,4 @@
-"""One rank of test_plan.py: trains a small model through the real engine and measures what its tensors take.
+"""One rank of test_plan_memory.py: trains a small model through the real engine and measures what its tensors take.
 
     deepspeed --num_accelerators 2 tests/distributed/memory_worker.py CASES.json FOLDER
 

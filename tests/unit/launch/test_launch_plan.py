@@ -1,6 +1,6 @@
 """`mirage-launch plan`: sizes against the published models and a real one, verdicts, advice, refusals, exit codes.
 
-Memory by kind is held against a run in tests/distributed/test_plan.py. No time is checked anywhere.
+Memory by kind is held against a run in tests/distributed/test_plan_memory.py. No time is checked anywhere.
 """
 
 import hashlib
