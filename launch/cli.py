@@ -2,7 +2,7 @@
 
 import typer
 
-from launch import doctor, shards
+from launch import doctor, plan, shards
 from launch.local import local
 from launch.slurm import slurm
 from mirage_ds import errors
@@ -18,6 +18,7 @@ def launch() -> None:
 app.command("local")(local)
 app.command("slurm")(slurm)
 app.command("build-shards")(shards.command)
+app.command("plan")(plan.command)
 app.command("doctor")(doctor.command)
 
 

@@ -32,6 +32,8 @@ class Cluster(BaseModel):
     """GPUs, and ranks, of each node."""
     ranks_per_node: PositiveInt | None = None
     """Instead of `gpus_per_node` where there are no GPUs: the ranks compute on the CPU."""
+    gpu: str | None = None
+    """Which GPU, as in launch/gpus.py: a recipe that does not fit on it is refused. Unset: not checked."""
     cpus_per_rank: PositiveInt | None = None
     """CPU cores of each rank; unset: what the cluster gives a task, and one thread."""
     container_image: str | None = None

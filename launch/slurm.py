@@ -48,6 +48,9 @@ def slurm(
     ranks_per_node: Annotated[
         int | None, typer.Option(min=1, help="Instead, without GPUs: ranks of each node.")
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Which GPU, for example h100-80gb: a recipe that does not fit is refused.")
+    ] = None,
     time: Annotated[str | None, typer.Option(help="Time limit; the run saves before it and is requeued.")] = None,
     partition: Annotated[str | None, typer.Option(help="Where it runs.")] = None,
     account: Annotated[str | None, typer.Option(help="Who pays.")] = None,
@@ -66,6 +69,7 @@ def slurm(
         "container_image": container_image,
         "gpus_per_node": gpus_per_node,
         "ranks_per_node": ranks_per_node,
+        "gpu": gpu,
     }
     settings = choose(
         load_cluster(cluster), {name: value for name, value in given.items() if value is not None}, sbatch
@@ -96,6 +100,8 @@ def slurm(
         f"stop          scancel {number}     (it saves first, and is not started again)\n"
         f"continue      {again}"
     )
+    if settings.gpus_per_node and not settings.gpu:
+        print("memory        not checked: nothing says which GPUs these are (--gpu, or gpu in the cluster file)")
 
 
 def choose(cluster: Cluster, given: dict[str, object], sbatch: list[str] | None) -> Cluster:
@@ -131,7 +137,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
     """Refuses what would fail after hours in the queue; asks SLURM nothing.
 
     Raises:
-        ConfigError: the batch does not divide.
+        ConfigError: the batch does not divide, or the run does not fit on the GPUs.
         DataError: what the run reads is not on this machine.
     """
     config.train.accumulation_steps(nodes * ranks(cluster))
@@ -143,6 +149,11 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
             "set --time or run.save_before_end_s"
         )
     check_inputs(config)
+    if cluster.gpus_per_node and cluster.gpu:
+        # Imported here, as torch and transformers take seconds, which a job without this check need not wait.
+        from launch.estimate import check_fits
+
+        check_fits(config, nodes, cluster.gpus_per_node, cluster.gpu)
 
 
 def seconds(limit: str) -> int | None:

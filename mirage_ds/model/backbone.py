@@ -177,7 +177,15 @@ def empty_model(path: str, cache_dir: Path | None = None) -> PreTrainedModel:
         ConfigError: see `check_config`.
     """
     check_config(path, cache_dir)
-    config = AutoConfig.from_pretrained(path, cache_dir=cache_dir)
+    return _without_weights(AutoConfig.from_pretrained(path, cache_dir=cache_dir))
+
+
+def described_model(text: dict[str, Any], vision: dict[str, Any], *, tied: bool) -> PreTrainedModel:
+    """The same of a model whose config.json is not here, from what that says of its two parts."""
+    return _without_weights(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied))
+
+
+def _without_weights(config: Any) -> PreTrainedModel:
     with torch.device("meta"):
         return Qwen2_5_VLForConditionalGeneration(config)
 

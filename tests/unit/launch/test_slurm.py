@@ -196,3 +196,12 @@ def test_the_script_is_sound_bash(here: Path, options: list[str]) -> None:
         pytest.skip("shellcheck is not installed; bash -n passed")
     found = subprocess.run(["shellcheck", "job.sh"], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
+
+
+def test_memory_is_checked_where_the_gpu_is_known(here: Path) -> None:
+    """What is refused, and in which words: test_launch_plan.py."""
+    note = "memory        not checked"
+    assert note in submit("--nodes", "1", "--gpus-per-node", "1")
+    assert note not in submit("--nodes", "1", "--ranks-per-node", "1")
+    with pytest.raises(ConfigError, match=r"the GPU is not known \(--gpu h100\)"):
+        submit("--nodes", "1", "--gpus-per-node", "1", "--gpu", "h100")

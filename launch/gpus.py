@@ -1,0 +1,48 @@
+"""What GPUs can do, as their makers state it, and how much of that a run is assumed to get.
+
+Sources: NVIDIA's data sheets of H100 SXM, H200 SXM and A100 SXM (dense rates, without sparsity); the network is that of
+NVIDIA's DGX of the same generation, one adapter per GPU: 400 Gb/s (DGX H100, H200) and 200 Gb/s (DGX A100).
+"""
+
+from dataclasses import dataclass
+
+from mirage_ds.config import Dtype, hint
+from mirage_ds.errors import ConfigError
+
+# Assumptions, none of them measured.
+USABLE = 0.90  # of the memory: the rest is for CUDA, NCCL, the allocator's gaps and what the formulas leave out
+COMPUTE_EFFICIENCY = 0.40  # of the peak rate, in matrix products of many rows
+MEMORY_EFFICIENCY = 0.80  # of the memory's bandwidth
+LINK_EFFICIENCY = 0.70  # of NVLink's and the network's bandwidth, in collectives
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU and its share of the links."""
+
+    memory_bytes: float
+    flops: dict[Dtype, float]  # per second
+    memory_bandwidth: float  # bytes/s
+    nvlink_bandwidth: float  # bytes/s, one direction
+    network_bandwidth: float  # bytes/s, one direction
+
+
+GPUS = {
+    "a100-40gb": Gpu(40e9, {"bf16": 312e12, "fp32": 19.5e12}, 1.555e12, 300e9, 25e9),
+    "a100-80gb": Gpu(80e9, {"bf16": 312e12, "fp32": 19.5e12}, 2.039e12, 300e9, 25e9),
+    "h100-80gb": Gpu(80e9, {"bf16": 989e12, "fp32": 67e12}, 3.35e12, 450e9, 50e9),
+    "h200-141gb": Gpu(141e9, {"bf16": 989e12, "fp32": 67e12}, 4.8e12, 450e9, 50e9),
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """A row of the table.
+
+    Raises:
+        ConfigError: it has none of this name.
+    """
+    if name not in GPUS:
+        raise ConfigError(
+            f"the GPU is not known (--gpu {name}): {hint(name, GPUS)}; name one of them, or add yours to launch/gpus.py"
+        )
+    return GPUS[name]

@@ -1,0 +1,120 @@
+"""How large a model is, part by part: counted on the unmodified transformers model, built without weights."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirage_ds.config import ModelConfig
+from mirage_ds.errors import ConfigError
+from mirage_ds.model.backbone import Backbone, described_model, empty_model
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Elements of every parameter by part, and the widths that activations follow."""
+
+    tower: tuple[int, ...]
+    embedding: tuple[int, ...]
+    layers: tuple[int, ...]  # of all layers
+    norm: tuple[int, ...]
+    head: tuple[int, ...]  # empty where the head is the embedding (tied)
+    num_layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tower_blocks: int
+    tower_full_blocks: int  # those that attend over a whole image, the others in windows
+    tower_hidden: int
+    tower_intermediate: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def rollout(self) -> tuple[int, ...]:
+        """The module that `model.gather=rollout` gathers as one, without an embedding that its head borrows."""
+        return self.layers + self.norm + self.head
+
+    @property
+    def language(self) -> tuple[int, ...]:
+        return self.embedding + self.rollout
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        return self.tower + self.language
+
+
+# What config.json of Qwen/Qwen2.5-VL-*-Instruct on huggingface.co says (the 32B and 72B have a wider tower). Their
+# sums are the published numbers of parameters: tests/unit/launch/test_launch_plan.py.
+TOWER = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31]}
+
+
+def _text(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], int, bool]] = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": (_text(151936, 2048, 11008, 36, 16, 2), 3420, True),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (_text(152064, 3584, 18944, 28, 28, 4), 3420, False),
+    "Qwen/Qwen2.5-VL-32B-Instruct": (_text(152064, 5120, 27648, 64, 40, 8), 3456, False),
+    "Qwen/Qwen2.5-VL-72B-Instruct": (_text(152064, 8192, 29568, 80, 64, 8), 3456, False),
+}
+"""Text part, the tower's intermediate size, whether the head is tied to the embedding."""
+
+
+def model_sizes(model: ModelConfig) -> ModelSizes:
+    """Of a folder, of one of the published models, or of a hub id that is in the cache.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if model.path in PUBLISHED:
+        text, tower_intermediate, tied = PUBLISHED[model.path]
+        vision = TOWER | {"intermediate_size": tower_intermediate, "out_hidden_size": text["hidden_size"]}
+        return count(described_model(text, vision, tied=tied))
+    if not Path(model.path).is_dir() and model.path.startswith(("/", ".", "~")):
+        raise ConfigError(
+            f"the model's folder is not there (model.path={model.path}); allowed is a folder, or one of "
+            f"{', '.join(PUBLISHED)}, whose sizes are known; set model.path to the one of that size"
+        )
+    return count(empty_model(model.path, model.cache_dir))
+
+
+def count(hf: Any) -> ModelSizes:
+    """Of a model of transformers, with or without weights."""
+    backbone = Backbone(hf, attention="")
+    text, vision = hf.config.get_text_config(), hf.config.vision_config
+    return ModelSizes(
+        tower=_numels(backbone.visual.parameters()),
+        embedding=_numels([backbone.embed_tokens.weight]),
+        layers=_numels(backbone.layers.parameters()),
+        norm=_numels(backbone.norm.parameters()),
+        head=() if backbone.tied else _numels([backbone.head_weight]),
+        num_layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        vocab=text.vocab_size,
+        tower_blocks=vision.depth,
+        tower_full_blocks=len(vision.fullatt_block_indexes),
+        tower_hidden=vision.hidden_size,
+        tower_intermediate=vision.intermediate_size,
+    )
+
+
+def _numels(parameters: Iterable[torch.Tensor]) -> tuple[int, ...]:
+    return tuple(parameter.numel() for parameter in parameters)

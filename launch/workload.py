@@ -1,0 +1,115 @@
+"""How much a row is: tokens, patches, supervised tokens. From the shards' index if there are shards, else assumed.
+
+Image tokens are exact: an index has the size of every image, and the processor's rule makes patches of it. Text is
+estimated from its characters, so that no tokenizer is needed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mirage_ds.config import Config
+from mirage_ds.data.images import ImageProcessor
+from mirage_ds.data.shards import MANIFEST_NAME, IndexEntry, load_index, read_manifest
+
+CHARS_PER_TOKEN = 3  # an assumption on the safe side: English prose has about 4, numbers and markup fewer
+TEMPLATE_TOKENS = 30  # of the chat template: a system turn, two turns' heads and ends
+MARKERS = 2  # around each image and each latent block
+PIXEL_LIMITS = (3136, 12_845_056)  # preprocessor_config.json of Qwen2.5-VL-Instruct: 4 and 16384 merged patches
+ASSUMED = IndexEntry(
+    key="assumed",
+    shard=0,
+    offset=0,
+    size=0,
+    input_sizes=[(512, 512)],
+    helper_sizes=[(512, 512)],
+    question_chars=600,
+    answer_chars=1500,
+    image_blocks=1,
+    latent_blocks=1,
+)
+"""The row where there are no shards."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as the model meets it; as a mean its numbers are rounded."""
+
+    tokens: int  # columns of the decoder
+    lead: int  # columns before the first latent
+    targets: int  # supervised tokens
+    patches: int  # into the tower, before it merges four
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The rows of a run. Memory follows the largest, time the mean."""
+
+    largest: Row
+    mean: Row
+    num_samples: int | None  # None: unknown
+    source: str
+
+
+def workload(config: Config) -> Workload:
+    """Of the run's shards, or of the assumed row.
+
+    Raises:
+        DataError: the shards' manifest or index is damaged.
+    """
+    processor = _processor(config)
+    if not (config.data.shards / MANIFEST_NAME).is_file():
+        row = measure(ASSUMED, config, processor)
+        source = (
+            f"no shards at {config.data.shards}: assumed are an image and a helper image of 512 x 512 and "
+            f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
+        )
+        return Workload(row, row, None, source)
+    shards = read_manifest(config.data.shards)
+    rows = [measure(entry, config, processor) for entry in load_index(shards)]
+
+    def each(name: str) -> list[int]:
+        return [getattr(row, name) for row in rows]
+
+    names = ("tokens", "lead", "targets", "patches")
+    return Workload(
+        largest=Row(**{name: max(each(name)) for name in names}),
+        mean=Row(**{name: round(sum(each(name)) / len(rows)) for name in names}),
+        num_samples=len(rows),
+        source=f"images of {config.data.shards} as they are, text at {CHARS_PER_TOKEN} characters per token",
+    )
+
+
+def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Row:
+    """tokens = template + characters / CHARS_PER_TOKEN + merged patches of the input images + K per latent block.
+
+    The helper images' patches enter the tower in stage 1 only. Where in the answer its latents stand is not in the
+    index: `lead` counts half of the answer's text.
+    """
+
+    def merged(sizes: list[tuple[int, int]]) -> list[int]:
+        grids = [processor.merged_grid_of(width, height) for width, height in sizes]
+        return [rows * columns for rows, columns in grids]
+
+    stage = config.train.stage
+    images, helpers = merged(entry.input_sizes), merged(entry.helper_sizes) if stage == "stage1" else []
+    latents = 0 if stage == "text" else entry.latent_blocks * (config.model.latent_size + MARKERS)
+    answer = -(-entry.answer_chars // CHARS_PER_TOKEN)
+    question = TEMPLATE_TOKENS - (-entry.question_chars // CHARS_PER_TOKEN) + sum(images) + MARKERS * len(images)
+    limit = config.data.max_length or question + answer + latents  # a longer row is refused
+    return Row(
+        tokens=min(limit, question + answer + latents),
+        lead=min(limit, question + answer // 2),
+        targets=min(limit, answer + latents),
+        patches=(sum(images) + sum(helpers)) * processor.merge_size**2,
+    )
+
+
+def _processor(config: Config) -> ImageProcessor:
+    """The model folder's, or the published models'; with the run's limits."""
+    limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
+    if Path(config.model.path).is_dir():
+        return ImageProcessor.load(config.model.path, config.model.cache_dir, **limits)
+    smallest, largest = (given or known for given, known in zip(limits.values(), PIXEL_LIMITS, strict=True))
+    return ImageProcessor(Qwen2VLImageProcessorPil(size={"shortest_edge": smallest, "longest_edge": largest}))

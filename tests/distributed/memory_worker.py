@@ -1,0 +1,170 @@
+"""One rank of test_plan_memory.py: trains a small model through the real engine and measures what its tensors take.
+
+    deepspeed --num_accelerators 2 tests/distributed/memory_worker.py CASES.json FOLDER
+
+Nothing here knows the formulas of launch/memory.py. Sizes are those of the engine's own tensors, of the weights and
+gradients that are whole at the hooks of each module, and of what the allocator still holds after forward.
+"""
+
+import gc
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from random_samples import random_sample
+from torch.profiler import ProfilerActivity, profile
+
+from mirage_ds import distributed
+from mirage_ds.batch import Batch
+from mirage_ds.config import Config
+from mirage_ds.data.collate import collate
+from mirage_ds.deepspeed_config import resolve_deepspeed_config
+from mirage_ds.engine import choose_gather, initialize, mark_gather_units, parameter_groups
+from mirage_ds.model import losses
+from mirage_ds.model.backbone import DTYPES, load_backbone
+from mirage_ds.train import make_model
+
+# Activation checkpointing keeps the state of the host's random numbers for each call; on a GPU it lies on the host too.
+RANDOM_STATE_BYTES = torch.get_rng_state().nbytes
+
+
+def micro_batch(config: Config) -> Batch:
+    """Rows of one size, the same at every call."""
+    size = config.train.micro_batch_size_per_gpu
+    samples = [random_sample(7, stage=config.train.stage, latent_size=config.model.latent_size, images=2)] * size
+    return collate(samples, align_latents=config.train.stage == "stage2")
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' storages, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class Watch:
+    """The most that was whole at once, looked at before and after each module, and before its backward."""
+
+    def __init__(self, model: torch.nn.Module, bucket: torch.Tensor) -> None:
+        self.parameters, self.bucket = list(model.parameters()), bucket
+        self.gathered = self.whole_gradients = self.logits = 0
+        for module in model.modules():
+            module.register_forward_pre_hook(self.look)
+            module.register_forward_hook(self.look)
+            module.register_full_backward_pre_hook(self.look)
+
+    def whole(self) -> list[torch.Tensor]:
+        return [p.data for p in self.parameters if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist]
+
+    def look(self, *_: object) -> None:
+        place = self.bucket.untyped_storage().data_ptr()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        waiting = [grad for grad in gradients if grad.untyped_storage().data_ptr() != place]
+        self.gathered = max(self.gathered, bytes_of(self.whole()))
+        self.whole_gradients = max(self.whole_gradients, bytes_of(waiting))
+
+    def cross_entropy(self, logits: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
+        """Takes the place of losses.py's, and looks at the logits and at their gradient."""
+        self.logits = max(self.logits, logits.nbytes)
+        if logits.requires_grad:
+            logits.register_hook(self.see_gradient)
+        return self.original(logits, *arguments, **settings)
+
+    original = staticmethod(losses.chunked_cross_entropy)
+
+    def see_gradient(self, gradient: torch.Tensor) -> None:
+        self.logits = max(self.logits, 2 * gradient.nbytes)
+
+
+def held_after(profiler: Any) -> dict[int, int]:
+    """Bytes by address that were allocated inside and not freed again."""
+    events = []
+
+    def walk(nodes: Iterable[Any]) -> None:
+        for node in nodes:
+            if node.tag.name == "Allocation":
+                fields = node.extra_fields
+                events.append((node.start_time_ns, fields.ptr, fields.alloc_size))
+            walk(node.children)
+
+    walk(profiler.profiler.kineto_results.experimental_event_tree())
+    held: dict[int, int] = {}
+    for _, place, size in sorted(events, key=lambda event: event[0]):
+        if size > 0:
+            held[place] = size
+        else:
+            held.pop(place, None)
+    return held
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Two steps: the first one tells DeepSpeed the order of modules, the second one is measured."""
+    deepspeed_config = resolve_deepspeed_config(config)
+    backbone = load_backbone(config.model.path, dtype=DTYPES[config.train.dtype], deepspeed_config=deepspeed_config)
+    model = make_model(config, backbone)
+    mark_gather_units(model, choose_gather(config.model, config.train.stage))
+    engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
+    zero = engine.optimizer
+    (bucket,) = zero.ipg_buckets.values()
+
+    def step() -> None:
+        engine.set_gradient_accumulation_boundary(True)
+        engine.backward(engine(batch=micro_batch(config)).loss, scale_wrt_gas=False)
+        engine.step()
+
+    step()
+    watch = Watch(model, bucket.buffer)
+    with mock.patch.object(losses, "chunked_cross_entropy", watch.cross_entropy):
+        step()
+    states = [value for state in zero.optimizer.state.values() for value in state.values()]
+    batch = micro_batch(config)
+    latents = batch.latent_columns
+    report = {
+        "row": {
+            "tokens": batch.input_ids.shape[1],
+            "lead": latents[0] if latents else 0,
+            "targets": len(batch.target_rows) // config.train.micro_batch_size_per_gpu,
+            "patches": len(batch.pixel_values) // config.train.micro_batch_size_per_gpu,
+        },
+        "parameters": bytes_of(p.ds_tensor for p in model.parameters())
+        + bytes_of(p.data for p in model.parameters() if p.ds_persist),
+        "optimizer": bytes_of(zero.fp32_partitioned_groups_flat)
+        + bytes_of(value for value in states if isinstance(value, torch.Tensor)),
+        "gradients": bytes_of([zero.grad_partitions_flat_buffer, bucket.buffer]),
+        "gathered": watch.gathered,
+        "whole_gradients": watch.whole_gradients,
+        "logits": watch.logits,
+    }
+    engine.destroy()
+    return report | {"kept": kept(config)}
+
+
+def kept(config: Config) -> int:
+    """What forward of the same model holds for backward, without an engine: gathered weights would be among it."""
+    model = make_model(config, load_backbone(config.model.path, dtype=DTYPES[config.train.dtype]))
+    batch = micro_batch(config)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        outputs = model(batch)
+        gc.collect()
+    held = held_after(profiler).values()
+    assert outputs.loss.requires_grad
+    return sum(size for size in held if size != RANDOM_STATE_BYTES)
+
+
+def main() -> None:
+    cases, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
+    distributed.init(timeout_s=300)
+    for name, settings in json.loads(cases.read_text()).items():
+        report = run(Config.model_validate(settings))
+        if distributed.is_main():
+            (folder / f"{name}.json").write_text(json.dumps(report))
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
