@@ -18,11 +18,12 @@ from pathlib import Path
 
 NETWORK = ipaddress.ip_network("10.77.0.0/24")
 CONTROL_IP = "10.77.0.254"
-SLURMD_TIMEOUT_S, KILL_WAIT_S, MESSAGE_TIMEOUT_S = 15, 5, 4
+SLURMD_TIMEOUT_S, KILL_WAIT_S = 15, 5
 FREEZER = Path("/sys/fs/cgroup/freezer")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "ip")
 
 # cgroup, as real clusters have it: signals reach the first process of a task, and what it leaves behind is killed.
+# MessageTimeout, TCPTimeout: a node that is gone is noticed 19 to 26 s later; by default it may take 35 s.
 # cred_expire: a requeued job may start one second after that, by default two minutes.
 CONFIGURATION = """\
 ClusterName={prefix}
@@ -49,7 +50,8 @@ ReturnToService=2
 SlurmdTimeout={slurmd_timeout_s}
 KillWait={kill_wait_s}
 MinJobAge=3600
-MessageTimeout={message_timeout_s}
+MessageTimeout=6
+TCPTimeout=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
@@ -126,7 +128,6 @@ class Cluster:
             folder=self.folder,
             slurmd_timeout_s=SLURMD_TIMEOUT_S,
             kill_wait_s=KILL_WAIT_S,
-            message_timeout_s=MESSAGE_TIMEOUT_S,
             nodes="\n".join(lines),
         )
         (self.folder / "slurm.conf").write_text(text)
