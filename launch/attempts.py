@@ -37,6 +37,8 @@ ABORTED = re.compile(r"^srun: Job step aborted", re.MULTILINE)
 TAKEN_BACK = re.compile(r"^slurmstepd\S*: error: .* CANCELLED AT \S+ DUE TO (JOB REQUEUE|PREEMPTION)", re.MULTILINE)
 # A node without the shared disk has no python there; srun gives exit code 2.
 NO_PYTHON = re.compile(r"^slurmstepd\S*: error: execve\(\)", re.MULTILINE)
+# The node check has a limit of its own: job.sh.
+STEP_LIMIT = re.compile(r"^slurmstepd\S*: error: \*\*\* STEP .* DUE TO TIME LIMIT", re.MULTILINE)
 # The warning before a limit, or a preemption's, that came before the ranks listened.
 UNHEARD = ("User defined signal 1", "Terminated")
 
@@ -152,7 +154,7 @@ def classify(code: int, terminated: bool, marked: bool, log: str) -> str:
         return "failed" if ABORTED.search(log) else "finished"
     # srun ends the other ranks when the first one fails, and then returns what became of them
     first = DEATH.search(log)
-    if NO_PYTHON.search(log):
+    if NO_PYTHON.search(log) or STEP_LIMIT.search(log) or MISSING_NODE.search(log):
         return "failed"
     if first and first["how"] in UNHEARD:
         return "preempted"
@@ -222,7 +224,7 @@ def judge(attempts: list[Attempt], max_restarts: int, there: set[str]) -> Verdic
             "a newer checkpoint; the job ends; look for the first error above, and submit again with the same command",
         )
     if last.outcome == "preempted":
-        return Verdict("requeue", "preempted, or at its time limit: saved, and goes on when SLURM starts it again")
+        return Verdict("requeue", "preempted, or at its time limit: goes on when SLURM starts it again")
     failures = [attempt for attempt in attempts if attempt.is_failure]
     if len(failures) > max_restarts:
         return Verdict(
@@ -331,14 +333,15 @@ def nodes_of_partition(environment: dict[str, str]) -> set[str]:
     return set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
 
 
-def with_those_before(exclude: tuple[str, ...], environment: dict[str, str]) -> tuple[str, ...]:
-    """These nodes, and those that the job leaves out already: SLURM takes the list as a whole."""
-    if not exclude:
-        return ()
+def excluded_nodes(environment: dict[str, str]) -> set[str]:
+    """The nodes that the job leaves out already; none if SLURM does not answer."""
     command = ["scontrol", "--oneliner", "show", "job", environment["SLURM_JOB_ID"]]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    before = re.search(r" ExcNodeList=(\S+)", shown)
-    return tuple(sorted({*exclude, *([before[1]] if before and before[1] != "(null)" else [])}))
+    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.search(r" ExcNodeList=(\S+)", shown)
+    if found is None or found[1] == "(null)":
+        return set()
+    command = ["scontrol", "show", "hostnames", found[1]]
+    return set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
 
 
 def main() -> None:
@@ -349,14 +352,17 @@ def main() -> None:
     commands.choices["end"].add_argument("--code", type=int, required=True)
     commands.choices["end"].add_argument("--terminated", action="store_true")
     options, environment = parser.parse_args(), dict(os.environ)
-    there = nodes_of_partition(environment)
+    excluded = excluded_nodes(environment)
+    there = nodes_of_partition(environment) - excluded
     if options.command == "begin":
         verdict = begin(options.job, environment, nodes_of_job(environment), there)
     else:
         restart = int(environment.get("SLURM_RESTART_COUNT", 0))
         verdict = end(options.job, options.code, options.terminated, restart, there)
     print(f"{time.strftime('%F %T')} {verdict.action}: {verdict.reason}", file=sys.stderr)
-    print(replace(verdict, exclude=with_those_before(verdict.exclude, environment)))
+    if verdict.exclude:  # SLURM takes the list as a whole
+        verdict = replace(verdict, exclude=tuple(sorted({*verdict.exclude, *excluded})))
+    print(verdict)
 
 
 if __name__ == "__main__":

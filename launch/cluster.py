@@ -40,7 +40,8 @@ class Cluster(BaseModel):
     """Ranks run in this image (pyxis), with its `python`, where mirage_ds must be installed. The batch script runs
     outside of it, with the Python that submitted the job."""
     container_mounts: str | None = None
-    """What the container sees, as pyxis writes it: /data:/data,/home:/home. The run's folder must be in it."""
+    """What the container sees, as pyxis writes it: /data:/data,/home:/home. The run's folder must be in it, and the
+    one in which the job is submitted."""
     sbatch: tuple[str, ...] = ()
     """Further options of sbatch, for example --qos=long."""
     setup: tuple[str, ...] = ()

@@ -3,7 +3,6 @@
 RUN/jobs/N/job.sh        the batch script
 RUN/jobs/N/recipe.yaml   the resolved recipe
 RUN/jobs/N/code/         the packages as they were at submission
-RUN/jobs/N/id            SLURM's number
 RUN/jobs/N/log           what all starts of the job print
 """
 
@@ -88,7 +87,6 @@ def slurm(
     except ConfigError:
         shutil.rmtree(folder)  # no job came of it
         raise
-    (folder / "id").write_text(number + "\n")
     again = shlex.join(["mirage-launch", *sys.argv[1:]])
     print(
         f"submitted     job {number}, {nodes} nodes x {ranks(settings)} ranks, code of {versions()['git_commit']}\n"
@@ -184,10 +182,10 @@ def check_not_queued(run: Path) -> None:
     Raises:
         ConfigError: a job of this run has not ended.
     """
-    jobs = run.absolute() / "jobs"
+    jobs = (run / "jobs").resolve()
     for line in ask("squeue", "--me", "--noheader", "--format=%i|%T|%o").splitlines():
         number, state, script = line.split("|", 2)
-        if Path(script).is_relative_to(jobs):
+        if Path(script).resolve().is_relative_to(jobs):
             raise ConfigError(
                 f"the run has a job already (run.dir={run}): {number} is {state}; one job at a time may write there; "
                 f"wait for it, stop it with scancel {number}, or set another run.dir"
@@ -201,15 +199,16 @@ def submission_environment(cluster: Cluster) -> dict[str, str]:
         "SBATCH_ACCOUNT": cluster.account,
         "SBATCH_PARTITION": cluster.partition,
         "SBATCH_TIMELIMIT": cluster.time,
+        "SBATCH_GPUS_PER_NODE": cluster.gpus_per_node,
     }
     foreign = {name for name, value in beaten.items() if value is not None} | {
-        *("SBATCH_ARRAY_INX", "SBATCH_EXPORT", "SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE", "SBATCH_OUTPUT"),
-        *("SBATCH_SIGNAL", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_EXPORT", "SBATCH_NO_KILL", "SBATCH_NO_REQUEUE"),
+        *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_SIGNAL", "SBATCH_WAIT", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
     }
     return {
         name: value
         for name, value in os.environ.items()
-        if name == "SLURM_CONF" or not (name.startswith(("SLURM_", "SRUN_")) or name in foreign)
+        if name in ("SLURM_CONF", "SLURM_JWT") or not (name.startswith(("SLURM_", "SRUN_")) or name in foreign)
     }
 
 

@@ -34,7 +34,7 @@ def fail(run: Run, fault: Callable[[], object]) -> list[str]:
     fault()
     fault_s = time.monotonic()
     run.wait_for_restart(starts, SLURMD_TIMEOUT_S + KILL_WAIT_S + 15)
-    left_s = fault_s + TIMEOUT_S + 15 - time.monotonic()
+    left_s = fault_s + TIMEOUT_S + KILL_WAIT_S + 15 - time.monotonic()
     on = [node for node in nodes if run.cluster.is_on(node)]
     wait_until(lambda: not any(ranks(run, node) for node in on), "the ranks' end", left_s, run.told)
     return nodes
@@ -64,7 +64,7 @@ def test_the_losses_are_those_of_the_run_that_never_failed(ground: Ground) -> No
     failures = [attempt for attempt in run.attempts if attempt["outcome"] in ("failed", "lost")]
     assert len(failures) >= 5, run.told()
     assert [attempt["suspect"] for attempt in failures[:3]] == [second, second, third]
-    assert "heartbeats: " in run.log
+    assert f"heartbeats: rank 1 on {second} is behind" in run.log or run.log.count("heartbeats: all 2 ranks") >= 2
     expected = ground.unbroken("stage1", "never-failed", *SETTINGS, until=run.step)[: run.step]
     assert [record["loss_hex"] for record in run.records] == [record["loss_hex"] for record in expected]
 

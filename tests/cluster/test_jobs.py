@@ -18,9 +18,14 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_trains_as_on_one_machine(cluster: Cluster, drawn_job: Path, stage: str) -> None:
-    """The README's main job, from shards to stage 2, with the ranks on two nodes instead of one machine."""
+    """The README's main job, from shards to stage 2, with the ranks on two nodes instead of one machine.
+
+    A second job of the same run is refused meanwhile.
+    """
     recipe = f"launch/recipes/tiny-{stage}.yaml"
     run = submit(cluster, drawn_job, recipe, "train.max_steps=20", f"run.dir=runs/slurm-{stage}")
+    again = ("slurm", "--nodes", "2", "--ranks-per-node", "1", recipe, f"run.dir=runs/slurm-{stage}")
+    assert f"{run.number} is " in mirage_launch(cluster, drawn_job, *again, code=2).stderr
     run.wait_for_end()
     assert losses(run.dir) == pytest.approx(losses(drawn_job / "runs" / f"tiny-{stage}"), rel=1e-5)
     (attempt,) = run.attempts
@@ -39,7 +44,7 @@ def test_deepspeed_s_own_launcher(cluster: Cluster, drawn_job: Path) -> None:
     environment = launching.environment()
     number = cluster.run("sbatch", *options, str(script), environment=environment, cwd=drawn_job).stdout.strip()
     run = Run(cluster, drawn_job / "runs" / "deepspeed", number)
-    wait_until(lambda: run.over, "the end", START_S, log.read_text)
+    wait_until(lambda: run.over, "the end", START_S, lambda: str(run.job))
     assert run.job["JobState"] == "COMPLETED", log.read_text()
     assert losses(drawn_job / "runs" / "deepspeed") == pytest.approx(
         losses(drawn_job / "runs" / "tiny-stage1"), rel=1e-5

@@ -34,6 +34,10 @@ UNHEARD = "srun: error: node1: task 0: User defined signal 1\n"
 NO_PYTHON = """slurmstepd-node2: error: execve(): /shared/venv/bin/python: No such file or directory
 srun: error: node2: task 1: Exited with exit code 2
 """
+# The shared disk of a node hung, and the node check reached its limit.
+HUNG = """slurmstepd-node2: error: *** STEP 7.0 ON node2 CANCELLED AT 2026-11-24T12:03:59 DUE TO TIME LIMIT ***
+srun: error: node2: task 1: Terminated
+"""
 LOST = "srun: error: Node failure on node2\n"
 HOSTS = ["node1", "node1", "node2", "node2"]
 THERE = {"node1", "node2", "node3"}
@@ -60,7 +64,9 @@ def beats(*steps: int, times: tuple[float, ...] = (100.0,) * 4) -> dict[int, dic
         (143, True, False, LOST, "failed"),
         (0, False, False, CUT, "failed"),
         (138, False, False, UNHEARD, "preempted"),
+        (143, False, False, "srun: error: node1: task 0: Terminated\n", "preempted"),
         (2, False, False, NO_PYTHON, "failed"),
+        (143, False, False, HUNG, "failed"),
     ],
 )
 def test_how_an_attempt_ended(code: int, terminated: bool, marked: bool, log: str, outcome: str) -> None:
