@@ -80,7 +80,7 @@ def begin(job: Path, environment: dict[str, str], nodes: list[str], there: set[s
 
     Args:
         nodes: those that SLURM gave this attempt.
-        there: all nodes of the partition.
+        there: the nodes of the partition without those that the job leaves out.
     """
     run = job.parents[1]
     left = job / RUNNING_NAME
@@ -121,7 +121,10 @@ def end(job: Path, code: int, terminated: bool, restart: int, there: set[str]) -
     """After the ranks ended: says who was behind, books the attempt, decides.
 
     Args:
+        code: srun's exit code.
+        terminated: the batch script itself got SIGTERM.
         restart: SLURM's count for the start that ended.
+        there: as in `begin`.
     """
     left = job / RUNNING_NAME
     attempt = json.loads(left.read_text()) if left.exists() else None

@@ -79,13 +79,12 @@ def is_alive(process: subprocess.Popen[bytes]) -> bool:
     return process.poll() is None
 
 
-def wait_until(condition: Callable[[], bool], what: str, deadline_s: float, told: Callable[[], str] = str) -> float:
-    """Waits, and returns how many seconds; `told` is added to the failure's message."""
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float, told: Callable[[], str] = str) -> None:
+    """Polls; `told` is added to the failure's message."""
     start_s = time.monotonic()
     while not condition():
         assert time.monotonic() < start_s + deadline_s, f"not in {deadline_s} s: {what}\n{told()}"
         time.sleep(0.05)
-    return time.monotonic() - start_s
 
 
 class Cluster:

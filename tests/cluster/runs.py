@@ -13,6 +13,8 @@ from cluster import Cluster, wait_until
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 START_S = 300  # a rank's imports take 10 s on two idle cores
 TIMEOUT_S = 20  # of a collective
+# Long enough that no test comes to the end, and the same samples in each step on any number of ranks.
+ENDLESS = ("train.max_steps=1000", "train.global_batch_size=4", "train.gradient_accumulation_steps=null")
 
 
 @dataclass
@@ -21,7 +23,7 @@ class Run:
 
     cluster: Cluster
     dir: Path
-    number: str = ""
+    number: str
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -78,9 +80,9 @@ class Run:
         wait_until(lambda: self.over, f"{self.dir.name} {state}", START_S, self.told)
         assert self.job["JobState"] == state, self.told()
 
-    def wait_for_restart(self, before: int, deadline_s: float = START_S) -> float:
-        """Until the job has been requeued once more than `before` times; seconds."""
-        return wait_until(lambda: self.starts > before, "requeued", deadline_s, self.told)
+    def wait_for_restart(self, before: int, deadline_s: float = START_S) -> None:
+        """Until the job has been requeued once more than `before` times."""
+        wait_until(lambda: self.starts > before, "requeued", deadline_s, self.told)
 
 
 @dataclass

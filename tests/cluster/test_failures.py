@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 import pytest
 from cluster import KILL_WAIT_S, SLURMD_TIMEOUT_S, wait_until
-from runs import TIMEOUT_S, Ground, Run
+from runs import ENDLESS, TIMEOUT_S, Ground, Run
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = ("train.max_steps=1000", "train.global_batch_size=4", "train.gradient_accumulation_steps=null")
 INTERVAL = 5
 
 
@@ -43,7 +42,7 @@ def fail(run: Run, fault: Callable[[], object]) -> list[str]:
 def test_the_losses_are_those_of_the_run_that_never_failed(ground: Ground) -> None:
     cluster = ground.cluster
     first, second, third = cluster.nodes
-    more = (*SETTINGS, f"checkpoint.interval={INTERVAL}", f"distributed.timeout_s={TIMEOUT_S}", "data.num_workers=0")
+    more = (*ENDLESS, f"checkpoint.interval={INTERVAL}", f"distributed.timeout_s={TIMEOUT_S}", "data.num_workers=0")
     run = ground.submit("stage1", "failed", *more, "launch.max_restarts=9")
 
     assert fail(run, lambda: kill_rank(run, second)) == [first, second]
@@ -65,7 +64,7 @@ def test_the_losses_are_those_of_the_run_that_never_failed(ground: Ground) -> No
     assert len(failures) >= 5, run.told()
     assert [attempt["suspect"] for attempt in failures[:3]] == [second, second, third]
     assert run.log.count("heartbeats: ") >= 2
-    expected = ground.unbroken("stage1", "never-failed", *SETTINGS, until=run.step)[: run.step]
+    expected = ground.unbroken("stage1", "never-failed", *ENDLESS, until=run.step)[: run.step]
     assert [record["loss_hex"] for record in run.records] == [record["loss_hex"] for record in expected]
 
 

@@ -4,12 +4,10 @@ from collections.abc import Callable
 
 import pytest
 from cluster import wait_until
-from runs import START_S, Ground, Run
+from runs import ENDLESS, START_S, Ground, Run
 
 pytestmark = pytest.mark.slow
 
-# Long enough that no leg comes to the end, and the same samples in each step on any number of ranks.
-SETTINGS = ("train.max_steps=1000", "train.global_batch_size=4", "train.gradient_accumulation_steps=null")
 KEPT = ("checkpoint.keep_latest_k=20", "data.num_workers=1")
 LEG = 6
 
@@ -20,7 +18,7 @@ def run(ground: Ground) -> Run:
     slurm = ground.cluster.run
     # SLURM counts limits in minutes: the first start runs into one, the others do not. It may warn a minute early: here
     # 20 to 50 s after the start, when the ranks listen.
-    more = (*SETTINGS, *KEPT, "run.save_before_end_s=10")
+    more = (*ENDLESS, *KEPT, "run.save_before_end_s=10")
     run = ground.submit("stage1", "interrupted", *more, options=("--time", "1"))
     requeued(run, lambda: None)
     slurm("scontrol", "update", f"JobId={run.number}", "TimeLimit=60")
@@ -62,11 +60,11 @@ def test_the_losses_are_those_of_the_run_that_was_never_stopped(ground: Ground, 
     """Bit for bit while it was interrupted; then on 1 rank of 1 node, 4 ranks of 2 nodes, and back: to 1e-4."""
     same = last = run.step
     for nodes, ranks in ((1, 1), (2, 2), (2, 1)):
-        again = ground.submit("stage1", "interrupted", *SETTINGS, *KEPT, nodes=nodes, ranks=ranks)
+        again = ground.submit("stage1", "interrupted", *ENDLESS, *KEPT, nodes=nodes, ranks=ranks)
         again.wait_for_step(last + LEG)
         cancel(again)
         last = again.step
-    expected = ground.unbroken("stage1", "whole", *SETTINGS, until=last)[:last]
+    expected = ground.unbroken("stage1", "whole", *ENDLESS, until=last)[:last]
     got = run.records
     assert [record["step"] for record in got] == list(range(1, last + 1))
     assert [record["position"] for record in got] == [record["position"] for record in expected]
