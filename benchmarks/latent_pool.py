@@ -30,9 +30,9 @@ from importlib.metadata import version
 
 import torch
 
-from mirage_ds.ops import reference
+from mirage_ds.ops import latent_pool_definition as reference
 from mirage_ds.ops.latent_pool import describe_path, latent_pool
-from mirage_ds.segments import Segments, cut_images
+from mirage_ds.ops.segments import Segments, cut_images
 
 Pool = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Inputs [N, D] and targets [N, D]."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.manifest import describe_shard, scan_shard, write_manifest
-from mirage_ds.data.sample import (
+from mirage_ds.data.rows import (
     Sample,
     num_image_blocks,
     num_latent_blocks,

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_tools.build import facts_of
-from mirage_ds.data.sample import check_sample, from_members
+from mirage_ds.data.rows import check_sample, from_members
 from mirage_ds.data.shards import (
     IndexEntry,
     Shard,

@@ -18,7 +18,7 @@ from typing import Any
 from data_tools.build import REJECTS_NAME, SHARD_PATTERN, Rejects
 from data_tools.build import build as build_shards
 from data_tools.manifest import write_manifest
-from mirage_ds.data.sample import count_rows
+from mirage_ds.data.rows import count_rows
 from mirage_ds.data.shards import IndexEntry, Manifest, Shard, load_index, load_manifest, new_folder
 from mirage_ds.errors import DataError
 

@@ -30,7 +30,7 @@ from data_tools.vsp_maps import (
 )
 from mirage_ds.data.shards import new_folder
 from mirage_ds.errors import ConfigError, DataError
-from mirage_ds.tasks.vsp import GOAL, HOLE, MOVES, SAFE, START, Cell, MapDesc, at, find_start, step
+from mirage_ds.inference.tasks.vsp import GOAL, HOLE, MOVES, SAFE, START, Cell, MapDesc, at, find_start, step
 
 Style = Literal["planning", "reasoning"]
 PromptLength = Literal["long", "short"]

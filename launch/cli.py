@@ -2,9 +2,11 @@
 
 import typer
 
-from launch import doctor, plan, shards
+from launch.doctor import command as doctor
 from launch.local import local
-from launch.slurm import slurm
+from launch.planner import plan
+from launch.slurm import shard_jobs
+from launch.slurm.submit import slurm
 from mirage_ds import errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -17,7 +19,7 @@ def launch() -> None:
 
 app.command("local")(local)
 app.command("slurm")(slurm)
-app.command("build-shards")(shards.command)
+app.command("build-shards")(shard_jobs.command)
 app.command("plan")(plan.command)
 app.command("doctor")(doctor.command)
 

@@ -68,12 +68,12 @@ def init(
     """Writes a complete Hugging Face folder: a small random Qwen2.5-VL, or a copy of one with the latent tokens."""
     # Imported here, as torch and transformers take seconds that --help should not.
     if preset and text and not source and not processor_from:
-        from mirage_ds.preset import write_tiny
+        from mirage_ds.hf.preset import write_tiny
 
         write_tiny(text, output, seed)
         typer.echo(f"wrote a {preset} model to {output}")
     elif source and not preset and not text:
-        from mirage_ds.pretrained import copy_pretrained
+        from mirage_ds.hf.pretrained import copy_pretrained
 
         copy_pretrained(source, output, processor_from)
         typer.echo(f"wrote {source} with the latent tokens to {output}")
@@ -97,7 +97,7 @@ def export(
     ] = None,
 ) -> None:
     """Writes a checkpoint as a complete Hugging Face folder, which plain transformers loads."""
-    from mirage_ds.export import export_checkpoint
+    from mirage_ds.hf.export import export_checkpoint
 
     summary = export_checkpoint(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, model=model)
     typer.echo(f"wrote {summary} to {output}")
@@ -118,7 +118,7 @@ def generate(
     dtype: DtypeOption = None,
 ) -> None:
     """Answers one question, word by word; each latent is one mark."""
-    from mirage_ds.terminal import answer, read_question
+    from mirage_ds.inference.terminal import answer, read_question
 
     question = read_question(prompt, image or [])
     options = Decoding(model, latent_size, latent_end, latents, max_new_tokens, temperature, top_p, seed, dtype)
@@ -147,7 +147,7 @@ def evaluate(
     from rich.console import Console
     from rich.progress import track
 
-    from mirage_ds import evaluate as evaluation
+    from mirage_ds.inference import evaluate as evaluation
 
     results = evaluation.Results(output)
     rows = evaluation.read_task(data, task)
@@ -183,9 +183,9 @@ class Decoding:
         import torch
         from transformers.utils import logging
 
-        from mirage_ds.generate import as_they_are, load_decoder
+        from mirage_ds.inference.generate import as_they_are, load_decoder
+        from mirage_ds.inference.sampling import Sampling
         from mirage_ds.model.backbone import DTYPES
-        from mirage_ds.sampling import Sampling
 
         logging.disable_progress_bar()
         decoder, encoder = load_decoder(

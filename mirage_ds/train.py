@@ -10,7 +10,7 @@ if __name__ == "__main__":  # before the imports, as another version may lack wh
 
     leave_if_untested()
 
-    from mirage_ds import early_end
+    from mirage_ds.training import early_end
 
     early_end.listen()  # before the imports too: they last for seconds, in which a signal would end the run unsaved
 
@@ -26,17 +26,27 @@ import typer
 from deepspeed import DeepSpeedEngine
 from transformers.utils import logging as transformers_logging
 
-from mirage_ds import checkpoint, distributed, early_end
-from mirage_ds.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.batch import Batch
+from mirage_ds.checkpoint import save as checkpoint
+from mirage_ds.checkpoint.copies import Copies
 from mirage_ds.config import Config, load_config
-from mirage_ds.copies import Copies
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.data.stream import Share, make_loader
-from mirage_ds.deepspeed_config import resolve_deepspeed_config
-from mirage_ds.engine import (
+from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
+from mirage_ds.model.backbone import DTYPES, Backbone, check_config, check_latent_ids, load_backbone
+from mirage_ds.model.mirage import MirageModel
+from mirage_ds.ops.latent_pool import describe_path
+from mirage_ds.training import early_end
+from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
+from mirage_ds.training.heartbeat import Heartbeat
+from mirage_ds.training.metrics import Metrics
+from mirage_ds.training.run_folder import find_start, write_folder
+from mirage_ds.training.trainer import Trainer, TrainState
+from mirage_ds.zero3 import distributed
+from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
+from mirage_ds.zero3.engine import (
     choose_gather,
     describe_gather,
     initialize,
@@ -44,14 +54,6 @@ from mirage_ds.engine import (
     parameter_groups,
     whole_numel,
 )
-from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
-from mirage_ds.heartbeat import Heartbeat
-from mirage_ds.metrics import Metrics
-from mirage_ds.model.backbone import DTYPES, Backbone, check_config, check_latent_ids, load_backbone
-from mirage_ds.model.mirage import MirageModel
-from mirage_ds.ops.latent_pool import describe_path
-from mirage_ds.run import find_start, write_folder
-from mirage_ds.trainer import Trainer, TrainState
 
 
 def train(config: Config) -> None:

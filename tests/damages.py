@@ -22,10 +22,11 @@ import deepspeed
 import launching
 import torch
 
-from mirage_ds import checkpoint, distributed
+from mirage_ds.checkpoint import save as checkpoint
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError
-from mirage_ds.trainer import TrainState
+from mirage_ds.training.trainer import TrainState
+from mirage_ds.zero3 import distributed
 
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": 1,

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from hypothesis import strategies as st
 
-from mirage_ds.ops import reference
+from mirage_ds.ops import latent_pool_definition as reference
 from mirage_ds.ops.latent_pool import latent_pool
-from mirage_ds.segments import Segments, cut_images
+from mirage_ds.ops.segments import Segments, cut_images
 
 STRATEGIES = ("average", "average_all", "grid")
 # Grids, K of each image, D. A tile of the kernel is 512 (16-bit) or 256 (float32) columns and 16 or 32 rows.

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from mirage_ds.preset import CHAT_TEMPLATE, QWEN_SPECIAL_TOKENS
+from mirage_ds.hf.preset import CHAT_TEMPLATE, QWEN_SPECIAL_TOKENS
 from mirage_ds.tokens import LATENT_TOKENS
 
 

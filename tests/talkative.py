@@ -7,7 +7,7 @@ from generated_rows import image_bytes, write_jsonl, write_rows
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mirage_ds.data.encode import load_tokenizer
-from mirage_ds.preset import write_tiny
+from mirage_ds.hf.preset import write_tiny
 
 # How much longer than a random one these tokens' rows of the head are made.
 LOUDNESS = {"<|latent_start|>": 2.0, "<|im_end|>": 3.0}

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mirage_ds.config import CompressStrategy, Stage
 from mirage_ds.data.images import ImageProcessor, decode
-from mirage_ds.data.sample import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
+from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
 from mirage_ds.data.shards import ShardFolder, load_index
 from mirage_ds.errors import ConfigError, DataError
-from mirage_ds.segments import cut_image
+from mirage_ds.ops.segments import cut_image
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
     IGNORE_INDEX,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from mirage_ds.data.sample import open_image
+from mirage_ds.data.rows import open_image
 from mirage_ds.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.data.plan import Plan, micro_batch_start
-from mirage_ds.data.sample import Sample, from_members
+from mirage_ds.data.rows import Sample, from_members
 from mirage_ds.data.shards import ShardFolder, load_index, parse_members, read_range
 from mirage_ds.errors import ConfigError, DataError
 

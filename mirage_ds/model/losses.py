@@ -10,7 +10,7 @@ from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from mirage_ds.ops.reference import EPS
+from mirage_ds.ops.latent_pool_definition import EPS
 
 # Logits of one block of rows: 2 ** 25 elements are 64 MiB in bf16, whatever the vocabulary.
 LOGIT_BLOCK_ELEMENTS = 2**25

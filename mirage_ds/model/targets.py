@@ -7,7 +7,7 @@ import torch
 from mirage_ds.batch import Batch
 from mirage_ds.config import CompressStrategy
 from mirage_ds.ops.latent_pool import latent_pool
-from mirage_ds.segments import cut_images
+from mirage_ds.ops.segments import cut_images
 
 
 class Tower(torch.nn.Module):

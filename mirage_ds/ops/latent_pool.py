@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mirage_ds.errors import ConfigError
-from mirage_ds.ops import reference
+from mirage_ds.ops import latent_pool_definition as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TESTED_TRITON = "triton==3.7.1"  # what torch 2.13.0 for CUDA requires

@@ -8,7 +8,7 @@ from generated_rows import write_rows
 from runs import Ground
 
 from data_tools.build import build
-from mirage_ds.preset import write_tiny
+from mirage_ds.hf.preset import write_tiny
 
 
 @pytest.fixture(scope="session")

@@ -15,24 +15,25 @@ from typing import Any
 import deepspeed
 import torch
 
-from mirage_ds import checkpoint, distributed
 from mirage_ds.batch import Batch
+from mirage_ds.checkpoint import save as checkpoint
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import load_encoder
-from mirage_ds.data.sample import read_rows
-from mirage_ds.deepspeed_config import resolve_deepspeed_config
-from mirage_ds.early_end import EarlyEnd
-from mirage_ds.engine import (
+from mirage_ds.data.rows import read_rows
+from mirage_ds.model.backbone import DTYPES, load_backbone
+from mirage_ds.model.mirage import MirageModel, hf_name
+from mirage_ds.training.early_end import EarlyEnd
+from mirage_ds.training.metrics import Metrics
+from mirage_ds.training.trainer import Trainer, TrainState
+from mirage_ds.zero3 import distributed
+from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
+from mirage_ds.zero3.engine import (
     choose_gather,
     initialize,
     mark_gather_units,
     parameter_groups,
 )
-from mirage_ds.metrics import Metrics
-from mirage_ds.model.backbone import DTYPES, load_backbone
-from mirage_ds.model.mirage import MirageModel, hf_name
-from mirage_ds.trainer import Trainer, TrainState
 
 
 def batches(config: Config, rows: Path, stage: str) -> Iterator[Batch]:

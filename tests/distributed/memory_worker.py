@@ -19,15 +19,15 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from random_samples import random_sample
 from torch.profiler import ProfilerActivity, profile
 
-from mirage_ds import distributed
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
-from mirage_ds.deepspeed_config import resolve_deepspeed_config
-from mirage_ds.engine import choose_gather, initialize, mark_gather_units, parameter_groups
 from mirage_ds.model import losses
 from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.train import make_model
+from mirage_ds.zero3 import distributed
+from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
+from mirage_ds.zero3.engine import choose_gather, initialize, mark_gather_units, parameter_groups
 
 # Activation checkpointing keeps the state of the host's random numbers for each call; on a GPU it lies on the host too.
 RANDOM_STATE_BYTES = torch.get_rng_state().nbytes

@@ -7,10 +7,10 @@ import launching
 import pytest
 
 from data_tools.build import build
-from mirage_ds.evaluate import evaluate, read_task
-from mirage_ds.export import export_checkpoint
-from mirage_ds.generate import load_decoder
-from mirage_ds.preset import write_tiny
+from mirage_ds.hf.export import export_checkpoint
+from mirage_ds.hf.preset import write_tiny
+from mirage_ds.inference.evaluate import evaluate, read_task
+from mirage_ds.inference.generate import load_decoder
 
 ROOT = Path(__file__).parents[2]
 LATENT_SIZE, MAX_PIXELS = 4, 28 * 28 * 16

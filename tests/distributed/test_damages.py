@@ -11,7 +11,7 @@ import damages
 import launching
 import pytest
 
-from mirage_ds import complete
+from mirage_ds.checkpoint import complete
 
 pytestmark = pytest.mark.slow
 

@@ -16,10 +16,10 @@ import torch
 from generated_rows import write_rows
 
 from data_tools.build import build
-from mirage_ds.checkpoint import find
+from mirage_ds.checkpoint.partitions import stored_parameters
+from mirage_ds.checkpoint.save import find
+from mirage_ds.hf.preset import write_tiny
 from mirage_ds.model.backbone import load_backbone
-from mirage_ds.partitions import stored_parameters
-from mirage_ds.preset import write_tiny
 
 ROOT = Path(__file__).parents[2]
 STEPS, LEG = 28, 5

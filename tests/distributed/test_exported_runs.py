@@ -12,10 +12,10 @@ from cases import HERE
 from generated_rows import write_rows
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mirage_ds import checkpoint
-from mirage_ds.export import export_checkpoint
-from mirage_ds.partitions import stored_parameters
-from mirage_ds.preset import write_tiny
+from mirage_ds.checkpoint import save as checkpoint
+from mirage_ds.checkpoint.partitions import stored_parameters
+from mirage_ds.hf.export import export_checkpoint
+from mirage_ds.hf.preset import write_tiny
 
 RUNS: dict[str, dict[str, Any]] = {
     "untied": {"train": {"stage": "stage2", "dtype": "fp32"}},

@@ -13,7 +13,7 @@ import pytest
 from generated_rows import write_rows
 
 from data_tools.build import build
-from mirage_ds.preset import write_tiny
+from mirage_ds.hf.preset import write_tiny
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 200

@@ -10,13 +10,13 @@ from typing import Any
 import launching
 import pytest
 
-from launch.memory import Memory, estimate_memory, kept_bytes
-from launch.model_sizes import model_sizes
-from launch.workload import Row
+from launch.planner.memory import Memory, estimate_memory, kept_bytes
+from launch.planner.model_sizes import model_sizes
+from launch.planner.workload import Row
 from mirage_ds.config import Config
-from mirage_ds.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.model.backbone import DTYPES, random_model
 from mirage_ds.tokens import TokenIds
+from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
 HERE = Path(__file__).parent
 # Small enough that a small model is really sharded and its gradients make several buckets. In LIMITED the model is

@@ -20,9 +20,9 @@ from data_tools.build import build
 from mirage_ds.data.encode import load_encoder
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
-from mirage_ds.export import export_checkpoint
+from mirage_ds.hf.export import export_checkpoint
+from mirage_ds.hf.preset import write_tiny
 from mirage_ds.model.backbone import load_backbone
-from mirage_ds.preset import write_tiny
 
 ROOT = Path(__file__).parents[2]
 STEPS, INTERVAL, KILLED_AFTER = 11, 5, 6

@@ -16,7 +16,7 @@ from cases import CUTS, FIXED, GATHER_SIZES, VARYING, Outcome, read_outcome, sta
 from random_samples import ragged_batch
 
 from mirage_ds.config import TrainConfig
-from mirage_ds.engine import learning_rate
+from mirage_ds.zero3.engine import learning_rate
 
 Outcomes = Callable[[str], Outcome]
 

@@ -18,24 +18,24 @@ import torch
 from deepspeed.comm.comm import comms_logger
 from random_samples import ragged_batch
 
-from mirage_ds import distributed
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
-from mirage_ds.deepspeed_config import resolve_deepspeed_config
-from mirage_ds.early_end import EarlyEnd
-from mirage_ds.engine import (
+from mirage_ds.model.backbone import DTYPES, load_backbone
+from mirage_ds.model.mirage import MirageModel
+from mirage_ds.ops.latent_pool import describe_path
+from mirage_ds.training.early_end import EarlyEnd
+from mirage_ds.training.metrics import Metrics
+from mirage_ds.training.trainer import Trainer, TrainState
+from mirage_ds.zero3 import distributed
+from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
+from mirage_ds.zero3.engine import (
     choose_gather,
     initialize,
     mark_gather_units,
     parameter_groups,
 )
-from mirage_ds.metrics import Metrics
-from mirage_ds.model.backbone import DTYPES, load_backbone
-from mirage_ds.model.mirage import MirageModel
-from mirage_ds.ops.latent_pool import describe_path
-from mirage_ds.trainer import Trainer, TrainState
 
 
 @dataclass

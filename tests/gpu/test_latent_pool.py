@@ -6,7 +6,7 @@ import pooling_checks as checks
 import pytest
 import torch
 
-from mirage_ds.ops import reference
+from mirage_ds.ops import latent_pool_definition as reference
 from mirage_ds.ops.latent_pool import DTYPES, describe_path, latent_pool
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the kernels run interpreted here")

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from mirage_ds.data.collate import collate
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.model.targets import Tower, latent_targets
-from mirage_ds.ops import latent_pool_kernel, reference
+from mirage_ds.ops import latent_pool_definition as reference
+from mirage_ds.ops import latent_pool_kernel
 from mirage_ds.ops.latent_pool import DTYPES, describe_path, takes_kernel
-from mirage_ds.segments import Segments
+from mirage_ds.ops.segments import Segments
 
 Images = tuple[list[tuple[int, int]], list[int]]
 dtypes = st.sampled_from(DTYPES)

@@ -12,7 +12,7 @@ import torch
 
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
-from mirage_ds.generate import Decoder, Generation
+from mirage_ds.inference.generate import Decoder, Generation
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.tokens import TokenIds
 

@@ -31,9 +31,9 @@ from mirage_ds.data.encode import (
     train_text,
 )
 from mirage_ds.data.images import ImageProcessor
-from mirage_ds.data.sample import RESERVED_TOKENS, Sample, check_sample
+from mirage_ds.data.rows import RESERVED_TOKENS, Sample, check_sample
 from mirage_ds.errors import DataError
-from mirage_ds.preset import train_tokenizer
+from mirage_ds.hf.preset import train_tokenizer
 from mirage_ds.tokens import TokenIds
 
 __all__ = ["real_tokenizer"]

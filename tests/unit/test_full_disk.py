@@ -17,10 +17,10 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from generated_rows import write_jsonl, write_rows
 
 from data_tools.build import build
-from mirage_ds import checkpoint
+from mirage_ds.checkpoint import save as checkpoint
 from mirage_ds.errors import DiskFullError, name_full_disk
+from mirage_ds.hf.preset import write_tiny
 from mirage_ds.model.backbone import load_backbone
-from mirage_ds.preset import write_tiny
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]

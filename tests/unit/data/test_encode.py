@@ -17,10 +17,10 @@ from data_tools.build import build
 from mirage_ds.config import Stage
 from mirage_ds.data.encode import Encoder, load_encoder, load_tokenizer, mrope_positions, prompt_text, train_text
 from mirage_ds.data.images import ImageProcessor
-from mirage_ds.data.sample import Sample
+from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError
-from mirage_ds.preset import write_tiny
+from mirage_ds.hf.preset import write_tiny
 from mirage_ds.tokens import ASSISTANT_MARKER, IGNORE_INDEX, IMAGE_PAD, LATENT_PAD
 
 QUESTION = "Here is the map: <image>\n\nand <image>.  Plan?"

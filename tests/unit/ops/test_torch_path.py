@@ -15,7 +15,7 @@ import torch
 from mirage_ds.errors import ConfigError
 from mirage_ds.ops import latent_pool as ops
 from mirage_ds.ops.latent_pool import DTYPES, describe_path, latent_pool
-from mirage_ds.segments import Segments
+from mirage_ds.ops.segments import Segments
 
 CPU = torch.device("cpu")
 BOUNDS = torch.tensor([[0, 2], [2, 4]])

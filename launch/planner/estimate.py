@@ -1,0 +1,185 @@
+"""What a run would take on so many GPUs: memory, traffic, time, disk; whether it fits, and what to change if not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from launch.planner.gpus import USABLE, find_gpu
+from launch.planner.memory import Memory, estimate_memory, offloads
+from launch.planner.model_sizes import ModelSizes, model_sizes
+from launch.planner.time_estimate import StepTime, Traffic, step_time, traffic
+from launch.planner.workload import Workload, workload
+from mirage_ds.checkpoint.save import ADAM_BYTES
+from mirage_ds.config import Config
+from mirage_ds.errors import ConfigError
+from mirage_ds.model.backbone import DTYPES
+from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
+from mirage_ds.zero3.engine import GIB
+
+MAX_NODES = 64  # of an advice
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All that `mirage-launch plan` knows of a recipe on one number of nodes."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu: str
+    sizes: ModelSizes
+    rows: Workload
+    memory: Memory
+    limit_bytes: int
+    """What of the GPU's memory a run may use."""
+    traffic: Traffic
+    time: StepTime | None
+    """None with offload: it depends on the host."""
+    samples_per_step: int
+    checkpoint_bytes: int
+    advice: tuple[str, ...]
+    """If it does not fit: each of these makes it fit."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.limit_bytes
+
+    @property
+    def samples_per_day(self) -> float | None:
+        """None: no time is estimated."""
+        return 86400 / self.time.step_s * self.samples_per_step if self.time else None
+
+    @property
+    def epochs_per_day(self) -> float | None:
+        """None: the number of samples or the time is unknown."""
+        if self.samples_per_day is None or self.rows.num_samples is None:
+            return None
+        return self.samples_per_day / self.rows.num_samples
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        found = (
+            f"{self.memory.peak / GIB:.1f} GiB of the {self.limit_bytes / GIB:.1f} GiB that a run may use of "
+            f"{self.gpu}, on {self.nodes} x {self.gpus_per_node} of them"
+        )
+        if self.fits:
+            return f"fits: {found}"
+        return f"does not fit: {found}; to change: {', or '.join(self.advice)}"
+
+
+def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estimate:
+    """Estimates a run. Needs neither the shards nor, for a published model, its folder.
+
+    Raises:
+        ConfigError: the GPU or the model is not known, the batch does not divide, or the DeepSpeed JSON is wrong.
+        DataError: the shards' manifest or index is damaged.
+    """
+    card = find_gpu(gpu)
+    world_size = nodes * gpus_per_node
+    samples_per_step = config.train.samples_per_step(world_size)
+    deepspeed_config = resolve_deepspeed_config(config)
+    sizes, rows = model_sizes(config.model), workload(config)
+    memory = estimate_memory(sizes, config, deepspeed_config, rows.largest, world_size)
+    limit_bytes = int(card.memory_bytes * USABLE)
+    zero = deepspeed_config["zero_optimization"]
+    timed = not any(offloads(zero, part) for part in ("param", "optimizer"))
+    return Estimate(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu=gpu,
+        sizes=sizes,
+        rows=rows,
+        memory=memory,
+        limit_bytes=limit_bytes,
+        traffic=traffic(sizes, config, deepspeed_config, nodes, gpus_per_node),
+        time=step_time(sizes, config, deepspeed_config, rows.mean, nodes, gpus_per_node, card) if timed else None,
+        samples_per_step=samples_per_step,
+        checkpoint_bytes=checkpoint_bytes(sizes, config),
+        advice=find_advice(sizes, rows, config, nodes, gpus_per_node, limit_bytes) if memory.peak > limit_bytes else (),
+    )
+
+
+def check_fits(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> None:
+    """Refuses a run whose memory does not fit.
+
+    Raises:
+        ConfigError: it does not, or see `estimate`; the message says what to change.
+    """
+    found = estimate(config, nodes, gpus_per_node, gpu)
+    if not found.fits:
+        raise ConfigError(
+            f"the run does not fit (model.path={config.model.path} on {nodes} x {gpus_per_node} {gpu}): it would "
+            f"take {found.memory.peak / GIB:.1f} GiB on each GPU by the estimate of `mirage-launch plan`; allowed are "
+            f"{found.limit_bytes / GIB:.1f} GiB; change {', or '.join(found.advice)}"
+        )
+
+
+def checkpoint_bytes(sizes: ModelSizes, config: Config) -> int:
+    """12 bytes per trained element (the master and two moments) + the frozen tower in `train.dtype`."""
+    if config.model.train_tower:
+        return ADAM_BYTES * sum(sizes.all)
+    return ADAM_BYTES * sum(sizes.language) + DTYPES[config.train.dtype].itemsize * sum(sizes.tower)
+
+
+def find_advice(
+    sizes: ModelSizes, rows: Workload, config: Config, nodes: int, gpus_per_node: int, limit_bytes: int
+) -> tuple[str, ...]:
+    """Changes each of which makes the run fit: single ones, else settings one after the other, with more nodes too."""
+
+    def fits(changed: Config, wanted_nodes: int) -> bool:
+        deepspeed_config = resolve_deepspeed_config(changed)
+        memory = estimate_memory(sizes, changed, deepspeed_config, rows.largest, wanted_nodes * gpus_per_node)
+        return memory.peak <= limit_bytes
+
+    changes = list(savings(config, nodes * gpus_per_node))
+    found = [words for words, changed in changes if fits(changed, nodes)]
+    found += more_nodes(config, fits, nodes, gpus_per_node)
+    if found:
+        return tuple(found)
+    words, together = [], config
+    for word, _ in changes:
+        words.append(word)
+        together = dict(savings(together, nodes * gpus_per_node))[word]
+        if fits(together, nodes):
+            return (" and ".join(words),)
+    several = more_nodes(together, fits, nodes, gpus_per_node)
+    if several:
+        return (" and ".join([*words, several[0]]),)
+    return (f"the GPU or the model: with all of these settings {MAX_NODES} nodes of this GPU are too small",)
+
+
+def savings(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
+    """Settings that save memory and are not in force, in the order of what they cost."""
+    train, words = config.train, "train.micro_batch_size_per_gpu=1"
+    if config.model.activation_checkpointing == "none":
+        yield "model.activation_checkpointing=full", _change(config, "model", activation_checkpointing="full")
+    if train.micro_batch_size_per_gpu > 1:
+        steps = train.accumulation_steps(world_size) * train.micro_batch_size_per_gpu
+        if train.gradient_accumulation_steps or train.global_batch_size is None:
+            words += f" with train.gradient_accumulation_steps={steps}"
+        yield words, _change(config, "train", micro_batch_size_per_gpu=1, gradient_accumulation_steps=steps)
+    if config.model.gather == "rollout" or (config.model.gather == "auto" and train.stage == "stage2"):
+        yield "model.gather=layer", _change(config, "model", gather="layer")
+    if config.distributed.deepspeed_config == "zero3.json":
+        name = "zero3_offload.json"
+        yield f"distributed.deepspeed_config={name}", _change(config, "distributed", deepspeed_config=name)
+
+
+def more_nodes(config: Config, fits: Any, nodes: int, gpus_per_node: int) -> list[str]:
+    """The next doubling of nodes that fits, and what that means for the batch."""
+    wanted = 2 * nodes
+    while wanted <= MAX_NODES:
+        if fits(config, wanted):
+            return [f"--nodes {wanted}" + _batch_words(config, wanted * gpus_per_node)]
+        wanted *= 2
+    return []
+
+
+def _batch_words(config: Config, world_size: int) -> str:
+    share = world_size * config.train.micro_batch_size_per_gpu
+    size = config.train.global_batch_size
+    return "" if size is None or size % share == 0 else f" with train.global_batch_size a multiple of {share}"
+
+
+def _change(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})

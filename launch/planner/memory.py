@@ -1,0 +1,231 @@
+"""The memory that a run takes on each GPU, by kind: formulas, which tests/distributed/test_plan_memory.py holds against
+a run.
+
+Legend: W ranks, K latents, D hidden, I intermediate, V vocabulary, T trained elements, e bytes of an element in
+`train.dtype`. DS: deepspeed 0.19.8, runtime/zero/.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from launch.planner.model_sizes import ModelSizes
+from launch.planner.workload import Row
+from mirage_ds.checkpoint.save import ADAM_BYTES
+from mirage_ds.config import Config
+from mirage_ds.model.backbone import DTYPES
+from mirage_ds.model.losses import LOGIT_BLOCK_ELEMENTS
+from mirage_ds.zero3.engine import choose_gather
+
+REDUCTION_BYTES = {"fp32": 4, "bf16": 2}
+FP32_BYTES = 4
+# DeepSpeed's own defaults where the file does not say (DS config.py).
+DEFAULT_LIVE = 1_000_000_000  # of stage3_max_live_parameters, stage3_max_reuse_distance and sub_group_size
+DEFAULT_BUCKET = 500_000_000
+DEFAULT_PREFETCH = 50_000_000
+DEFAULT_THRESHOLD = 100_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    parameters: int
+    """Always there: this rank's shards, and small parameters whole."""
+    optimizer: int
+    """Always there: float32 masters and AdamW's moments."""
+    gradients: int
+    """Always there: this rank's accumulated gradients and the bucket that is reduced."""
+    gathered: int
+    """The most weights that are whole at once."""
+    activations: int
+    """What forward keeps for backward, and one layer's own while it is computed again."""
+    logits: int
+    """One block of them and their gradient."""
+    gathering: int
+    """While weights are gathered: the buffer that they come in, before each is cut out of it."""
+    whole_gradients: int
+    """Gradients of whole weights that wait for their reduction."""
+    reducing: int
+    """The copy of what is just reduced, in the dtype that is communicated."""
+    update: int
+    """In the optimizer's step: its copy of this rank's gradients."""
+
+    @property
+    def resident(self) -> int:
+        return self.parameters + self.optimizer + self.gradients
+
+    @property
+    def peak(self) -> int:
+        """Weights are gathered before their gradients are there, and both are gone when the optimizer steps."""
+        backward = (
+            self.gathered + self.activations + self.logits + max(self.gathering, self.whole_gradients + self.reducing)
+        )
+        return self.resident + max(backward, self.update)
+
+
+def estimate_memory(
+    sizes: ModelSizes, config: Config, deepspeed_config: dict[str, Any], row: Row, world_size: int
+) -> Memory:
+    """All kinds for a micro-batch of rows of this size."""
+    zero = deepspeed_config["zero_optimization"]
+    rows, e = config.train.micro_batch_size_per_gpu, DTYPES[config.train.dtype].itemsize
+    recompute = config.model.activation_checkpointing == "full"
+    trained = sizes.all if config.model.train_tower else sizes.language
+    shard = shard_numel(trained, world_size)
+    gathered, gathering = gathered_elements(sizes, config, zero)
+    offloaded = {part: offloads(zero, part) for part in ("param", "optimizer")}
+    kept = rows * kept_bytes(sizes, config, row, e)
+    if recompute:
+        kept += 2 * rows * layer_bytes(sizes, config, row, e)  # and as much again for the gradients of all that
+    tower = rows * row.patches * tower_bytes(sizes, config, e)
+    return Memory(
+        parameters=parameter_bytes(sizes, zero, world_size, e, offloaded=offloaded["param"]),
+        optimizer=0 if offloaded["optimizer"] else shard * ADAM_BYTES,
+        gradients=gradient_bytes(shard, deepspeed_config, offloaded=offloaded["optimizer"]),
+        gathered=gathered * e,
+        activations=kept + tower if config.model.train_tower else max(kept, tower),
+        logits=logit_bytes(sizes, rows * row.targets, e),
+        gathering=gathering * e,
+        whole_gradients=waiting_gradients(sizes, config) * e,
+        reducing=reduced_elements(sizes, zero) * REDUCTION_BYTES[deepspeed_config["communication_data_type"]],
+        update=0 if offloaded["optimizer"] else min(shard, largest_group(zero, trained, world_size)) * FP32_BYTES,
+    )
+
+
+def offloads(zero: dict[str, Any], part: str) -> bool:
+    """Whether DeepSpeed keeps `param` or `optimizer` outside of the GPU."""
+    return bool(zero.get(f"offload_{part}", {}).get("device", "none") != "none")
+
+
+def shard_numel(numels: Iterable[int], world_size: int) -> int:
+    """Each parameter is cut into W equal parts, the last one padded (DS partition_parameters.py, _partition_param)."""
+    return sum(math.ceil(numel / world_size) for numel in numels)
+
+
+def parameter_bytes(sizes: ModelSizes, zero: dict[str, Any], world_size: int, e: int, *, offloaded: bool) -> int:
+    """e x (sum of ceil(numel / W) + whole copies of parameters of at most stage3_param_persistence_threshold elements).
+
+    The frozen tower is sharded like the rest and has neither masters nor moments.
+    """
+    shards = 0 if offloaded else shard_numel(sizes.all, world_size)
+    return e * (shards + persistent_numel(sizes.all, zero))
+
+
+def persistent_numel(numels: Iterable[int], zero: dict[str, Any]) -> int:
+    """Elements of small parameters, which DeepSpeed keeps whole on every rank."""
+    threshold = zero.get("stage3_param_persistence_threshold", DEFAULT_THRESHOLD)
+    return sum(numel for numel in numels if numel <= threshold)
+
+
+def gradient_bytes(shard: int, deepspeed_config: dict[str, Any], *, offloaded: bool) -> int:
+    """T / W x bytes of data_types.grad_accum_dtype + reduce_bucket_size x bytes of communication_data_type.
+
+    DS stage3.py, _setup_for_real_optimizer: grad_partitions_flat_buffer and the buffer of IPGBucketZ3.
+    """
+    accumulated = 0 if offloaded else shard * REDUCTION_BYTES[deepspeed_config["data_types"]["grad_accum_dtype"]]
+    bucket = deepspeed_config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET)
+    return accumulated + bucket * REDUCTION_BYTES[deepspeed_config["communication_data_type"]]
+
+
+def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -> tuple[int, int]:
+    """Elements of weights that are whole at once, and of the buffer that the largest gathering needs besides.
+
+    rollout: the language model. Its embedding stays, as between its uses DeepSpeed counts nothing of a leaf module;
+        a gathering brings the rollout as one.
+    layer: at most stage3_max_live_parameters, or the tower, which is one unit; a gathering brings
+        stage3_prefetch_bucket_size, or a larger single weight.
+    Either way all of a model that is smaller than stage3_max_reuse_distance stays (DS partitioned_param_coordinator.py,
+    __params_to_release).
+    """
+    whole = sum(sizes.all) - persistent_numel(sizes.all, zero)
+    language, tower = sum(sizes.language), sum(sizes.tower)
+    small = language < zero.get("stage3_max_reuse_distance", DEFAULT_LIVE)
+    if choose_gather(config.model, config.train.stage) == "rollout":
+        gathered = whole if small else max(language - persistent_numel(sizes.language, zero), tower)
+        return gathered, sum(sizes.rollout)
+    live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE), tower)
+    bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), *sizes.language)
+    return whole if small else min(whole, live), min(bucket, whole)
+
+
+def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
+    """Elements of weights whose gradients are whole at once.
+
+    A leaf module's gradients are reduced when backward has left it (DS stage3.py, reduce_leaf_module_grads): those of
+    the whole rollout, or of the head alone. In stage 2 with `layer` the K + 1 passes add up inside autograd until the
+    first pass's backward (the order of torch's hooks on gradients shows it): the layers' gradients are whole as well.
+    """
+    rollout = choose_gather(config.model, config.train.stage) == "rollout"
+    waiting = sum(sizes.rollout) if rollout or config.train.stage == "stage2" else max(sizes.language)
+    return max(waiting, sum(sizes.tower) if config.model.train_tower else 0)
+
+
+def reduced_elements(sizes: ModelSizes, zero: dict[str, Any]) -> int:
+    """Elements laid out anew to be reduced: a bucket, or one larger weight (DS stage3.py, __avg_scatter_grads)."""
+    bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+    return max(min(bucket, sum(sizes.language)), *sizes.language)
+
+
+def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
+    """What forward keeps of one row.
+
+    Recomputed (activation checkpointing, each layer of each pass): the layer's input, D e per column; in stage 2 also
+    the keys and values that later passes see. Stored: see `layer_bytes`.
+    On top: the input embeddings, D e; the final norm, D (4 + e); cos and sin, 2 x head_dim x e; the rows of the head,
+    D e per supervised token.
+    """
+    hidden = sizes.hidden
+    if config.model.activation_checkpointing == "full":
+        layer = hidden * e * row.tokens + past_columns(config, row) * key_value_bytes(sizes, e)
+    else:
+        layer = layer_bytes(sizes, config, row, e)
+    once = row.tokens * (hidden * e + hidden * (FP32_BYTES + e) + 2 * sizes.head_dim * e) + row.targets * hidden * e
+    return sizes.num_layers * layer + once
+
+
+def layer_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
+    """What autograd keeps of one decoder layer and row, per column:
+
+    - each of two norms: its input in float32, the normalized input and its output: D (4 + 2 e)
+    - queries and the attention's output: 2 D e; keys and values: 2 x kv_heads x head_dim x e
+    - the MLP's gate, its activation, up, and their product: 4 I e
+    In stage 2 each pass joins the keys and values of all columns before it: as they are in the K - 1 passes of a single
+    column, repeated for every head, 2 D e, in the first and the last pass, where SDPA has a mask.
+    """
+    hidden, inner = sizes.hidden, sizes.intermediate
+    columns = row.tokens * (2 * hidden * (FP32_BYTES + 2 * e) + 2 * hidden * e + 4 * inner * e)
+    if config.train.stage != "stage2":
+        return columns + row.tokens * key_value_bytes(sizes, e)
+    single = sum(min(row.lead + k, row.tokens) for k in range(1, config.model.latent_size))
+    seen = single + past_columns(config, row)
+    return columns + seen * key_value_bytes(sizes, e) + (row.lead + row.tokens) * 2 * hidden * e
+
+
+def key_value_bytes(sizes: ModelSizes, e: int) -> int:
+    """One column's keys and values in one layer: 2 x kv_heads x head_dim x e."""
+    return 2 * sizes.kv_heads * sizes.head_dim * e
+
+
+def past_columns(config: Config, row: Row) -> int:
+    """Columns of one row whose keys and values a later pass sees: all before the last pass of stage 2."""
+    return min(row.lead + config.model.latent_size - 1, row.tokens) if config.train.stage == "stage2" else 0
+
+
+def tower_bytes(sizes: ModelSizes, config: Config, e: int) -> int:
+    """Per patch: what a block of the tower keeps, as in `layer_bytes`; of all blocks where the tower is trained."""
+    hidden, inner = sizes.tower_hidden, sizes.tower_intermediate
+    block = 2 * hidden * (FP32_BYTES + 2 * e) + 4 * hidden * e + 4 * inner * e
+    return block * (sizes.tower_blocks if config.model.train_tower else 1)
+
+
+def logit_bytes(sizes: ModelSizes, targets: int, e: int) -> int:
+    """2 x e x V x min(supervised tokens, rows of a block): the logits of one block and their gradient (losses.py)."""
+    block = max(1, LOGIT_BLOCK_ELEMENTS // sizes.vocab)
+    return 2 * e * sizes.vocab * min(targets, block)
+
+
+def largest_group(zero: dict[str, Any], trained: Iterable[int], world_size: int) -> int:
+    """Elements that the optimizer steps over at a time: up to sub_group_size and the parameter that reaches it."""
+    return int(zero.get("sub_group_size", DEFAULT_LIVE)) + max(math.ceil(numel / world_size) for numel in trained)

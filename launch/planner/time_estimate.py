@@ -1,0 +1,162 @@
+"""How long a step may take, and what it moves: estimates from assumed efficiencies (gpus.py), never checked on a GPU.
+
+Launching kernels, reading data, logging and saving are not in it.
+
+Legend: W ranks on N nodes of G GPUs, n tokens and T supervised tokens of a micro-batch, e bytes of an element,
+D hidden, V vocabulary, K latents.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from launch.planner.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Gpu
+from launch.planner.memory import REDUCTION_BYTES
+from launch.planner.model_sizes import ModelSizes
+from launch.planner.workload import Row
+from mirage_ds.config import Config, Stage
+from mirage_ds.model.backbone import DTYPES
+from mirage_ds.zero3.engine import choose_gather
+
+# Bytes that AdamW reads and writes per element: DeepSpeed's copy of the gradient (4 + 4) and its use (4), the master
+# and two moments (24), the weight (2).
+UPDATE_BYTES = 38
+# How often a pass of one column reads or writes all weights of the layers: forward, backward to its input, the weights'
+# gradient (written, then read, read and written to be added); once more where it is computed again.
+WEIGHT_PASSES = 6
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one rank's micro-batch."""
+
+    model: float
+    """What the mathematics needs: it makes the MFU."""
+    computed: float
+    """With what is computed again for activation checkpointing."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes into each GPU, per optimizer step."""
+
+    gathered: float
+    reduced: float
+    nvlink: float
+    network: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds per optimizer step."""
+
+    compute_s: float
+    single_columns_s: float
+    communication_s: float
+    update_s: float
+    step_s: float
+    mfu: float
+    """model FLOPs / (step time x peak rate)"""
+
+
+def work(sizes: ModelSizes, config: Config, row: Row) -> Work:
+    """Forward takes 2 FLOPs per weight and token, backward 4; the frozen tower has forward only.
+
+    decoder    2 x elements of the layers x n + causal attention 2 x layers x hidden x n x columns
+    head       2 x V x D x T; its logits are always computed again
+    tower      2 x elements x patches / 4 (the merger alone sees merged ones; counted like the rest at all patches) and
+               4 x full-attention blocks x hidden x patches^2
+    """
+    rows = config.train.micro_batch_size_per_gpu
+    tokens = rows * row.tokens
+    decoder = 2 * sum(sizes.layers) * tokens + 2 * sizes.num_layers * sizes.hidden * tokens * row.tokens
+    head = 2 * sizes.vocab * sizes.hidden * rows * row.targets
+    tower = 2 * sum(sizes.tower) * rows * row.patches
+    tower += 4 * sizes.tower_full_blocks * sizes.tower_hidden * rows * row.patches**2
+    tower *= 3 if config.model.train_tower else 1
+    again = decoder if config.model.activation_checkpointing == "full" else 0
+    return Work(model=3 * (decoder + head) + tower, computed=3 * (decoder + head) + tower + again + head)
+
+
+def gathers(stage: Stage, gather: str, latent_size: int) -> float:
+    """How often a micro-step gathers the model.
+
+    Measured in stage 2 (README, "model.gather"): 1.73 with `rollout`; 4.2, 6.4 and 10.7 with `layer` at K = 2, 4 and
+    8, which is the line 2.07 + 1.08 K. One pass by layers: once for forward, once for backward.
+    """
+    if gather == "rollout":
+        return 1.73
+    return 2.07 + 1.08 * latent_size if stage == "stage2" else 2.0
+
+
+def traffic(
+    sizes: ModelSizes, config: Config, deepspeed_config: dict[str, Any], nodes: int, gpus_per_node: int
+) -> Traffic:
+    """Per micro-step: gathers x e x all elements + bytes of communication_data_type x trained elements, reduced.
+
+    A rank has 1 / W of it: (W - 1) / W come in over NVLink or the network. All adapters of a node share what comes from
+    other nodes: (N - 1) / N of it, 1 / G of that through each GPU's own.
+    """
+    world_size = nodes * gpus_per_node
+    micro_steps = config.train.accumulation_steps(world_size)
+    gather = choose_gather(config.model, config.train.stage)
+    count = gathers(config.train.stage, gather, config.model.latent_size)
+    trained = sizes.all if config.model.train_tower else sizes.language
+    gathered = micro_steps * count * DTYPES[config.train.dtype].itemsize * sum(sizes.all)
+    reduced = micro_steps * REDUCTION_BYTES[deepspeed_config["communication_data_type"]] * sum(trained)
+    both = gathered + reduced
+    return Traffic(
+        gathered=gathered * (world_size - 1) / world_size,
+        reduced=reduced * (world_size - 1) / world_size,
+        nvlink=both * (world_size - 1) / world_size if gpus_per_node > 1 else 0.0,
+        network=both * (nodes - 1) / nodes / gpus_per_node,
+    )
+
+
+def step_time(
+    sizes: ModelSizes,
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    row: Row,
+    nodes: int,
+    gpus_per_node: int,
+    gpu: Gpu,
+) -> StepTime:
+    """Layer by layer, gathering overlaps with computing: the longer one counts; a rollout is gathered first: their sum.
+
+    compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) + single columns)
+    single columns the K - 1 passes of stage 2 over one column: each reads all layers' weights from the GPU's memory
+                   WEIGHT_PASSES times, once more with activation checkpointing
+    communication  the slower of NVLink and the network, at LINK_EFFICIENCY
+    update         UPDATE_BYTES x trained elements / W over the memory's bandwidth
+
+    Not for offload, whose time depends on the host.
+
+    Raises:
+        ConfigError: the batch does not divide.
+    """
+    world_size = nodes * gpus_per_node
+    micro_steps = config.train.accumulation_steps(world_size)
+    done = work(sizes, config, row)
+    peak = gpu.flops[config.train.dtype]
+    memory_bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
+    compute_s = micro_steps * done.computed / (peak * COMPUTE_EFFICIENCY)
+    single_columns_s = 0.0
+    if config.train.stage == "stage2":
+        uses = WEIGHT_PASSES + (config.model.activation_checkpointing == "full")
+        read = uses * sum(sizes.layers) * DTYPES[config.train.dtype].itemsize
+        single_columns_s = micro_steps * (config.model.latent_size - 1) * read / memory_bandwidth
+    moved = traffic(sizes, config, deepspeed_config, nodes, gpus_per_node)
+    communication_s = max(moved.nvlink / gpu.nvlink_bandwidth, moved.network / gpu.network_bandwidth) / LINK_EFFICIENCY
+    trained = sizes.all if config.model.train_tower else sizes.language
+    update_s = UPDATE_BYTES * sum(trained) / world_size / memory_bandwidth
+    busy_s = compute_s + single_columns_s
+    overlaps = choose_gather(config.model, config.train.stage) == "layer"
+    step_s = (max(busy_s, communication_s) if overlaps else busy_s + communication_s) + update_s
+    return StepTime(
+        compute_s=compute_s,
+        single_columns_s=single_columns_s,
+        communication_s=communication_s,
+        update_s=update_s,
+        step_s=step_s,
+        mfu=micro_steps * done.model / (step_s * peak),
+    )

@@ -1,0 +1,270 @@
+"""`mirage-launch slurm`: one command makes a job of a recipe that SLURM starts, warns, requeues and goes on with.
+
+RUN/jobs/N/job.sh        the batch script
+RUN/jobs/N/recipe.yaml   the resolved recipe
+RUN/jobs/N/code/         the packages as they were at submission
+RUN/jobs/N/log           what all starts of the job print
+"""
+
+import os
+import re
+import shlex
+import shutil
+import string
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+import ds_configs
+import launch
+import mirage_ds
+from launch.slurm.attempts import LOG_NAME, RECIPE_NAME
+from launch.slurm.cluster import Cluster, ask, check, check_partition, load_cluster
+from launch.slurm.node_check import check_inputs
+from mirage_ds.config import Config, load_config
+from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
+from mirage_ds.versions import versions
+
+TEMPLATE = Path(__file__).parent / "job.sh"
+PACKAGES = (mirage_ds, launch, ds_configs)
+
+
+class Script(string.Template):
+    """Bash has its own use for $ and for @."""
+
+    delimiter = "@@"
+
+
+def slurm(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, for example one of launch/recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, values in YAML.")] = None,
+    *,
+    nodes: Annotated[int, typer.Option(min=1, help="How many nodes.")],
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs, and ranks, of each node.")] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Instead, without GPUs: ranks of each node.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Which GPU, for example h100-80gb: a recipe that does not fit is refused.")
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit; the run saves before it and is requeued.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Where it runs.")] = None,
+    account: Annotated[str | None, typer.Option(help="Who pays.")] = None,
+    container_image: Annotated[str | None, typer.Option(help="The ranks run in it (pyxis).")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help='A further option of sbatch: --sbatch "--qos=long".')] = None,
+    cluster: Annotated[str | None, typer.Option(help="Defaults: a name in launch/clusters/, or a file.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the script; ask SLURM nothing, write nothing.")
+    ] = False,
+) -> None:
+    """Submits a run that goes on through time limits, preemption and lost nodes. The same command continues it."""
+    given = {
+        "time": time,
+        "partition": partition,
+        "account": account,
+        "container_image": container_image,
+        "gpus_per_node": gpus_per_node,
+        "ranks_per_node": ranks_per_node,
+        "gpu": gpu,
+    }
+    settings = choose(
+        load_cluster(cluster), {name: value for name, value in given.items() if value is not None}, sbatch
+    )
+    config = load_config(recipe, [*(overrides or []), "run.resume=auto"])
+    check_job(config, settings, nodes)
+    if dry_run:
+        print(render(recipe, config, settings, nodes, config.run.dir.absolute() / "jobs" / "N"), end="")
+        return
+    check_partition(settings.partition, nodes)
+    check_not_queued(config.run.dir)
+    folder = write(recipe, config, settings, nodes)
+    try:
+        said = ask("sbatch", "--parsable", str(folder / "job.sh"), environment=submission_environment(settings))
+        number = said.split(";")[0].strip()
+    except ConfigError:
+        shutil.rmtree(folder)  # no job came of it
+        raise
+    again = shlex.join(["mirage-launch", *sys.argv[1:]])
+    print(
+        f"submitted     job {number}, {nodes} nodes x {ranks(settings)} ranks, code of {versions()['git_commit']}\n"
+        f"script        {folder / 'job.sh'}\n"
+        f"log           tail -F {folder / LOG_NAME}\n"
+        f"attempts      {folder / 'attempts.jsonl'}\n"
+        f"curves        tensorboard --logdir {config.run.dir / 'tensorboard'}\n"
+        f"where it is   squeue --job {number}\n"
+        f"stop          scancel {number}     (it saves first, and is not started again)\n"
+        f"continue      {again}"
+    )
+    if settings.gpus_per_node and not settings.gpu:
+        print("memory        not checked: nothing says which GPUs these are (--gpu, or gpu in the cluster file)")
+
+
+def choose(cluster: Cluster, given: dict[str, object], sbatch: list[str] | None) -> Cluster:
+    """The cluster's settings with those of the command line in their place.
+
+    Raises:
+        ConfigError: ranks are set twice or not at all, or a further option is none.
+    """
+    tree = cluster.model_dump(exclude_unset=True)
+    if given.keys() & {"gpus_per_node", "ranks_per_node"}:
+        tree = {name: value for name, value in tree.items() if name not in ("gpus_per_node", "ranks_per_node")}
+    settings = check(tree | given | {"sbatch": (*cluster.sbatch, *(sbatch or []))}, "the cluster file")
+    if settings.gpus_per_node is None and settings.ranks_per_node is None:
+        raise ConfigError(
+            "nothing says how many ranks a node has (on the command line and in the cluster file); allowed is a "
+            "number of 1 or more; set --gpus-per-node, or --ranks-per-node where there are no GPUs"
+        )
+    for option in settings.sbatch:
+        if not option.startswith("-") or option.startswith(("-a", "--array")) or "\n" in option:
+            raise ConfigError(
+                f"an option of sbatch is not understood (--sbatch {option!r}); allowed is what sbatch --help lists "
+                "but an array, which would be many jobs in one run, for example --qos=long; correct it"
+            )
+    return settings
+
+
+def ranks(cluster: Cluster) -> int:
+    """Ranks of each node."""
+    return cluster.gpus_per_node or cluster.ranks_per_node or 0
+
+
+def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
+    """Refuses what would fail after hours in the queue; asks SLURM nothing.
+
+    Raises:
+        ConfigError: the batch does not divide, or the run does not fit on the GPUs.
+        DataError: what the run reads is not on this machine.
+    """
+    config.train.accumulation_steps(nodes * ranks(cluster))
+    limit_s = seconds(cluster.time) if cluster.time else None
+    if limit_s is not None and limit_s <= config.run.save_before_end_s:
+        raise ConfigError(
+            f"the time limit is {limit_s} s (--time {cluster.time}), and run.save_before_end_s="
+            f"{config.run.save_before_end_s}: the run would be saved as soon as it starts; allowed is a longer limit; "
+            "set --time or run.save_before_end_s"
+        )
+    check_inputs(config)
+    if cluster.gpus_per_node and cluster.gpu:
+        # Imported here, as torch and transformers take seconds, which a job without this check need not wait.
+        from launch.planner.estimate import check_fits
+
+        check_fits(config, nodes, cluster.gpus_per_node, cluster.gpu)
+
+
+def seconds(limit: str) -> int | None:
+    """A time limit as SLURM writes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None: no limit.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if limit.lower() in ("infinite", "unlimited"):
+        return None
+    found = re.fullmatch(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})", limit)
+    if found is None:
+        raise ConfigError(
+            f"the time limit is not understood (--time {limit}); allowed are minutes, H:M:S, D-H and D-H:M:S, for "
+            "example 24:00:00; correct it"
+        )
+    parts = [int(part) for part in found["rest"].split(":")]
+    if found["days"]:
+        hours, minutes, rest = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, rest = {1: [0, parts[0], 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return ((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def check_not_queued(run: Path) -> None:
+    """Two jobs must not write into one run.
+
+    Raises:
+        ConfigError: a job of this run has not ended.
+    """
+    jobs = (run / "jobs").resolve()
+    for line in ask("squeue", "--me", "--noheader", "--format=%i|%T|%o").splitlines():
+        number, state, script = line.split("|", 2)
+        if Path(script).resolve().is_relative_to(jobs):
+            raise ConfigError(
+                f"the run has a job already (run.dir={run}): {number} is {state}; one job at a time may write there; "
+                f"wait for it, stop it with scancel {number}, or set another run.dir"
+            )
+
+
+def submission_environment(cluster: Cluster) -> dict[str, str]:
+    """This process's variables without those that would beat the script's own options, and those of a job that this
+    command is typed in: the ranks of the new one would obey them, for example all on the core of that job's step."""
+    beaten = {
+        "SBATCH_ACCOUNT": cluster.account,
+        "SBATCH_PARTITION": cluster.partition,
+        "SBATCH_TIMELIMIT": cluster.time,
+        "SBATCH_GPUS_PER_NODE": cluster.gpus_per_node,
+    }
+    foreign = {name for name, value in beaten.items() if value is not None} | {
+        *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_EXPORT", "SBATCH_NO_KILL", "SBATCH_NO_REQUEUE"),
+        *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_SIGNAL", "SBATCH_WAIT", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    }
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("SLURM_CONF", "SLURM_JWT") or not (name.startswith(("SLURM_", "SRUN_")) or name in foreign)
+    }
+
+
+def write(recipe: Path, config: Config, cluster: Cluster, nodes: int) -> Path:
+    """Makes RUN/jobs/N with all that the job needs; returns it."""
+    jobs = config.run.dir.absolute() / "jobs"
+    remedy = "set run.dir to a folder that you may write and that every node sees"
+    with name_full_disk(jobs, "free some space, or set run.dir to another disk"), name_unwritable(jobs, remedy):
+        jobs.mkdir(parents=True, exist_ok=True)
+        folder = jobs / str(1 + max((int(path.name) for path in jobs.iterdir() if path.name.isdecimal()), default=0))
+        folder.mkdir()
+        tree = config.model_dump(mode="json")
+        (folder / RECIPE_NAME).write_text(yaml.safe_dump(tree, sort_keys=False))
+        for package in PACKAGES:
+            source = Path(package.__file__ or "").parent
+            shutil.copytree(source, folder / "code" / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "code" / "commit").write_text(versions()["git_commit"] + "\n")
+        (folder / "job.sh").write_text(render(recipe, config, cluster, nodes, folder))
+    return folder
+
+
+def render(recipe: Path, config: Config, cluster: Cluster, nodes: int, job: Path) -> str:
+    """The batch script."""
+    options = {
+        "job-name": config.run.dir.name,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "time": cluster.time,
+        "nodes": nodes,
+        "ntasks-per-node": ranks(cluster),
+        "gpus-per-node": cluster.gpus_per_node,
+        "cpus-per-task": cluster.cpus_per_rank,
+        "chdir": Path.cwd(),
+        "output": job / LOG_NAME,
+    }
+    lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    step = ""
+    if cluster.cpus_per_rank:
+        step += f"--cpus-per-task={cluster.cpus_per_rank} "  # srun does not take it from sbatch any more
+    if cluster.container_image:
+        step += f"--container-image={shlex.quote(cluster.container_image)} "
+        step += f"--container-workdir={shlex.quote(str(Path.cwd()))} "  # the recipe's paths may be relative
+    if cluster.container_mounts:
+        step += f"--container-mounts={shlex.quote(cluster.container_mounts)} "
+    variables = dict(cluster.environment)
+    if cluster.ranks_per_node:
+        variables["DS_ACCELERATOR"] = "cpu"
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    return Script(TEMPLATE.read_text()).substitute(
+        recipe=recipe,
+        commit=versions()["git_commit"],
+        options="\n".join(f"#SBATCH {line}" for line in (*lines, *cluster.sbatch)),
+        warning=f"B:USR1@{config.run.save_before_end_s}",
+        job=shlex.quote(str(job)),
+        python=shlex.quote(sys.executable),
+        local_disk=shlex.quote(str(cluster.local_disk)),
+        environment="\n".join([*cluster.setup, *exports]),
+        step=step + ("python " if cluster.container_image else '"$python" '),
+    )

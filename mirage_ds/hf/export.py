@@ -1,0 +1,162 @@
+"""A checkpoint as a complete Hugging Face folder, which plain transformers loads; never the whole model in memory.
+
+mirage export --checkpoint RUN --output FOLDER
+
+Weights, frozen ones too, come from the checkpoint alone: they are what the run computed with. From the model that it
+started from come configuration, tokenizer, chat template, image processor and generation defaults.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from mirage_ds.checkpoint.partitions import StoredParameter, check_fit, stored_parameters
+from mirage_ds.checkpoint.save import FACTS_NAME, find, read_facts
+from mirage_ds.config import Config, Dtype
+from mirage_ds.data.encode import load_tokenizer
+from mirage_ds.data.images import ImageProcessor
+from mirage_ds.data.shards import new_folder
+from mirage_ds.errors import CheckpointError, ConfigError, DataError
+from mirage_ds.hf import latent_settings
+from mirage_ds.hf.latent_settings import LatentSettings, LatentTokenIds
+from mirage_ds.model.backbone import DTYPES, empty_model, file_name, has_file
+from mirage_ds.tokens import TokenIds
+
+INDEX_NAME = "model.safetensors.index.json"
+MB = 10**6
+
+
+def export_checkpoint(
+    path: Path, output: Path, *, dtype: Dtype | None = None, max_shard_size: str = "5GB", model: str | None = None
+) -> str:
+    """Writes the folder, and says in a few words what it holds.
+
+    Args:
+        path: a run's folder, whose last complete checkpoint is taken, or one checkpoint in it.
+        dtype: bf16 or fp32, of the weights; None: the run's train.dtype. Of a bf16 run, bf16 is the very weights that
+            it computed with, and fp32 its masters.
+        max_shard_size: of a file of weights, like 5GB (10**9 bytes each); a larger parameter has a file of its own.
+        model: folder or hub id of the model that the run started from; None: the run's model.path.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, a rank's file is missing or damaged, or the model is another.
+        ConfigError: the model that the run started from is not there, or `max_shard_size` is no size.
+        DataError: `output` is there already, or cannot be written.
+    """
+    checkpoint = find(path)
+    facts = read_facts(checkpoint / FACTS_NAME)
+    config = _run_config(facts, checkpoint)
+    stored = stored_parameters(checkpoint, facts["world_size"])
+    source, cache_dir = model or config.model.path, config.model.cache_dir
+    hf = _model_of(source, config, checkpoint)
+    check_fit(stored, hf, checkpoint)
+    tokenizer = load_tokenizer(source, cache_dir)
+    image_processor = ImageProcessor.load(
+        source, cache_dir, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
+    )
+    dtype = dtype or config.train.dtype
+    _set_config(hf, DTYPES[dtype], _latent_settings(config, TokenIds.of(tokenizer)))
+    parameters = {file_name(name): stored[name] for name, _ in hf.named_parameters()}
+    files = _divide(parameters, DTYPES[dtype], max_shard_size)
+    size = f"{files.metadata['total_size'] / MB:.1f} MB"
+    try:
+        with new_folder(output) as folder:
+            hf.config.save_pretrained(folder)
+            _generation_config(source, cache_dir, hf).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            image_processor.save(folder)
+            _write_weights(parameters, files, DTYPES[dtype], folder)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"the export cannot be written ({output}): {error}; it needs {size} on a disk where you may write; make "
+            "room there, or name another folder"
+        ) from error
+    return f"step {facts['step']} of {config.run.dir} ({config.train.stage}) as {size} of {dtype} weights"
+
+
+def _run_config(facts: Mapping[str, Any], checkpoint: Path) -> Config:
+    try:
+        return Config.model_validate(facts["config"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(
+            f"run.json holds no configuration of this version ({checkpoint}): {error}; allowed is what the run wrote; "
+            "put it back, or export with the version that trained it"
+        ) from error
+
+
+def _model_of(source: str, config: Config, checkpoint: Path) -> PreTrainedModel:
+    """The model that the run started from, without its weights."""
+    try:
+        return empty_model(source, config.model.cache_dir)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} (the run in {checkpoint} started from model.path={config.model.path}; if that is elsewhere now, "
+            "say where with --model)"
+        ) from error
+
+
+def _latent_settings(config: Config, ids: TokenIds) -> LatentSettings:
+    return LatentSettings(
+        latent_size=config.model.latent_size,
+        stage=config.train.stage,
+        system_turn=config.data.system_turn,
+        latent_token_ids=LatentTokenIds(pad=ids.latent_pad, start=ids.latent_start, end=ids.latent_end),
+    )
+
+
+def _set_config(hf: PreTrainedModel, dtype: torch.dtype, settings: LatentSettings) -> None:
+    """What differs from the configuration of the model that the run started from."""
+    hf.config.dtype = dtype
+    hf.config.architectures = [type(hf).__name__]
+    setattr(hf.config, latent_settings.KEY, settings.model_dump())
+
+
+def _generation_config(source: str, cache_dir: Path | None, hf: PreTrainedModel) -> GenerationConfig:
+    """That of the model that the run started from; of a checkpoint of the reference, what its configuration says."""
+    if not has_file(source, GENERATION_CONFIG_NAME, cache_dir):
+        return GenerationConfig.from_model_config(hf.config)
+    try:
+        return GenerationConfig.from_pretrained(source, cache_dir=cache_dir)
+    except OSError as error:
+        raise ConfigError(
+            f"{GENERATION_CONFIG_NAME} cannot be read ({source}): {error}; allowed is JSON as transformers writes it; "
+            "mend the file or remove it"
+        ) from error
+
+
+def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:
+    """Which parameters go into which file."""
+    sizes = {name: torch.empty(stored.shape, dtype=dtype, device="meta") for name, stored in parameters.items()}
+    try:
+        return split_torch_state_dict_into_shards(
+            sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"no size is {max_shard_size!r} (--max-shard-size): {error}; allowed is a number with KB, MB, GB or TB; "
+            "write for example 5GB"
+        ) from error
+
+
+def _write_weights(
+    parameters: Mapping[str, StoredParameter], files: StateDictSplit, dtype: torch.dtype, folder: Path
+) -> None:
+    """One file after the other: no more than one of them and a part of a parameter are in memory."""
+    for name, members in files.filename_to_tensors.items():
+        # transformers takes a file for torch's only with this mark.
+        save_file({m: parameters[m].read(dtype) for m in members}, folder / name, metadata={"format": "pt"})
+        # safetensors lets nobody else read its files, whatever the umask.
+        shutil.copymode(folder / "config.json", folder / name)
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

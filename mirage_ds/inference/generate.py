@@ -1,0 +1,206 @@
+"""Decoding with latents: batched, over a KV cache, each row in its own mode.
+
+A row that emits <|latent_start|> enters latent mode: its next inputs are its own final-normed hidden states, each
+written as a <|latent_pad|>, until the block ends with <|latent_end|>; then text again, and perhaps another block.
+
+    latent_end: fixed   after K states
+    latent_end: model   when the model would choose <|latent_end|>, at the latest after K states
+
+The reference decodes with `model` and 8 (transformers' generation/utils.py:3286-3424 in UMass-Embodied-AGI/Mirage at
+53f26de), but moves all rows of a batch in and out of latent mode together, and may never end a second block.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+from mirage_ds.batch import Batch
+from mirage_ds.config import LatentEnd
+from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.errors import ConfigError
+from mirage_ds.hf.latent_settings import LatentSettings, LatentTokenIds, read_latent_settings
+from mirage_ds.inference.sampling import GREEDY, Sampling
+from mirage_ds.model.backbone import Backbone, check_config, check_latent_ids, load_backbone
+from mirage_ds.model.targets import Tower, build_inputs_embeds
+from mirage_ds.tokens import TokenIds
+
+
+def as_they_are(hidden: torch.Tensor) -> torch.Tensor:
+    """Feeds states back unchanged."""
+    return hidden
+
+
+class Emission(NamedTuple):
+    """One row's part of one step."""
+
+    token: int
+    latent: torch.Tensor | None  # [D]: the state that is fed back instead of the token's embedding
+
+
+@dataclass
+class Generation:
+    """What one row emitted."""
+
+    ids: list[int] = field(default_factory=list)
+    latents: list[torch.Tensor] = field(default_factory=list)  # each [D]: the states that were fed back, in order
+
+
+@dataclass
+class Decoder:
+    """Decoding with one model."""
+
+    backbone: Backbone
+    ids: TokenIds
+    latent_size: int
+    latent_end: LatentEnd = "fixed"
+    max_new_tokens: int = 1024
+    sampling: Sampling = GREEDY
+    feed: Callable[[torch.Tensor], torch.Tensor] = as_they_are
+    """What becomes of the states [B, D] before they are fed back; for ablations."""
+
+    def __post_init__(self) -> None:
+        self.backbone.hf.eval()
+
+    def generate(self, batch: Batch) -> list[Generation]:
+        """Decodes every row to its end; the arguments are those of `steps`."""
+        rows = [Generation() for _ in batch.keys]
+        for emissions in self.steps(batch):
+            for row, emission in zip(rows, emissions, strict=True):
+                if emission is not None:
+                    row.ids.append(emission.token)
+                    row.latents += [] if emission.latent is None else [emission.latent]
+        return rows
+
+    @torch.inference_mode()
+    def steps(self, batch: Batch) -> Iterator[list[Emission | None]]:
+        """Decodes until every row has emitted <|im_end|> or <|endoftext|>, or `max_new_tokens`.
+
+        Args:
+            batch: prompts, padded on the left: collate(..., align_latents=True) of encoded prompts.
+
+        Yields:
+            For each row what it emits; None once it has ended.
+        """
+        batch = batch.to(self.backbone.device)
+        generators = [self.sampling.generator(key) for key in batch.keys]
+        latent_steps = torch.full((len(generators),), -1)  # states fed in the current block; -1 outside of one
+        done = torch.zeros(len(generators), dtype=torch.bool)
+        cache = DynamicCache()
+        mask = batch.attention_mask
+        position = batch.position_ids.amax(dim=(0, 2)) + 1  # [B]: images count as grids, so not the length
+        hidden = self.step(self.prompt_embeds(batch), batch.position_ids, mask, cache)
+        for num_emitted in range(1, self.max_new_tokens + 1):
+            chosen = self.sampling.choose(self.backbone.hf.lm_head(hidden), generators)
+            emitted, latent_steps = self.next_tokens(chosen, latent_steps)
+            feeds_state = latent_steps > 0
+            fed = self.feed(hidden)
+            yield [
+                None if done[row] else Emission(token, fed[row] if feeds_state[row] else None)
+                for row, token in enumerate(emitted.tolist())
+            ]
+            done |= self.is_end(emitted)
+            if done.all() or num_emitted == self.max_new_tokens:
+                break
+            embeds = self.backbone.embed_tokens(emitted.to(hidden.device))
+            embeds = torch.where(feeds_state.to(hidden.device)[:, None], fed, embeds)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            hidden = self.step(embeds[:, None], position.expand(3, -1)[..., None], mask, cache)
+            position = position + 1
+
+    def is_end(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where an answer ends."""
+        return (tokens == self.ids.im_end) | (tokens == self.ids.end_of_text)
+
+    def next_tokens(self, chosen: torch.Tensor, latent_steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What rows emit when the model chooses `chosen`, and how far their blocks are then: both [B] int64."""
+        inside = latent_steps >= 0
+        over = latent_steps >= self.latent_size
+        if self.latent_end == "model":
+            over |= chosen == self.ids.latent_end
+        ends, goes_on = inside & over, inside & ~over
+        emitted = torch.where(ends, self.ids.latent_end, torch.where(goes_on, self.ids.latent_pad, chosen))
+        starts = ~inside & (chosen == self.ids.latent_start)
+        steps = torch.where(goes_on, latent_steps + 1, torch.where(ends, -1, latent_steps))
+        return emitted, torch.where(starts, 0, steps)
+
+    def prompt_embeds(self, batch: Batch) -> torch.Tensor:
+        """[B, L, D] of prompts with their images."""
+        image_embeds, nothing = Tower(self.backbone.visual, trained=False).encode(batch)
+        return build_inputs_embeds(self.backbone.embed_tokens(batch.input_ids), image_embeds, nothing, batch)
+
+    def step(
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """Inputs [B, Q, D] -> final-normed state of each row's last column [B, D]."""
+        output = self.backbone.hf.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=mask.long(),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -1]
+
+
+def load_decoder(
+    model: str,
+    *,
+    latent_size: int | None = None,
+    system_turn: bool | None = None,
+    latent_end: LatentEnd = "fixed",
+    max_new_tokens: int = 1024,
+    sampling: Sampling = GREEDY,
+    feed: Callable[[torch.Tensor], torch.Tensor] = as_they_are,
+    dtype: torch.dtype | None = None,
+    cache_dir: Path | None = None,
+) -> tuple[Decoder, Encoder]:
+    """A model folder or hub id on the GPU, or on the CPU where there is none, with the encoder of its prompts.
+
+    Args:
+        latent_size, system_turn: None: what `mirage export` wrote into the folder's config.json.
+        dtype: None: bf16 on a GPU, float32 on the CPU.
+
+    Raises:
+        ConfigError: no Qwen2.5-VL with latent tokens is there, or K is said nowhere, or the tokenizer is another's.
+    """
+    if (Path(model) / "checkpoints").is_dir():
+        raise ConfigError(
+            f"the folder of a run is not a model ({model}); allowed is a Hugging Face folder or hub id; write one with "
+            f"`mirage export --checkpoint {model} --output FOLDER`"
+        )
+    check_config(model, cache_dir)
+    settings = read_latent_settings(model, cache_dir)
+    if settings is not None:
+        latent_size = settings.latent_size if latent_size is None else latent_size
+        system_turn = settings.system_turn if system_turn is None else system_turn
+    if latent_size is None:
+        raise ConfigError(
+            f"the number of latents in a block is not known ({model}: config.json has no entry `mirage`); `mirage "
+            "export` writes it; export the run, or set --latent-size for a model that comes from elsewhere"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    encoder = load_encoder(
+        model, stage="stage2", latent_size=latent_size, system_turn=system_turn is not False, cache_dir=cache_dir
+    )
+    _check_ids(settings, encoder.ids, model)
+    backbone = load_backbone(model, dtype=dtype, cache_dir=cache_dir)
+    check_latent_ids(encoder.ids, backbone, model)
+    backbone.to(device)
+    decoder = Decoder(backbone, encoder.ids, latent_size, latent_end, max_new_tokens, sampling, feed)
+    return decoder, encoder
+
+
+def _check_ids(settings: LatentSettings | None, ids: TokenIds, model: str) -> None:
+    """Refuses a tokenizer other than the one that the model was trained with."""
+    found = LatentTokenIds(pad=ids.latent_pad, start=ids.latent_start, end=ids.latent_end)
+    if settings is not None and settings.latent_token_ids != found:
+        raise ConfigError(
+            f"the tokenizer has the latent tokens {found}, config.json says {settings.latent_token_ids} ({model}); "
+            "both come from one export; export the run again"
+        )

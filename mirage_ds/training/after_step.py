@@ -1,0 +1,80 @@
+"""What may be due after an optimizer step: validate, save, trace."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mirage_ds.checkpoint import save as checkpoint
+from mirage_ds.checkpoint.copies import Copies
+from mirage_ds.config import Config
+from mirage_ds.data.collate import collate
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.shards import load_manifest
+from mirage_ds.data.stream import SampleReader
+from mirage_ds.training.trainer import Trainer, TrainState
+from mirage_ds.training.validation import Validation, spread
+from mirage_ds.zero3 import distributed
+
+Action = Callable[[TrainState], None]
+
+
+def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Action:
+    """Validates every `evaluation.interval` steps and after the last one, if there is a folder to validate on."""
+    if config.evaluation.shards is None:
+        return lambda state: None
+    shards, interval = load_manifest(config.evaluation.shards), config.evaluation.interval
+    read, align = SampleReader(shards), config.train.stage == "stage2"
+    validation = Validation(
+        trainer.engine,
+        trainer.num_passes,
+        lambda numbers: collate([encoder(read(number)) for number in numbers], align_latents=align),
+        spread(shards.num_samples, config.evaluation.max_samples),
+        micro_batch_size=config.train.micro_batch_size_per_gpu,
+        device=trainer.device,
+    )
+
+    def action(state: TrainState) -> None:
+        if state.ends_early:  # the time that is left is for the checkpoint
+            return
+        if state.step % interval == 0 or state.step == trainer.max_steps:
+            trainer.metrics.flush()
+            trainer.metrics.add_validation(state.step, validation.losses())
+
+    return action
+
+
+def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any], copies: Copies | None) -> Action:
+    """Saves every `checkpoint.interval` steps and after the last one, or the last one for now; copies what it saved."""
+    interval = config.checkpoint.interval
+
+    def action(state: TrainState) -> None:
+        last = state.ends_early or state.step == trainer.max_steps
+        if last or (interval and state.step % interval == 0):
+            trainer.metrics.flush()  # a run that goes on from here has all steps before it in metrics.jsonl
+            saved = checkpoint.save(trainer.engine, config, state, facts)
+            if copies is not None:
+                copies.add(saved)
+
+    return action
+
+
+@contextmanager
+def profiler(config: Config, state: TrainState) -> Iterator[Action]:
+    """Traces the steps `train.profile_steps` into RUN/profile/rank_N.json, for chrome://tracing or Perfetto."""
+    steps = config.train.profile_steps
+    if steps is None or state.step >= steps[0]:
+        yield lambda state: None
+        return
+    folder = config.run.dir / "profile"
+    folder.mkdir(exist_ok=True)
+    schedule = torch.profiler.schedule(
+        skip_first=steps[0] - 1 - state.step, wait=0, warmup=0, active=steps[1] - steps[0] + 1, repeat=1
+    )
+    trace = torch.profiler.profile(
+        schedule=schedule,
+        on_trace_ready=lambda profile: profile.export_chrome_trace(f"{folder}/rank_{distributed.rank()}.json"),
+    )
+    with trace:
+        yield lambda state: trace.step()

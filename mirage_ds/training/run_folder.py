@@ -1,0 +1,137 @@
+"""The run's folder: whether a run starts or goes on there, what it was started with, and what changed since.
+
+RUN/start.json       what a run that goes on here is compared with
+RUN/config.yaml      the resolved configuration of the last start
+RUN/deepspeed.json   DeepSpeed's configuration with nothing left on "auto"
+RUN/versions.json    packages and git commit of the last start
+RUN/checkpoints/     see checkpoint.py
+RUN/metrics.jsonl, RUN/validation.jsonl, RUN/tensorboard/
+"""
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mirage_ds.checkpoint import save as checkpoint
+from mirage_ds.checkpoint.save import complete
+from mirage_ds.config import Config
+from mirage_ds.errors import CheckpointError, ConfigError, name_unwritable
+from mirage_ds.training import early_end
+from mirage_ds.versions import versions
+from mirage_ds.zero3 import distributed
+
+START_NAME = "start.json"
+
+# What a resumed run may change: it leaves every step's loss as it is, up to rounding. The global batch size and the
+# manifest's digest are compared by themselves.
+HARMLESS = (
+    "run.dir",
+    "run.init_from",
+    "run.resume",
+    "run.save_before_end_s",
+    "model.cache_dir",
+    "model.attention",
+    "model.gather",
+    "model.activation_checkpointing",
+    "data.shards",
+    "data.num_workers",
+    "data.max_length",
+    "train.micro_batch_size_per_gpu",
+    "train.gradient_accumulation_steps",
+    "train.global_batch_size",
+    "train.log_freq",
+    "train.deterministic",
+    "train.profile_steps",
+    "checkpoint.*",
+    "evaluation.*",
+    "distributed.*",
+    "launch.*",
+)
+# Parts of the DeepSpeed JSON that change results; what its other parts decide does not.
+DEEPSPEED_MATHEMATICS = ("data_types", "communication_data_type")
+
+
+def find_start(config: Config, facts: dict[str, Any]) -> Path | None:
+    """Whether the run starts in its folder or goes on there; writes nothing.
+
+    Args:
+        facts: what a checkpoint of this run would say of itself, see `checkpoint.describe`.
+
+    Returns:
+        The newest whole checkpoint, to go on from, or None for a new run.
+
+    Raises:
+        ConfigError: the folder holds a run, and `run.resume` does not say to go on with it.
+        CheckpointError: the run there was started with another mathematics, or all its checkpoints are damaged.
+    """
+    folder = config.run.dir
+    if config.run.resume == "never" and (
+        complete.tags(folder / checkpoint.FOLDER) or (folder / "metrics.jsonl").exists()
+    ):
+        raise ConfigError(
+            f"the folder holds another run already (run.dir={folder}); a run needs a folder of its own; set run.dir to "
+            "a new one, or run.resume=auto to go on with that run"
+        )
+    found = checkpoint.find_whole(folder)
+    changed = []
+    if found or (folder / "metrics.jsonl").exists():  # without a checkpoint it ended before its first one
+        changed = check_same_run(found / checkpoint.FACTS_NAME if found else folder / START_NAME, facts)
+    if changed and distributed.is_main():
+        print("changed since the last start: " + "; ".join(changed), flush=True)
+    return found
+
+
+def write_folder(config: Config, facts: dict[str, Any]) -> None:
+    """Makes the folder, if it is not there, and says in it what runs; every rank calls it, once nothing is refused."""
+    folder = config.run.dir
+    distributed.barrier()  # every rank has looked before rank 0 writes
+    if distributed.is_main():
+        with name_unwritable(folder, "set run.dir to a folder where you may write"):
+            folder.mkdir(parents=True, exist_ok=True)
+        early_end.unmark(folder)
+        (folder / START_NAME).write_text(json.dumps(facts, indent=2) + "\n")
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        (folder / "deepspeed.json").write_text(json.dumps(facts["deepspeed"], indent=2) + "\n")
+        (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+
+
+def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
+    """Compares a checkpoint, or a run without one, with the run that wants to go on; returns the harmless changes.
+
+    Raises:
+        CheckpointError: with every change that is not harmless.
+    """
+    before = checkpoint.read_facts(file)
+    old, new = flatten(before["config"]), flatten(facts["config"])
+    changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
+    harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in HARMLESS)]
+    harmful = [text for text in changes.values() if text not in harmless]
+    if before["world_size"] != facts["world_size"]:
+        harmless.append(f"ranks: {before['world_size']} -> {facts['world_size']}")
+    for key in ("global_batch_size", "manifest_digest", "max_steps"):
+        if before[key] != facts[key]:
+            harmful.append(f"{key}: {before[key]!r} -> {facts[key]!r}")
+    if before["global_batch_size"] != facts["global_batch_size"]:
+        harmful.append(f"with train.global_batch_size={before['global_batch_size']} it would be the same on any ranks")
+    for key in DEEPSPEED_MATHEMATICS:
+        if before["deepspeed"].get(key) != facts["deepspeed"].get(key):
+            harmful.append(f"{key}: {before['deepspeed'].get(key)!r} -> {facts['deepspeed'].get(key)!r}")
+    if harmful:
+        lines = "\n".join(f"  - {text}" for text in harmful)
+        raise CheckpointError(
+            f"the run was started with another configuration (in {file.parent}):\n{lines}\na run that goes on keeps "
+            "what decides its losses; undo these changes, or give the changed run a run.dir of its own (with "
+            "run.init_from to start from these weights)"
+        )
+    return harmless
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,49 @@
+"""The validation loss: samples from all over a folder of shards, the same mean as in training, no gradient."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from mirage_ds.batch import Batch
+from mirage_ds.zero3 import distributed
+
+
+@dataclass
+class Validation:
+    """Every rank takes its share; each makes the same number of forwards, the last ones perhaps without weight."""
+
+    engine: DeepSpeedEngine
+    num_passes: Callable[[Batch], int | None]
+    read_batch: Callable[[list[int]], Batch]
+    numbers: list[int]
+    micro_batch_size: int
+    device: torch.device
+
+    def losses(self) -> dict[str, Any]:
+        """Means over the samples: {"loss", "ce_loss", "latent_loss"}."""
+        total = torch.zeros(3, device=self.device, dtype=torch.float64)
+        self.engine.eval()
+        with torch.no_grad():
+            for numbers in self.shares():
+                batch = self.read_batch(numbers or self.numbers[:1]).to(self.device)
+                losses = self.engine(batch=batch, num_passes=self.num_passes(batch))
+                total += torch.stack(losses) * bool(numbers)
+        self.engine.train()
+        means = (distributed.sum_over_ranks(total) / len(self.numbers)).tolist()
+        return dict(zip(("loss", "ce_loss", "latent_loss"), means, strict=True))
+
+    def shares(self) -> Iterator[list[int]]:
+        """Sample numbers of this rank's micro-batches; empty where only other ranks have something left."""
+        stride = distributed.world_size() * self.micro_batch_size
+        for start in range(0, len(self.numbers), stride):
+            own = start + distributed.rank() * self.micro_batch_size
+            yield self.numbers[own : own + self.micro_batch_size]
+
+
+def spread(num_samples: int, max_samples: int) -> list[int]:
+    """At most `max_samples` sample numbers, evenly from the whole folder: its rows may be sorted."""
+    count = min(num_samples, max_samples)
+    return [place * num_samples // count for place in range(count)]

@@ -1,0 +1,238 @@
+"""`mirage generate` and `mirage evaluate` as typed: results, table, what they refuse."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from generated_rows import write_jsonl
+from talkative import write_questions, write_talkative
+from typer.testing import CliRunner
+
+from mirage_ds.cli import app, main
+from mirage_ds.errors import DataError, MirageError
+from mirage_ds.inference.evaluate import Answer, evaluate, read_task, success_rates
+from mirage_ds.inference.generate import Decoder, load_decoder
+from mirage_ds.inference.rates import wilson_interval
+from mirage_ds.inference.tasks.vsp import Outcome
+
+PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_talkative(tmp_path_factory.mktemp("talkative")))
+
+
+def run(*arguments: object) -> str:
+    """What the command prints; an error is raised as it is."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def decode(model: str, data: Path, output: Path, *more: object) -> str:
+    common = ("--task", PLANNING, "--latent-size", 3, "--max-new-tokens", 12, "--batch-size", 5)
+    return run("evaluate", "--model", model, "--data", data, "--output", output, *common, *more)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_results(model: str, tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data", 12)
+    printed = decode(model, data, tmp_path / "new" / "results.jsonl")
+    records = lines(tmp_path / "new" / "results.jsonl")
+    assert [record["where"] for record in records] == [f"{data}:{number + 1}" for number in range(12)]
+    assert [record["row"]["id"] for record in records] == list(range(12))
+    assert {record["level"] for record in records} == {"2"}
+    assert all(set(record["scores"]) == {"strict", "reference"} for record in records)
+    assert any(record["num_latents"] for record in records)
+    summary = json.loads((tmp_path / "new" / "results.jsonl.summary.json").read_text())
+    assert summary["rates"]["all"]["strict"]["num_rows"] == 12
+    assert summary["settings"]["temperature"] == 0
+    assert summary["settings"]["latent_size"] == 3
+    assert summary["settings"]["computed"] == "float32 on cpu, attention sdpa"
+    cut_off = [record for record in records if not record["complete"]]
+    assert all(record["num_tokens"] == 12 for record in cut_off)
+    assert f"{len(cut_off)} answers were cut off after 12 tokens" in printed
+    assert {"torch", "transformers", "git_commit"} <= set(summary["versions"])
+    for words in (PLANNING, "strict", "reference", "95% interval", "all"):
+        assert words in printed
+    assert not list((tmp_path / "new").glob("*.part"))
+
+
+def test_sampled_and_zeroed(model: str, tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data", 9)
+    sampled = ("--temperature", 0.7, "--top-p", 0.9)
+    ways = {
+        "greedy": (),
+        "one": (*sampled, "--seed", 1),
+        "again": (*sampled, "--seed", 1),
+        "two": (*sampled, "--seed", 2),
+    }
+    ways["zeroed"] = ("--latents", "zeroed")
+    texts = {}
+    for name, options in ways.items():
+        decode(model, data, tmp_path / name, *options)
+        texts[name] = [record["text"] for record in lines(tmp_path / name)]
+    assert texts["one"] == texts["again"]
+    assert len({tuple(texts[name]) for name in ("greedy", "one", "two", "zeroed")}) == 4
+
+
+def test_rates_by_level() -> None:
+    """Three of four and none of one; the level "10" after "9"."""
+    outcomes = [("9", True), ("9", True), ("9", False), ("9", True), ("10", False)]
+    answers = [Answer("", "", 1, 0, True, level, {"exact": Outcome(right, "")}, {}) for level, right in outcomes]
+    rates = success_rates(answers)
+    assert list(rates) == ["9", "10", "all"]
+    assert [rates[level]["exact"]["rate"] for level in rates] == [0.75, 0.0, 0.6]
+    assert (rates["9"]["exact"]["low"], rates["9"]["exact"]["high"]) == wilson_interval(3, 4)
+    assert rates["all"]["exact"]["num_rows"] == 5
+
+
+@pytest.mark.skipif(
+    "MIRAGE_VSP_DIR" not in os.environ,
+    reason="MIRAGE_VSP_DIR does not name the reference's own rows, which have no licence to be shipped",
+)
+def test_the_reference_s_planning_rows(model: str, tmp_path: Path) -> None:
+    """Real rows, which have no answer: one of each level, at the size that the model folder allows."""
+    data = Path(os.environ["MIRAGE_VSP_DIR"]) / "test" / "test_part.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    chosen = {len(row["map_desc"]): row for row in rows}
+    for row in chosen.values():
+        row["image_input"] = str(data.parent / row["image_input"])
+    few = write_jsonl(tmp_path / "few.jsonl", list(chosen.values()))
+    printed = decode(model, few, tmp_path / "results")
+    assert {record["level"] for record in lines(tmp_path / "results")} == {"3", "4", "5", "6"}
+    assert re.search(r"all\W+4\W", printed)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        (PLANNING, {"text_input": "Which way?"}, "rows.jsonl:1 is no row of vsp-spatial-planning: map_desc is None"),
+        (REASONING, {"text_input": "A or B?"}, "rows.jsonl:1 is no row of vsp-spatial-reasoning: text_output ''"),
+        (PLANNING, {"map_desc": [[1, 2]]}, "text_input is None (.*rows.jsonl:1)"),
+        (PLANNING, {"text_input": "?", "image_input": "no.png"}, "image_input cannot be read: 'no.png'"),
+        (PLANNING, {"text_input": "<image>"}, "1 image slots for 0 input images"),
+    ],
+)
+def test_rows_that_cannot_be_asked_or_scored(tmp_path: Path, task: str, row: dict, message: str) -> None:
+    """Refused before anything is loaded or written."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=message):
+        run("evaluate", "--model", "none", "--task", task, "--data", data, "--output", tmp_path / "results")
+    assert list(tmp_path.iterdir()) == [data]
+
+
+def test_an_image_that_cannot_be_decoded(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text_input": "?", "image_input": "bad.png", "map_desc": [[1, 2]]}])
+    with pytest.raises(DataError, match=r"cannot be decoded.*rows.jsonl:1, image 0"):
+        read_task(data, PLANNING)
+
+
+def test_results_that_are_there_are_left_alone(tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data", 2)
+    (tmp_path / "results").write_text("mine")
+    with pytest.raises(DataError, match="results is there already"):
+        decode("none", data, tmp_path / "results")
+    assert (tmp_path / "results").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(("--model", "none/of/these"), "cannot be loaded"), (("--top-p", 2, "--temperature", 1), "sampling")],
+)
+def test_what_is_refused_writes_nothing(model: str, tmp_path: Path, more: tuple, message: str) -> None:
+    data = write_questions(tmp_path / "data", 4)
+    with pytest.raises(MirageError, match=message):
+        decode(model, data, tmp_path / "new" / "results", *more)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_results_that_cannot_be_written(model: str, tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data", 2)
+    with pytest.raises(DataError, match=r"cannot be written: .*/dev/null/results\.part.*name another --output"):
+        decode(model, data, Path("/dev/null/results"))
+
+
+def test_an_evaluation_that_is_broken_off_leaves_no_results(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there by then stays in FILE.part, and the next start begins anew."""
+    data, output = write_questions(tmp_path / "data", 12), tmp_path / "results"
+    whole = Decoder.generate
+    monkeypatch.setattr(Decoder, "generate", broken_at_second_call(whole))
+    with pytest.raises(RuntimeError, match="broken off"):
+        decode(model, data, output)
+    assert not output.exists()
+    assert len(lines(tmp_path / "results.part")) == 5
+    monkeypatch.setattr(Decoder, "generate", whole)
+    decode(model, data, output)
+    assert len(lines(output)) == 12
+
+
+def broken_at_second_call(function: Callable) -> Callable:
+    calls = []
+
+    def wrapped(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("broken off")
+        return function(*arguments)
+
+    return wrapped
+
+
+def test_multiple_choice(model: str, tmp_path: Path) -> None:
+    data = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [{"text_input": f"{letter}?", "text_output": f"\\boxed{{{letter}}}"} for letter in "AB"],
+    )
+    decoder, encoder = load_decoder(model, latent_size=3, max_new_tokens=8, dtype=torch.float32)
+    answers = list(evaluate(decoder, encoder, read_task(data, REASONING), REASONING, batch_size=2))
+    assert [answer.scores["exact"] for answer in answers] == [Outcome(False, "Invalid")] * 2
+    assert [answer.level for answer in answers] == ["-", "-"]
+
+
+def test_generate(model: str, tmp_path: Path) -> None:
+    """One question with two images, and one without any."""
+    write_questions(tmp_path / "data", 6)
+    images = ("--image", tmp_path / "data" / "5_0.png", "--image", tmp_path / "data" / "5_1.png")
+    common = ("generate", "--model", model, "--latent-size", 3, "--max-new-tokens", 12, "--prompt")
+    with_images = run(*common, "<image> or <image>: reach?", *images)
+    assert with_images.strip()
+    assert run(*common, "reach?") != with_images
+    with pytest.raises(DataError, match=r"2 image slots for 1 input images \(--prompt\)"):
+        run(*common, "<image> or <image>", *images[:2])
+    with pytest.raises(DataError, match=r"the question is empty \(--prompt\)"):
+        run(*common, "")
+    with pytest.raises(DataError, match=r"cannot be read: No such file or directory \(--image nothing\.png\)"):
+        run(*common, "?", "--image", "nothing.png")
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
+def test_a_user_s_mistake_is_one_message_and_exit_code_2(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = str(tmp_path / "nothing")
+    options = {
+        "generate": ["--model", nothing, "--prompt", "?"],
+        "evaluate": ["--model", nothing, "--task", PLANNING, "--data", nothing, "--output", nothing],
+        "export": ["--checkpoint", nothing, "--output", nothing],
+    }
+    monkeypatch.setattr("sys.argv", ["mirage", command, *options[command]])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert nothing in message
+    assert "Traceback" not in message
+    assert not list(tmp_path.iterdir())

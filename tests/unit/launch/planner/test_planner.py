@@ -1,0 +1,190 @@
+"""`mirage-launch plan`: sizes against the published models and a real one, verdicts, advice, refusals, exit codes.
+
+Memory by kind is held against a run in tests/distributed/test_plan_memory.py. No time is checked anywhere.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import golden_set
+import pytest
+import yaml
+from transformers import Qwen2_5_VLForConditionalGeneration
+from typer.testing import CliRunner
+
+from launch.cli import app
+from launch.planner import model_sizes
+from launch.planner.estimate import check_fits, estimate
+from launch.planner.gpus import GPUS
+from launch.planner.workload import workload
+from launch.slurm.cluster import Cluster
+from launch.slurm.submit import submit as slurm
+from mirage_ds.config import Config, ModelConfig, load_config
+from mirage_ds.errors import ConfigError, MirageError
+
+RECIPES = Path(__file__).parents[4] / "launch" / "recipes"
+BATCH = "train.global_batch_size=128"
+# Elements of the weights on huggingface.co, as its pages of the models show them.
+PUBLISHED = {
+    "3B": 3_754_622_976,
+    "7B": 8_292_166_656,
+    "32B": 33_452_718_336,
+    "72B": 73_410_777_344,
+}
+
+
+def recipe(stage: int, *overrides: str) -> Config:
+    return load_config(RECIPES / f"qwen2.5-vl-7b-stage{stage}.yaml", [BATCH, "data.shards=gone", *overrides])
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_models_have_their_published_size(size: str) -> None:
+    sizes = model_sizes.model_sizes(ModelConfig(path=f"Qwen/Qwen2.5-VL-{size}-Instruct"))
+    assert sum(sizes.all) == PUBLISHED[size]
+    assert bool(sizes.head) == (size != "3B")  # tied
+
+
+def test_a_folder_is_counted_as_its_weights_are() -> None:
+    sizes = model_sizes.model_sizes(ModelConfig(path=golden_set.MODEL))
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(golden_set.MODEL)
+    assert sum(sizes.all) == sum(parameter.numel() for parameter in hf.parameters())
+    assert sum(sizes.tower) == sum(parameter.numel() for parameter in hf.model.visual.parameters())
+    assert (sizes.hidden, sizes.kv_heads, sizes.head_dim, sizes.vocab) == (64, 2, 16, 1000)
+
+
+def test_a_folder_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"\(model.path=./gone\); allowed is a folder, or one of Qwen/.*; set model"):
+        model_sizes.model_sizes(ModelConfig(path="./gone"))
+
+
+def test_more_nodes_take_less_of_what_is_sharded() -> None:
+    one, two = (estimate(recipe(1), nodes, 8, "h100-80gb") for nodes in (1, 2))
+    assert two.memory.optimizer == pytest.approx(one.memory.optimizer / 2, rel=1e-6)
+    assert two.memory.gathered == one.memory.gathered
+    assert one.traffic.network == 0 < two.traffic.network
+    trained = sum(one.sizes.language)
+    assert one.memory.optimizer == pytest.approx(12 * trained / 8, rel=1e-6)
+    assert one.checkpoint_bytes == 12 * trained + 2 * sum(one.sizes.tower)
+    assert one.fits
+    assert one.verdict.startswith("fits: ")
+    assert one.epochs_per_day is None  # without shards
+
+
+def test_a_rollout_is_gathered_whole() -> None:
+    rollout, layer = (estimate(recipe(2, f"model.gather={gather}"), 1, 8, "h100-80gb") for gather in ("auto", "layer"))
+    assert rollout.memory.gathered == pytest.approx(2 * sum(rollout.sizes.language), rel=0.01)
+    assert layer.memory.gathered < rollout.memory.gathered / 5
+    assert layer.traffic.gathered > rollout.traffic.gathered
+
+
+def test_what_does_not_fit_is_refused_with_what_to_change() -> None:
+    config = recipe(2)
+    with pytest.raises(ConfigError, match=r"does not fit \(model.path=Qwen/.* on 2 x 2 a100-40gb\).*allowed are") as no:
+        check_fits(config, 2, 2, "a100-40gb")
+    found = estimate(config, 2, 2, "a100-40gb")
+    assert not found.fits
+    assert found.verdict.startswith("does not fit: ")
+    assert found.advice
+    for advice in found.advice:
+        assert advice in str(no.value)
+        assert_it_helps(config, advice)
+
+
+def assert_it_helps(config: Config, advice: str) -> None:
+    """Does what one advice says; the run then fits on 2 GPUs of each node."""
+    words = advice.replace("train.global_batch_size a multiple of ", "train.global_batch_size=").split()
+    nodes = int(words[words.index("--nodes") + 1]) if "--nodes" in words else 2
+    changed: dict[str, Any] = config.model_dump()
+    for word in words:
+        if "=" in word:
+            key, _, value = word.partition("=")
+            section, name = key.split(".")
+            changed[section][name] = yaml.safe_load(value)
+    check_fits(Config.model_validate(changed), nodes, 2, "a100-40gb")
+
+
+def test_offload_has_no_time() -> None:
+    found = estimate(recipe(1, "distributed.deepspeed_config=zero3_offload.json"), 1, 8, "h100-80gb")
+    assert found.memory.optimizer == 0
+    assert found.time is None
+    assert found.samples_per_day is None
+
+
+def test_rows_are_those_of_the_shards(tmp_path: Path) -> None:
+    entry = {"key": "a", "shard": 0, "offset": 0, "size": 0, "image_blocks": 1, "latent_blocks": 1}
+    small = entry | {"input_sizes": [[56, 84]], "helper_sizes": [[56, 56]], "question_chars": 30, "answer_chars": 60}
+    large = small | {"key": "b", "input_sizes": [[280, 280]], "answer_chars": 300}
+    index = "".join(json.dumps(line) + "\n" for line in (small, large)).encode()
+    (tmp_path / "index.jsonl").write_bytes(index)
+    manifest = {
+        "format_version": 1,
+        "num_samples": 2,
+        "index_sha256": hashlib.sha256(index).hexdigest(),
+        "shards": [{"name": "a.tar", "samples": 2, "bytes": 0, "sha256": ""}],
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    rows = workload(recipe(1, f"data.shards={tmp_path}"))
+    assert rows.num_samples == 2
+    assert rows.largest.patches == 400 + 16  # the image and the helper image; 14 pixels a side
+    # template 30, question 10, answer 100, 10 x 10 merged patches and their 2 markers, K = 4 and 2 markers
+    assert rows.largest.tokens == 30 + 10 + 100 + 100 + 2 + 6
+    assert rows.mean.patches == (24 + 16 + 400 + 16) // 2
+    assert workload(recipe(2, f"data.shards={tmp_path}")).largest.patches == 400  # no helper images in stage 2
+    assert estimate(recipe(1, f"data.shards={tmp_path}"), 1, 8, "h100-80gb").epochs_per_day is not None
+
+
+def plan(*arguments: str) -> tuple[int, str]:
+    name = str(RECIPES / "qwen2.5-vl-7b-stage2.yaml")
+    result = CliRunner().invoke(app, ["plan", name, "--gpus-per-node", "8", *arguments, "data.shards=gone"])
+    if isinstance(result.exception, MirageError):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_the_command_says_whether_it_fits() -> None:
+    code, output = plan("--nodes", "1", "--nodes", "2", "--gpu", "h100-80gb", BATCH)
+    assert code == 0
+    for words in (
+        "| GiB per GPU: peak",
+        "seconds per step",
+        "epochs per day",
+        "no shards at gone",
+        "no time was ever checked",
+    ):
+        assert words in output
+    code, output = plan("--nodes", "1", "--gpu", "a100-40gb", BATCH)
+    assert code == 1
+    assert "does not fit" in output
+    assert "to change: " in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "h100"], r"\(--gpu h100\): did you mean 'h100-80gb'\?"),
+        (["--gpu", "h100-80gb", "--nodes", "2"], "global_batch_size is 8, which 16 ranks"),
+        (["--gpu", "h100-80gb", "model.path=./gone"], "the model's folder is not there"),
+        (["--gpu", "h100-80gb", "train.lrr=1"], "train.lrr"),
+    ],
+)
+def test_wrong_use_is_a_users_mistake(arguments: list[str], words: str) -> None:
+    """`main` makes exit code 2 of such an error."""
+    with pytest.raises(ConfigError, match=words):
+        plan(*([] if "--nodes" in arguments else ["--nodes", "1"]), *arguments)
+
+
+def test_slurm_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "check_inputs", lambda config: None)  # there are no shards here
+    slurm.check_job(recipe(2), Cluster(gpus_per_node=8, gpu="h100-80gb"), nodes=1)
+    with pytest.raises(ConfigError, match=r"the run does not fit .*change"):
+        slurm.check_job(recipe(2), Cluster(gpus_per_node=8, gpu="a100-40gb"), nodes=1)
+    slurm.check_job(recipe(2), Cluster(gpus_per_node=8), nodes=1)
+    slurm.check_job(recipe(2), Cluster(ranks_per_node=8, gpu="a100-40gb"), nodes=1)  # these compute on the CPU
+
+
+def test_every_gpu_is_whole() -> None:
+    for gpu in GPUS.values():
+        assert gpu.flops["bf16"] > gpu.flops["fp32"]
+        assert gpu.memory_bandwidth > gpu.nvlink_bandwidth > gpu.network_bandwidth

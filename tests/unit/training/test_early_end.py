@@ -1,0 +1,83 @@
+"""When a rank wants to end its run: by a signal, by the end of its job."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mirage_ds.training.early_end import EarlyEnd, job_end_s
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_is_a_wish_to_end(name: str) -> None:
+    """In a process of its own, whose handlers they stay; a second one changes nothing."""
+    script = (
+        "import os, signal; from mirage_ds.training.early_end import EarlyEnd, listen; listen(); "
+        f"ask = EarlyEnd(None, 0); print(ask()); [os.kill(os.getpid(), number) for number in (signal.{name}, signal.SIGTERM)]; print(ask())"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["None", name]
+
+
+def test_the_trainer_listens_before_its_slow_imports() -> None:
+    """What it has imported when it begins to listen is counted in a real start of it."""
+    script = (
+        "import runpy, sys, mirage_ds.training.early_end as end\n"
+        "def listen():\n    print('torch' in sys.modules, 'deepspeed' in sys.modules)\n    raise SystemExit\n"
+        "end.listen = listen\n"
+        "runpy.run_module('mirage_ds.train', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+def test_the_job_ends_within_the_margin() -> None:
+    now_s = time.time()
+    assert EarlyEnd(now_s + 3600, margin_s=120)() is None
+    assert "the job ends in" in str(EarlyEnd(now_s + 100, margin_s=120)())
+
+
+def test_the_next_step_must_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    early_end = EarlyEnd(end_s=2000.0, margin_s=100)
+    clock[0] = 1400.0  # a step of 400 s: the next one would end at 1800
+    assert early_end() is None
+    clock[0] = 1800.0
+    assert early_end() is not None
+
+
+def scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, output: str, code: int = 0) -> None:
+    """A command of that name, first on the path; tests/cluster/ asks the real one."""
+    script = folder / "scontrol"
+    script.write_text(f"#!/bin/sh\necho '{output}'\nexit {code}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+
+def test_the_end_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scontrol(tmp_path, monkeypatch, "JobId=7 StartTime=2026-01-02T03:04:05 EndTime=2026-01-02T04:04:05 Deadline=N/A")
+    end_s = job_end_s(say=print)
+    assert end_s is not None
+    assert time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end_s)) == "2026-01-02 04:04:05"
+
+
+def test_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scontrol(tmp_path, monkeypatch, "JobId=7 StartTime=2026-01-02T03:04:05 EndTime=Unknown")
+    assert job_end_s(say=print) is None
+
+
+def test_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert job_end_s(say=pytest.fail) is None
+
+
+def test_an_unknown_end_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scontrol(tmp_path, monkeypatch, "", code=1)
+    said: list[str] = []
+    assert job_end_s(say=said.append) is None
+    assert "only a signal makes the run save in time" in said[0]

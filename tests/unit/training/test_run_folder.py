@@ -1,0 +1,93 @@
+"""The run's folder: which changes a resumed run may make, which it may not, and what it says of itself."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirage_ds.config import load_config
+from mirage_ds.errors import CheckpointError
+from mirage_ds.training.run_folder import check_same_run, flatten
+
+RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
+
+
+@pytest.fixture
+def facts() -> dict[str, Any]:
+    return {
+        "world_size": 2,
+        "global_batch_size": 4,
+        "max_steps": 20,
+        "manifest_digest": "abc",
+        "deepspeed": {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}},
+        "config": load_config(RECIPE).model_dump(mode="json"),
+    }
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, facts: dict[str, Any]) -> Path:
+    (tmp_path / "run.json").write_text(json.dumps({"step": 4, "position": 16} | facts))
+    return tmp_path / "run.json"
+
+
+def changed(facts: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    result = copy.deepcopy(facts)
+    node = result
+    *sections, last = key.split(".")
+    for section in sections:
+        node = node[section]
+    node[last] = value
+    return result
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("config.data.num_workers", 7),
+        ("config.model.gather", "layer"),
+        ("config.train.micro_batch_size_per_gpu", 2),
+        ("config.checkpoint.interval", 3),
+        ("config.run.dir", "moved"),
+    ],
+)
+def test_harmless_changes_pass_and_are_named(checkpoint: Path, facts: dict[str, Any], key: str, value: Any) -> None:
+    (text,) = check_same_run(checkpoint, changed(facts, key, value))
+    assert text.startswith(key.removeprefix("config."))
+    assert str(value) in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("global_batch_size", 8),
+        ("max_steps", 21),
+        ("manifest_digest", "def"),
+        ("config.train.lr", 0.5),
+        ("config.train.stage", "stage2"),
+        ("config.model.latent_size", 8),
+        ("config.train.weight_decay", 0.0),
+        ("config.model.path", "another"),
+        ("config.run.seed", 7),
+        ("deepspeed.communication_data_type", "bf16"),
+    ],
+)
+def test_other_changes_are_refused_with_both_values(
+    checkpoint: Path, facts: dict[str, Any], key: str, value: Any
+) -> None:
+    both = changed(changed(facts, key, value), "config.data.num_workers", 7)
+    with pytest.raises(CheckpointError) as error:
+        check_same_run(checkpoint, both)
+    assert f"{key.removeprefix('config.').removeprefix('deepspeed.')}: " in str(error.value)
+    assert f"-> {value!r}" in str(error.value)
+    assert "num_workers" not in str(error.value)
+
+
+def test_a_checkpoint_without_its_facts_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
+        check_same_run(tmp_path / "run.json", {})
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}

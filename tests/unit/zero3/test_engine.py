@@ -1,0 +1,48 @@
+"""What is gathered at a time, what decays, and which attention is taken."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mirage_ds.config import load_config
+from mirage_ds.model import backbone
+from mirage_ds.zero3.engine import choose_gather, parameter_groups
+
+RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stage", "chosen"),
+    [
+        ("auto", "text", "layer"),
+        ("auto", "stage1", "layer"),
+        ("auto", "stage2", "rollout"),
+        ("layer", "stage2", "layer"),
+        ("rollout", "stage1", "rollout"),
+    ],
+)
+def test_what_is_gathered_at_a_time(wanted: str, stage: str, chosen: str) -> None:
+    overridden = load_config(RECIPE, [f"model.gather={wanted}", f"train.stage={stage}"])
+    assert choose_gather(overridden.model, overridden.train.stage) == chosen
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    module = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    module[0].weight.requires_grad_(False)
+    decayed, kept = parameter_groups(module, 0.1)
+    assert decayed["weight_decay"] == 0.1
+    assert [tuple(parameter.shape) for parameter in decayed["params"]] == [(4, 4)]
+    assert kept["weight_decay"] == 0.0
+    assert [tuple(parameter.shape) for parameter in kept["params"]] == [(4,), (4,), (4,)]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "sdpa"])
+def test_attention_without_flash_attn(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """On a GPU in bf16 too; there `auto` takes flash-attn as soon as it is installed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backbone, "find_spec", lambda name: None)
+    assert backbone.choose_attention(wanted, torch.bfloat16) == "sdpa"
+    monkeypatch.setattr(backbone, "find_spec", lambda name: name)
+    assert backbone.choose_attention(wanted, torch.float32) == "sdpa"
+    assert backbone.choose_attention(wanted, torch.bfloat16) == {"auto": "flash_attention_2", "sdpa": "sdpa"}[wanted]
