@@ -1,0 +1,98 @@
+"""Image bytes -> RGB -> patches, by one image processor, so that pixels do not depend on what else is installed.
+
+Shape legend: P patches, N images.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from mirage_ds.data.rows import open_image
+from mirage_ds.errors import ConfigError
+
+
+def decode(data: bytes, where: str) -> Image.Image:
+    """Decodes to RGB; what is transparent becomes white, as in the reference.
+
+    Raises:
+        DataError: see `open_image`.
+    """
+    image = open_image(data, where)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    background = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
+
+
+class ImageProcessor:
+    """Resizes images to the patch grid and cuts them into patches, in the order of the merged tokens."""
+
+    def __init__(self, processor: Qwen2VLImageProcessorPil) -> None:
+        self._processor = processor
+        self.merge_size: int = processor.merge_size
+        self.patch_dim: int = 3 * processor.temporal_patch_size * processor.patch_size**2
+
+    @classmethod
+    def load(
+        cls,
+        model_path: str,
+        cache_dir: Path | None = None,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> "ImageProcessor":
+        """Reads preprocessor_config.json of a model folder or hub id.
+
+        Args:
+            min_pixels: smaller images are scaled up to it, instead of to the folder's limit.
+            max_pixels: larger images are scaled down to it, instead of to the folder's limit.
+        Raises:
+            ConfigError: there is none, or the limits contradict each other.
+        """
+        try:
+            processor = Qwen2VLImageProcessorPil.from_pretrained(model_path, cache_dir=cache_dir)
+        except OSError as error:
+            raise ConfigError(
+                f"no image processor ({model_path}): {error}; a model folder has preprocessor_config.json; name "
+                "one that `mirage init` wrote, or take it from another folder with `mirage init "
+                f"--from {model_path} --processor-from FOLDER`"
+            ) from error
+        smallest = min_pixels or processor.size["shortest_edge"]
+        largest = max_pixels or processor.size["longest_edge"]
+        if smallest > largest:
+            raise ConfigError(
+                f"images must have at least {smallest} and at most {largest} pixels (data.min_pixels, data.max_pixels, "
+                f"or where they are unset {model_path}); the first may not be above the second; set both"
+            )
+        processor.size = {"shortest_edge": smallest, "longest_edge": largest}
+        return cls(processor)
+
+    def __call__(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns patches [P, patch_dim] float32 of all images and their grids [N, 3] int64 (time, height, width)."""
+        if not images:
+            return torch.empty(0, self.patch_dim), torch.empty(0, 3, dtype=torch.int64)
+        features = self._processor(list(images), return_tensors="pt")
+        return features["pixel_values"], features["image_grid_thw"]
+
+    def merged_grid_of(self, width: int, height: int) -> tuple[int, int]:
+        """What `merged_grids` will say of an image of this size in the user's file."""
+        side = self._processor.patch_size * self.merge_size
+        limits = self._processor.size
+        rows, columns = smart_resize(height, width, side, limits["shortest_edge"], limits["longest_edge"])
+        return rows // side, columns // side
+
+    def save(self, folder: Path) -> None:
+        """Writes preprocessor_config.json, with the limits in force."""
+        self._processor.save_pretrained(folder)
+
+    def num_merged(self, grid_thw: torch.Tensor) -> list[int]:
+        """Language-model tokens of each image, from grids [N, 3] in patches."""
+        merged: list[int] = (grid_thw.prod(dim=1) // self.merge_size**2).tolist()
+        return merged
+
+    def merged_grids(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
+        """Rows and columns of merged patches of each image, from grids [N, 3] in patches."""
+        return [(rows, columns) for _, rows, columns in (grid_thw // self.merge_size).tolist()]

@@ -1,0 +1,349 @@
+"""The run's whole configuration: a YAML recipe plus dotted overrides, checked before anything starts.
+
+    config = load_config("recipe.yaml", ["train.lr=1e-4", "run.dir=runs/a"])
+
+Every number has one owner. What DeepSpeed alone decides stands in `ds_configs/*.json`; everything else stands here.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from mirage_ds.errors import ConfigError
+
+Stage = Literal["text", "stage1", "stage2"]
+CompressStrategy = Literal["average", "average_all", "grid"]
+
+
+Dtype = Literal["bf16", "fp32"]
+LatentEnd = Literal["fixed", "model"]
+TaskName = Literal["vsp-spatial-planning", "vsp-spatial-reasoning"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values cannot change after the start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(Section):
+    """Where the run writes, and what it starts from."""
+
+    dir: Path
+    """Checkpoints, metrics.jsonl, TensorBoard's files and the resolved configuration go here."""
+    seed: int = 42
+    """Seeds the order of the samples and torch."""
+    init_from: Path | None = None
+    """Folder of another run: its last checkpoint's weights replace those of `model.path` (stage 2 from stage 1)."""
+    resume: Literal["never", "auto"] = "never"
+    """`auto`: go on from the last checkpoint in `dir`, if there is one; `never`: `dir` must not hold a run."""
+    save_before_end_s: int = Field(default=120, ge=0)
+    """In a SLURM job: so many seconds before its time limit the run saves and ends, to be continued."""
+
+
+class ModelConfig(Section):
+    """Which model, and how it is computed."""
+
+    path: str
+    """A Hugging Face folder or hub id of a Qwen2.5-VL whose vocabulary has the latent tokens."""
+    cache_dir: Path | None = None
+    """Where a hub id is downloaded to."""
+    latent_size: PositiveInt = 4
+    """K: latent tokens per helper image."""
+    compress_strategy: CompressStrategy = "average"
+    """How a helper image's patch embeddings become K targets. `average`: means of equal runs, the remainder dropped, as
+    the reference does; `average_all`: means of runs that drop nothing; `grid`: means of the cells of a grid over the
+    image, whose rows times columns are K (segments.py)."""
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    """`auto`: flash_attention_2 on a GPU in bf16 where it is installed, else sdpa."""
+    gather: Literal["auto", "layer", "rollout"] = "auto"
+    """ZeRO-3 gathers the decoder layer by layer, or the whole rollout once; `auto`: rollout in stage 2, else layer."""
+    activation_checkpointing: Literal["full", "none"] = "full"
+    """`full`: each decoder layer is computed again in backward instead of being stored."""
+    train_tower: bool = False
+    """Train the vision tower too; the method keeps it frozen."""
+
+
+class DataConfig(Section):
+    """What is read, and by how many processes."""
+
+    shards: Path
+    """A folder that `mirage-data build` wrote."""
+    num_workers: int = Field(default=2, ge=0)
+    """Processes per rank that read and encode; 0: in the trainer itself."""
+    min_pixels: PositiveInt | None = None
+    """Smaller images are scaled up to so many pixels; unset: what the model folder says."""
+    max_pixels: PositiveInt | None = None
+    """Larger images are scaled down to so many pixels; unset: what the model folder says."""
+    system_turn: bool = True
+    """Begin with the system turn that the chat template writes by itself ("You are a helpful assistant.")."""
+    max_length: PositiveInt | None = None
+    """Tokens that a sample may have; a longer one is an error with its key, never cut. Unset: no limit."""
+
+
+class TrainConfig(Section):
+    """The mathematics of the run. Steps are optimizer steps."""
+
+    stage: Stage
+    max_steps: PositiveInt | None = None
+    """Set this or `epochs`."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data; the last step may reach into the next one."""
+    micro_batch_size_per_gpu: PositiveInt = 1
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches of each rank per step; unset: as many as make `global_batch_size`, or 1."""
+    global_batch_size: PositiveInt | None = None
+    """Samples per step over all ranks, whatever their number; unset: what the other two make of it."""
+    lr: float = Field(default=1e-5, gt=0)
+    """Peak learning rate."""
+    warmup_steps: int = Field(default=10, ge=0)
+    lr_decay: Literal["linear", "constant"] = "linear"
+    warmup_from_zero: bool = False
+    """The reference's schedule, whose first step has lr 0; by default the first step has lr / warmup_steps."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Not applied to norms and biases."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Limit of the global gradient norm; 0: no clipping."""
+    dtype: Dtype = "bf16"
+    """What the model computes in; masters and optimizer states are float32 either way."""
+    ce_loss_weight: float | None = Field(default=None, ge=0)
+    """Weight of the text loss; unset: the method's 0.1 in stage 1, 1 in stage 2 and text."""
+    latent_loss_weight: float = Field(default=1.0, ge=0)
+    """Weight of the latent loss (stage 1)."""
+    log_freq: PositiveInt = 1
+    """Steps between two lines on the console and two points in TensorBoard; metrics.jsonl has every step."""
+    deterministic: bool = False
+    """On GPUs, only kernels that give the same bits every time; slower. On CPUs a run is deterministic anyway."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step of which torch's profiler writes a trace into `run.dir`/profile, one file per rank."""
+
+    @model_validator(mode="after")
+    def _length_is_set_once(self) -> "TrainConfig":
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("the length of the run is set twice or not at all; set train.max_steps or train.epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "TrainConfig":
+        """As far as it can be told without the number of ranks; `accumulation_steps` knows that."""
+        share = self.micro_batch_size_per_gpu * (self.gradient_accumulation_steps or 1)
+        if self.global_batch_size is not None and self.global_batch_size % share:
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size}, no multiple of the {share} samples that each rank "
+                "gives (micro_batch_size_per_gpu x gradient_accumulation_steps); set train.global_batch_size to a "
+                "multiple, or train.micro_batch_size_per_gpu to a divisor and leave "
+                "train.gradient_accumulation_steps unset"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _profile_goes_forward(self) -> "TrainConfig":
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps {self.profile_steps} end before they begin; set the first step first")
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "TrainConfig":
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, which leaves nothing of max_steps={self.max_steps}; "
+                "set train.warmup_steps below train.max_steps"
+            )
+        return self
+
+    @property
+    def text_weight(self) -> float:
+        """The weight of the text loss in force."""
+        if self.ce_loss_weight is not None:
+            return self.ce_loss_weight
+        return 0.1 if self.stage == "stage1" else 1.0
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of each rank per optimizer step.
+
+        Raises:
+            ConfigError: this many ranks cannot make `global_batch_size`.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps or 1
+        micro_step = self.micro_batch_size_per_gpu * world_size
+        steps, rest = divmod(self.global_batch_size, micro_step)
+        if rest or self.gradient_accumulation_steps not in (None, steps):
+            wanted = self.gradient_accumulation_steps
+            raise ConfigError(
+                f"train.global_batch_size is {self.global_batch_size}, which {world_size} ranks x "
+                f"train.micro_batch_size_per_gpu={self.micro_batch_size_per_gpu}"
+                + (f" x train.gradient_accumulation_steps={wanted}" if wanted else "")
+                + f" do not make; allowed are multiples of {micro_step}, with train.gradient_accumulation_steps unset; "
+                "set one of these numbers, or start another number of ranks"
+            )
+        return steps
+
+    def samples_per_step(self, world_size: int) -> int:
+        """G: samples per optimizer step, over all ranks."""
+        return self.micro_batch_size_per_gpu * self.accumulation_steps(world_size) * world_size
+
+    def num_steps(self, num_samples: int, world_size: int) -> int:
+        """Steps of the whole run over a data set of `num_samples`.
+
+        Raises:
+            ConfigError: the epochs are over before the warm-up is.
+        """
+        if self.epochs is None:
+            return cast(int, self.max_steps)
+        steps = math.ceil(self.epochs * num_samples / self.samples_per_step(world_size))
+        if self.warmup_steps >= steps:
+            raise ConfigError(
+                f"train.warmup_steps is {self.warmup_steps}, and train.epochs={self.epochs} of {num_samples} samples "
+                f"make {steps} steps; the warm-up must be shorter; set train.warmup_steps or train.epochs"
+            )
+        return steps
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    interval: int = Field(default=0, ge=0)
+    """Steps between two checkpoints; 0: only at the end."""
+    keep_latest_k: PositiveInt = 2
+    """Older checkpoints are deleted after a newer one is complete."""
+    copy_to: Path | None = None
+    """A second place, for example another file system, to which each checkpoint is copied in the background."""
+
+
+class EvaluationConfig(Section):
+    """The validation loss, on samples that are not trained on."""
+
+    shards: Path | None = None
+    """A folder that `mirage-data build` wrote; unset: no validation."""
+    interval: PositiveInt = 100
+    """Steps between two validations; one more comes after the last step."""
+    max_samples: PositiveInt = 256
+    """At most so many samples, evenly from the whole folder."""
+
+
+class DistributedConfig(Section):
+    """DeepSpeed and the process group."""
+
+    deepspeed_config: str = "zero3.json"
+    """A path, or the name of a file in `ds_configs/`."""
+    timeout_s: PositiveInt = 1800
+    """A collective that waits longer than this ends the run with an error."""
+
+
+class LaunchConfig(Section):
+    """What a cluster job does about failures (`mirage-launch slurm`)."""
+
+    max_restarts: int = Field(default=3, ge=0)
+    """How often a job that failed starts again. Preemptions and time limits are not failures."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+
+def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Config:
+    """Reads a recipe, applies `section.key=value` overrides (values in YAML) and checks everything.
+
+    Raises:
+        ConfigError: the file, an override, a key or a value is wrong; the message says which and what is allowed.
+    """
+    path = Path(recipe)
+    tree = _read_yaml(path)
+    for override in overrides or []:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "\n".join(f"  - {_describe(details)}" for details in error.errors())
+        raise ConfigError(
+            f"the configuration is wrong ({path} and its overrides):\n{problems}\n"
+            "correct each in the recipe, or with section.key=value on the command line"
+        ) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"the recipe cannot be read ({path}): {error}; a recipe is a YAML file; "
+            "give the path of one, for example one of launch/recipes/"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the recipe is not YAML ({path}): {error}; mend the line it names") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"the recipe holds no sections ({path}); allowed are {', '.join(Config.model_fields)}, each with its keys; "
+            "start from one of launch/recipes/"
+        )
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(
+            f"an override is not understood (on the command line: {override!r}); allowed is section.key=value, "
+            "for example train.lr=1e-4; correct it"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"the value of an override is not YAML (on the command line: {override!r}); allowed is what a recipe may "
+            "say; quote it"
+        ) from error
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key} cannot be set (on the command line): {part} is not a section; correct the key")
+        node = child
+    node[parts[-1]] = value
+
+
+def _describe(details: ErrorDetails) -> str:
+    """One problem in one line: the key, what is wrong, what is allowed."""
+    location = [str(part) for part in details["loc"]]
+    key = ".".join(location)
+    if details["type"] == "extra_forbidden":
+        allowed = _keys_at(location[:-1])
+        return f"unknown key {key}: {hint(location[-1], allowed)}"
+    if details["type"] == "missing":
+        return f"{key} is missing: set it in the recipe or with {key}=VALUE"
+    message = details["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" + ("" if details["type"] == "value_error" else f" (got {details['input']!r})")
+
+
+def hint(name: str, allowed: Iterable[str]) -> str:
+    """The nearest of the allowed names, and all of them."""
+    names = list(allowed)
+    near = difflib.get_close_matches(name, names, n=1)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"allowed here: {', '.join(names)}"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    """The keys that the section at `location` knows."""
+    section: type[BaseModel] = Config
+    for part in location:
+        section = section.model_fields[part].annotation  # type: ignore[assignment]
+    return list(section.model_fields)

@@ -1,0 +1,146 @@
+"""The loop. Given an engine and an iterator of batches, it knows nothing of files or formats."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from mirage_ds.batch import Batch
+from mirage_ds.config import TrainConfig
+from mirage_ds.errors import DataError
+from mirage_ds.training.early_end import EarlyEnd
+from mirage_ds.training.metrics import Metrics, StepSums
+from mirage_ds.zero3 import distributed
+from mirage_ds.zero3.engine import learning_rate
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: all that changes besides the engine."""
+
+    step: int = 0  # optimizer steps done
+    position: int = 0  # samples consumed, over all ranks and epochs
+    ends_early: bool = False  # all ranks have agreed that this step is the last one for now
+
+
+class Trainer:
+    """Runs optimizer steps until `max_steps`."""
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        batches: Iterator[Batch],
+        train: TrainConfig,
+        metrics: Metrics,
+        state: TrainState,
+        *,
+        max_steps: int,
+        device: torch.device,
+        agree_on_passes: bool,
+        early_end: EarlyEnd,
+    ) -> None:
+        """
+        Args:
+            batches: this rank's micro-batches, endless.
+            agree_on_passes: all ranks make the same number of latent passes; needed where ZeRO-3 gathers inside them.
+            early_end: asked after each step; one rank's wish ends the run on all of them.
+        """
+        self.engine, self.batches, self.train_config = engine, batches, train
+        self.metrics, self.state, self.device = metrics, state, device
+        self.max_steps = max_steps
+        self.agree_on_passes = agree_on_passes
+        self.early_end = early_end
+        self.world_size = distributed.world_size()
+        self.global_batch_size = train.samples_per_step(self.world_size)
+        self.accumulation_steps = train.accumulation_steps(self.world_size)
+
+    def train(self, after_step: Sequence[Callable[[TrainState], None]] = ()) -> None:
+        """The rest of the run; after each step, in order, what may be due then."""
+        while self.state.step < self.max_steps and not self.state.ends_early:
+            self.train_step()
+            self.agree_on_end()
+            for action in after_step:
+                action(self.state)
+
+    def train_step(self) -> None:
+        """One optimizer step over one global batch."""
+        started_s, waited_s = time.monotonic(), 0.0
+        lr = self.set_learning_rate()
+        losses, num_grounded_samples, num_tokens = torch.zeros(3, device=self.device), 0, 0
+        for micro_step in range(self.accumulation_steps):
+            batch, batch_waited_s = self.next_batch()
+            waited_s += batch_waited_s
+            losses += self.forward_backward(batch, micro_step)
+            num_grounded_samples += batch.num_grounded_samples
+            num_tokens += batch.num_tokens
+        self.engine.step()
+        self.state.step += 1
+        self.state.position += self.global_batch_size
+        self.metrics.add(
+            StepSums(
+                step=self.state.step,
+                position=self.state.position,
+                losses=losses,
+                num_grounded_samples=num_grounded_samples,
+                num_tokens=num_tokens,
+                lr=lr,
+                grad_norm=self.engine.get_global_grad_norm(),
+                # DeepSpeed leaves out a step whose gradient is not finite, and only counts it.
+                skipped_steps=self.engine.skipped_steps,
+                started_s=started_s,
+                waited_s=waited_s,
+            )
+        )
+
+    def agree_on_end(self) -> None:
+        """Whether the run ends here, before its last step: a signal may have reached one rank only, or none yet."""
+        reason = self.early_end()
+        self.state.ends_early = any(distributed.max_over_ranks([reason is not None], self.device))
+        if reason is not None:
+            print(f"rank {distributed.rank()}: {reason}; the run saves after step {self.state.step}", flush=True)
+
+    def set_learning_rate(self) -> float:
+        """Sets and returns the rate of the step that comes."""
+        lr = learning_rate(self.state.step + 1, self.max_steps, self.train_config)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def next_batch(self) -> tuple[Batch, float]:
+        """The next micro-batch on the device, and how many seconds it kept the loop waiting."""
+        started_s = time.monotonic()
+        batch = next(self.batches)
+        return batch.to(self.device), time.monotonic() - started_s
+
+    def forward_backward(self, batch: Batch, micro_step: int) -> torch.Tensor:
+        """Adds one micro-batch's gradient; returns [loss, ce_loss, latent_loss] of its rows.
+
+        The gradient of a step is the mean over the global batch of each sample's own loss. ZeRO-3 averages over the
+        ranks, so each rank's sum is scaled by world_size / global_batch_size.
+        """
+        last = micro_step == self.accumulation_steps - 1
+        self.engine.set_gradient_accumulation_boundary(last)
+        losses = self.engine(batch=batch, num_passes=self.num_passes(batch))
+        self.engine.backward(losses.loss * (self.world_size / self.global_batch_size), scale_wrt_gas=False)
+        return torch.stack(losses).detach()
+
+    def num_passes(self, batch: Batch) -> int | None:
+        """How many passes every rank makes over its micro-batch; None: as many as its own latents need.
+
+        Raises:
+            DataError: on every rank, if one rank's rows are shorter than another's passes.
+        """
+        if not self.agree_on_passes:
+            return None
+        columns = batch.input_ids.shape[1]
+        own_passes = self.engine.module.rollout.num_passes(batch.latent_columns)
+        passes, negative_columns = distributed.max_over_ranks([own_passes, -columns], self.device)
+        if passes > -negative_columns:
+            raise DataError(
+                f"a micro-batch of {-negative_columns} columns meets one of {passes} latent passes on another rank "
+                f"(here {', '.join(batch.keys)}); with model.gather=layer every rank makes the same number of passes, "
+                "so that number must not exceed the columns; set model.gather=rollout or a smaller model.latent_size"
+            )
+        return passes
