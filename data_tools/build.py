@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.manifest import describe_shard, scan_shard, write_manifest
-from mirage_ds.data.rows import (
-    Sample,
-    num_image_blocks,
-    num_latent_blocks,
-    open_image,
-    read_rows,
-    to_members,
-)
-from mirage_ds.data.shards import IndexEntry, Manifest, Shard, new_folder
+from mirage_ds.data.images import open_image
+from mirage_ds.data.index import IndexEntry
+from mirage_ds.data.rows import Sample, num_image_blocks, num_latent_blocks, read_rows
+from mirage_ds.data.shard_samples import to_members
+from mirage_ds.data.shards import Manifest, Shard
 from mirage_ds.errors import DataError
+from mirage_ds.output_folder import new_folder
 
 SHARD_PATTERN = "shard-%06d.tar"
 REJECTS_NAME = "rejects.jsonl"

@@ -7,16 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_tools.build import facts_of
-from mirage_ds.data.rows import check_sample, from_members
-from mirage_ds.data.shards import (
-    IndexEntry,
-    Shard,
-    check_shard_size,
-    load_index,
-    parse_members,
-    read_manifest,
-    read_range,
-)
+from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.rows import check_sample
+from mirage_ds.data.shard_samples import from_members, parse_members, read_range
+from mirage_ds.data.shards import Shard, check_shard_size, read_manifest
 from mirage_ds.errors import DataError
 
 

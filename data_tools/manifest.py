@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mirage_ds.data.shards import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, IndexEntry, Manifest, Shard
+from mirage_ds.data.index import INDEX_NAME, IndexEntry
+from mirage_ds.data.shards import FORMAT_VERSION, MANIFEST_NAME, Manifest, Shard
 
 _TAR_BLOCK = 512  # bytes; a member's data is padded to a multiple
 

@@ -18,9 +18,11 @@ from typing import Any
 from data_tools.build import REJECTS_NAME, SHARD_PATTERN, Rejects
 from data_tools.build import build as build_shards
 from data_tools.manifest import write_manifest
+from mirage_ds.data.index import IndexEntry, load_index
 from mirage_ds.data.rows import count_rows
-from mirage_ds.data.shards import IndexEntry, Manifest, Shard, load_index, load_manifest, new_folder
+from mirage_ds.data.shards import Manifest, Shard, load_manifest
 from mirage_ds.errors import DataError
+from mirage_ds.output_folder import new_folder
 
 PART_NAME = "part.json"
 

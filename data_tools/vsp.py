@@ -28,9 +28,9 @@ from data_tools.vsp_maps import (
     shortest_path,
     walk,
 )
-from mirage_ds.data.shards import new_folder
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.inference.tasks.vsp import GOAL, HOLE, MOVES, SAFE, START, Cell, MapDesc, at, find_start, step
+from mirage_ds.output_folder import new_folder
 
 Style = Literal["planning", "reasoning"]
 PromptLength = Literal["long", "short"]

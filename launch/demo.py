@@ -27,10 +27,12 @@ from transformers.utils import logging as transformers_logging
 
 from mirage_ds.config import TaskName
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.rows import Sample, open_image, read_rows
-from mirage_ds.inference.evaluate import Answer, evaluate, read_task
+from mirage_ds.data.images import open_image
+from mirage_ds.data.rows import Sample, read_rows
+from mirage_ds.inference.evaluate import evaluate, read_task
 from mirage_ds.inference.generate import Decoder, as_they_are, load_decoder
 from mirage_ds.inference.rates import wilson_interval
+from mirage_ds.inference.results import Answer
 
 RECIPES = Path(__file__).parent / "recipes"
 RANKS, LATENT_SIZE, MAX_NEW_TOKENS = 2, 4, 24

@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from mirage_ds.config import load_config
 from mirage_ds.errors import ConfigError
+from mirage_ds.recipe import load_config
 from mirage_ds.versions import check_versions
 
 GRACE_S = 30  # from SIGTERM to SIGKILL, for the other ranks when one has failed

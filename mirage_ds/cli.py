@@ -147,19 +147,23 @@ def evaluate(
     from rich.console import Console
     from rich.progress import track
 
-    from mirage_ds.inference import evaluate as evaluation
+    from mirage_ds.inference.evaluate import evaluate as answers_of
+    from mirage_ds.inference.evaluate import read_task
+    from mirage_ds.inference.rates import success_rates, table
+    from mirage_ds.inference.results import Results
 
-    results = evaluation.Results(output)
-    rows = evaluation.read_task(data, task)
+    results = Results(output)
+    rows = read_task(data, task)
     options = Decoding(model, latent_size, latent_end, latents, max_new_tokens, temperature, top_p, seed, dtype)
     decoder, encoder = options.load()
     with name_full_disk(output.parent, "free some space, or name another --output, and start again"), results:
-        answers = evaluation.evaluate(decoder, encoder, rows, task, batch_size=batch_size)
+        answers = answers_of(decoder, encoder, rows, task, batch_size=batch_size)
         for answer in track(answers, description=task, total=len(rows), console=Console(stderr=True)):
             results.add(answer)
         settings = asdict(options) | {"latent_size": decoder.latent_size, "computed": decoder.backbone.describe()}
-        rates = results.finish({"task": task, "data": str(data), "batch_size": batch_size} | settings)
-    Console().print(evaluation.table(rates, task))
+        rates = success_rates(results.answers)
+        results.finish(rates, {"task": task, "data": str(data), "batch_size": batch_size} | settings)
+    Console().print(table(rates, task))
     if cut_off := sum(not answer.complete for answer in results.answers):
         typer.echo(f"{cut_off} answers were cut off after {max_new_tokens} tokens (--max-new-tokens)")
 

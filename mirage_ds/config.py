@@ -1,26 +1,18 @@
-"""The run's whole configuration: a YAML recipe plus dotted overrides, checked before anything starts.
-
-    config = load_config("recipe.yaml", ["train.lr=1e-4", "run.dir=runs/a"])
+"""The whole configuration of a run: every key with its meaning, default and limits; makes docs/configuration.md.
 
 Every number has one owner. What DeepSpeed alone decides stands in `ds_configs/*.json`; everything else stands here.
 """
 
-import difflib
 import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from mirage_ds.errors import ConfigError
 
 Stage = Literal["text", "stage1", "stage2"]
 CompressStrategy = Literal["average", "average_all", "grid"]
-
-
 Dtype = Literal["bf16", "fp32"]
 LatentEnd = Literal["fixed", "model"]
 TaskName = Literal["vsp-spatial-planning", "vsp-spatial-reasoning"]
@@ -257,93 +249,3 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     distributed: DistributedConfig = DistributedConfig()
     launch: LaunchConfig = LaunchConfig()
-
-
-def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Config:
-    """Reads a recipe, applies `section.key=value` overrides (values in YAML) and checks everything.
-
-    Raises:
-        ConfigError: the file, an override, a key or a value is wrong; the message says which and what is allowed.
-    """
-    path = Path(recipe)
-    tree = _read_yaml(path)
-    for override in overrides or []:
-        _apply_override(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        problems = "\n".join(f"  - {_describe(details)}" for details in error.errors())
-        raise ConfigError(
-            f"the configuration is wrong ({path} and its overrides):\n{problems}\n"
-            "correct each in the recipe, or with section.key=value on the command line"
-        ) from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the recipe cannot be read ({path}): {error}; a recipe is a YAML file; "
-            "give the path of one, for example one of launch/recipes/"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the recipe is not YAML ({path}): {error}; mend the line it names") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"the recipe holds no sections ({path}); allowed are {', '.join(Config.model_fields)}, each with its keys; "
-            "start from one of launch/recipes/"
-        )
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise ConfigError(
-            f"an override is not understood (on the command line: {override!r}); allowed is section.key=value, "
-            "for example train.lr=1e-4; correct it"
-        )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"the value of an override is not YAML (on the command line: {override!r}); allowed is what a recipe may "
-            "say; quote it"
-        ) from error
-    node = tree
-    for part in parts[:-1]:
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{key} cannot be set (on the command line): {part} is not a section; correct the key")
-        node = child
-    node[parts[-1]] = value
-
-
-def _describe(details: ErrorDetails) -> str:
-    """One problem in one line: the key, what is wrong, what is allowed."""
-    location = [str(part) for part in details["loc"]]
-    key = ".".join(location)
-    if details["type"] == "extra_forbidden":
-        allowed = _keys_at(location[:-1])
-        return f"unknown key {key}: {hint(location[-1], allowed)}"
-    if details["type"] == "missing":
-        return f"{key} is missing: set it in the recipe or with {key}=VALUE"
-    message = details["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" + ("" if details["type"] == "value_error" else f" (got {details['input']!r})")
-
-
-def hint(name: str, allowed: Iterable[str]) -> str:
-    """The nearest of the allowed names, and all of them."""
-    names = list(allowed)
-    near = difflib.get_close_matches(name, names, n=1)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"allowed here: {', '.join(names)}"
-
-
-def _keys_at(location: list[str]) -> list[str]:
-    """The keys that the section at `location` knows."""
-    section: type[BaseModel] = Config
-    for part in location:
-        section = section.model_fields[part].annotation  # type: ignore[assignment]
-    return list(section.model_fields)

@@ -27,9 +27,12 @@ from deepspeed import DeepSpeedEngine
 from transformers.utils import logging as transformers_logging
 
 from mirage_ds.batch import Batch
-from mirage_ds.checkpoint import save as checkpoint
 from mirage_ds.checkpoint.copies import Copies
-from mirage_ds.config import Config, load_config
+from mirage_ds.checkpoint.facts import describe_run
+from mirage_ds.checkpoint.find import find_damage, newest_complete, refuse_damaged, require_latest
+from mirage_ds.checkpoint.load import check_start, load_weights, resume
+from mirage_ds.checkpoint.save import check_room
+from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.shards import ShardFolder, load_manifest
@@ -38,12 +41,14 @@ from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_
 from mirage_ds.model.backbone import DTYPES, Backbone, check_config, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.ops.latent_pool import describe_path
+from mirage_ds.recipe import load_config
+from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end
 from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.run_folder import find_start, write_folder
-from mirage_ds.training.trainer import Trainer, TrainState
+from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import (
@@ -66,11 +71,11 @@ def train(config: Config) -> None:
     device = distributed.init(config.distributed.timeout_s)
     pooling = describe_path(device)
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
-    if config.run.init_from and not (config.run.resume == "auto" and checkpoint.latest(config.run.dir)):
-        checkpoint.check_start(config.run.init_from, config)
-        named = checkpoint.find_latest(config.run.init_from)
-        checkpoint.refuse(named, checkpoint.find_damage(named))
-    facts = checkpoint.describe(config, deepspeed_config, shards.digest, max_steps)
+    if config.run.init_from and not (config.run.resume == "auto" and newest_complete(config.run.dir)):
+        check_start(config.run.init_from, config)
+        named = require_latest(config.run.init_from)
+        refuse_damaged(named, find_damage(named))
+    facts = describe_run(config, deepspeed_config, shards.digest, max_steps)
     found = find_start(config, facts)
 
     backbone = load_backbone(
@@ -83,7 +88,7 @@ def train(config: Config) -> None:
     )
     check_latent_ids(encoder.ids, backbone, config.model.path)
     model = make_model(config, backbone)
-    checkpoint.check_room(config.run.dir, model, device)
+    check_room(config.run.dir, model, device)
     write_folder(config, facts)
     gather = choose_gather(config.model, config.train.stage)
     mark_gather_units(model, gather)
@@ -191,9 +196,9 @@ def load_state(engine: DeepSpeedEngine, config: Config, found: Path | None) -> T
     if found is not None:
         if distributed.is_main():
             print(f"goes on from {found}", flush=True)
-        return checkpoint.resume(engine, found)
+        return resume(engine, found)
     if config.run.init_from:
-        checkpoint.load_weights(engine, config.run.init_from)
+        load_weights(engine, config.run.init_from)
     return TrainState()
 
 

@@ -22,10 +22,12 @@ import deepspeed
 import launching
 import torch
 
-from mirage_ds.checkpoint import save as checkpoint
+from mirage_ds.checkpoint.find import find_undamaged
+from mirage_ds.checkpoint.load import resume
+from mirage_ds.checkpoint.save import save
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError
-from mirage_ds.training.trainer import TrainState
+from mirage_ds.train_state import TrainState
 from mirage_ds.zero3 import distributed
 
 DEEPSPEED = {
@@ -91,10 +93,10 @@ def digest(engine: Any) -> str:
 def load(engine: Any, run: Path) -> dict[str, str]:
     """The tag that the loader names and the masters then, or the error."""
     try:
-        found = checkpoint.find_whole(run)
+        found = find_undamaged(run)
         if found is None:
             return {}
-        step = checkpoint.resume(engine, found).step
+        step = resume(engine, found).step
     except CheckpointError as error:
         return {"error": str(error)}
     assert found.name == f"global_step{step}"
@@ -118,7 +120,7 @@ def save_steps(run: Path, notes: Path, steps: int, keep: int, load_first: bool =
             note.replace(note.with_suffix(""))
             (notes / f"saving_{rank}").write_text(str(step))
             state = TrainState(step=step, position=step)
-            checkpoint.save(engine, configuration(run, keep), state, {"world_size": 2, "config": {}})
+            save(engine, configuration(run, keep), state, {"world_size": 2, "config": {}})
 
     return rank_main
 
@@ -174,7 +176,7 @@ def no_room(run: Path, results: Path) -> Callable[[int], None]:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         try:
-            checkpoint.save(engine, configuration(run, 2), TrainState(step=9, position=9), {"world_size": 2})
+            save(engine, configuration(run, 2), TrainState(step=9, position=9), {"world_size": 2})
         except CheckpointError as error:
             (results / f"no_room_{rank}").write_text(str(error))
 

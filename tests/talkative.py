@@ -6,7 +6,7 @@ import torch
 from generated_rows import image_bytes, write_jsonl, write_rows
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mirage_ds.data.encode import load_tokenizer
+from mirage_ds.data.conversation import load_tokenizer
 from mirage_ds.hf.preset import write_tiny
 
 # How much longer than a random one these tokens' rows of the head are made.

@@ -49,7 +49,7 @@ def examine(recipe: Path | None, overrides: list[str] | None) -> tuple[list[tupl
 
     from launch.doctor import network_checks as network
     from launch.doctor.machine_checks import check_node, facts
-    from mirage_ds.config import load_config
+    from mirage_ds.recipe import load_config
     from mirage_ds.zero3 import distributed
     from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 

@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.wide_console import wide_console
 from mirage_ds.errors import MirageError
 
 State = Literal["ok", "warn", "fail"]
 
 STYLES: dict[State, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-WIDTH_OF_A_LOG = 160  # columns; without a terminal rich would fold everything at 80
 
 
 @dataclass(frozen=True)
@@ -60,5 +59,4 @@ def show(rows: list[tuple[str, Row]], *, several_hosts: bool = False) -> None:
     for hosts, row in rows:
         where = [Text(hosts)] if several_hosts else []
         table.add_row(Text(row.what), *where, Text(row.found), Text(row.state, STYLES[row.state]), Text(row.remedy))
-    console = Console()
-    Console(width=None if console.is_terminal else WIDTH_OF_A_LOG).print(table)
+    wide_console().print(table)

@@ -22,7 +22,9 @@ from torch.utils import cpp_extension
 
 from launch.doctor.findings import Row, failure
 from mirage_ds.config import Config, DataConfig
-from mirage_ds.data.shards import ShardFolder, load_index, load_manifest, parse_members, read_manifest, read_range
+from mirage_ds.data.index import load_index
+from mirage_ds.data.shard_samples import parse_members, read_range
+from mirage_ds.data.shards import ShardFolder, load_manifest, read_manifest
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.model.backbone import DTYPES, check_config, choose_attention
 from mirage_ds.ops.latent_pool import describe_path

@@ -6,8 +6,9 @@ NVIDIA's DGX of the same generation, one adapter per GPU: 400 Gb/s (DGX H100, H2
 
 from dataclasses import dataclass
 
-from mirage_ds.config import Dtype, hint
+from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
+from mirage_ds.recipe import hint
 
 # Assumptions, none of them measured.
 USABLE = 0.90  # of the memory: the rest is for CUDA, NCCL, the allocator's gaps and what the formulas leave out

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from launch.doctor.findings import WIDTH_OF_A_LOG
 from launch.planner.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE
-from mirage_ds.config import Config, load_config
+from launch.wide_console import wide_console
+from mirage_ds.config import Config
+from mirage_ds.recipe import load_config
 
 if TYPE_CHECKING:
     from launch.planner.estimate import Estimate
@@ -37,8 +37,7 @@ def command(
 
     config = load_config(recipe, overrides)
     found = [estimate(config, number, gpus_per_node, gpu) for number in nodes]
-    console = Console()
-    console = Console(width=None if console.is_terminal else WIDTH_OF_A_LOG, highlight=False)
+    console = wide_console()
     console.print(table(found, config.train.stage))
     for words in (*assumptions(config, found[0]), "", *(each.verdict for each in found)):
         console.print(words, markup=False, soft_wrap=True)

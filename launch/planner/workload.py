@@ -10,8 +10,9 @@ from pathlib import Path
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mirage_ds.config import Config
-from mirage_ds.data.images import ImageProcessor
-from mirage_ds.data.shards import MANIFEST_NAME, IndexEntry, load_index, read_manifest
+from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.patches import ImageProcessor
+from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
 
 CHARS_PER_TOKEN = 3  # an assumption on the safe side: English prose has about 4, numbers and markup fewer
 TEMPLATE_TOKENS = 30  # of the chat template: a system turn, two turns' heads and ends

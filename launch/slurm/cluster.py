@@ -12,8 +12,8 @@ import typer
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
-from mirage_ds.config import hint
 from mirage_ds.errors import ConfigError
+from mirage_ds.recipe import hint
 
 CLUSTERS = Path(__file__).parents[1] / "clusters"
 

@@ -8,9 +8,10 @@ import socket
 import sys
 from pathlib import Path
 
-from mirage_ds.config import Config, load_config
+from mirage_ds.config import Config
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError, MirageError
+from mirage_ds.recipe import load_config
 
 
 def check_inputs(config: Config) -> None:

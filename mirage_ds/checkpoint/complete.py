@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+FOLDER = "checkpoints"  # in a run's folder
 FILES_NAME = "files.json"
 PART = ".part"
 

@@ -1,4 +1,4 @@
-"""What a run must keep to go on: engine, position, random state, configuration. Save, prune, load, start from.
+"""Writes a checkpoint: all that a run needs to resume (engine, position, random state, configuration).
 
 RUN/checkpoints/global_step20/...        DeepSpeed's files; each rank's random state is in its own
 RUN/checkpoints/global_step20/run.json   step, position, ranks, configuration, the manifest's digest
@@ -16,29 +16,17 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-from mirage_ds.checkpoint import complete, reshard
+from mirage_ds.checkpoint import complete
+from mirage_ds.checkpoint.complete import FOLDER
+from mirage_ds.checkpoint.facts import FACTS_NAME
+from mirage_ds.checkpoint.find import newest_complete
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError
-from mirage_ds.training.trainer import TrainState
+from mirage_ds.train_state import TrainState
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import whole_numel
 
-FOLDER = "checkpoints"
-FACTS_NAME = "run.json"
 ADAM_BYTES = 12  # per trained element, all float32: the master and AdamW's two moments
-
-
-def describe(config: Config, deepspeed_config: dict[str, Any], manifest_digest: str, max_steps: int) -> dict[str, Any]:
-    """What a checkpoint says of its run; compared when a run goes on."""
-    world_size = distributed.world_size()
-    return {
-        "world_size": world_size,
-        "global_batch_size": config.train.samples_per_step(world_size),
-        "max_steps": max_steps,
-        "manifest_digest": manifest_digest,
-        "deepspeed": deepspeed_config,
-        "config": config.model_dump(mode="json"),
-    }
 
 
 class Writer(TorchCheckpointEngine):
@@ -168,7 +156,7 @@ def check_room(run_dir: Path, model: torch.nn.Module, device: torch.device) -> N
 
 def _remedy(run_dir: Path) -> str:
     """What to do about a full disk."""
-    found = latest(run_dir)
+    found = newest_complete(run_dir)
     if found is None:
         return "free some space, or set run.dir to a folder on another disk, and start again"
     return f"free some space, and go on from {found.name}, which is whole, with run.resume=auto"
@@ -178,149 +166,3 @@ def random_state() -> dict[str, torch.Tensor]:
     """This rank's random generators."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def latest(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that is complete by names and sizes, if it has one."""
-    return next((path for path in complete.tags(run_dir / FOLDER) if complete.wrong_size(path) is None), None)
-
-
-def find_whole(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None if it never saved one; damaged ones are named and passed over.
-
-    Every rank calls it, and all get the same answer, whatever their number: they share the reading of the files.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none is whole.
-    """
-    found = distributed.gather(complete.tags(run_dir / FOLDER))[0]  # as rank 0 sees the folder
-    for checkpoint in found:
-        damage = find_damage(checkpoint)
-        if damage is None:
-            return checkpoint
-        if distributed.is_main():
-            print(f"WARNING: {checkpoint} is damaged and passed over: {damage}", flush=True)
-    if found:
-        raise CheckpointError(
-            f"no checkpoint of the run is whole ({run_dir / FOLDER}): {', '.join(path.name for path in found)} are "
-            "damaged; a run goes on from a whole one; copy one there again (from checkpoint.copy_to, if it was set), "
-            "or start anew with another run.dir"
-        )
-    return None
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, by names, sizes and sha256; every rank calls it, and all get the same answer."""
-    own = slice(distributed.rank(), None, distributed.world_size())
-    damages = distributed.gather(complete.wrong_size(checkpoint) or complete.wrong_content(checkpoint, own))
-    return next((damage for damage in damages if damage), None)
-
-
-def find_latest(run_dir: Path) -> Path:
-    """The last checkpoint of a run that must have one; it is complete by names and sizes.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged: an earlier one has other weights than the user means.
-    """
-    found = complete.tags(run_dir / FOLDER)
-    if not found:
-        raise CheckpointError(
-            f"there is no complete checkpoint ({run_dir / FOLDER}); allowed is the folder of a run that has saved one; "
-            "give that run's run.dir, or run it first"
-        )
-    refuse(found[0], complete.wrong_size(found[0]))
-    return found[0]
-
-
-def refuse(checkpoint: Path, damage: str | None) -> None:
-    """Raises:
-    CheckpointError: a checkpoint that a user named has a damage.
-    """
-    if damage is not None:
-        raise CheckpointError(
-            f"the checkpoint is damaged ({checkpoint}): {damage}; allowed is what the run wrote; copy it there again, "
-            "name another one, or delete it to have the one before it taken"
-        )
-
-
-def find(path: Path) -> Path:
-    """The checkpoint that a user names: itself, or by its run's folder, whose last one it then is. It is whole.
-
-    Raises:
-        CheckpointError: neither is there, or a file of it is missing or not what the run wrote.
-    """
-    found = [path] if (path / FACTS_NAME).is_file() else complete.tags(path / FOLDER)
-    if not found:
-        raise CheckpointError(
-            f"no complete checkpoint ({path}); allowed is a run's folder that has saved one, or one checkpoint "
-            f"there, {FOLDER}/global_stepN with its run.json; name one of these"
-        )
-    refuse(found[0], complete.wrong_size(found[0]) or complete.wrong_content(found[0]))
-    return found[0]
-
-
-def read_facts(file: Path) -> dict[str, Any]:
-    """What a checkpoint, or a run without one, says of its run.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        facts: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file.name} cannot be read ({file.parent}): {error}; allowed is what the run wrote there; "
-            "put it back, or take another checkpoint, or a new run.dir"
-        ) from error
-    return facts
-
-
-def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
-    """Loads everything; the next step is the one that would have come. The number of ranks may be another one."""
-    facts = read_facts(checkpoint / FACTS_NAME)
-    state = TrainState(step=facts["step"], position=facts["position"])
-    if facts["world_size"] == distributed.world_size():
-        client_state = _load(engine, checkpoint)
-        torch.set_rng_state(client_state["random"]["cpu"])
-        if "cuda" in client_state["random"]:
-            torch.cuda.set_rng_state(client_state["random"]["cuda"])
-        return state
-    # Each rank's random state stays as its seed made it: nothing that a step computes is drawn at random.
-    reshard.load_weights(engine, checkpoint, facts["world_size"])
-    updates = reshard.load_optimizer(engine, checkpoint, facts["world_size"])
-    engine.global_steps, engine.global_samples = state.step, state.position
-    engine.skipped_steps = state.step - updates
-    return state
-
-
-def check_start(run_dir: Path, config: Config) -> None:
-    """Refuses to start from weights of another kind.
-
-    Raises:
-        CheckpointError: no checkpoint, or another latent_size.
-    """
-    checkpoint = find_latest(run_dir)
-    facts = read_facts(checkpoint / FACTS_NAME)
-    stage, latent_size = facts["config"]["train"]["stage"], facts["config"]["model"]["latent_size"]
-    if stage != "text" and latent_size != config.model.latent_size:
-        raise CheckpointError(
-            f"{checkpoint} was trained with latent_size {latent_size}, model.latent_size is {config.model.latent_size} "
-            f"(run.init_from={run_dir}); both must agree; set model.latent_size={latent_size}, or start from another "
-            "run"
-        )
-
-
-def load_weights(engine: DeepSpeedEngine, run_dir: Path) -> None:
-    """Loads the weights of a run's last checkpoint, trained and frozen ones, and nothing else of it."""
-    checkpoint = find_latest(run_dir)
-    reshard.load_weights(engine, checkpoint, read_facts(checkpoint / FACTS_NAME)["world_size"])
-
-
-def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
-    loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if loaded is None:
-        raise CheckpointError(
-            f"the checkpoint cannot be loaded ({checkpoint}); its files must be those that the run wrote; "
-            "start from another one"
-        )
-    return client_state

@@ -1,26 +1,15 @@
-"""Chat template -> token ids, labels, latent spans, positions of ONE sample.
-
-Shape legend: L tokens, P patches, N images, K latents per block.
-"""
+"""A sample's texts -> the conversation as Qwen2.5-VL's chat template writes it, and the tokenizer that has it."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mirage_ds.config import CompressStrategy, Stage
-from mirage_ds.data.images import ImageProcessor, decode
-from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
-from mirage_ds.data.shards import ShardFolder, load_index
-from mirage_ds.errors import ConfigError, DataError
-from mirage_ds.ops.segments import cut_image
+from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, num_latent_blocks
+from mirage_ds.errors import ConfigError
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
-    IGNORE_INDEX,
     IM_START,
     IMAGE_PAD,
     LATENT_END,
@@ -28,29 +17,10 @@ from mirage_ds.tokens import (
     LATENT_TOKENS,
     VISION_END,
     VISION_START,
-    TokenIds,
 )
 
 IMAGE_BLOCK = VISION_START + IMAGE_PAD + VISION_END
 LATENT_BLOCK = LATENT_START + IMAGE_PAD + LATENT_END  # the pad becomes K latent pads when the ids are expanded
-
-
-@dataclass
-class EncodedSample:
-    """A sample as the model takes it, before padding. Helper images are there only in stage 1."""
-
-    key: str
-    input_ids: torch.Tensor  # [L] int64
-    labels: torch.Tensor  # [L] int64: labels[i] is input_ids[i] (not shifted), or IGNORE_INDEX
-    position_ids: torch.Tensor  # [3, L] int64: time, height, width
-    image_mask: torch.Tensor  # [L] bool: True at image pads
-    latent_mask: torch.Tensor  # [L] bool: True at latent pads
-    prompt_length: int  # tokens up to and including <|im_start|>assistant
-    pixel_values: torch.Tensor  # [P, 1176] float32: patches of the input images
-    image_grid_thw: torch.Tensor  # [N, 3] int64
-    pixel_values_latent: torch.Tensor  # [P, 1176] float32: patches of the helper images
-    image_grid_thw_latent: torch.Tensor  # [N, 3] int64
-    latent_size: int  # K
 
 
 def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
@@ -88,34 +58,6 @@ def read_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrained
     if IM_START not in tokenizer.get_vocab():  # where the files are missing, transformers makes an empty one
         raise ConfigError(f"no tokenizer of Qwen2.5-VL, as {IM_START} is not in it ({model_path}); {remedy}")
     return tokenizer
-
-
-def load_encoder(
-    model_path: str,
-    *,
-    stage: Stage,
-    latent_size: int,
-    system_turn: bool = True,
-    max_length: int | None = None,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    cache_dir: Path | None = None,
-    compress_strategy: CompressStrategy = "average",
-) -> "Encoder":
-    """The encoder for a model folder or hub id; the arguments are those of `Encoder` and `ImageProcessor.load`.
-
-    Raises:
-        ConfigError: the folder lacks the tokenizer, its chat template, a special token, or the image processor.
-    """
-    return Encoder(
-        load_tokenizer(model_path, cache_dir),
-        ImageProcessor.load(model_path, cache_dir, min_pixels=min_pixels, max_pixels=max_pixels),
-        stage=stage,
-        latent_size=latent_size,
-        system_turn=system_turn,
-        max_length=max_length,
-        compress_strategy=compress_strategy,
-    )
 
 
 def train_text(
@@ -175,240 +117,3 @@ def _user_turn(question: str, num_images: int) -> dict[str, Any]:
     parts = re.split(f"({IMAGE_TAG}|{OUTPUT_IMAGE_TAG})", question)
     placed = [image if part in (IMAGE_TAG, OUTPUT_IMAGE_TAG) else {"type": "text", "text": part} for part in parts]
     return {"role": "user", "content": [image] * in_front + placed}
-
-
-def expand_pads(input_ids: torch.Tensor, num_merged: Sequence[int], latent_size: int, ids: TokenIds) -> torch.Tensor:
-    """Repeats the one pad of each block: an image's becomes its merged tokens, a latent block's K latent pads.
-
-    On ids, not on the text: special tokens split the text, so the result is the same, without tokenising the pads.
-
-    Args:
-        input_ids: [short L], with one <|image_pad|> per block.
-        num_merged: merged tokens of each input image, in order.
-    Returns:
-        [L] int64
-    """
-    pads = input_ids == ids.image_pad
-    latents = pads & (input_ids.roll(1) == ids.latent_start)
-    assert int((pads & ~latents).sum()) == len(num_merged), "one pad for each image"
-    repeats = torch.ones_like(input_ids)
-    repeats[pads & ~latents] = torch.tensor(num_merged, dtype=torch.int64)
-    repeats[latents] = latent_size
-    return torch.where(latents, ids.latent_pad, input_ids).repeat_interleave(repeats)
-
-
-def find_prompt_length(input_ids: torch.Tensor, marker: torch.Tensor) -> int:
-    """Tokens of ids [L] up to the end of the first `marker`, the ids of <|im_start|>assistant."""
-    found = (input_ids.unfold(0, len(marker), 1) == marker).all(dim=1).nonzero()
-    return int(found[0]) + len(marker)
-
-
-def supervised_labels(input_ids: torch.Tensor, prompt_length: int, ids: TokenIds) -> torch.Tensor:
-    """Labels [L] of ids [L], not shifted: the answer's tokens, the newline before and after it, and its markers.
-
-    IGNORE_INDEX at the prompt, at <|endoftext|> and at latent pads, which the latent loss answers for.
-    """
-    labels = input_ids.clone()
-    labels[:prompt_length] = IGNORE_INDEX
-    labels[(input_ids == ids.end_of_text) | (input_ids == ids.latent_pad)] = IGNORE_INDEX
-    return labels
-
-
-def mrope_positions(image_mask: torch.Tensor, grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
-    """Positions [3, L]: an image's tokens count as a grid, every other token, latents too, as text.
-
-    After an image the next position is max(height, width) of its merged grid further, whatever its token count.
-
-    Args:
-        image_mask: [L] bool, True at image pads; images are runs of pads with a token between them.
-        grid_thw: [N, 3] int64, in patches.
-    """
-    position_ids = torch.empty(3, len(image_mask), dtype=torch.int64)
-    run_starts = image_mask & ~torch.cat([image_mask.new_zeros(1), image_mask[:-1]])
-    starts = run_starts.nonzero().flatten().tolist()
-    column = position = 0
-    for start, (time, height, width) in zip(starts, grid_thw.tolist(), strict=True):
-        position_ids[:, column:start] = torch.arange(position, position + start - column)
-        position += start - column
-        sides = [torch.arange(size) for size in (time, height // merge_size, width // merge_size)]
-        grid = torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1)
-        column = start + grid.shape[1]
-        position_ids[:, start:column] = position + grid
-        position += max(height, width) // merge_size
-    position_ids[:, column:] = torch.arange(position, position + len(image_mask) - column)
-    return position_ids
-
-
-class Encoder:
-    """Encodes samples for one model and one stage."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        image_processor: ImageProcessor,
-        *,
-        stage: Stage,
-        latent_size: int,
-        system_turn: bool = True,
-        max_length: int | None = None,
-        compress_strategy: CompressStrategy = "average",
-    ) -> None:
-        """
-        Args:
-            system_turn: begin with the system turn that the chat template writes by itself.
-            max_length: tokens that a sample may have; None: any number.
-            compress_strategy: how helper images will be cut into latents, which each must be large enough for.
-        """
-        self.ids = TokenIds.of(tokenizer)
-        self.tokenizer = tokenizer
-        self._image_processor = image_processor
-        self._stage = stage
-        self._latent_size = latent_size
-        self._system_turn = system_turn
-        self._max_length = max_length
-        self._compress_strategy = compress_strategy
-        self._marker = self._tokenize(ASSISTANT_MARKER)
-        self._check_template()
-
-    def __call__(self, sample: Sample) -> EncodedSample:
-        """Encodes one sample.
-
-        Raises:
-            DataError: the sample cannot be used in this stage; it names the sample's key.
-        """
-        check_sample(sample, sample.key)
-        self._check_blocks(num_latent_blocks(sample.text_output, len(sample.helper_images)), sample.key)
-        pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
-        helper_images = sample.helper_images if self._stage == "stage1" else ()
-        pixel_values_latent, grid_thw_latent = self._patches(helper_images, f"{sample.key}.helper")
-        self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sample.key)
-        input_ids = self._input_ids(sample, self._image_processor.num_merged(grid_thw))
-        self._check_length(len(input_ids), sample.key)
-        prompt_length = find_prompt_length(input_ids, self._marker)
-        image_mask = input_ids == self.ids.image_pad
-        return EncodedSample(
-            key=sample.key,
-            input_ids=input_ids,
-            labels=supervised_labels(input_ids, prompt_length, self.ids),
-            position_ids=mrope_positions(image_mask, grid_thw, self._image_processor.merge_size),
-            image_mask=image_mask,
-            latent_mask=input_ids == self.ids.latent_pad,
-            prompt_length=prompt_length,
-            pixel_values=pixel_values,
-            image_grid_thw=grid_thw,
-            pixel_values_latent=pixel_values_latent,
-            image_grid_thw_latent=grid_thw_latent,
-            latent_size=self._latent_size,
-        )
-
-    def prompt(self, sample: Sample) -> EncodedSample:
-        """Encodes a sample's question, with its input images, as decoding starts it.
-
-        Raises:
-            DataError: the question and its images do not fit together; it names the sample's key.
-        """
-        check_question(sample, sample.key)
-        pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
-        text = prompt_text(
-            self.tokenizer,
-            sample.text_input,
-            num_input_images=len(sample.input_images),
-            system_turn=self._system_turn,
-        )
-        num_merged = self._image_processor.num_merged(grid_thw)
-        input_ids = expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
-        image_mask = input_ids == self.ids.image_pad
-        nothing, no_grid = self._patches((), "")
-        return EncodedSample(
-            key=sample.key,
-            input_ids=input_ids,
-            labels=torch.full_like(input_ids, IGNORE_INDEX),
-            position_ids=mrope_positions(image_mask, grid_thw, self._image_processor.merge_size),
-            image_mask=image_mask,
-            latent_mask=torch.zeros_like(image_mask),
-            prompt_length=len(input_ids),
-            pixel_values=pixel_values,
-            image_grid_thw=grid_thw,
-            pixel_values_latent=nothing,
-            image_grid_thw_latent=no_grid,
-            latent_size=self._latent_size,
-        )
-
-    def check_index(self, folder: ShardFolder) -> None:
-        """Finds what `__call__` would refuse in this stage, as far as the index tells it, before a run begins.
-
-        Raises:
-            DataError: it names the shard and the sample's key.
-        """
-        for entry in load_index(folder):
-            key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
-            self._check_blocks(entry.latent_blocks, key)
-            if self._stage == "stage1":
-                merged = [self._image_processor.merged_grid_of(*size) for size in entry.helper_sizes]
-                self._check_helpers(merged, key)
-
-    def text_of(self, ids: Sequence[int]) -> str:
-        """The text of emitted ids, without special tokens."""
-        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def _check_template(self) -> None:
-        """A template for text alone would drop the images without a word."""
-        text = self._train_text(IMAGE_TAG, OUTPUT_IMAGE_TAG, 1, 1, latents=True)
-        if [text.count(part) for part in (IMAGE_BLOCK, ASSISTANT_MARKER, LATENT_BLOCK)] != [1, 1, 1]:
-            raise ConfigError(
-                f"the chat template turns an image and an answer into {text!r} ({self.tokenizer.name_or_path}); it "
-                f"must write {IMAGE_BLOCK} for an image and {ASSISTANT_MARKER} before the answer; use Qwen2.5-VL's"
-            )
-
-    def _check_blocks(self, num_blocks: int, key: str) -> None:
-        if self._stage == "stage2" and num_blocks > 1:
-            raise DataError(
-                f"{num_blocks} latent blocks in one row ({key}); stage 2 supports at most one; leave such rows "
-                "out of the stage 2 data"
-            )
-
-    def _check_helpers(self, grids: Sequence[tuple[int, int]], key: str) -> None:
-        """Helper images of so many rows and columns of merged patches."""
-        for number, (rows, columns) in enumerate(grids):
-            try:
-                cut_image(rows, columns, self._latent_size, self._compress_strategy)
-            except ValueError as error:
-                raise DataError(
-                    f"{error} ({key}.helper_{number}); allowed is model.latent_size <= merged patches, and with "
-                    "model.compress_strategy=grid two factors of it that fit into their rows and columns; use a larger "
-                    "image or data.min_pixels, or set another model.latent_size"
-                ) from error
-
-    def _check_length(self, length: int, key: str) -> None:
-        if self._max_length is not None and length > self._max_length:
-            raise DataError(
-                f"the sample has {length} tokens ({key}); data.max_length allows {self._max_length}; raise it, make "
-                "the images smaller with data.max_pixels, or leave the sample out"
-            )
-
-    def _patches(self, images: Sequence[bytes], where: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._image_processor([decode(data, f"{where}_{number}") for number, data in enumerate(images)])
-
-    def _input_ids(self, sample: Sample, num_merged: Sequence[int]) -> torch.Tensor:
-        text = self._train_text(
-            sample.text_input,
-            sample.text_output,
-            len(sample.input_images),
-            len(sample.helper_images),
-            latents=self._stage != "text",
-        )
-        return expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
-
-    def _train_text(self, question: str, answer: str, num_inputs: int, num_helpers: int, *, latents: bool) -> str:
-        return train_text(
-            self.tokenizer,
-            question,
-            answer,
-            num_input_images=num_inputs,
-            num_helper_images=num_helpers,
-            latents=latents,
-            system_turn=self._system_turn,
-        )
-
-    def _tokenize(self, text: str) -> torch.Tensor:
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)

@@ -1,38 +1,30 @@
-"""Chat template -> token ids, labels, latent spans, positions of ONE sample.
+"""The conversation of ONE sample -> token ids, labels, latent spans, positions.
 
 Shape legend: L tokens, P patches, N images, K latents per block.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mirage_ds.config import CompressStrategy, Stage
-from mirage_ds.data.images import ImageProcessor, decode
+from mirage_ds.data.conversation import IMAGE_BLOCK, LATENT_BLOCK, load_tokenizer, prompt_text, train_text
+from mirage_ds.data.images import decode
+from mirage_ds.data.index import load_index
+from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
-from mirage_ds.data.shards import ShardFolder, load_index
+from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.ops.segments import cut_image
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
     IGNORE_INDEX,
-    IM_START,
-    IMAGE_PAD,
-    LATENT_END,
-    LATENT_START,
-    LATENT_TOKENS,
-    VISION_END,
-    VISION_START,
     TokenIds,
 )
-
-IMAGE_BLOCK = VISION_START + IMAGE_PAD + VISION_END
-LATENT_BLOCK = LATENT_START + IMAGE_PAD + LATENT_END  # the pad becomes K latent pads when the ids are expanded
 
 
 @dataclass
@@ -51,43 +43,6 @@ class EncodedSample:
     pixel_values_latent: torch.Tensor  # [P, 1176] float32: patches of the helper images
     image_grid_thw_latent: torch.Tensor  # [N, 3] int64
     latent_size: int  # K
-
-
-def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id, with the latent tokens.
-
-    A hub model has none: they are added behind its last token, in the reference's order, here and in `mirage init
-    --from` alike. Whether the model has rows for their ids is for whoever loads the model to check.
-
-    Raises:
-        ConfigError: there is no tokenizer, or it has no chat template.
-    """
-    tokenizer = read_tokenizer(model_path, cache_dir)
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"the tokenizer has no chat template ({model_path}); Qwen2.5-VL's is needed; put chat_template.jinja there"
-        )
-    tokenizer.add_tokens(list(LATENT_TOKENS), special_tokens=True)
-    return tokenizer
-
-
-def read_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id as it is.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    remedy = (
-        f"a model folder has one; name one that `mirage init` wrote, or take it from another folder with `mirage init "
-        f"--from {model_path} --processor-from FOLDER`"
-    )
-    try:
-        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model_path, cache_dir=cache_dir))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer ({model_path}): {error}; {remedy}") from error
-    if IM_START not in tokenizer.get_vocab():  # where the files are missing, transformers makes an empty one
-        raise ConfigError(f"no tokenizer of Qwen2.5-VL, as {IM_START} is not in it ({model_path}); {remedy}")
-    return tokenizer
 
 
 def load_encoder(
@@ -116,65 +71,6 @@ def load_encoder(
         max_length=max_length,
         compress_strategy=compress_strategy,
     )
-
-
-def train_text(
-    tokenizer: PreTrainedTokenizerBase,
-    question: str,
-    answer: str,
-    *,
-    num_input_images: int,
-    num_helper_images: int,
-    latents: bool = True,
-    system_turn: bool = True,
-) -> str:
-    """The whole conversation, with one <|image_pad|> for each image and each latent block."""
-    if not latents:
-        answer = answer.replace(OUTPUT_IMAGE_TAG, "")
-    elif OUTPUT_IMAGE_TAG in answer:
-        answer = answer.replace(OUTPUT_IMAGE_TAG, LATENT_BLOCK)
-    else:
-        answer = LATENT_BLOCK * num_latent_blocks(answer, num_helper_images) + answer
-    messages = [_user_turn(question, num_input_images), {"role": "assistant", "content": answer}]
-    return _render(tokenizer, messages, system_turn)
-
-
-def prompt_text(
-    tokenizer: PreTrainedTokenizerBase, question: str, *, num_input_images: int, system_turn: bool = True
-) -> str:
-    """The conversation as decoding starts it: `train_text` up to and including <|im_start|>assistant."""
-    return _render(tokenizer, [_user_turn(question, num_input_images)], system_turn) + ASSISTANT_MARKER
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], system_turn: bool) -> str:
-    """The messages in the template's words, with or without the system turn that it writes before the first one.
-
-    The template has no switch for it; but what follows another conversation has none. So that is put in front and
-    taken away again.
-
-    Raises:
-        ConfigError: the template writes earlier turns otherwise when later ones follow.
-    """
-    if system_turn:
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-    other = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    before = cast(str, tokenizer.apply_chat_template(other, tokenize=False))
-    whole = cast(str, tokenizer.apply_chat_template(other + messages, tokenize=False))
-    if not whole.startswith(before):
-        raise ConfigError(
-            f"the chat template cannot leave out its system turn ({tokenizer.name_or_path}): it must write earlier "
-            "turns alike whatever follows; set data.system_turn=true, or use Qwen2.5-VL's template"
-        )
-    return whole.removeprefix(before)
-
-
-def _user_turn(question: str, num_images: int) -> dict[str, Any]:
-    """Images stand where the question has slots; without an <image>, in front of it."""
-    image = {"type": "image"}
-    in_front = 0 if IMAGE_TAG in question else num_images
-    parts = re.split(f"({IMAGE_TAG}|{OUTPUT_IMAGE_TAG})", question)
-    placed = [image if part in (IMAGE_TAG, OUTPUT_IMAGE_TAG) else {"type": "text", "text": part} for part in parts]
-    return {"role": "user", "content": [image] * in_front + placed}
 
 
 def expand_pads(input_ids: torch.Tensor, num_merged: Sequence[int], latent_size: int, ids: TokenIds) -> torch.Tensor:

@@ -1,17 +1,11 @@
-"""Image bytes -> RGB -> patches, by one image processor, so that pixels do not depend on what else is installed.
+"""The bytes of an image file -> RGB, decoded safely: known formats, limited sizes. Needs no torch."""
 
-Shape legend: P patches, N images.
-"""
+import io
+import struct
 
-from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from mirage_ds.data.rows import open_image
-from mirage_ds.errors import ConfigError
+from mirage_ds.errors import DataError
 
 
 def decode(data: bytes, where: str) -> Image.Image:
@@ -27,72 +21,33 @@ def decode(data: bytes, where: str) -> Image.Image:
     return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
 
 
-class ImageProcessor:
-    """Resizes images to the patch grid and cuts them into patches, in the order of the merged tokens."""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256 MiB of RGB
+MAX_ASPECT_RATIO = 200  # the image processor refuses more
 
-    def __init__(self, processor: Qwen2VLImageProcessorPil) -> None:
-        self._processor = processor
-        self.merge_size: int = processor.merge_size
-        self.patch_dim: int = 3 * processor.temporal_patch_size * processor.patch_size**2
 
-    @classmethod
-    def load(
-        cls,
-        model_path: str,
-        cache_dir: Path | None = None,
-        *,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-    ) -> "ImageProcessor":
-        """Reads preprocessor_config.json of a model folder or hub id.
+def open_image(data: bytes, where: str) -> Image.Image:
+    """Decodes an image whole, so that nothing can fail later.
 
-        Args:
-            min_pixels: smaller images are scaled up to it, instead of to the folder's limit.
-            max_pixels: larger images are scaled down to it, instead of to the folder's limit.
-        Raises:
-            ConfigError: there is none, or the limits contradict each other.
-        """
-        try:
-            processor = Qwen2VLImageProcessorPil.from_pretrained(model_path, cache_dir=cache_dir)
-        except OSError as error:
-            raise ConfigError(
-                f"no image processor ({model_path}): {error}; a model folder has preprocessor_config.json; name "
-                "one that `mirage init` wrote, or take it from another folder with `mirage init "
-                f"--from {model_path} --processor-from FOLDER`"
-            ) from error
-        smallest = min_pixels or processor.size["shortest_edge"]
-        largest = max_pixels or processor.size["longest_edge"]
-        if smallest > largest:
-            raise ConfigError(
-                f"images must have at least {smallest} and at most {largest} pixels (data.min_pixels, data.max_pixels, "
-                f"or where they are unset {model_path}); the first may not be above the second; set both"
-            )
-        processor.size = {"shortest_edge": smallest, "longest_edge": largest}
-        return cls(processor)
+    Raises:
+        DataError: not one of IMAGE_FORMATS, damaged, too large or too narrow; it names `where`.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        _check_size(*image.size, where)
+        image.load()
+    # What Pillow's decoders raise on damaged files.
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"the image cannot be decoded: {error} ({where}); allowed are {', '.join(IMAGE_FORMATS)} of at most "
+            f"{MAX_IMAGE_PIXELS} pixels; replace the image"
+        ) from error
+    return image
 
-    def __call__(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns patches [P, patch_dim] float32 of all images and their grids [N, 3] int64 (time, height, width)."""
-        if not images:
-            return torch.empty(0, self.patch_dim), torch.empty(0, 3, dtype=torch.int64)
-        features = self._processor(list(images), return_tensors="pt")
-        return features["pixel_values"], features["image_grid_thw"]
 
-    def merged_grid_of(self, width: int, height: int) -> tuple[int, int]:
-        """What `merged_grids` will say of an image of this size in the user's file."""
-        side = self._processor.patch_size * self.merge_size
-        limits = self._processor.size
-        rows, columns = smart_resize(height, width, side, limits["shortest_edge"], limits["longest_edge"])
-        return rows // side, columns // side
-
-    def save(self, folder: Path) -> None:
-        """Writes preprocessor_config.json, with the limits in force."""
-        self._processor.save_pretrained(folder)
-
-    def num_merged(self, grid_thw: torch.Tensor) -> list[int]:
-        """Language-model tokens of each image, from grids [N, 3] in patches."""
-        merged: list[int] = (grid_thw.prod(dim=1) // self.merge_size**2).tolist()
-        return merged
-
-    def merged_grids(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
-        """Rows and columns of merged patches of each image, from grids [N, 3] in patches."""
-        return [(rows, columns) for _, rows, columns in (grid_thw // self.merge_size).tolist()]
+def _check_size(width: int, height: int, where: str) -> None:
+    if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise DataError(
+            f"the image has {width} x {height} pixels ({where}); allowed are {MAX_IMAGE_PIXELS} pixels in all and "
+            f"sides at most {MAX_ASPECT_RATIO} : 1; scale or crop the image"
+        )

@@ -1,4 +1,4 @@
-"""Image bytes -> RGB -> patches, by one image processor, so that pixels do not depend on what else is installed.
+"""RGB images -> patches, by one image processor, so that pixels do not depend on what else is installed.
 
 Shape legend: P patches, N images.
 """
@@ -10,21 +10,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from mirage_ds.data.rows import open_image
 from mirage_ds.errors import ConfigError
-
-
-def decode(data: bytes, where: str) -> Image.Image:
-    """Decodes to RGB; what is transparent becomes white, as in the reference.
-
-    Raises:
-        DataError: see `open_image`.
-    """
-    image = open_image(data, where)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    background = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
 
 
 class ImageProcessor:

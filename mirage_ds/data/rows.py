@@ -1,21 +1,16 @@
-"""One triple, as a JSONL row and as the members of a tar shard: the one place that knows both formats. Needs no torch.
+"""A row of a JSONL file -> a sample: a question with its images, an answer with its helper images. Needs no torch.
 
-A row:      {"text_input": str, "text_output": str, "image_input": path or list, "image_output": path or list, ...}
-A sample:   KEY.json (the texts and every other field), KEY.input_0.png, KEY.input_1.jpg, KEY.helper_0.png
+{"text_input": str, "text_output": str, "image_input": path or list, "image_output": path or list, ...}
 """
 
-import io
 import json
-import re
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mirage_ds import tokens
+from mirage_ds.data.images import open_image
 from mirage_ds.errors import DataError
 
 IMAGE_TAG = "<image>"
@@ -32,14 +27,7 @@ RESERVED_TOKENS = (
     tokens.VIDEO_PAD,
     *tokens.LATENT_TOKENS,
 )
-
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256 MiB of RGB
-MAX_ASPECT_RATIO = 200  # the image processor refuses more
-
-_SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif"}
 _ROW_FIELDS = ("text_input", "text_output", "image_input", "image_output")
-_MEMBER = re.compile(r"(input|helper)_(0|[1-9]\d*)\.\w+")
 
 # Takes a bad row's file:line, its own id (None if it has none) and what is wrong with it.
 Reject = Callable[[str, Any, DataError], None]
@@ -71,7 +59,7 @@ def read_rows(path: Path, reject: Reject | None = None, numbers: range | None = 
             continue
         row: dict[str, Any] = {}
         try:
-            row = _parse_line(line, where)
+            row = parse_row(line, where)
             sample = read_row(row, key=f"{number:09d}", where=where, folder=path.parent)
         except DataError as error:
             if reject is None:
@@ -104,8 +92,8 @@ def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path) ->
     """
     sample = Sample(
         key=key,
-        text_input=_text(row, "text_input", where),
-        text_output=_text(row, "text_output", where) if row.get("text_output") else "",
+        text_input=read_text(row, "text_input", where),
+        text_output=read_text(row, "text_output", where) if row.get("text_output") else "",
         input_images=_images(row, "image_input", where, folder),
         extra=_extra(row),
     )
@@ -122,7 +110,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: the file cannot be read, holds no line, or a line is not a JSON object in UTF-8.
     """
     for where, line in _read_lines(path):
-        yield where, _parse_line(line, where)
+        yield where, parse_row(line, where)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -139,7 +127,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
         raise DataError(f"no rows ({path}); the file needs at least one JSON object, one a line; write some rows to it")
 
 
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -159,8 +147,8 @@ def read_row(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Samp
     """
     sample = Sample(
         key=key,
-        text_input=_text(row, "text_input", where),
-        text_output=_text(row, "text_output", where),
+        text_input=read_text(row, "text_input", where),
+        text_output=read_text(row, "text_output", where),
         input_images=_images(row, "image_input", where, folder),
         helper_images=_images(row, "image_output", where, folder),
         extra=_extra(row),
@@ -173,7 +161,7 @@ def _extra(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in _ROW_FIELDS}
 
 
-def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+def read_text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value:
         raise DataError(f"{name} is {value!r:.80} ({where}); a row needs a text that is not empty; fill it in")
@@ -256,89 +244,3 @@ def _check_text(text: str, name: str, where: str) -> None:
             f"{name} contains half of a surrogate pair at character {error.start} ({where}); a text is valid Unicode; "
             "write the character whole"
         ) from error
-
-
-def open_image(data: bytes, where: str) -> Image.Image:
-    """Decodes an image whole, so that nothing can fail later.
-
-    Raises:
-        DataError: not one of IMAGE_FORMATS, damaged, too large or too narrow; it names `where`.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        _check_size(*image.size, where)
-        image.load()
-    # What Pillow's decoders raise on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"the image cannot be decoded: {error} ({where}); allowed are {', '.join(IMAGE_FORMATS)} of at most "
-            f"{MAX_IMAGE_PIXELS} pixels; replace the image"
-        ) from error
-    return image
-
-
-def _check_size(width: int, height: int, where: str) -> None:
-    if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise DataError(
-            f"the image has {width} x {height} pixels ({where}); allowed are {MAX_IMAGE_PIXELS} pixels in all and "
-            f"sides at most {MAX_ASPECT_RATIO} : 1; scale or crop the image"
-        )
-
-
-def to_members(sample: Sample) -> dict[str, bytes]:
-    """The sample as webdataset names it: {"json": ..., "input_0.png": ..., "helper_0.jpg": ...}.
-
-    The extension tells what the bytes are, whatever the user's file was called.
-
-    Raises:
-        DataError: an image that is not one of IMAGE_FORMATS.
-    """
-    texts = {"text_input": sample.text_input, "text_output": sample.text_output}
-    members = {"json": json.dumps({**texts, **sample.extra}).encode("ascii")}
-    for kind, images in (("input", sample.input_images), ("helper", sample.helper_images)):
-        for number, data in enumerate(images):
-            members[f"{kind}_{number}.{_extension(data, f'{sample.key}.{kind}_{number}')}"] = data
-    return members
-
-
-def _extension(data: bytes, where: str) -> str:
-    for signature, extension in _SIGNATURES.items():
-        if data.startswith(signature):
-            return extension
-    raise DataError(f"unknown image format ({where}); allowed are {', '.join(IMAGE_FORMATS)}; convert the image")
-
-
-def from_members(key: str, members: Mapping[str, bytes]) -> Sample:
-    """The inverse of `to_members`. Images stay bytes; slots are checked by whoever encodes.
-
-    Raises:
-        DataError: members that are missing, unknown or not as `to_members` writes them; it names `key`.
-    """
-    if "json" not in members:
-        raise DataError(f"{key}.json is missing; a sample needs it; build the shards again")
-    fields = _parse_line(members["json"], f"{key}.json")
-    images: dict[str, dict[int, bytes]] = {"input": {}, "helper": {}}
-    for name, data in members.items():
-        if match := _MEMBER.fullmatch(name):
-            images[match[1]][int(match[2])] = data
-        elif name != "json":
-            raise DataError(
-                f"unknown member {key}.{name}; a sample has .json, .input_N.EXT and .helper_N.EXT; remove it or build "
-                "the shards again"
-            )
-    return Sample(
-        key=key,
-        text_input=_text(fields, "text_input", f"{key}.json"),
-        text_output=_text(fields, "text_output", f"{key}.json"),
-        input_images=_numbered(images["input"], f"{key}.input"),
-        helper_images=_numbered(images["helper"], f"{key}.helper"),
-        extra={name: value for name, value in fields.items() if name not in ("text_input", "text_output")},
-    )
-
-
-def _numbered(images: Mapping[int, bytes], where: str) -> tuple[bytes, ...]:
-    if sorted(images) != list(range(len(images))):
-        raise DataError(
-            f"{where} images are numbered {sorted(images)}; allowed is 0, 1, 2 without a gap; build the shards again"
-        )
-    return tuple(images[number] for number in range(len(images)))

@@ -1,288 +1,22 @@
-"""One triple, as a JSONL row and as the members of a tar shard: the one place that knows both formats. Needs no torch.
+"""A sample as the members of a tar shard: KEY.json, KEY.input_0.png, KEY.helper_0.png, one after the other.
 
-A row:      {"text_input": str, "text_output": str, "image_input": path or list, "image_output": path or list, ...}
-A sample:   KEY.json (the texts and every other field), KEY.input_0.png, KEY.input_1.jpg, KEY.helper_0.png
+The one place that knows this format; it writes and reads it. Needs no torch.
 """
 
 import io
 import json
+import os
 import re
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-
-from mirage_ds import tokens
+from mirage_ds.data.images import IMAGE_FORMATS
+from mirage_ds.data.rows import Sample, parse_row, read_text
 from mirage_ds.errors import DataError
 
-IMAGE_TAG = "<image>"
-OUTPUT_IMAGE_TAG = "<output_image>"
-
-# Written into a text by a user, one of these would open a turn, an image or a latent block where there is none.
-RESERVED_TOKENS = (
-    tokens.IM_START,
-    tokens.IM_END,
-    tokens.END_OF_TEXT,
-    tokens.VISION_START,
-    tokens.VISION_END,
-    tokens.IMAGE_PAD,
-    tokens.VIDEO_PAD,
-    *tokens.LATENT_TOKENS,
-)
-
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256 MiB of RGB
-MAX_ASPECT_RATIO = 200  # the image processor refuses more
-
 _SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif"}
-_ROW_FIELDS = ("text_input", "text_output", "image_input", "image_output")
 _MEMBER = re.compile(r"(input|helper)_(0|[1-9]\d*)\.\w+")
-
-# Takes a bad row's file:line, its own id (None if it has none) and what is wrong with it.
-Reject = Callable[[str, Any, DataError], None]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A question with its images, an answer with its helper images. Images are the bytes of the user's files."""
-
-    key: str
-    text_input: str
-    text_output: str
-    input_images: tuple[bytes, ...] = ()
-    helper_images: tuple[bytes, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict)  # the row's other fields, the user's own id among them
-
-
-def read_rows(path: Path, reject: Reject | None = None, numbers: range | None = None) -> Iterator[tuple[str, Sample]]:
-    """Yields (file:line, sample) of a JSONL file; keys number the rows. Empty lines are passed over.
-
-    Args:
-        reject: told of each row that cannot be used, which is then passed over; without it the first one is an error.
-        numbers: reads only these rows, counted from 0 on.
-    Raises:
-        DataError: the file cannot be read or holds no row, or a row is not as `read_row` wants it.
-    """
-    for number, (where, line) in enumerate(_read_lines(path)):
-        if numbers is not None and number not in numbers:
-            continue
-        row: dict[str, Any] = {}
-        try:
-            row = _parse_line(line, where)
-            sample = read_row(row, key=f"{number:09d}", where=where, folder=path.parent)
-        except DataError as error:
-            if reject is None:
-                raise
-            reject(where, row.get("id"), error)
-        else:
-            yield where, sample
-
-
-def count_rows(path: Path) -> int:
-    """Rows of a JSONL file, good or bad; at least one.
-
-    Raises:
-        DataError: the file cannot be read or holds no row.
-    """
-    return sum(1 for _ in _read_lines(path))
-
-
-def read_questions(path: Path) -> Iterator[tuple[str, Sample]]:
-    """As `read_rows`, for rows that are to be answered; see `read_question`."""
-    for number, (where, row) in enumerate(read_json_lines(path)):
-        yield where, read_question(row, key=f"{number:09d}", where=where, folder=path.parent)
-
-
-def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Sample:
-    """As `read_row`, but text_output may be missing, and helper images are not read.
-
-    Raises:
-        DataError: the question and its images do not fit together, or an image cannot be decoded.
-    """
-    sample = Sample(
-        key=key,
-        text_input=_text(row, "text_input", where),
-        text_output=_text(row, "text_output", where) if row.get("text_output") else "",
-        input_images=_images(row, "image_input", where, folder),
-        extra=_extra(row),
-    )
-    check_question(sample, where)
-    for number, data in enumerate(sample.input_images):
-        open_image(data, f"{where}, image {number}")
-    return sample
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (file:line, object) of a JSONL file, at least one.
-
-    Raises:
-        DataError: the file cannot be read, holds no line, or a line is not a JSON object in UTF-8.
-    """
-    for where, line in _read_lines(path):
-        yield where, _parse_line(line, where)
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    empty = True
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    empty = False
-                    yield f"{path}:{number}", line
-    except OSError as error:
-        raise DataError(f"cannot read the rows: {error.strerror} ({path}); name an existing JSONL file") from error
-    if empty:
-        raise DataError(f"no rows ({path}); the file needs at least one JSON object, one a line; write some rows to it")
-
-
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"malformed JSON: {error} ({where}); every line is one JSON object in UTF-8; mend the line"
-        ) from error
-    if not isinstance(row, dict):
-        raise DataError(f"the row is a {type(row).__name__} ({where}); every line is one JSON object; mend the line")
-    return row
-
-
-def read_row(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Sample:
-    """Reads a row's images from `folder` and checks that texts and images fit together.
-
-    Raises:
-        DataError: a field of the wrong kind, a missing image file, or what `check_sample` refuses.
-    """
-    sample = Sample(
-        key=key,
-        text_input=_text(row, "text_input", where),
-        text_output=_text(row, "text_output", where),
-        input_images=_images(row, "image_input", where, folder),
-        helper_images=_images(row, "image_output", where, folder),
-        extra=_extra(row),
-    )
-    check_sample(sample, where)
-    return sample
-
-
-def _extra(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in _ROW_FIELDS}
-
-
-def _text(row: Mapping[str, Any], name: str, where: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{name} is {value!r:.80} ({where}); a row needs a text that is not empty; fill it in")
-    return value
-
-
-def _images(row: Mapping[str, Any], name: str, where: str, folder: Path) -> tuple[bytes, ...]:
-    value = row.get(name)
-    paths = [] if value is None else value if isinstance(value, list) else [value]
-    return tuple(_read_image(path, name, where, folder) for path in paths)
-
-
-def _read_image(path: Any, name: str, where: str, folder: Path) -> bytes:
-    if not isinstance(path, str) or not path:
-        raise DataError(f"{name} names {path!r:.80} ({where}); allowed is a path or a list of paths; mend the field")
-    try:
-        return (folder / path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{name} cannot be read: {path!r} ({where}); paths are relative to the folder of the JSONL file, {folder}; "
-            "put the image there or mend the path"
-        ) from error
-
-
-def check_sample(sample: Sample, where: str) -> None:
-    """Refuses texts that would break the labels, and slots that do not fit the images.
-
-    Raises:
-        DataError: it names `where`.
-    """
-    check_question(sample, where)
-    _check_text(sample.text_output, "text_output", where)
-    num_slots, num_helpers = sample.text_output.count(OUTPUT_IMAGE_TAG), len(sample.helper_images)
-    if num_slots != num_helpers and (num_slots, num_helpers) != (0, 1):
-        raise DataError(
-            f"text_output has {num_slots} {OUTPUT_IMAGE_TAG} for {num_helpers} helper images ({where}); allowed is one "
-            "for each, or none with one helper image, which then comes first; add or remove slots or images"
-        )
-
-
-def check_question(sample: Sample, where: str) -> None:
-    """What `check_sample` asks of a question, which is all that decoding takes of a sample.
-
-    Raises:
-        DataError: it names `where`.
-    """
-    _check_text(sample.text_input, "text_input", where)
-    num_blocks = num_image_blocks(sample.text_input, len(sample.input_images))
-    if num_blocks != len(sample.input_images):
-        raise DataError(
-            f"text_input has {num_blocks} image slots for {len(sample.input_images)} input images ({where}); allowed "
-            f"is one {IMAGE_TAG} for each image, or none, which puts all images in front; add or remove slots or images"
-        )
-
-
-def num_image_blocks(question: str, num_images: int) -> int:
-    """Image blocks that a question gets: the images stand in front of it, unless it has <image> slots.
-
-    The reference turns <output_image> in a question into an image block as well.
-    """
-    return (question.count(IMAGE_TAG) or num_images) + question.count(OUTPUT_IMAGE_TAG)
-
-
-def num_latent_blocks(answer: str, num_helpers: int) -> int:
-    """Latent blocks that an answer gets: one for each <output_image>, or without any one in front for the helper."""
-    return answer.count(OUTPUT_IMAGE_TAG) or min(num_helpers, 1)
-
-
-def _check_text(text: str, name: str, where: str) -> None:
-    reserved = [token for token in RESERVED_TOKENS if token in text]
-    if reserved:
-        raise DataError(
-            f"{name} contains {', '.join(reserved)} ({where}); special tokens are set by the chat template alone; "
-            f"remove them, and mark images by {IMAGE_TAG} and {OUTPUT_IMAGE_TAG}"
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{name} contains half of a surrogate pair at character {error.start} ({where}); a text is valid Unicode; "
-            "write the character whole"
-        ) from error
-
-
-def open_image(data: bytes, where: str) -> Image.Image:
-    """Decodes an image whole, so that nothing can fail later.
-
-    Raises:
-        DataError: not one of IMAGE_FORMATS, damaged, too large or too narrow; it names `where`.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        _check_size(*image.size, where)
-        image.load()
-    # What Pillow's decoders raise on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"the image cannot be decoded: {error} ({where}); allowed are {', '.join(IMAGE_FORMATS)} of at most "
-            f"{MAX_IMAGE_PIXELS} pixels; replace the image"
-        ) from error
-    return image
-
-
-def _check_size(width: int, height: int, where: str) -> None:
-    if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise DataError(
-            f"the image has {width} x {height} pixels ({where}); allowed are {MAX_IMAGE_PIXELS} pixels in all and "
-            f"sides at most {MAX_ASPECT_RATIO} : 1; scale or crop the image"
-        )
 
 
 def to_members(sample: Sample) -> dict[str, bytes]:
@@ -316,7 +50,7 @@ def from_members(key: str, members: Mapping[str, bytes]) -> Sample:
     """
     if "json" not in members:
         raise DataError(f"{key}.json is missing; a sample needs it; build the shards again")
-    fields = _parse_line(members["json"], f"{key}.json")
+    fields = parse_row(members["json"], f"{key}.json")
     images: dict[str, dict[int, bytes]] = {"input": {}, "helper": {}}
     for name, data in members.items():
         if match := _MEMBER.fullmatch(name):
@@ -328,8 +62,8 @@ def from_members(key: str, members: Mapping[str, bytes]) -> Sample:
             )
     return Sample(
         key=key,
-        text_input=_text(fields, "text_input", f"{key}.json"),
-        text_output=_text(fields, "text_output", f"{key}.json"),
+        text_input=read_text(fields, "text_input", f"{key}.json"),
+        text_output=read_text(fields, "text_output", f"{key}.json"),
         input_images=_numbered(images["input"], f"{key}.input"),
         helper_images=_numbered(images["helper"], f"{key}.helper"),
         extra={name: value for name, value in fields.items() if name not in ("text_input", "text_output")},
@@ -342,3 +76,50 @@ def _numbered(images: Mapping[int, bytes], where: str) -> tuple[bytes, ...]:
             f"{where} images are numbered {sorted(images)}; allowed is 0, 1, 2 without a gap; build the shards again"
         )
     return tuple(images[number] for number in range(len(images)))
+
+
+def read_range(path: Path, offset: int, size: int, where: str) -> bytes:
+    """The bytes of one sample in a shard, headers and padding included.
+
+    Raises:
+        DataError: the shard cannot be read or is too short; it names `where`.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise DataError(f"cannot read the shard: {error.strerror} ({where}); put {path} back in its place") from error
+    if len(data) != size:
+        raise DataError(
+            f"{len(data)} of {size} bytes from byte {offset} ({where}); the index wants them all; the shard changed "
+            "after the start: copy it again, or build again"
+        )
+    return data
+
+
+def parse_members(data: bytes, key: str, where: str) -> dict[str, bytes]:
+    """The members of one sample, {"json": ..., "input_0.png": ...}, from its range of a tar file.
+
+    As plain bytes: webdataset's decoders unpickle, which would run code from a data set.
+
+    Raises:
+        DataError: the range holds anything but regular files of this key, one after the other to its end.
+    """
+    members = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for info in tar:
+                stem, _, name = info.name.partition(".")
+                if not info.isreg() or stem != key or name in members:
+                    raise tarfile.TarError(f"unexpected member {info.name}")
+                # A regular member always has a stream.
+                members[name] = tar.extractfile(info).read()  # type: ignore[union-attr]
+            # tarfile takes a damaged header behind a good member for the end.
+            if tar.offset != len(data):
+                raise tarfile.TarError(f"damaged header at byte {tar.offset}")
+    except tarfile.TarError as error:
+        raise DataError(
+            f"damaged shard: {error} ({where}); the range holds the members of this key alone; copy the shard again, "
+            "or build again"
+        ) from error
+    return members

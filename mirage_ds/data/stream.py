@@ -8,9 +8,11 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mirage_ds.data.encode import EncodedSample
+from mirage_ds.data.index import load_index
 from mirage_ds.data.plan import Plan, micro_batch_start
-from mirage_ds.data.rows import Sample, from_members
-from mirage_ds.data.shards import ShardFolder, load_index, parse_members, read_range
+from mirage_ds.data.rows import Sample
+from mirage_ds.data.shard_samples import from_members, parse_members, read_range
+from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import ConfigError, DataError
 
 T = TypeVar("T")

@@ -20,16 +20,17 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from mirage_ds.checkpoint.facts import FACTS_NAME, read_facts
+from mirage_ds.checkpoint.find import find_named
 from mirage_ds.checkpoint.partitions import StoredParameter, check_fit, stored_parameters
-from mirage_ds.checkpoint.save import FACTS_NAME, find, read_facts
 from mirage_ds.config import Config, Dtype
-from mirage_ds.data.encode import load_tokenizer
-from mirage_ds.data.images import ImageProcessor
-from mirage_ds.data.shards import new_folder
+from mirage_ds.data.conversation import load_tokenizer
+from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.errors import CheckpointError, ConfigError, DataError
 from mirage_ds.hf import latent_settings
 from mirage_ds.hf.latent_settings import LatentSettings, LatentTokenIds
 from mirage_ds.model.backbone import DTYPES, empty_model, file_name, has_file
+from mirage_ds.output_folder import new_folder
 from mirage_ds.tokens import TokenIds
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -53,7 +54,7 @@ def export_checkpoint(
         ConfigError: the model that the run started from is not there, or `max_shard_size` is no size.
         DataError: `output` is there already, or cannot be written.
     """
-    checkpoint = find(path)
+    checkpoint = find_named(path)
     facts = read_facts(checkpoint / FACTS_NAME)
     config = _run_config(facts, checkpoint)
     stored = stored_parameters(checkpoint, facts["world_size"])

@@ -11,8 +11,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Tokeniz
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mirage_ds.data.rows import read_json_lines
-from mirage_ds.data.shards import new_folder
 from mirage_ds.model.backbone import ROW_MULTIPLE, random_model
+from mirage_ds.output_folder import new_folder
 from mirage_ds.tokens import END_OF_TEXT, IM_END, LATENT_TOKENS, TokenIds
 
 # In the order of the real vocabulary, where they are 151643 to 151664.

@@ -8,10 +8,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mirage_ds.data.encode import read_tokenizer
-from mirage_ds.data.shards import new_folder
+from mirage_ds.data.conversation import read_tokenizer
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.backbone import check_config, copy_model, has_file
+from mirage_ds.output_folder import new_folder
 from mirage_ds.tokens import LATENT_TOKENS, TokenIds
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")

@@ -8,7 +8,8 @@ from transformers import TextStreamer
 
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.rows import IMAGE_FORMATS, Sample, check_question, open_image
+from mirage_ds.data.images import IMAGE_FORMATS, open_image
+from mirage_ds.data.rows import Sample, check_question
 from mirage_ds.errors import DataError
 from mirage_ds.inference.generate import Decoder, Emission
 

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from mirage_ds.checkpoint import save as checkpoint
 from mirage_ds.checkpoint.copies import Copies
+from mirage_ds.checkpoint.save import save
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
-from mirage_ds.training.trainer import Trainer, TrainState
+from mirage_ds.train_state import TrainState
+from mirage_ds.training.trainer import Trainer
 from mirage_ds.training.validation import Validation, spread
 from mirage_ds.zero3 import distributed
 
@@ -53,7 +54,7 @@ def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any], copies:
         last = state.ends_early or state.step == trainer.max_steps
         if last or (interval and state.step % interval == 0):
             trainer.metrics.flush()  # a run that goes on from here has all steps before it in metrics.jsonl
-            saved = checkpoint.save(trainer.engine, config, state, facts)
+            saved = save(trainer.engine, config, state, facts)
             if copies is not None:
                 copies.add(saved)
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from mirage_ds.checkpoint import save as checkpoint
-from mirage_ds.checkpoint.save import complete
+from mirage_ds.checkpoint import complete
+from mirage_ds.checkpoint.facts import FACTS_NAME, read_facts
+from mirage_ds.checkpoint.find import find_undamaged
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError, ConfigError, name_unwritable
 from mirage_ds.training import early_end
@@ -58,7 +59,7 @@ def find_start(config: Config, facts: dict[str, Any]) -> Path | None:
     """Whether the run starts in its folder or goes on there; writes nothing.
 
     Args:
-        facts: what a checkpoint of this run would say of itself, see `checkpoint.describe`.
+        facts: what a checkpoint of this run would say of itself, see `describe_run`.
 
     Returns:
         The newest whole checkpoint, to go on from, or None for a new run.
@@ -69,16 +70,16 @@ def find_start(config: Config, facts: dict[str, Any]) -> Path | None:
     """
     folder = config.run.dir
     if config.run.resume == "never" and (
-        complete.tags(folder / checkpoint.FOLDER) or (folder / "metrics.jsonl").exists()
+        complete.tags(folder / complete.FOLDER) or (folder / "metrics.jsonl").exists()
     ):
         raise ConfigError(
             f"the folder holds another run already (run.dir={folder}); a run needs a folder of its own; set run.dir to "
             "a new one, or run.resume=auto to go on with that run"
         )
-    found = checkpoint.find_whole(folder)
+    found = find_undamaged(folder)
     changed = []
     if found or (folder / "metrics.jsonl").exists():  # without a checkpoint it ended before its first one
-        changed = check_same_run(found / checkpoint.FACTS_NAME if found else folder / START_NAME, facts)
+        changed = check_same_run(found / FACTS_NAME if found else folder / START_NAME, facts)
     if changed and distributed.is_main():
         print("changed since the last start: " + "; ".join(changed), flush=True)
     return found
@@ -104,7 +105,7 @@ def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
     Raises:
         CheckpointError: with every change that is not harmless.
     """
-    before = checkpoint.read_facts(file)
+    before = read_facts(file)
     old, new = flatten(before["config"]), flatten(facts["config"])
     changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
     harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in HARMLESS)]

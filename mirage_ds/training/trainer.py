@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -10,19 +9,11 @@ from deepspeed import DeepSpeedEngine
 from mirage_ds.batch import Batch
 from mirage_ds.config import TrainConfig
 from mirage_ds.errors import DataError
+from mirage_ds.train_state import TrainState
 from mirage_ds.training.early_end import EarlyEnd
 from mirage_ds.training.metrics import Metrics, StepSums
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import learning_rate
-
-
-@dataclass
-class TrainState:
-    """Where a run stands: all that changes besides the engine."""
-
-    step: int = 0  # optimizer steps done
-    position: int = 0  # samples consumed, over all ranks and epochs
-    ends_early: bool = False  # all ranks have agreed that this step is the last one for now
 
 
 class Trainer:

@@ -13,8 +13,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
 import ds_configs
-from mirage_ds.config import Config, hint
+from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError
+from mirage_ds.recipe import hint
 
 # What a DeepSpeed JSON may hold. DeepSpeed passes over names that it does not know, and knows more than the method
 # allows: another precision, its own learning rates or batch arithmetic.

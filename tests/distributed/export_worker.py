@@ -16,16 +16,18 @@ import deepspeed
 import torch
 
 from mirage_ds.batch import Batch
-from mirage_ds.checkpoint import save as checkpoint
+from mirage_ds.checkpoint.facts import describe_run
+from mirage_ds.checkpoint.save import save
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import load_encoder
 from mirage_ds.data.rows import read_rows
 from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.model.mirage import MirageModel, hf_name
+from mirage_ds.train_state import TrainState
 from mirage_ds.training.early_end import EarlyEnd
 from mirage_ds.training.metrics import Metrics
-from mirage_ds.training.trainer import Trainer, TrainState
+from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import (
@@ -88,7 +90,7 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
     )
     trainer.train()
     metrics.close()
-    checkpoint.save(engine, config, state, checkpoint.describe(config, deepspeed_config, "unused", steps))
+    save(engine, config, state, describe_run(config, deepspeed_config, "unused", steps))
     # Without latents, so that a model which knows nothing of them computes the same.
     computed = what_it_computes(engine, next(batches(config, rows, "text")).to(device))
     with deepspeed.zero.GatheredParameters(list(model.parameters())):

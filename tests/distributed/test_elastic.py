@@ -16,8 +16,8 @@ import torch
 from generated_rows import write_rows
 
 from data_tools.build import build
+from mirage_ds.checkpoint.find import find_named
 from mirage_ds.checkpoint.partitions import stored_parameters
-from mirage_ds.checkpoint.save import find
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.model.backbone import load_backbone
 
@@ -78,7 +78,7 @@ def run(ground: Path, name: str, ranks: int, *more: str, until: int | None = Non
 
 
 def weights(run_dir: Path, ranks: int) -> dict[str, torch.Tensor]:
-    stored = stored_parameters(find(run_dir), ranks)
+    stored = stored_parameters(find_named(run_dir), ranks)
     return {name: parameter.read() for name, parameter in stored.items()}
 
 
@@ -128,7 +128,7 @@ def test_what_the_optimizer_holds_in_the_end(ground: Path, chain: list[int]) -> 
     """Each group its own weight decay, each sub-group the step of the run, and moments like those of the whole run."""
     states = {}
     for name in ("whole", "chain"):
-        (file,) = find(ground / name).glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        (file,) = find_named(ground / name).glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")
         states[name] = torch.load(file, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]
     whole, chained = states["whole"], states["chain"]
     assert [group["weight_decay"] for group in chained["param_groups"]] == [0.01, 0.0]

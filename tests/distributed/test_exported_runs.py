@@ -12,7 +12,7 @@ from cases import HERE
 from generated_rows import write_rows
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mirage_ds.checkpoint import save as checkpoint
+from mirage_ds.checkpoint.find import find_named
 from mirage_ds.checkpoint.partitions import stored_parameters
 from mirage_ds.hf.export import export_checkpoint
 from mirage_ds.hf.preset import write_tiny
@@ -130,5 +130,5 @@ def test_the_checkpoint_really_has_several_sub_groups(runs: Path) -> None:
     for rank in range(2):
         (file,) = (runs / "untied" / "checkpoints" / "global_step3").glob(f"zero_pp_rank_{rank}_*_optim_states.pt")
         assert len(torch.load(file, weights_only=False)["optimizer_state_dict"]["fp32_flat_groups"]) > 4
-    stored = stored_parameters(checkpoint.find(runs / "untied"), 2)
+    stored = stored_parameters(find_named(runs / "untied"), 2)
     assert {len(parameter.pieces) for parameter in stored.values()} == {2}

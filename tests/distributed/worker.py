@@ -25,9 +25,10 @@ from mirage_ds.data.encode import EncodedSample
 from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.ops.latent_pool import describe_path
+from mirage_ds.train_state import TrainState
 from mirage_ds.training.early_end import EarlyEnd
 from mirage_ds.training.metrics import Metrics
-from mirage_ds.training.trainer import Trainer, TrainState
+from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import (

@@ -21,16 +21,9 @@ from real_vocabulary import real_tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mirage_ds.data.encode import (
-    Encoder,
-    expand_pads,
-    find_prompt_length,
-    mrope_positions,
-    prompt_text,
-    supervised_labels,
-    train_text,
-)
-from mirage_ds.data.images import ImageProcessor
+from mirage_ds.data.conversation import prompt_text, train_text
+from mirage_ds.data.encode import Encoder, expand_pads, find_prompt_length, mrope_positions, supervised_labels
+from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.rows import RESERVED_TOKENS, Sample, check_sample
 from mirage_ds.errors import DataError
 from mirage_ds.hf.preset import train_tokenizer

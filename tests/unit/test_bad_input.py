@@ -25,10 +25,10 @@ from zero3_files import complete_by_hand
 import ds_configs
 from data_tools import cli
 from data_tools.build import build
-from mirage_ds.config import load_config
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.model.backbone import load_backbone
+from mirage_ds.recipe import load_config
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mirage_ds.config import TrainConfig, load_config
+from mirage_ds.config import TrainConfig
 from mirage_ds.errors import ConfigError
+from mirage_ds.recipe import load_config
 from mirage_ds.zero3.engine import learning_rate
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"

@@ -17,7 +17,9 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from generated_rows import write_jsonl, write_rows
 
 from data_tools.build import build
-from mirage_ds.checkpoint import save as checkpoint
+from mirage_ds.checkpoint.facts import read_facts
+from mirage_ds.checkpoint.find import find_named, newest_complete
+from mirage_ds.checkpoint.save import size_in_bytes
 from mirage_ds.errors import DiskFullError, name_full_disk
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.model.backbone import load_backbone
@@ -62,7 +64,7 @@ def checkpoint_bytes(place: Path) -> int:
     rows = write_rows(place / "rows", 10)
     write_tiny(rows, place / "model", seed=0)
     build(rows, place / "shards", maxcount=4, maxsize=10**9)
-    return checkpoint.size_in_bytes(load_backbone(str(place / "model"), dtype=torch.float32).hf)
+    return size_in_bytes(load_backbone(str(place / "model"), dtype=torch.float32).hf)
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +118,10 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
 
 def check_whole(run: Path, checkpoint_bytes: int) -> None:
     """`latest` names step 1, and all of it is there."""
-    found = checkpoint.latest(run)
+    found = newest_complete(run)
     assert found == run / "checkpoints" / "global_step1"
-    assert checkpoint.find(run) == found  # by its sha256, too
-    assert checkpoint.read_facts(found / "run.json")["step"] == 1
+    assert find_named(run) == found  # by its sha256, too
+    assert read_facts(found / "run.json")["step"] == 1
     state = get_fp32_state_dict_from_zero_checkpoint(str(found.parent), tag=found.name)
     assert all(tensor.isfinite().all() for tensor in state.values())
     size = sum(path.stat().st_size for path in found.iterdir())

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from zero3_files import complete_by_hand
 
-from mirage_ds.checkpoint import save as checkpoint
-from mirage_ds.checkpoint.save import complete
-from mirage_ds.config import load_config
+from mirage_ds.checkpoint import complete
+from mirage_ds.checkpoint.load import check_start
 from mirage_ds.errors import CheckpointError
+from mirage_ds.recipe import load_config
 from mirage_ds.zero3 import distributed
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage2.yaml"
@@ -46,14 +46,14 @@ def test_weights_of_another_kind_are_refused(
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(facts))
     complete_by_hand(folder)
-    checkpoint.check_start(tmp_path, config)
+    check_start(tmp_path, config)
     (facts["config"][section] if section else facts)[key] = value
     (folder / "run.json").write_text(json.dumps(facts))
     complete_by_hand(folder)
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.check_start(tmp_path, config)
+        check_start(tmp_path, config)
 
 
 def test_a_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        checkpoint.check_start(tmp_path, load_config(RECIPE))
+        check_start(tmp_path, load_config(RECIPE))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from zero3_files import complete_by_hand
 
-from mirage_ds.checkpoint import save as checkpoint
+from mirage_ds.checkpoint import complete
 from mirage_ds.checkpoint.copies import Copies
-from mirage_ds.checkpoint.save import complete
+from mirage_ds.checkpoint.find import find_named
 
 
 def write(folder: Path, step: int) -> Path:
@@ -29,7 +29,7 @@ def test_copies_are_whole_and_pruned_and_may_be_taken_back(tmp_path: Path) -> No
     assert {path.name for path in place.iterdir()} == {"global_step10", "global_step15"}
     shutil.rmtree(run)
     shutil.copytree(place / "global_step15", run / "checkpoints" / "global_step15")
-    assert checkpoint.find(run).name == "global_step15"
+    assert find_named(run).name == "global_step15"
 
 
 def test_an_error_of_the_second_place_does_not_end_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

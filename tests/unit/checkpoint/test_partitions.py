@@ -9,7 +9,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from zero3_files import write_run
 
-from mirage_ds.checkpoint import save as checkpoint
+from mirage_ds.checkpoint.find import find_named
 from mirage_ds.checkpoint.partitions import stored_parameters
 from mirage_ds.errors import CheckpointError
 from mirage_ds.model.mirage import hf_name
@@ -132,11 +132,11 @@ def test_what_is_no_checkpoint_of_zero3(tmp_path: Path, kind: str, key: str) -> 
 
 def test_a_checkpoint_is_found_by_its_run_or_its_own_name(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", "model", random_weights())
-    assert checkpoint.find(tmp_path / "run") == checkpoint.find(folder) == folder
+    assert find_named(tmp_path / "run") == find_named(folder) == folder
     half = folder.with_name("global_step4")
     half.mkdir()
     with pytest.raises(CheckpointError, match=rf"damaged \({half}\): files.json is missing; .* delete it to have"):
-        checkpoint.find(tmp_path / "run")
+        find_named(tmp_path / "run")
     for path in (half, tmp_path, tmp_path / "none"):
         with pytest.raises(CheckpointError, match=rf"no complete checkpoint \({path}\); allowed is .*; name one"):
-            checkpoint.find(path)
+            find_named(path)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data_tools.build import build
-from mirage_ds.data.images import ImageProcessor
+from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.hf.preset import train_tokenizer
 

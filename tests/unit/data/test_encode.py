@@ -15,8 +15,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from data_tools.build import build
 from mirage_ds.config import Stage
-from mirage_ds.data.encode import Encoder, load_encoder, load_tokenizer, mrope_positions, prompt_text, train_text
-from mirage_ds.data.images import ImageProcessor
+from mirage_ds.data.conversation import load_tokenizer, prompt_text, train_text
+from mirage_ds.data.encode import Encoder, load_encoder, mrope_positions
+from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError

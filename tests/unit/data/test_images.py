@@ -9,7 +9,8 @@ from generated_rows import image_bytes
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mirage_ds.data.images import ImageProcessor, decode
+from mirage_ds.data.images import decode
+from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.errors import ConfigError
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)

@@ -16,18 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import (
     RESERVED_TOKENS,
     Sample,
     check_sample,
-    from_members,
     num_image_blocks,
     num_latent_blocks,
-    open_image,
     read_row,
     read_rows,
-    to_members,
 )
+from mirage_ds.data.shard_samples import from_members, to_members
 from mirage_ds.errors import DataError
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}

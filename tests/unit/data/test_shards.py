@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from mirage_ds.data.shards import ShardFolder, load_index, load_manifest, new_folder
+from mirage_ds.data.index import load_index
+from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.errors import DataError
+from mirage_ds.output_folder import new_folder
 
 
 def test_a_built_folder_loads(shards: ShardFolder) -> None:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from mirage_ds.data.encode import EncodedSample, Encoder
-from mirage_ds.data.images import ImageProcessor
+from mirage_ds.data.index import load_index
+from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.rows import Sample, read_rows
-from mirage_ds.data.shards import ShardFolder, load_index, parse_members
+from mirage_ds.data.shard_samples import parse_members
+from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.stream import SampleReader, Share, make_loader
 from mirage_ds.errors import ConfigError, DataError
 

@@ -16,7 +16,9 @@ from generated_rows import image_bytes, make_row, write_jsonl, write_rows
 from data_tools import cli
 from data_tools.build import build
 from data_tools.manifest import scan_shard
-from mirage_ds.data.shards import load_index, load_manifest, parse_members
+from mirage_ds.data.index import load_index
+from mirage_ds.data.shard_samples import parse_members
+from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import DataError
 

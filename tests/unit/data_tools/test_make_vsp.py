@@ -21,7 +21,7 @@ from data_tools.build import build
 from data_tools.vsp import PROMPTS, make_vsp, parse_levels, share_out
 from data_tools.vsp_maps import draw_maps
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.images import ImageProcessor
+from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import ConfigError, DataError

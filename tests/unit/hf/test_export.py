@@ -31,8 +31,10 @@ from transformers import (
 from zero3_files import complete_by_hand, write_run
 
 from mirage_ds import cli
-from mirage_ds.data.encode import load_encoder, load_tokenizer
-from mirage_ds.data.images import ImageProcessor, decode
+from mirage_ds.data.conversation import load_tokenizer
+from mirage_ds.data.encode import load_encoder
+from mirage_ds.data.images import decode
+from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.rows import read_rows
 from mirage_ds.errors import CheckpointError, ConfigError, DataError, MirageError
 from mirage_ds.hf.export import export_checkpoint

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from mirage_ds import cli
-from mirage_ds.data.encode import load_encoder, load_tokenizer
+from mirage_ds.data.conversation import load_tokenizer
+from mirage_ds.data.encode import load_encoder
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.hf.preset import CHAT_TEMPLATE, write_tiny
 from mirage_ds.hf.pretrained import copy_pretrained

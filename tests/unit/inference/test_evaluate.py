@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from mirage_ds.cli import app, main
 from mirage_ds.errors import DataError, MirageError
-from mirage_ds.inference.evaluate import Answer, evaluate, read_task, success_rates
+from mirage_ds.inference.evaluate import evaluate, read_task
 from mirage_ds.inference.generate import Decoder, load_decoder
-from mirage_ds.inference.rates import wilson_interval
+from mirage_ds.inference.rates import success_rates, wilson_interval
+from mirage_ds.inference.results import Answer
 from mirage_ds.inference.tasks.vsp import Outcome
 
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"

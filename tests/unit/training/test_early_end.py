@@ -16,7 +16,8 @@ def test_a_signal_is_a_wish_to_end(name: str) -> None:
     """In a process of its own, whose handlers they stay; a second one changes nothing."""
     script = (
         "import os, signal; from mirage_ds.training.early_end import EarlyEnd, listen; listen(); "
-        f"ask = EarlyEnd(None, 0); print(ask()); [os.kill(os.getpid(), number) for number in (signal.{name}, signal.SIGTERM)]; print(ask())"
+        "ask = EarlyEnd(None, 0);"
+        f"print(ask()); [os.kill(os.getpid(), number) for number in (signal.{name}, signal.SIGTERM)]; print(ask())"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["None", name]

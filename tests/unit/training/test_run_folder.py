@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mirage_ds.config import load_config
 from mirage_ds.errors import CheckpointError
+from mirage_ds.recipe import load_config
 from mirage_ds.training.run_folder import check_same_run, flatten
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"

@@ -8,8 +8,9 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 import ds_configs
-from mirage_ds.config import Config, load_config
+from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError
+from mirage_ds.recipe import load_config
 from mirage_ds.zero3.deepspeed_config import DEEPSPEED_KEYS, resolve_deepspeed_config
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirage_ds.config import load_config
 from mirage_ds.model import backbone
+from mirage_ds.recipe import load_config
 from mirage_ds.zero3.engine import choose_gather, parameter_groups
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"

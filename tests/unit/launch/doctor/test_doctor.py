@@ -20,12 +20,13 @@ from rich.console import Console
 from torch.utils import cpp_extension
 
 from data_tools.build import build
-from launch.doctor.command import findings, machine_checks
+from launch.doctor import findings, machine_checks
 from launch.doctor.findings import Report, Row, merge
 from launch.doctor.network_checks import check_same
-from mirage_ds.config import Config, load_config
+from mirage_ds.config import Config
 from mirage_ds.errors import DataError
 from mirage_ds.hf.preset import write_tiny
+from mirage_ds.recipe import load_config
 
 RECIPE = Path(__file__).parents[4] / "launch" / "recipes" / "tiny-stage1.yaml"
 

@@ -20,9 +20,10 @@ from launch.planner.estimate import check_fits, estimate
 from launch.planner.gpus import GPUS
 from launch.planner.workload import workload
 from launch.slurm.cluster import Cluster
-from launch.slurm.submit import submit as slurm
-from mirage_ds.config import Config, ModelConfig, load_config
+from launch.slurm.shard_jobs import submit as slurm
+from mirage_ds.config import Config, ModelConfig
 from mirage_ds.errors import ConfigError, MirageError
+from mirage_ds.recipe import load_config
 
 RECIPES = Path(__file__).parents[4] / "launch" / "recipes"
 BATCH = "train.global_batch_size=128"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.attempts import Attempt, begin, classify, end, find_suspect, judge, read_attempts, who_is_behind
-from launch.slurm.submit import attempts
+from launch.slurm import attempts
+from launch.slurm.attempt_log import classify, find_suspect, who_is_behind
+from launch.slurm.attempts import Attempt, begin, end, judge, read_attempts
 
 # Printed by srun 22.05 when rank 2 of 4 was killed with kill -9.
 KILLED = """srun: error: node2: task 2: Killed

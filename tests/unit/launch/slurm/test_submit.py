@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.slurm.submit import seconds
-from mirage_ds.config import load_config
 from mirage_ds.errors import ConfigError, DataError, MirageError
+from mirage_ds.recipe import load_config
 
 COMMANDS = {
     "sinfo": "printf 'batch*|2\\nbatch*|1\\nurgent|8\\n'",
