@@ -220,7 +220,7 @@ def test_findings_of_several_nodes_are_joined(monkeypatch: pytest.MonkeyPatch) -
     assert "a: 2, b: 3" in row.found
     text = io.StringIO()
     console = Console(file=text, width=120)
-    monkeypatch.setattr(findings, "Console", lambda **_: console)
+    monkeypatch.setattr(findings, "wide_console", lambda: console)
     findings.show(merge(reports), several_hosts=True)
     assert "free [some]" in text.getvalue()
 

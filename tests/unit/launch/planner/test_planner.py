@@ -19,8 +19,8 @@ from launch.planner import model_sizes
 from launch.planner.estimate import check_fits, estimate
 from launch.planner.gpus import GPUS
 from launch.planner.workload import workload
+from launch.slurm import submit as slurm
 from launch.slurm.cluster import Cluster
-from launch.slurm.shard_jobs import submit as slurm
 from mirage_ds.config import Config, ModelConfig
 from mirage_ds.errors import ConfigError, MirageError
 from mirage_ds.recipe import load_config
