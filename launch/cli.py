@@ -1,4 +1,4 @@
-"""`mirage-launch`: starts runs, on this machine or on a SLURM cluster, and says beforehand what they need."""
+"""`mirage-launch`: starts runs on this machine or on a SLURM cluster; plans them, and checks what they need."""
 
 import typer
 
