@@ -54,9 +54,9 @@ def test_deepspeed_s_own_launcher(cluster: Cluster, drawn_job: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--nodes", "2", "--partition", "nope"), "no such partition (--partition nope); allowed are batch (3 nodes)"),
-        (("--nodes", "4"), "wants 4 nodes (--nodes 4), and partition batch has 3"),
-        (("--nodes", "3", "train.global_batch_size=4"), "set one of these numbers, or start another number of ranks"),
+        (("--nodes", "2", "--partition", "nope"), "no such partition (--partition nope); allowed: batch (3 nodes)"),
+        (("--nodes", "4"), "too few nodes (--nodes 4, partition batch with 3)"),
+        (("--nodes", "3", "train.global_batch_size=4"), "train.global_batch_size=6, or change the number of ranks"),
     ],
 )
 def test_refused_before_the_job_starts(ground: Ground, options: tuple[str, ...], words: str) -> None:
