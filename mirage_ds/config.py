@@ -170,12 +170,17 @@ class TrainConfig(Section):
         steps, rest = divmod(self.global_batch_size, micro_step)
         if rest or self.gradient_accumulation_steps not in (None, steps):
             wanted = self.gradient_accumulation_steps
+            multiple = -(-self.global_batch_size // micro_step) * micro_step
             raise ConfigError(
-                f"train.global_batch_size is {self.global_batch_size}, which {world_size} ranks x "
-                f"train.micro_batch_size_per_gpu={self.micro_batch_size_per_gpu}"
-                + (f" x train.gradient_accumulation_steps={wanted}" if wanted else "")
-                + f" do not make; allowed are multiples of {micro_step}, with train.gradient_accumulation_steps unset; "
-                "set one of these numbers, or start another number of ranks"
+                f"train.global_batch_size={self.global_batch_size} does not divide over {world_size} "
+                f"{'rank' if world_size == 1 else 'ranks'} with train.micro_batch_size_per_gpu="
+                f"{self.micro_batch_size_per_gpu}"
+                + (f" and train.gradient_accumulation_steps={wanted}" if wanted else "")
+                + f"; allowed: multiples of {micro_step}"
+                + (" with train.gradient_accumulation_steps unset" if wanted else "")
+                + f"; set for example train.global_batch_size={multiple}"
+                + (" train.gradient_accumulation_steps=null" if wanted else "")
+                + ", or change the number of ranks"
             )
         return steps
 

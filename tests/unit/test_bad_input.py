@@ -126,9 +126,9 @@ TRAIN = {
     ),
     "batch and ranks": Case(
         (
-            r"train\.global_batch_size is 8, which 1 ranks x train\.micro_batch_size_per_gpu=1 x .*steps=2 do not make",
-            "allowed are multiples of 1, with train.gradient_accumulation_steps unset",
-            "set one of these numbers",
+            r"train\.global_batch_size=8 does not divide over 1 rank with train\.micro_batch_.*=1 and .*_steps=2;",
+            "allowed: multiples of 1 with train.gradient_accumulation_steps unset",
+            r"set for example train\.global_batch_size=8 train\.gradient_accumulation_steps=null, or",
         ),
         ("train.global_batch_size=8",),
     ),

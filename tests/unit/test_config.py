@@ -91,12 +91,12 @@ def test_accumulation_follows_the_global_batch(settings: dict[str, int], world_s
 @pytest.mark.parametrize(
     ("settings", "world_size", "message"),
     [
-        ({"global_batch_size": 16}, 3, "is 16, which 3 ranks .*=2 do not make; allowed are multiples of 6"),
-        ({"global_batch_size": 4}, 4, "is 4, which 4 ranks .*=2 do not make; allowed are multiples of 8"),
+        ({"global_batch_size": 16}, 3, "=16 does not divide over 3 ranks .*gpu=2; .* multiples of 6; .*batch_size=18,"),
+        ({"global_batch_size": 4}, 4, "=4 does not divide over 4 ranks .*gpu=2; .* multiples of 8; .*batch_size=8,"),
         (
             {"global_batch_size": 16, "gradient_accumulation_steps": 4},
             4,
-            r"4 ranks .*=2 x train\.gradient_accumulation_steps=4 do not make; .* unset; set one of these",
+            r"4 ranks .*=2 and train\.gradient_accumulation_steps=4; .* unset; .*=16 train\.gradient_.*=null",
         ),
     ],
 )

@@ -236,7 +236,7 @@ def test_a_rank_for_each_gpu_unless_told(
     ("overrides", "ranks", "words"),
     [
         ([], 3, "not so many GPUs (--ranks 3, on this machine): allowed are 1 to 2"),
-        (["train.gradient_accumulation_steps=null", "train.global_batch_size=3"], 2, "global_batch_size is 3, which 2"),
+        (["train.gradient_accumulation_steps=null", "train.global_batch_size=3"], 2, "=3 does not divide over 2 ranks"),
         (["train.learning_rate=1"], 2, "unknown key train.learning_rate"),
     ],
 )

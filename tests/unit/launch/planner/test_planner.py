@@ -167,7 +167,7 @@ def test_the_command_says_whether_it_fits() -> None:
     ("arguments", "words"),
     [
         (["--gpu", "h100"], r"\(--gpu h100\): did you mean 'h100-80gb'\?"),
-        (["--gpu", "h100-80gb", "--nodes", "2"], "global_batch_size is 8, which 16 ranks"),
+        (["--gpu", "h100-80gb", "--nodes", "2"], "global_batch_size=8 does not divide over 16 ranks .*=16, or"),
         (["--gpu", "h100-80gb", "model.path=./gone"], "the model folder does not exist"),
         (["--gpu", "h100-80gb", "train.lrr=1"], "train.lrr"),
     ],
