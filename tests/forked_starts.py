@@ -1,7 +1,7 @@
-"""Starts the trainer many times for the price of one import: each start is a fork of this process.
+"""Starts the trainer many times with a single import: each start is a fork of this process.
 
 python forked_starts.py < [{"name": ..., "arguments": [...], "folder": ...}, ...]      exit codes as JSON on stdout;
-what a start prints is in FOLDER/../NAME.log
+the output of a start is in FOLDER/../NAME.log
 """
 
 import json

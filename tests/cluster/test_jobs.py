@@ -1,4 +1,4 @@
-"""Both stages on a real cluster as on one machine, by both launchers; and what cannot run is refused."""
+"""Both stages on a real cluster as on one machine, with both launchers; jobs that cannot run are refused."""
 
 import shutil
 from pathlib import Path
@@ -61,14 +61,14 @@ def test_deepspeed_s_own_launcher(cluster: Cluster, drawn_job: Path) -> None:
 )
 def test_refused_before_the_job_starts(ground: Ground, options: tuple[str, ...], words: str) -> None:
     recipe = ground.recipe("stage1", "refused", "train.gradient_accumulation_steps=null")
-    said = mirage_launch(ground.cluster, ground.folder, "slurm", "--ranks-per-node", "1", *recipe, *options, code=2)
-    assert words in " ".join(said.stderr.split())
-    assert "Traceback" not in said.stderr
+    result = mirage_launch(ground.cluster, ground.folder, "slurm", "--ranks-per-node", "1", *recipe, *options, code=2)
+    assert words in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
     assert not (ground.folder / "refused").exists()
 
 
 def test_shards_that_are_missing_on_a_node(ground: Ground) -> None:
-    """The login machine has them, on a disk of its own: no rank starts, and the job is not requeued."""
+    """Only the login machine has them, on its own disk: no rank starts, and the job is not requeued."""
     shutil.copytree(ground.folder / "shards", ground.cluster.local / "shards")
     run = ground.submit("stage1", "missing", f"data.shards={ground.cluster.local / 'shards'}")
     run.wait_for_end("FAILED")

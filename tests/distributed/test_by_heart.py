@@ -1,4 +1,4 @@
-"""Real input, all the way: the reference's ten rows, learnt by heart through both stages, decoded through latents."""
+"""End to end on real input: both stages learn the reference's ten rows by heart; decoding uses latents."""
 
 import os
 from pathlib import Path

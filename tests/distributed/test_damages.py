@@ -1,4 +1,4 @@
-"""Random damages: what is loaded is, by its sha256, what the two ranks had when they saved the tag that is named."""
+"""Random damages: by sha256, two ranks load what they had when they saved the tag that the loader reports."""
 
 import json
 import random
@@ -20,7 +20,7 @@ KILLS, DAMAGES = 8, 42
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder of damages.py, and what it did to each copy of a run."""
+    """The folder of damages.py, and the damages to each copy of a run."""
     folder, seed = tmp_path_factory.mktemp("damages"), random.randrange(10**6)
     print("seed", seed)
     result = subprocess.run(
@@ -36,14 +36,14 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 def check(notes: Path, found: list[dict[str, Any]]) -> None:
-    """Both ranks loaded the same tag, with the masters that each had noted."""
+    """Both ranks loaded the same tag, with the masters that each had recorded."""
     assert len({rank["tag"] for rank in found}) == 1
     for rank, each in enumerate(found):
         assert (notes / f"{each['tag']}_{rank}").read_text() == each["sha256"], each
 
 
 def test_killed_while_saving(outcome: tuple[Path, list[str]]) -> None:
-    """A step that is done again has the same masters, as the run does the same."""
+    """A repeated step has the same masters, as the run is deterministic."""
     folder, _ = outcome
     loaded = [
         [json.loads(line) for line in (folder / "notes_of_killed" / f"loaded_{rank}").read_text().splitlines()]

@@ -1,6 +1,6 @@
-"""A run goes on with another number of ranks: 2, 1, 4, 2 against the run that always had 2.
+"""A run resumes with another number of ranks: 2, 1, 4, 2 against an uninterrupted run on 2.
 
-Several sub-groups, two parameter groups, and a frozen tower that another run has trained, so not the model folder's.
+Several sub-groups, two parameter groups, and a frozen tower trained by another run, so not that of the model folder.
 """
 
 import json
@@ -64,7 +64,7 @@ def start(ground: Path, name: str, ranks: int, *more: str) -> tuple[subprocess.P
 
 
 def run(ground: Path, name: str, ranks: int, *more: str, until: int | None = None) -> str:
-    """To its end, or until SIGTERM after step `until`; returns its output."""
+    """Runs to the end, or to SIGTERM after step `until`; returns the output."""
     process, log = start(ground, name, ranks, *more)
     deadline_s = time.monotonic() + 600
     while process.poll() is None:
@@ -124,8 +124,8 @@ def weights_of_folder(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_backbone(str(folder), dtype=torch.float32).hf.named_parameters())
 
 
-def test_what_the_optimizer_holds_in_the_end(ground: Path, chain: list[int]) -> None:
-    """Each group its own weight decay, each sub-group the step of the run, and moments like those of the whole run."""
+def test_the_final_state_of_the_optimizer(ground: Path, chain: list[int]) -> None:
+    """Each group has its weight decay, each sub-group the run's step and moments like the uninterrupted run's."""
     states = {}
     for name in ("whole", "chain"):
         (file,) = find_named(ground / name).glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")
