@@ -13,16 +13,22 @@ from mirage_ds.hf.preset import write_tiny
 LOUDNESS = {"<|latent_start|>": 2.0, "<|im_end|>": 3.0}
 
 
-def write_talkative(folder: Path) -> Path:
-    """Writes rows and the model FOLDER/model, whose tokenizer is trained on them."""
+def write_talkative(folder: Path, loudness: dict[str, float] = LOUDNESS, *, closes_blocks: bool = False) -> Path:
+    """Writes rows and the model FOLDER/model, whose tokenizer is trained on them.
+
+    Args:
+        closes_blocks: the model chooses <|latent_end|> after some states of a block, and hardly ever <|im_end|>.
+    """
     rows = write_rows(folder / "rows")
     write_tiny(rows, folder / "quiet", seed=0)
     ids = load_tokenizer(str(folder / "quiet")).get_vocab()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "quiet", dtype=torch.float32)
     with torch.no_grad():
         model.lm_head.weight *= 4  # a random model is hardly ever sure of a token
-        for token, factor in LOUDNESS.items():
+        for token, factor in loudness.items():
             model.lm_head.weight[ids[token]] *= factor
+        if closes_blocks:
+            model.lm_head.weight[ids["<|latent_end|>"]] = 1.08 * model.lm_head.weight[ids["<|im_end|>"]]
     (folder / "quiet").rename(folder / "model")
     model.save_pretrained(folder / "model")
     return folder / "model"
