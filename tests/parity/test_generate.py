@@ -1,7 +1,7 @@
 """Greedy decoding with the reference's rule (own end token, limit 8): the same ids and the same latents.
 
-One row at a time, as the reference can, and all rows of the set in one batch, as it cannot: each row enters and leaves
-latent mode by itself.
+One row at a time, as the reference decodes, and all rows of the set in one batch, which it does not support: each row
+enters and leaves latent mode by itself.
 """
 
 from dataclasses import replace
@@ -13,6 +13,7 @@ import torch
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.inference.generate import Decoder, Generation
+from mirage_ds.inference.latents import zeroed
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.tokens import TokenIds
 
@@ -38,13 +39,13 @@ def token_ids() -> TokenIds:
 def prompt(index: int) -> EncodedSample:
     """The set's prompt of sample `index`, with its user images."""
     input_ids = golden_set.tensors("golden")[f"gen{index}.prompt_ids"][0].long()
-    whole = golden_set.encoded(index, "stage2")
+    sample = golden_set.encoded(index, "stage2")
     length = len(input_ids)
     return replace(
-        whole,
+        sample,
         input_ids=input_ids,
         labels=torch.full((length,), -100),
-        position_ids=whole.position_ids[:, :length],
+        position_ids=sample.position_ids[:, :length],
         image_mask=input_ids == token_ids().image_pad,
         latent_mask=torch.zeros(length).bool(),
         prompt_length=length,
@@ -93,7 +94,7 @@ def test_a_block_of_fixed_length(size: int) -> None:
 
 
 def test_what_is_fed_matters() -> None:
-    """With the states replaced by zeros the answer is another one: they are really used."""
-    changed = decode([expected["sample"] for expected in expectations()], 24, feed=torch.zeros_like)
+    """With the states replaced by zeros the answers change."""
+    changed = decode([expected["sample"] for expected in expectations()], 24, feed=zeroed)
     assert [row.ids for row in changed] != [expected["new_ids"] for expected in expectations()]
     assert not any(latent.any() for row in changed for latent in row.latents)

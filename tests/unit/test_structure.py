@@ -23,7 +23,7 @@ WINGS = (
     ("inference",),
     ("train", "cli"),
 )
-LAUNCH_WINGS = (("wide_console",), ("planner", "doctor"), ("slurm",), ("local", "demo", "cli"))
+LAUNCH_WINGS = (("wide_console", "demo_report"), ("planner", "doctor"), ("slurm",), ("local", "demo", "cli"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
 
 
