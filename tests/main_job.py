@@ -9,9 +9,9 @@ import launching
 ROOT = Path(__file__).parents[1]
 
 
-def commands(page: str, heading: str) -> list[str]:
-    """The blocks of commands under a heading `## ...` of a page."""
-    section = (ROOT / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def readme_commands(heading: str, level: str = "##") -> list[str]:
+    """The blocks of commands under a heading of the README."""
+    section = (ROOT / "README.md").read_text().split(f"\n{level} {heading}\n")[1].split(f"\n{level} ")[0]
     return re.findall(r"```(?:bash)?\n(.*?)```", section, re.DOTALL)
 
 
@@ -33,6 +33,6 @@ def run(script: str, folder: Path) -> str:
 
 def run_main_job(folder: Path, *, drawn: bool) -> Path:
     """On rows that are drawn, or on the reference's own; the output goes to `folder`/log. Returns the folder."""
-    drawn_rows, real_rows, job, *_ = commands("README.md", "The main job")
+    drawn_rows, real_rows, job, *_ = readme_commands("The main job")
     (folder / "log").write_text(run((drawn_rows if drawn else real_rows) + job, folder))
     return folder

@@ -6,7 +6,7 @@ from pathlib import Path
 import launching
 import pytest
 from cluster import Cluster, wait_until
-from main_job import ROOT, commands
+from main_job import ROOT, readme_commands
 from runs import START_S, Ground, Run, mirage_launch, read, submit
 
 
@@ -34,12 +34,12 @@ def test_trains_as_on_one_machine(cluster: Cluster, drawn_job: Path, stage: str)
 
 @pytest.mark.slow
 def test_deepspeed_s_own_launcher(cluster: Cluster, drawn_job: Path) -> None:
-    """The commands of docs/cluster.md inside an allocation."""
-    (block,) = commands("docs/cluster.md", "DeepSpeed's own launcher")
-    block = block.replace("=8", "=1").replace("mirage_ds/train.py", str(ROOT / "mirage_ds" / "train.py"))
-    block = block.replace("RECIPE", "launch/recipes/tiny-stage1.yaml run.dir=runs/deepspeed")
+    """The README's commands inside an allocation."""
+    (commands,) = [block for block in readme_commands("A SLURM cluster", "###") if "deepspeed --launcher" in block]
+    commands = commands.replace("=8", "=1").replace("mirage_ds/train.py", str(ROOT / "mirage_ds" / "train.py"))
+    commands = commands.replace("RECIPE", "launch/recipes/tiny-stage1.yaml run.dir=runs/deepspeed")
     script, log = drawn_job / "deepspeed.sh", drawn_job / "deepspeed.log"
-    script.write_text(f"#!/bin/bash -e\nexport DS_ACCELERATOR=cpu\n{block}")
+    script.write_text(f"#!/bin/bash -e\nexport DS_ACCELERATOR=cpu\n{commands}")
     options = ("--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}")
     environment = launching.environment()
     number = cluster.run("sbatch", *options, str(script), environment=environment, cwd=drawn_job).stdout.strip()
