@@ -130,3 +130,11 @@ def test_ascii_and_no_placeholders() -> None:
     for path in SOURCES:
         assert path.read_text().isascii(), path
         assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", path.read_text()), path
+
+
+def test_the_architecture_page_names_every_folder() -> None:
+    """Its tree of folders, and the files that lie beside them at the top of the trainer."""
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("```text\n")[1].split("```")[0]
+    names = {f"{path.parent.name}/" for path in SOURCES}
+    names |= {path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py"}
+    assert not [name for name in names if name not in tree]
