@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mirage_ds import errors
+from mirage_ds import errors, library_noise
 from mirage_ds.config import Dtype, LatentEnd, TaskName
 from mirage_ds.errors import ConfigError, name_full_disk
+from mirage_ds.paths import check_file, check_folder, check_model
 from mirage_ds.versions import check_versions
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -68,11 +69,16 @@ def init(
     """Writes a complete Hugging Face folder: a small random Qwen2.5-VL, or a copy of one with the latent tokens."""
     # Imported here, as torch and transformers take seconds that --help should not.
     if preset and text and not source and not processor_from:
+        check_file(text, "--text", "a JSONL file of rows")
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # one file of a few MB
         from mirage_ds.hf.preset import write_tiny
 
         write_tiny(text, output, seed)
         typer.echo(f"wrote a {preset} model to {output}")
     elif source and not preset and not text:
+        check_model(source, f"--from {source}")
         from mirage_ds.hf.pretrained import copy_pretrained
 
         copy_pretrained(source, output, processor_from)
@@ -97,6 +103,7 @@ def export(
     ] = None,
 ) -> None:
     """Writes a checkpoint as a complete Hugging Face folder, which plain transformers loads."""
+    check_folder(checkpoint, "--checkpoint", "a run's folder, or one of its checkpoints/global_stepN")
     from mirage_ds.hf.export import export_checkpoint
 
     summary = export_checkpoint(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, model=model)
@@ -118,6 +125,9 @@ def generate(
     dtype: DtypeOption = None,
 ) -> None:
     """Answers one question, word by word; each latent is one mark."""
+    check_model(model, f"--model {model}")
+    for path in image or []:
+        check_file(path, "--image", "an image file")
     from mirage_ds.inference.terminal import answer, read_question
 
     question = read_question(prompt, image or [])
@@ -144,6 +154,8 @@ def evaluate(
     dtype: DtypeOption = None,
 ) -> None:
     """Answers a file of questions, scores the answers, and prints a table by level."""
+    check_model(model, f"--model {model}")
+    check_file(data, "--data", "a JSONL file of rows")
     from rich.console import Console
     from rich.progress import track
 
@@ -206,4 +218,5 @@ class Decoding:
 
 
 def main() -> None:
+    library_noise.silence()
     errors.run(app)
