@@ -11,10 +11,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from mirage_ds import errors
+from mirage_ds import errors, library_noise
 from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
 from mirage_ds.inference.commands import evaluate, generate
+from mirage_ds.paths import check_file, check_folder, check_model
 from mirage_ds.versions import check_versions
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -49,11 +50,16 @@ def init(
     """Writes a complete Hugging Face folder: a small random Qwen2.5-VL, or a copy of one with the latent tokens."""
     # Imported here, because torch and transformers take seconds to import.
     if preset and text and not source and not processor_from:
+        check_file(text, "--text", "a JSONL file of rows")
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # one file of a few MB
         from mirage_ds.hf.preset import write_tiny
 
         write_tiny(text, output, seed)
         typer.echo(f"wrote a {preset} model to {output}")
     elif source and not preset and not text:
+        check_model(source, f"--from {source}")
         from mirage_ds.hf.pretrained import copy_pretrained
 
         copy_pretrained(source, output, processor_from)
@@ -78,6 +84,7 @@ def export(
     ] = None,
 ) -> None:
     """Writes a checkpoint as a complete Hugging Face folder that plain transformers loads."""
+    check_folder(checkpoint, "--checkpoint", "a run's folder, or one of its checkpoints/global_stepN")
     from mirage_ds.hf.export import export_checkpoint
 
     summary = export_checkpoint(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, model=model)
@@ -89,4 +96,5 @@ app.command()(evaluate)
 
 
 def main() -> None:
+    library_noise.silence()
     errors.run(app)

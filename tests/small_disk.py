@@ -18,7 +18,7 @@ import forked_starts
 
 import data_tools.cli
 import mirage_ds.cli
-from mirage_ds import train
+import mirage_ds.train
 
 MAINS = dict.fromkeys(("build", "make-vsp"), data_tools.cli.main)
 MAINS |= dict.fromkeys(("init", "export", "evaluate"), mirage_ds.cli.main)
@@ -37,7 +37,7 @@ def start(disk: Path, each: dict[str, Any]) -> int:
     def main() -> None:
         if each.get("lie"):
             shutil.disk_usage = lambda path: Usage(free=2**40)
-        MAINS.get(each["arguments"][0], train.main)()
+        MAINS.get(each["arguments"][0], forked_starts.train)()
 
     code = forked_starts.fork(each, main)
     shutil.copytree(disk, Path(each["folder"]).parent / f"{each['name']}.disk")

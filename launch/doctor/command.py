@@ -14,6 +14,7 @@ import typer
 
 from launch.doctor.findings import Report, Row, failure, merge, show
 from mirage_ds.errors import ConfigError
+from mirage_ds.recipe import load_config
 from mirage_ds.versions import check_versions
 
 
@@ -44,17 +45,16 @@ def examine(recipe: Path | None, overrides: list[str] | None) -> tuple[list[tupl
     Raises:
         ConfigError: the recipe, an override or its DeepSpeed configuration is invalid.
     """
+    config = load_config(recipe, overrides) if recipe else None
     # Imported here: torch and transformers take seconds to import; the other commands need neither.
     from transformers.utils import logging as transformers_logging
 
     from launch.doctor import network_checks as network
     from launch.doctor.all_checks import check_node, facts
-    from mirage_ds.recipe import load_config
     from mirage_ds.zero3 import distributed
     from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
     transformers_logging.disable_progress_bar()
-    config = load_config(recipe, overrides) if recipe else None
     deepspeed_config = resolve_deepspeed_config(config) if config else {}
     distributed.map_launcher_variables()
     alone = os.environ["WORLD_SIZE"] == "1"

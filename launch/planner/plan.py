@@ -11,7 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from launch.planner.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE
+from launch.planner.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE, find_gpu
 from launch.wide_console import wide_console
 from mirage_ds.config import Config
 from mirage_ds.recipe import load_config
@@ -32,10 +32,11 @@ def command(
     gpu: Annotated[str, typer.Option(help="GPU type: h100-80gb, h200-141gb, a100-80gb or a100-40gb.")],
 ) -> None:
     """Estimates memory, time and traffic. Exit code 0: the run fits; 1: it does not; 2: usage error."""
+    config = load_config(recipe, overrides)
+    find_gpu(gpu)
     # Imported here: torch and transformers take seconds to import; the other commands need neither.
     from launch.planner.estimate import estimate
 
-    config = load_config(recipe, overrides)
     found = [estimate(config, number, gpus_per_node, gpu) for number in nodes]
     console = wide_console()
     console.print(table(found, config.train.stage))

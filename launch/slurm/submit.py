@@ -23,10 +23,10 @@ import launch
 import mirage_ds
 from launch.slurm.attempts import LOG_NAME, RECIPE_NAME
 from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_settings, run_slurm
-from launch.slurm.node_check import check_inputs
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
 from mirage_ds.recipe import load_config
+from mirage_ds.training.early_checks import check_inputs
 from mirage_ds.versions import versions
 
 TEMPLATE = Path(__file__).parent / "job.sh"

@@ -17,6 +17,7 @@ from mirage_ds.errors import name_full_disk
 from mirage_ds.inference.questions import read_question, read_task
 from mirage_ds.inference.rates import difference, success_rates, table
 from mirage_ds.inference.results import Answer, Results
+from mirage_ds.paths import check_model
 
 Latents = Literal["fed", "shuffled", "mean", "zeroed"]
 """What is fed at the latents; latents.py defines each."""
@@ -69,6 +70,7 @@ def generate(
     dtype: DtypeOption = None,
 ) -> None:
     """Answers one question and prints the answer as it is decoded, with one mark per latent."""
+    check_model(model, f"--model {model}")
     question = read_question(prompt, image or [])
 
     from mirage_ds.inference.latents import zeroed
@@ -106,6 +108,7 @@ def evaluate(
     dtype: DtypeOption = None,
 ) -> None:
     """Answers and scores the questions of a file, and prints the success rates by level."""
+    check_model(model, f"--model {model}")
     results = Results(output)
     rows = read_task(data, task)
 

@@ -74,8 +74,10 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
     model = MirageModel(backbone, stage=config.train.stage, ce_loss_weight=1.0, train_tower=train_tower)
     mark_gather_units(model, choose_gather(config.model, config.train.stage))
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
-    steps = config.train.max_steps
-    metrics = Metrics(config.run.dir, global_batch_size=distributed.world_size(), max_steps=steps, log_freq=steps)
+    steps, world_size = config.train.max_steps, distributed.world_size()
+    metrics = Metrics(
+        config.run.dir, stage=config.train.stage, global_batch_size=world_size, max_steps=steps, log_freq=steps
+    )
     stream, state = batches(config, rows, config.train.stage), TrainState()
     trainer = Trainer(
         engine,

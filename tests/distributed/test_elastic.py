@@ -94,7 +94,7 @@ def chain(ground: Path) -> list[int]:
         text = run(ground, "chain", ranks, first_weights, until=None if last else begins[-1] + LEG - 1)
         if number:
             assert f"changed since the last start: ranks: {RANKS[number - 1]} -> {ranks}" in text
-            assert f"goes on from {ground / 'chain'}/checkpoints/global_step{begins[-1] - 1}" in text
+            assert f"Resuming from {ground / 'chain'}/checkpoints/global_step{begins[-1] - 1}" in text
     return begins[1:]
 
 
@@ -143,4 +143,4 @@ def test_another_global_batch_is_refused(ground: Path, chain: list[int]) -> None
     process, log = start(ground, "chain", 1, "train.global_batch_size=8")
     assert process.wait(timeout=600) == 2
     assert "global_batch_size: 4 -> 8" in log.read_text()
-    assert "with train.global_batch_size=4 it would be the same on any ranks" in log.read_text()
+    assert "train.global_batch_size=4 keeps the global batch with any number of ranks" in log.read_text()

@@ -101,7 +101,7 @@ def test_killed_and_resumed_is_the_run_that_was_never_stopped(ground: Path, stag
     launching.finish(straight, ground / f"{whole}.log", timeout_s=800)
     again = launching.start(2, *command(ground, stage, killed, "run.resume=auto", "data.num_workers=0"), log=log)
     text = launching.finish(again, log, timeout_s=800)
-    assert f"goes on from {ground / killed}/checkpoints/global_step{INTERVAL}" in text
+    assert f"Resuming from {ground / killed}/checkpoints/global_step{INTERVAL}" in text
     assert "changed since the last start: data.num_workers: 1 -> 0" in text
 
     expected, got = (records(ground / name / "metrics.jsonl") for name in (whole, killed))
@@ -144,7 +144,7 @@ def test_a_signal_to_one_rank_saves_all(ground: Path, tmp_path: Path) -> None:
     text = launching.finish(asked, log, timeout_s=800)
     step = json.loads((run_dir / "preempted").read_text())["step"]
     assert 3 <= step < STEPS
-    assert f"rank 1: SIGUSR1; the run saves after step {step}" in text
+    assert f"rank 1: SIGUSR1: saving and ending after step {step}" in text
     assert (run_dir / "checkpoints" / "latest").read_text() == f"global_step{step}"
     for number in (0, 1):
         beat = json.loads((run_dir / "heartbeat" / f"rank_{number}").read_text())

@@ -115,7 +115,9 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     mark_gather_units(model, gather)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
     size = config.train.samples_per_step(distributed.world_size())
-    metrics = Metrics(config.run.dir, global_batch_size=size, max_steps=case.steps, log_freq=case.steps)
+    metrics = Metrics(
+        config.run.dir, stage=case.stage, global_batch_size=size, max_steps=case.steps, log_freq=case.steps
+    )
     gathered: list[int] = []
     trainer = Trainer(
         engine,

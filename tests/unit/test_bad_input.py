@@ -189,7 +189,11 @@ TRAIN = {
     ),
     # a model folder that is not Qwen2.5-VL or lacks the latent tokens
     "no model": Case(
-        (r"the model cannot be loaded \(nowhere\)", "a Hugging Face folder or hub id", "name a Qwen2.5-VL"),
+        (
+            r"the model's folder is not there \(model\.path=nowhere\)",
+            "a Hugging Face folder .* a hub id",
+            "correct it",
+        ),
         ("model.path=nowhere",),
     ),
     "other model": Case(

@@ -166,7 +166,7 @@ def test_no_room_for_the_next_checkpoint(outcomes: dict[str, Outcome], place: Pa
 
 def test_the_disk_fills_up_while_a_checkpoint_is_written(outcomes: dict[str, Outcome], checkpoint_bytes: int) -> None:
     outcome = outcomes["while writing"]
-    outcome.check_message("goes on from", "the checkpoint could not be written whole", "go on from global_step1")
+    outcome.check_message("Resuming from", "the checkpoint could not be written whole", "go on from global_step1")
     check_whole(outcome.run, checkpoint_bytes)
     assert not list((outcome.run / "checkpoints").glob("global_step2*"))
 

@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mirage_ds"
 SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for path in (ROOT / folder).rglob("*.py"))
 
-GROUND = ("batch", "config", "errors", "output_folder", "recipe", "tokens", "train_state", "versions")
+GROUND = (
+    *("batch", "config", "errors", "library_noise", "output_folder", "paths", "recipe", "tokens", "train_state"),
+    "versions",
+)
 # A wing may import from itself and from the lines above its own, and from nothing below.
 WINGS = (
     GROUND,

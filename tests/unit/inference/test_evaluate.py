@@ -130,7 +130,7 @@ def test_rows_that_cannot_be_asked_or_scored(tmp_path: Path, task: str, row: dic
     """Refused before anything is loaded or written."""
     data = write_jsonl(tmp_path / "rows.jsonl", [row])
     with pytest.raises(DataError, match=message):
-        run("evaluate", "--model", "none", "--task", task, "--data", data, "--output", tmp_path / "results")
+        run("evaluate", "--model", "some/model", "--task", task, "--data", data, "--output", tmp_path / "results")
     assert list(tmp_path.iterdir()) == [data]
 
 
@@ -145,13 +145,13 @@ def test_existing_results_are_kept(tmp_path: Path) -> None:
     data = write_questions(tmp_path / "data", 2)
     (tmp_path / "results").write_text("mine")
     with pytest.raises(DataError, match=r"the file exists already \(.*results, --output\)"):
-        decode("none", data, tmp_path / "results")
+        decode("some/model", data, tmp_path / "results")
     assert (tmp_path / "results").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(("--model", "none/of/these"), "cannot be loaded"), (("--top-p", 2, "--temperature", 1), "sampling")],
+    [(("--model", "none/of/these"), "folder is not there"), (("--top-p", 2, "--temperature", 1), "sampling")],
 )
 def test_refusals_write_nothing(model: str, tmp_path: Path, more: tuple, message: str) -> None:
     data = write_questions(tmp_path / "data", 4)
