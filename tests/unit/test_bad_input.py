@@ -231,16 +231,16 @@ TRAIN = {
     ),
     "the only checkpoint, damaged": Case(
         (
-            r"WARNING: run/.*global_step2 is damaged and passed over: run\.json has 1 bytes",
-            r"no checkpoint .* is whole",
+            r"WARNING: run/.*global_step2 is damaged and skipped: run\.json has size 1, expected \d+ bytes",
+            r"all checkpoints of the run are damaged \(run/checkpoints\): global_step2; .*; copy one there again",
         ),
         ("run.resume=auto",),
         lambda folder: (run_of()(folder), (folder / "run/checkpoints/global_step2/run.json").write_text("{"))[1],
     ),
     "start from a damaged checkpoint": Case(
         (
-            r"is damaged \(run/checkpoints/global_step2\): run\.json has 1 bytes",
-            "what the run wrote",
+            r"is damaged \(run/checkpoints/global_step2\): run\.json has size 1, expected \d+ bytes",
+            "the files that the run wrote",
             "name another one",
         ),
         ("run.init_from=run", "run.dir=next"),
@@ -252,7 +252,11 @@ TRAIN = {
         prepare=run_of(),
     ),
     "run folder without its facts": Case(
-        (r"start\.json cannot be read \(run\): ", "what the run wrote there", r"put it back, or take .* new run\.dir"),
+        (
+            r"start\.json cannot be read \(run\): ",
+            "the file that the run wrote",
+            r"restore it, .*, or set a new run\.dir",
+        ),
         ("run.resume=auto",),
         lambda folder: (run_without_checkpoint(folder), (folder / "run" / "start.json").unlink())[1],
     ),

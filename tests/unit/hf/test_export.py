@@ -313,12 +313,14 @@ def refused(tmp_path: Path, error: type[MirageError], message: str, **options: A
 
 def test_what_cannot_be_exported(base: Path, tmp_path: Path) -> None:
     """A message with what, where, what is allowed and what to do; and nothing is written."""
-    refused(tmp_path, CheckpointError, rf"no complete checkpoint \({tmp_path}/run\); allowed is .*; name one")
+    refused(tmp_path, CheckpointError, rf"no complete checkpoint \({tmp_path}/run\); expected .*; name one")
     weights = random_weights(base / "untied")
     checkpoint = write_run(tmp_path / "run", base / "untied", weights)
     for size in ("5", "5 gallons", "GB"):
         refused(tmp_path, ConfigError, rf"no size is '{size}' \(--max-shard-size\).*5GB", max_shard_size=size)
-    refused(tmp_path, CheckpointError, r"other parameters .*: lm_head.weight; .*model.path", model=str(base / "tied"))
+    refused(
+        tmp_path, CheckpointError, r"parameters .* differ .*: lm_head.weight; .*model.path", model=str(base / "tied")
+    )
     refused(
         tmp_path,
         ConfigError,
@@ -335,7 +337,7 @@ def test_what_cannot_be_exported(base: Path, tmp_path: Path) -> None:
     file.rename(file.with_name("aside"))
     refused(tmp_path, CheckpointError, r"damaged .*zero_pp_rank_1_.* is missing; .*copy it there again")
     complete_by_hand(checkpoint)
-    refused(tmp_path, CheckpointError, r"0 files .*zero_pp_rank_1_.*copy the whole folder again")
+    refused(tmp_path, CheckpointError, r"0 files match .*zero_pp_rank_1_.*copy the complete folder again")
     facts = json.loads((checkpoint / "run.json").read_text())
     facts["config"]["model"]["old_key"] = 1
     (checkpoint / "run.json").write_text(json.dumps(facts))
@@ -343,7 +345,7 @@ def test_what_cannot_be_exported(base: Path, tmp_path: Path) -> None:
     refused(tmp_path, CheckpointError, r"(?s)run.json holds no configuration of this version .*old_key")
     (checkpoint / "run.json").write_text("{")
     complete_by_hand(checkpoint)
-    refused(tmp_path, CheckpointError, r"run.json cannot be read .*put it back")
+    refused(tmp_path, CheckpointError, r"run.json cannot be read .*restore it")
 
 
 def test_a_relative_model_path_that_is_gone(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
