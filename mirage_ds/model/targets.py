@@ -7,7 +7,7 @@ import torch
 from mirage_ds.batch import Batch
 from mirage_ds.config import CompressStrategy
 from mirage_ds.ops.latent_pool import latent_pool
-from mirage_ds.ops.segments import cut_images
+from mirage_ds.ops.segments import batch_segments
 
 
 class Tower(torch.nn.Module):
@@ -53,7 +53,7 @@ def latent_targets(
     helper_embeds: torch.Tensor, batch: Batch, strategy: CompressStrategy, dtype: torch.dtype
 ) -> LatentTargets:
     """Pools the helper images' embeddings [their patches, D] to what their latents are fed and compared with."""
-    segments = cut_images(batch.helper_grids, batch.latent_sizes, strategy)
+    segments = batch_segments(batch.helper_grids, batch.latent_sizes, strategy)
     if segments is None:
         nothing = helper_embeds.new_zeros((0, helper_embeds.shape[1]), dtype=torch.float32)
         return LatentTargets(nothing.to(dtype), nothing, nothing[:, 0])
