@@ -160,22 +160,26 @@ TRAIN = {
     ),
     # missing or empty shards
     "shards missing": Case(
-        (r"no manifest\.json.*\(nowhere/manifest\.json\)", "what `mirage-data build` wrote", "name such a folder or"),
+        (r"no manifest\.json.*\(nowhere/manifest\.json\)", "folder that `mirage-data build` wrote", "or build one"),
         ("data.shards=nowhere",),
     ),
     "validation shards missing": Case(
         (r"no manifest\.json.*\(nowhere/manifest\.json\)",), ("evaluation.shards=nowhere",)
     ),
     "shard missing": Case(
-        (r"the shard is no file \(shards/shard-000001\.tar\)", "manifest says", "copy it again, or build again"),
+        (r"the shard is missing \(shards/shard-000001\.tar\)", "the manifest says", "copy it again, or build again"),
         prepare=shards_spoiled_by(lambda shards: (shards / "shard-000001.tar").unlink()),
     ),
     "shard empty": Case(
-        (r"the shard is 0 bytes \(shards/shard-000001\.tar\)", r"manifest says \d+ bytes", "copy it again"),
+        (
+            r"the shard has size 0 \(shards/shard-000001\.tar\)",
+            r"the manifest says \d+ bytes",
+            "copy it again",
+        ),
         prepare=shards_spoiled_by(lambda shards: (shards / "shard-000001.tar").write_bytes(b"")),
     ),
     "no samples": Case(
-        (r"0 samples .*\(shards/manifest\.json\)", "to 1 or more", "build the shards again"),
+        (r"num_samples is 0, .*\(shards/manifest\.json\)", "at least 1", "build the shards again"),
         prepare=shards_spoiled_by(manifest_without_samples),
     ),
     # latent_size larger than a helper image's patches
@@ -345,18 +349,22 @@ def damaged_image(rows: Path) -> None:
 
 BUILD = {
     # a row with no text, a missing or undecodable image, slots that do not fit the images
-    "no text": ((r"text_input is ''", "a row needs a text", "fill it in"), row(text_input="")),
+    "no text": ((r"text_input is ''", "expected a non-empty text", "fill it in"), row(text_input="")),
     "no such image": (
-        (r"image_input cannot be read: 'no\.png'", "relative to", "mend the path"),
+        (r"image_input cannot be read: 'no\.png'", "relative to", "fix the path"),
         row(image_input="no.png"),
     ),
-    "damaged image": ((r"cannot be decoded: ", "allowed are PNG", "replace the image"), damaged_image),
+    "damaged image": ((r"cannot be decoded: ", "allowed: PNG", "replace the image"), damaged_image),
     "<image>": (
-        ("text_input has 2 image slots for 1 input images", "one <image> for each", "add or remove slots"),
+        ("image slots in text_input: 2, input images: 1", "one <image> per image", "add or remove slots"),
         row(text_input="<image><image> Where?"),
     ),
     "<output_image>": (
-        ("text_output has 0 <output_image> for 2 helper images", "one for each", "add or remove slots or images"),
+        (
+            "<output_image> slots in text_output: 0, helper images: 2",
+            "one slot per image",
+            "add or remove slots or images",
+        ),
         row(text_output="A", image_output=["images/1_1.png", "images/2_1.png"]),
     ),
     "no rows": (("no rows", "at least one JSON object", "write some rows"), lambda rows: rows.write_text("")),

@@ -152,7 +152,7 @@ def cut_off(path: Path) -> None:
         (lambda rows: cut_off(rows.parent / "images" / "1_0.png"), "the image cannot be decoded: .*, image_input 0"),
         (lambda rows: cut_off(rows.parent / "images" / "1_1.png"), "the image cannot be decoded: .*, image_output 0"),
         (lambda rows: rows.write_text(rows.read_text().replace("row-1", 'row-1"')), "malformed JSON"),
-        (lambda rows: rows.write_text(rows.read_text().replace("LEFT x 1", "<image>")), "text_input has 2 image slots"),
+        (lambda rows: rows.write_text(rows.read_text().replace("LEFT x 1", "<image>")), "image slots in text_input: 2"),
         (lambda rows: rows.write_text(""), "no rows"),
     ],
 )
