@@ -1,7 +1,7 @@
-"""Greedy decoding with the reference's rule (own end token, limit 8): the same ids and the same latents.
+"""Greedy decoding with the reference's rule (the model emits the end token, limit 8): the same ids and latents.
 
-One row at a time, as the reference can, and all rows of the set in one batch, as it cannot: each row enters and leaves
-latent mode by itself.
+One row at a time, as in the reference, and all rows of the set in one batch, which the reference does not support: each
+row enters and leaves latent mode independently.
 """
 
 from dataclasses import replace
@@ -38,13 +38,13 @@ def token_ids() -> TokenIds:
 def prompt(index: int) -> EncodedSample:
     """The set's prompt of sample `index`, with its user images."""
     input_ids = golden_set.tensors("golden")[f"gen{index}.prompt_ids"][0].long()
-    whole = golden_set.encoded(index, "stage2")
+    sample = golden_set.encoded(index, "stage2")
     length = len(input_ids)
     return replace(
-        whole,
+        sample,
         input_ids=input_ids,
         labels=torch.full((length,), -100),
-        position_ids=whole.position_ids[:, :length],
+        position_ids=sample.position_ids[:, :length],
         image_mask=input_ids == token_ids().image_pad,
         latent_mask=torch.zeros(length).bool(),
         prompt_length=length,
@@ -84,7 +84,7 @@ def test_in_one_batch() -> None:
 
 @pytest.mark.parametrize("size", [1, 5])
 def test_a_block_of_fixed_length(size: int) -> None:
-    """Exactly K states, whatever the model would choose; then <|latent_end|> and text again."""
+    """Exactly K states, whatever the model would emit; then <|latent_end|> and text again."""
     ids = token_ids()
     for row in decode([expected["sample"] for expected in expectations()], 24, latent_end="fixed", latent_size=size):
         start = row.ids.index(ids.latent_start)
@@ -93,7 +93,7 @@ def test_a_block_of_fixed_length(size: int) -> None:
 
 
 def test_what_is_fed_matters() -> None:
-    """With the states replaced by zeros the answer is another one: they are really used."""
+    """With zeros instead of the states the answer changes: the states are used."""
     changed = decode([expected["sample"] for expected in expectations()], 24, feed=torch.zeros_like)
     assert [row.ids for row in changed] != [expected["new_ids"] for expected in expectations()]
     assert not any(latent.any() for row in changed for latent in row.latents)
