@@ -104,8 +104,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], 
     both = cast(str, tokenizer.apply_chat_template(other + messages, tokenize=False))
     if not both.startswith(before):
         raise ConfigError(
-            f"the chat template cannot leave out its system turn ({tokenizer.name_or_path}): its earlier turns must not "
-            "depend on later ones; set data.system_turn=true, or use Qwen2.5-VL's template"
+            f"the chat template cannot leave out its system turn ({tokenizer.name_or_path}): its earlier turns must "
+            "not depend on later ones; set data.system_turn=true, or use Qwen2.5-VL's template"
         )
     return both.removeprefix(before)
 

@@ -1,8 +1,7 @@
-"""Every wrong input, at the command that a user gives it to: exit code 2, one message, no traceback, nothing written.
+"""Every wrong input, given to its command: exit code 2, one message, no traceback, nothing written.
 
-Each case names the parts that its message must have: what is wrong and where, what is allowed, what to do. The tests
-of the single modules know more ways to be wrong. Elsewhere: versions (test_versions.py), a full disk
-(test_full_disk.py).
+Each case lists the parts that its message must have: what is wrong and where, what is allowed, what to do. The tests
+of the single modules have more wrong inputs. Elsewhere: versions (test_versions.py), a full disk (test_full_disk.py).
 """
 
 import hashlib
@@ -37,7 +36,7 @@ RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
 class Case:
     says: tuple[str, ...]  # regular expressions: what and where, what is allowed, what to do
     overrides: tuple[str, ...] = ()
-    prepare: Callable[[Path], None] = lambda folder: None  # gets the folder that the command is started in
+    prepare: Callable[[Path], None] = lambda folder: None  # gets the working directory of the command
 
 
 def deepspeed_json(**changes: Any) -> Callable[[Path], None]:
@@ -66,14 +65,14 @@ def other_model(folder: Path) -> None:
 
 
 def model_without_latents(folder: Path) -> None:
-    """The tokenizer knows 3 tokens too many for the embeddings, as the latent tokens are in a hub's small model."""
+    """The tokenizer has 3 tokens more than the embeddings, like the latent tokens with a small model from the hub."""
     hf = load_backbone(str(folder / "model"), dtype=None).hf
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     hf.resize_token_embeddings(len(tokenizer) - 3)
     hf.save_pretrained(folder / "model")
 
 
-def cut_weights(folder: Path) -> None:
+def truncate_weights(folder: Path) -> None:
     path = folder / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
 
@@ -86,7 +85,7 @@ def drop_a_weight(folder: Path) -> None:
 
 
 def run_of(**changes: Any) -> Callable[[Path], None]:
-    """A run with a checkpoint, as far as it is looked at: the configuration of these tests but for `changes`."""
+    """A run with the parts of a checkpoint that are read: the configuration of these tests with `changes`."""
 
     def write(folder: Path) -> None:
         overrides = [*OVERRIDES, *changes.pop("overrides", ())]
@@ -121,20 +120,23 @@ TRAIN = {
     "wrong choice": Case((r"train\.stage: .*'text', 'stage1' or 'stage2'", "correct each"), ("train.stage=stage3",)),
     # batch arithmetic that does not divide
     "batch and micro-batch": Case(
-        (r"global_batch_size is 7, no multiple of the 2 samples", r"set train\.global_batch_size to a multiple"),
+        (r"global_batch_size is 7, not a multiple of the 2 samples", r"set train\.global_batch_size to a multiple"),
         ("train.global_batch_size=7",),
     ),
     "batch and ranks": Case(
         (
-            r"train\.global_batch_size is 8, which 1 ranks x train\.micro_batch_size_per_gpu=1 x .*steps=2 do not make",
-            "allowed are multiples of 1, with train.gradient_accumulation_steps unset",
-            "set one of these numbers",
+            r"train\.global_batch_size is 8, which does not match ranks=1 x train\.micro_batch_size_per_gpu=1 x .*=2",
+            "allowed: multiples of 1, with train.gradient_accumulation_steps unset",
+            "change one of these values",
         ),
         ("train.global_batch_size=8",),
     ),
-    # a DeepSpeed JSON that disagrees, has a misspelt key, or an optimizer section
-    "deepspeed disagrees": Case(
-        (r"gradient_clipping is 3 there, .* makes it 1\.0 \(distributed\.deepspeed_config=\./ds\.json", 'write "auto"'),
+    # a DeepSpeed JSON that contradicts the run, has a misspelt key, or an optimizer section
+    "deepspeed contradicts": Case(
+        (
+            r"gradient_clipping is 3 in the file, but 1\.0 in .* \(distributed\.deepspeed_config=\./ds\.json",
+            'write "auto"',
+        ),
         OWN_JSON,
         deepspeed_json(gradient_clipping=3),
     ),
@@ -149,11 +151,11 @@ TRAIN = {
         deepspeed_json(zero_optimization={"stage": 3, "overlap_com": True}),
     ),
     "deepspeed optimizer": Case(
-        (r"optimizer stands there \(.*ds\.json\)", "configuration owns it", r"delete it there and set train\.lr"),
+        (r"optimizer must not be set \(.*ds\.json\)", "configuration owns it", r"delete it there and set train\.lr"),
         OWN_JSON,
         deepspeed_json(optimizer={"type": "AdamW"}),
     ),
-    # flash_attention_2 named but not installed
+    # flash_attention_2 requested but not installed
     "flash attention": Case(
         (r"model\.attention is flash_attention_2, which cannot run", "needs a GPU", "install flash-attn, or set"),
         ("model.attention=flash_attention_2",),
@@ -208,14 +210,14 @@ TRAIN = {
         prepare=model_without_latents,
     ),
     "model without weights": Case(
-        (r"the weights cannot be loaded \(model\): ", "a model folder has the files", "copy the folder again"),
+        (r"the weights cannot be loaded \(model\): ", "a model folder must have the files", "copy the folder again"),
         prepare=lambda folder: (folder / "model" / "model.safetensors").unlink(),
     ),
-    "model cut short": Case(
-        (r"the weights cannot be loaded \(model\): ", "whole", "copy the folder again"), prepare=cut_weights
+    "model truncated": Case(
+        (r"the weights cannot be loaded \(model\): ", "complete", "copy the folder again"), prepare=truncate_weights
     ),
     "model without one weight": Case(
-        (r"1 weights are missing, .*norm\.weight for one \(model\)", "copy the folder again"), prepare=drop_a_weight
+        (r"missing weights: 1, for example .*norm\.weight \(model\)", "copy the folder again"), prepare=drop_a_weight
     ),
     # a checkpoint of another latent_size or another manifest
     "checkpoint, latent_size": Case(
@@ -288,7 +290,7 @@ def run_without_checkpoint(folder: Path, **changes: Any) -> None:
 
 
 def contents(folder: Path) -> dict[str, str | None]:
-    """Every path under a folder, with what a file holds."""
+    """Every path under a folder, with the sha256 of files."""
     paths = sorted(folder.rglob("*"))
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in paths}
 
@@ -305,7 +307,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def starts(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, bool]]:
-    """Exit code and output of each start, and whether its folder stayed as it was."""
+    """Exit code and output of each start, and whether its folder is unchanged."""
     folder = tmp_path_factory.mktemp("starts")
     started = []
     for name, case in TRAIN.items():
@@ -339,7 +341,7 @@ def test_the_trainer_refuses(starts: dict[str, tuple[int, str, bool]], name: str
 
 
 def row(**changes: Any) -> Callable[[Path], None]:
-    """The second of three rows changed."""
+    """Three rows, the second one with `changes`."""
     return lambda rows: (write_jsonl(rows, [make_row(0), make_row(1) | changes, make_row(2)]), None)[1]
 
 

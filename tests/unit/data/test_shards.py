@@ -97,5 +97,5 @@ def test_an_empty_folder_is_filled_and_a_full_one_refused(tmp_path: Path) -> Non
     with new_folder(tmp_path / "output") as folder:
         (folder / "file").write_text("x")
     for output in (tmp_path / "output", tmp_path / "output" / "file"):
-        with pytest.raises(DataError, match="the output is there already"), new_folder(output):
+        with pytest.raises(DataError, match="the output already exists"), new_folder(output):
             pass

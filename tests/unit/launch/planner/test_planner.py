@@ -165,7 +165,7 @@ def test_the_command_says_whether_it_fits() -> None:
     ("arguments", "words"),
     [
         (["--gpu", "h100"], r"\(--gpu h100\): did you mean 'h100-80gb'\?"),
-        (["--gpu", "h100-80gb", "--nodes", "2"], "global_batch_size is 8, which 16 ranks"),
+        (["--gpu", "h100-80gb", "--nodes", "2"], "global_batch_size is 8, which does not match ranks=16"),
         (["--gpu", "h100-80gb", "model.path=./gone"], "the model's folder is not there"),
         (["--gpu", "h100-80gb", "train.lrr=1"], "train.lrr"),
     ],

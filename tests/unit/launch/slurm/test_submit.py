@@ -62,7 +62,7 @@ def submit(*arguments: str) -> str:
     [
         (["--nodes", "4"], ConfigError, r"wants 4 nodes .* batch has 3; .* urgent \(8 nodes\)"),
         (["--nodes", "2", "--partition", "nope"], ConfigError, r"no such partition \(--partition nope\); .*batch \(3"),
-        (["--nodes", "3"], ConfigError, "global_batch_size is 8, which 6 ranks .* multiples of 6"),
+        (["--nodes", "3"], ConfigError, "global_batch_size is 8, which does not match ranks=6 .* multiples of 6"),
         (["--nodes", "2", "data.shards=gone"], DataError, "no manifest.json"),
         (["--nodes", "2", "evaluation.shards=gone"], DataError, "no manifest.json"),
         (["--nodes", "2", "model.path=./gone"], ConfigError, "the model's folder is not there"),
