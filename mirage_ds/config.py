@@ -194,7 +194,7 @@ class TrainConfig(Section):
         steps = math.ceil(self.epochs * num_samples / self.samples_per_step(world_size))
         if self.warmup_steps >= steps:
             raise ConfigError(
-                f"train.warmup_steps is {self.warmup_steps}, but the run has {steps} in all (train.epochs="
+                f"train.warmup_steps is {self.warmup_steps}, but the run has {steps} in total (train.epochs="
                 f"{self.epochs}, samples: {num_samples}); the warm-up must be shorter; set train.warmup_steps or "
                 "train.epochs"
             )

@@ -20,7 +20,7 @@ def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Confi
     """Reads a recipe, applies `section.key=value` overrides (values in YAML) and validates the result.
 
     Raises:
-        ConfigError: the file, an override, a key or a value is wrong; the message has which, and what is allowed.
+        ConfigError: the file, an override, a key or a value is wrong; the message names it, and what is allowed.
     """
     path = Path(recipe)
     tree = _read_yaml(path)

@@ -75,7 +75,7 @@ def wrong_content(checkpoint: Path, part: slice = slice(None)) -> str | None:
     """The first file whose sha256 differs from the one in files.json; None if there is none.
 
     Args:
-        part: which of the files, sorted by name, are read; ranks divide them among each other.
+        part: which of the files, sorted by name, are read; each rank reads its share.
     """
     try:
         for name, expected in sorted(read_files(checkpoint).items())[part]:

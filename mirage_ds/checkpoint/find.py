@@ -17,7 +17,7 @@ def newest_complete(run_dir: Path) -> Path | None:
 def find_undamaged(run_dir: Path) -> Path | None:
     """The newest undamaged checkpoint of a run, or None if it never saved one; skips damaged ones with a warning.
 
-    Every rank must call it, and all get the same answer. The ranks divide the files among each other to verify them.
+    Every rank must call it, and all get the same answer. Each rank verifies its share of the files.
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.

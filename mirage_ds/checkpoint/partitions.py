@@ -27,10 +27,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of consecutive elements in a file."""
+    """Consecutive elements in a file."""
 
     file: Path
-    offset: int  # bytes from the file's beginning
+    offset: int  # bytes from the start of the file
     numel: int
 
     def read(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -60,7 +60,7 @@ class StoredParameter:
     pieces: tuple[Piece, ...]
 
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Reads the parameter, in `dtype` or as it is stored. Holds only one rank's part in memory besides.
+        """Reads the parameter, in `dtype` or as it is stored. Besides the result, only one rank's part is in memory.
 
         Raises:
             CheckpointError: a file cannot be read, or is too short.
@@ -146,7 +146,7 @@ def check_fit(stored: Mapping[str, StoredParameter], model: torch.nn.Module, che
     """Refuses a transformers model whose parameters differ from those of a checkpoint.
 
     Raises:
-        CheckpointError: with the names that only one of them has, or whose shapes differ.
+        CheckpointError: the message names the parameters that only one of them has, or whose shapes differ.
     """
     found = {name: tuple(parameter.shape) for name, parameter in stored.items()}
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied head once

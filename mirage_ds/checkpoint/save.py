@@ -142,7 +142,7 @@ def check_room(run_dir: Path, model: torch.nn.Module, device: torch.device) -> N
     """Refuses to start a checkpoint that does not fit on the disk; every rank must call it, and all agree.
 
     Raises:
-        CheckpointError: with the folder and both sizes.
+        CheckpointError: there is too little space; the message has the folder and both sizes.
     """
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free + complete.parts_bytes(run_dir / FOLDER)  # save deletes these first

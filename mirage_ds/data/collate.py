@@ -1,4 +1,4 @@
-"""Encoded samples -> Batch: padding, alignment of latents, and the position of everything."""
+"""Collates encoded samples to a Batch: padding, alignment of latents, positions of images, latents and targets."""
 
 from collections.abc import Sequence
 

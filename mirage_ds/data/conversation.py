@@ -1,4 +1,4 @@
-"""A sample's texts -> the conversation as Qwen2.5-VL's chat template writes it; loads the tokenizer with it."""
+"""Renders a sample's texts as a conversation in Qwen2.5-VL's chat template; loads the tokenizer that has it."""
 
 import re
 from pathlib import Path
@@ -84,7 +84,7 @@ def train_text(
 def prompt_text(
     tokenizer: PreTrainedTokenizerBase, question: str, *, num_input_images: int, system_turn: bool = True
 ) -> str:
-    """The conversation as decoding starts it: `train_text` up to and including <|im_start|>assistant."""
+    """The prompt for decoding: `train_text` up to and including <|im_start|>assistant."""
     return _render(tokenizer, [_user_turn(question, num_input_images)], system_turn) + ASSISTANT_MARKER
 
 

@@ -1,4 +1,4 @@
-"""The conversation of ONE sample -> token ids, labels, latent spans, positions.
+"""Encodes the conversation of one sample: token ids, labels, latent spans, positions.
 
 Shape legend: L tokens, P patches, N images, K latents per block.
 """
@@ -170,7 +170,7 @@ class Encoder:
         """Encodes one sample.
 
         Raises:
-            DataError: the sample cannot be used in this stage; with the sample's key.
+            DataError: the sample cannot be used in this stage; the message names its key.
         """
         check_sample(sample, sample.key)
         self._check_blocks(num_latent_blocks(sample.text_output, len(sample.helper_images)), sample.key)
@@ -198,10 +198,10 @@ class Encoder:
         )
 
     def prompt(self, sample: Sample) -> EncodedSample:
-        """Encodes a sample's question, with its input images, as decoding starts it.
+        """Encodes a sample's question and input images as a prompt for decoding.
 
         Raises:
-            DataError: the question and its images do not fit together; with the sample's key.
+            DataError: the question and its images do not match; the message names the sample's key.
         """
         check_question(sample, sample.key)
         pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
@@ -234,7 +234,7 @@ class Encoder:
         """Checks before a run, from the index alone, what `__call__` would refuse in this stage.
 
         Raises:
-            DataError: with the shard and the sample's key.
+            DataError: a sample would be refused; the message names its shard and key.
         """
         for entry in load_index(folder):
             key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"

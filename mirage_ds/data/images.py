@@ -30,7 +30,7 @@ def open_image(data: bytes, where: str) -> Image.Image:
     """Decodes all pixels of an image, so that nothing can fail later.
 
     Raises:
-        DataError: not one of IMAGE_FORMATS, damaged, too large or too narrow; the message has `where`.
+        DataError: not one of IMAGE_FORMATS, damaged, too large or too narrow; the message names `where`.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)

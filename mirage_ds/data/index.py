@@ -30,7 +30,7 @@ def load_index(folder: ShardFolder) -> list[IndexEntry]:
     """Reads index.jsonl: one entry per sample, in the order of their keys.
 
     Raises:
-        DataError: it is missing, or is not the one in the manifest.
+        DataError: it is missing, or does not match the manifest.
     """
     path = folder.path / INDEX_NAME
     data = path.read_bytes() if path.is_file() else b""

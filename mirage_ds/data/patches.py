@@ -71,7 +71,7 @@ class ImageProcessor:
         return rows // side, columns // side
 
     def save(self, folder: Path) -> None:
-        """Writes preprocessor_config.json, with the limits in force."""
+        """Writes preprocessor_config.json, with the limits that are used."""
         self._processor.save_pretrained(folder)
 
     def num_merged(self, grid_thw: torch.Tensor) -> list[int]:

@@ -46,7 +46,7 @@ def epoch_order(num_samples: int, digest: str, seed: int, epoch: int) -> npt.NDA
 
 
 def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), modulo 2**64, elementwise."""
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014), modulo 2**64, elementwise."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -88,7 +88,7 @@ def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path) ->
     """As `read_row`, but text_output may be missing, and helper images are not read.
 
     Raises:
-        DataError: the question and its images do not fit together, or an image cannot be decoded.
+        DataError: the question and its images do not match, or an image cannot be decoded.
     """
     sample = Sample(
         key=key,
@@ -144,7 +144,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def read_row(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Sample:
-    """Reads a row's images from `folder` and checks that texts and images fit together.
+    """Reads a row's images from `folder` and checks that texts and images match.
 
     Raises:
         DataError: a field of the wrong type, a missing image file, or what `check_sample` refuses.
@@ -196,7 +196,7 @@ def check_sample(sample: Sample, where: str) -> None:
     """Refuses texts that would break the labels, and slots that do not match the images.
 
     Raises:
-        DataError: with `where`.
+        DataError: the sample is refused; the message names `where`.
     """
     check_question(sample, where)
     _check_text(sample.text_output, "text_output", where)
@@ -212,7 +212,7 @@ def check_question(sample: Sample, where: str) -> None:
     """The checks of `check_sample` on the question, the only part of a sample that decoding uses.
 
     Raises:
-        DataError: with `where`.
+        DataError: the sample is refused; the message names `where`.
     """
     _check_text(sample.text_input, "text_input", where)
     num_blocks = num_image_blocks(sample.text_input, len(sample.input_images))

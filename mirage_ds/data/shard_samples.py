@@ -46,7 +46,7 @@ def from_members(key: str, members: Mapping[str, bytes]) -> Sample:
     """The inverse of `to_members`. Images stay bytes; slots are checked when the sample is encoded.
 
     Raises:
-        DataError: members are missing, unknown, or not as `to_members` writes them; with `key`.
+        DataError: members are missing, unknown, or not as `to_members` writes them; the message names `key`.
     """
     if "json" not in members:
         raise DataError(f"{key}.json is missing; a sample needs it; build the shards again")
@@ -82,7 +82,7 @@ def read_range(path: Path, offset: int, size: int, where: str) -> bytes:
     """Reads the bytes of one sample in a shard, including headers and padding.
 
     Raises:
-        DataError: the shard cannot be read or is too short; with `where`.
+        DataError: the shard cannot be read or is too short; the message names `where`.
     """
     try:
         with path.open("rb", buffering=0) as file:

@@ -50,7 +50,7 @@ def export_checkpoint(
         model: folder or hub id of the model that the run started from; None: the run's model.path.
 
     Raises:
-        CheckpointError: there is no such checkpoint, a rank's file is missing or damaged, or the model is another.
+        CheckpointError: there is no such checkpoint, a rank's file is missing or damaged, or the model does not match.
         ConfigError: the model that the run started from is missing, or `max_shard_size` is not a size.
         DataError: `output` already exists, or cannot be written.
     """

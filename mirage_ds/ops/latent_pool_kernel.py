@@ -83,7 +83,7 @@ def _inverse_norm_kernel(
     eps: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """1 / max(sqrt(sum of squares), eps) of one segment, its parts are always added in the same order."""
+    """1 / max(sqrt(sum of squares), eps) of one segment; its parts are always added in the same order."""
     segment = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, BLOCK)
     square = tl.sum(tl.load(squares + segment * num_parts + parts, mask=parts < num_parts, other=0.0), axis=0)

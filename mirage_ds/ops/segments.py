@@ -87,9 +87,7 @@ def grid_shape(rows: int, columns: int, latent_size: int) -> tuple[int, int]:
     factors = [(r, latent_size // r) for r in range(1, latent_size + 1) if latent_size % r == 0]
     fitting = [(r, c) for r, c in factors if r <= rows and c <= columns]
     if not fitting:
-        raise ValueError(
-            f"the helper image has {rows} x {columns} merged patches, where no grid of {latent_size} cells fits"
-        )
+        raise ValueError(f"no grid of {latent_size} cells fits the helper image's {rows} x {columns} merged patches")
 
     def elongation(shape: tuple[int, int]) -> Fraction:
         aspect = Fraction(rows * shape[1], columns * shape[0])  # of a cell

@@ -51,7 +51,7 @@ def test_300_images(strategy: str, seed: int) -> None:
 
 
 def test_offsets_beyond_31_bits() -> None:
-    """4.3 GB of embeddings; the segment is in the last rows."""
+    """4.3 GB of embeddings, with one segment in the last rows."""
     dim, num_patches = 8192, 2**18 + 8
     patch_embeds = torch.zeros(num_patches, dim, dtype=torch.bfloat16, device="cuda")
     patch_embeds[-8:] = torch.arange(8, device="cuda")[:, None]
@@ -79,7 +79,7 @@ def test_bounds_on_the_gpu_are_refused() -> None:
 
 
 def test_no_wait_for_the_device() -> None:
-    """Neither the checks nor the copies of bounds and index synchronise."""
+    """Neither the checks nor the copies of bounds and index synchronize."""
     num_patches, segments = checks.patches_and_segments([(18, 18)] * 4, [4] * 4, "grid")
     patch_embeds = torch.randn(num_patches, 256, device="cuda", requires_grad=True)
     latent_pool(patch_embeds, *segments, 16, torch.bfloat16)[1].sum().backward()  # compiles

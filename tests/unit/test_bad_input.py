@@ -350,7 +350,7 @@ def damaged_image(rows: Path) -> None:
 
 
 BUILD = {
-    # a row with no text, a missing or undecodable image, slots that do not fit the images
+    # a row with no text, a missing or undecodable image, slots that do not match the images
     "no text": ((r"text_input is ''", "expected a non-empty text", "fill it in"), row(text_input="")),
     "no such image": (
         (r"image_input cannot be read: 'no\.png'", "relative to", "fix the path"),

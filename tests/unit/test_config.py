@@ -120,7 +120,7 @@ def test_epochs_become_steps() -> None:
     train = TrainConfig(stage="text", epochs=1.5, micro_batch_size_per_gpu=3, warmup_steps=2)
     assert train.num_steps(num_samples=10, world_size=2) == 3
     assert TrainConfig(stage="text", max_steps=20).num_steps(num_samples=10, world_size=2) == 20
-    with pytest.raises(ConfigError, match=r"warmup_steps is 2, but the run has 2 in all .*epochs=1\.5, samples: 6"):
+    with pytest.raises(ConfigError, match=r"warmup_steps is 2, but the run has 2 in total .*epochs=1\.5, samples: 6"):
         train.num_steps(num_samples=6, world_size=2)
 
 

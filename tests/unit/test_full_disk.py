@@ -37,7 +37,7 @@ def may_mount() -> bool:
 
 
 class Outcome:
-    """What a start left behind."""
+    """The exit code, output and files of a start."""
 
     def __init__(self, place: Path, name: str, code: int) -> None:
         self.code, self.output = code, (place / f"{name}.log").read_text()
@@ -117,7 +117,7 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
 
 
 def check_undamaged(run: Path, checkpoint_bytes: int) -> None:
-    """`latest` names step 1, which is undamaged."""
+    """The newest checkpoint is step 1, and it is undamaged."""
     found = newest_complete(run)
     assert found == run / "checkpoints" / "global_step1"
     assert find_named(run) == found  # sha256 verified

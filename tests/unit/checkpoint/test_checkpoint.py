@@ -16,7 +16,7 @@ from mirage_ds.zero3 import distributed
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage2.yaml"
 
 
-def test_pruning_counts_complete_ones_and_keeps_what_it_does_not_know(tmp_path: Path) -> None:
+def test_pruning_counts_complete_ones_and_keeps_other_folders(tmp_path: Path) -> None:
     """Damaged ones do not count; later ones were skipped and are kept; so is a folder of another name."""
     for name in ("global_step100", "global_step500", "global_step550", "global_step600", "global_step1000", "mine"):
         (tmp_path / name).mkdir()

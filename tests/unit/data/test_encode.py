@@ -74,7 +74,7 @@ def test_ids_are_those_of_the_full_text(
     text = full_text(tokenizer, sample, stage)
     expected = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     assert encoded.input_ids.tolist() == expected["input_ids"]
-    # The prompt's end by characters, and the prompt tokenised alone, agree with the end found by ids.
+    # The prompt's end by characters, and the prompt tokenized alone, agree with the end found by ids.
     end = text.index(ASSISTANT_MARKER) + len(ASSISTANT_MARKER)
     assert encoded.prompt_length == sum(start < end for start, _ in expected["offset_mapping"])
     prompt_ids = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
@@ -135,7 +135,7 @@ def test_a_grid_that_does_not_fit_is_refused(
     grid = {"stage": "stage1", "compress_strategy": "grid"}
     assert Encoder(tiny_tokenizer, image_processor, latent_size=6, **grid)(make_sample()).latent_size == 6
     with pytest.raises(
-        DataError, match=r"no grid of 5 cells fits \(shard/k.helper_0\); expected .*grid a product of two factors"
+        DataError, match=r"no grid of 5 cells fits .* merged patches \(shard/k.helper_0\); .*=grid a product of two"
     ):
         Encoder(tiny_tokenizer, image_processor, latent_size=5, **grid)(make_sample())
 

@@ -22,7 +22,7 @@ def test_a_built_folder_loads(shards: ShardFolder) -> None:
 
 
 def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """A damage that changes manifest.json."""
+    """Makes a function that damages manifest.json by `change`."""
 
     def damage(folder: Path) -> None:
         path = folder / "manifest.json"

@@ -84,7 +84,7 @@ def test_cells_are_nearly_square(rows: int, columns: int, latent_size: int, shap
         (26, "average_all", "25 merged patches for 26 latents"),
         (26, "grid", "25 merged patches for 26 latents"),
         (0, "average", "25 merged patches for 0 latents"),
-        (7, "grid", "5 x 5 merged patches, where no grid of 7 cells fits"),
+        (7, "grid", "no grid of 7 cells fits the helper image's 5 x 5 merged patches"),
     ],
 )
 def test_what_cannot_be_pooled(latent_size: int, strategy: str, message: str) -> None:
