@@ -1,4 +1,4 @@
-"""Greedy decoding with the reference's rule (own end token, limit 8): the same ids and the same latents.
+"""Greedy decoding with the reference's rule (the model emits the end token, limit 8): the same ids and latents.
 
 One row at a time, as the reference decodes, and all rows of the set in one batch, which it does not support: each row
 enters and leaves latent mode by itself.
@@ -85,7 +85,7 @@ def test_in_one_batch() -> None:
 
 @pytest.mark.parametrize("size", [1, 5])
 def test_a_block_of_fixed_length(size: int) -> None:
-    """Exactly K states, whatever the model would choose; then <|latent_end|> and text again."""
+    """Exactly K states, whatever the model would emit; then <|latent_end|> and text again."""
     ids = token_ids()
     for row in decode([expected["sample"] for expected in expectations()], 24, latent_end="fixed", latent_size=size):
         start = row.ids.index(ids.latent_start)
