@@ -32,7 +32,7 @@ LatentEndOption = Annotated[
     LatentEnd,
     typer.Option(
         "--latent-end",
-        help="fixed: a block ends after --latent-size latents. model: where the model ends it, at the latest there.",
+        help="When a block ends. fixed: after --latent-size latents. model: at <|latent_end|>, or after as many.",
     ),
 ]
 MaxNewTokensOption = Annotated[

@@ -55,8 +55,8 @@ class Difference:
 def difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> Difference:
     """The rate of our answers minus that of theirs to the same rows in the same order, by the first way of scoring.
 
-    Only the rows where the two differ count, so the interval is narrower than those of the two rates suggest. It is
-    that of Bonett and Price (2012): Wald's, after one row more of each kind of difference. It holds for few rows too.
+    Only the rows where the two differ widen the interval. It is that of Bonett and Price (2012): Wald's interval, with
+    one row added that only ours solve and one that only theirs solve, so that it holds for few rows too.
     """
     way = next(iter(ours[0].scores))
     pairs = [(our.scores[way].success, their.scores[way].success) for our, their in zip(ours, theirs, strict=True)]

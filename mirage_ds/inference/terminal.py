@@ -28,7 +28,7 @@ class Terminal(TextStreamer):
             self.put(torch.tensor([emission.token]))
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Prints, without the newline that every answer begins with."""
+        """Prints, without the newline that every answer starts with."""
         text = text.lstrip() if self.empty else text
         self.empty = self.empty and not text
         print(text, end="", flush=True)
