@@ -16,6 +16,7 @@ from typing import Any
 import golden_set
 import pytest
 import torch
+from deviations import check_equal
 from generated_rows import image_bytes
 from real_vocabulary import real_tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ each_sample = pytest.mark.parametrize("index", SAMPLES)
 @each_case
 def test_training_text(tiny_tokenizer: PreTrainedTokenizerBase, case: dict[str, Any]) -> None:
     if case["error"] is None and not reserved(case):
-        assert our_train_text(tiny_tokenizer, case) == expected_train_text(case)
+        check_equal("training text", our_train_text(tiny_tokenizer, case), expected_train_text(case))
 
 
 @each_case
@@ -113,7 +114,7 @@ def test_prompt(tiny_tokenizer: PreTrainedTokenizerBase, case: dict[str, Any]) -
     prompt = prompt_text(tiny_tokenizer, case["text_input"], num_input_images=case["n_images"])
     assert our_train_text(tiny_tokenizer, case).startswith(prompt)
     if case["error"] is None and not reserved(case):
-        assert prompt == expected_train_text(case).partition(MARKER)[0] + MARKER
+        check_equal("prompt", prompt, expected_train_text(case).partition(MARKER)[0] + MARKER)
         assert (prompt == case["test_prompt"]) == ("prompt" not in differences(case))
 
 
@@ -190,7 +191,7 @@ def test_our_chat_template_renders_the_cases(tiny_tokenizer: PreTrainedTokenizer
         {"role": "user", "content": [image] * case["n_images"] + [question]},
         {"role": "assistant", "content": [image, answer]},
     ]
-    assert tiny_tokenizer.apply_chat_template(messages, tokenize=False) == case["template"]
+    check_equal("chat template", tiny_tokenizer.apply_chat_template(messages, tokenize=False), case["template"])
 
 
 def golden_ids() -> TokenIds:
@@ -211,14 +212,15 @@ def test_golden_labels_and_mask(index: int) -> None:
     sample, ids = golden_set.encoded(index, "stage1"), golden_set.numbers("golden")["ids"]
     marker = torch.tensor([ids["im_start"], ids["assistant"]])
     assert find_prompt_length(sample.input_ids, marker) == sample.prompt_length
-    assert torch.equal(supervised_labels(sample.input_ids, sample.prompt_length, golden_ids()), sample.labels)
-    assert torch.equal(sample.input_ids == golden_ids().latent_pad, sample.latent_mask)
+    check_equal("labels", supervised_labels(sample.input_ids, sample.prompt_length, golden_ids()), sample.labels)
+    check_equal("latent masks", sample.input_ids == golden_ids().latent_pad, sample.latent_mask)
 
 
 @each_sample
 def test_golden_positions(index: int) -> None:
     sample = golden_set.encoded(index, "stage1")
-    assert torch.equal(mrope_positions(sample.image_mask, sample.image_grid_thw, merge_size()), sample.position_ids)
+    positions = mrope_positions(sample.image_mask, sample.image_grid_thw, merge_size())
+    check_equal("positions", positions, sample.position_ids)
 
 
 @each_sample
@@ -228,4 +230,5 @@ def test_golden_pads(index: int) -> None:
     raw = golden_set.tensors("inputs")[f"{index}.raw_input_ids"][0].long()
     repeated = (raw == ids.image_pad) & (raw.roll(1) == ids.image_pad)
     num_merged = (sample.image_grid_thw.prod(dim=1) // merge_size() ** 2).tolist()
-    assert torch.equal(expand_pads(raw[~repeated], num_merged, sample.latent_size, ids), sample.input_ids)
+    ours = expand_pads(raw[~repeated], num_merged, sample.latent_size, ids)
+    check_equal("ids with images and latents", ours, sample.input_ids)

@@ -196,7 +196,7 @@ TRAIN = {
     # a model folder that is not Qwen2.5-VL or lacks the latent tokens
     "no model": Case(
         (
-            r"the model's folder is not there \(model\.path=nowhere\)",
+            r"the model folder does not exist \(model\.path=nowhere\)",
             "a Hugging Face folder .* a hub id",
             "correct it",
         ),
