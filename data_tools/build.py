@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,16 @@ def _write_shards(
     samples: Iterable[tuple[Sample, dict[str, Any]]], folder: Path, maxcount: int, maxsize: int
 ) -> list[dict[str, Any]]:
     """Writes the shards and returns what the index says of each sample, its place excepted."""
-    # Imported here, as webdataset imports torch.
+    samples = iter(samples)
+    first = list(islice(samples, 1))
+    # Imported here, as webdataset imports torch, which takes seconds that a wrong path should not.
     from webdataset import ShardWriter
 
     facts = []
     # A constant mtime makes the bytes a function of the rows; % is the pattern's own character.
     pattern = f"{folder.absolute()}".replace("%", "%%") + f"/{SHARD_PATTERN}"
     with ShardWriter(pattern, maxcount=maxcount, maxsize=maxsize, encoder=False, mtime=0, verbose=0) as writer:
-        for sample, fact in samples:
+        for sample, fact in chain(first, samples):
             facts.append(fact)
             writer.write({"__key__": sample.key, **to_members(sample)})
     return facts
