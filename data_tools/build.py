@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,16 @@ def _write_shards(
     samples: Iterable[tuple[Sample, dict[str, Any]]], folder: Path, maxcount: int, maxsize: int
 ) -> list[dict[str, Any]]:
     """Writes the shards; returns the index entry of each sample, without its position."""
-    # Imported here, as webdataset imports torch.
+    samples = iter(samples)
+    first = list(islice(samples, 1))
+    # Imported here, as webdataset imports torch, which takes seconds: a wrong path is reported before that.
     from webdataset import ShardWriter
 
     facts = []
     # With a constant mtime, the bytes depend on the rows only; % is special in the pattern.
     pattern = f"{folder.absolute()}".replace("%", "%%") + f"/{SHARD_PATTERN}"
     with ShardWriter(pattern, maxcount=maxcount, maxsize=maxsize, encoder=False, mtime=0, verbose=0) as writer:
-        for sample, fact in samples:
+        for sample, fact in chain(first, samples):
             facts.append(fact)
             writer.write({"__key__": sample.key, **to_members(sample)})
     return facts

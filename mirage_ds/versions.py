@@ -1,4 +1,4 @@
-"""What runs, and whether it was tested. Imports neither torch nor transformers, so that it can look before they load.
+"""Which versions run, and whether they were tested. Imports neither torch nor transformers: it is called before them.
 
 setup.cfg owns the ranges; a package's own metadata repeats them.
 """
@@ -12,11 +12,11 @@ from packaging.specifiers import SpecifierSet
 
 from mirage_ds.errors import ConfigError, MirageError, leave
 
-TESTED = ("torch", "deepspeed", "transformers")  # what decides a run's numbers
+TESTED = ("torch", "deepspeed", "transformers")  # they decide a run's numbers
 
 
 def versions() -> dict[str, str]:
-    """Packages, and the commit of the code, with a mark if there are uncommitted changes."""
+    """Versions of the packages, and the commit of the code, marked if there are uncommitted changes."""
     packages = {name: version(name) for name in ("mirage_ds", *TESTED)}
     submitted = Path(__file__).parents[1] / "commit"  # `mirage-launch slurm` wrote it beside its copy of the packages
     if submitted.is_file():
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def tested_ranges() -> dict[str, SpecifierSet]:
-    """What each package of TESTED may be.
+    """The tested versions of each package of TESTED.
 
     Raises:
         ConfigError: mirage_ds itself is not installed.
@@ -39,14 +39,14 @@ def tested_ranges() -> dict[str, SpecifierSet]:
         required = [Requirement(text) for text in requires("mirage_ds") or []]
     except PackageNotFoundError as error:
         raise ConfigError(
-            "mirage_ds is not installed (in this Python), so that nothing says which versions it was tested with; a "
-            "checkout is installed with pip install -c constraints.txt -e ."
+            "mirage_ds is not installed (in this Python), so its tested versions are unknown; install the checkout "
+            "with pip install -c constraints.txt -e ."
         ) from error
     return {requirement.name: requirement.specifier for requirement in required if requirement.name in TESTED}
 
 
 def check_versions() -> None:
-    """Refuses versions that nobody has tried: they compute other numbers without a word.
+    """Refuses untested versions: they may silently compute other numbers.
 
     Raises:
         ConfigError: it names each of them.
@@ -58,14 +58,14 @@ def check_versions() -> None:
     ]
     if wrong:
         raise ConfigError(
-            f"another version than the tested one is installed ({'; '.join(wrong)}); others may compute something "
-            "else without a word, as transformers 5.3.0 to 5.5.3 do, which give images wrong positions; install the "
-            "tested ones with pip install -c constraints.txt -e ."
+            f"untested versions are installed ({'; '.join(wrong)}); they may silently compute other numbers, as "
+            "transformers 5.3.0 to 5.5.3 do, which give images wrong positions; install the tested versions with pip "
+            "install -c constraints.txt -e ."
         )
 
 
 def leave_if_untested() -> None:
-    """`check_versions` for the first lines of a program, before it imports what another version may lack."""
+    """`check_versions` for the first lines of a program, before imports that another version may lack."""
     try:
         check_versions()
     except MirageError as error:

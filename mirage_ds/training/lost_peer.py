@@ -1,18 +1,20 @@
 """A collective fails because another rank has left: the reason is that rank's, and so is the message to read."""
 
 import os
+import signal
 import sys
 from typing import NoReturn
 
 from mirage_ds.training import early_end
 
-# What gloo, the TCP store and NCCL say then.
+# What gloo, the TCP store and NCCL say then; and the DataLoader, whose workers some launchers end before their rank.
 LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
     "Connection was likely closed",
     "remote process exiting",
+    "is killed by signal: Terminated",
 )
 PATIENCE_S = 10  # every launcher ends the other ranks within a few seconds
 
@@ -30,8 +32,9 @@ def leave(error: RuntimeError, patience_s: float = PATIENCE_S) -> NoReturn:
     Args:
         patience_s: seconds after which this rank says in one line why it ends.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler raises when a worker ends
     if not early_end.is_asked_within(patience_s):
         reason = str(error).splitlines()[0]
-        print(f"error: rank {os.environ['RANK']} lost another rank: {reason}", file=sys.stderr, flush=True)
+        print(f"error: rank {os.environ['RANK']} cannot continue: {reason}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)

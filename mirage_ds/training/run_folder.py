@@ -30,7 +30,6 @@ START_NAME = "start.json"
 HARMLESS = (
     "run.dir",
     "run.init_from",
-    "run.resume",
     "run.save_before_end_s",
     "model.cache_dir",
     "model.attention",
@@ -99,6 +98,7 @@ def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
     before = read_facts(file)
     old, new = flatten(before["config"]), flatten(facts["config"])
     changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
+    changes.pop("run.resume", None)  # set in order to resume
     harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in HARMLESS)]
     harmful = [text for text in changes.values() if text not in harmless]
     if before["world_size"] != facts["world_size"]:

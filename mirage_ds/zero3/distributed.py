@@ -1,4 +1,4 @@
-"""The process group: who this rank is, and the few collectives that all ranks agree on."""
+"""The process group: this rank's place in it, and the few collectives that are used."""
 
 import os
 import socket
@@ -14,8 +14,8 @@ from deepspeed.accelerator import get_accelerator
 def map_launcher_variables() -> None:
     """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher did not.
 
-    DeepSpeed's launcher and torchrun set them all. srun sets its own: a rank is a task of the step. Without any
-    launcher the run is one process.
+    DeepSpeed's launcher and torchrun set them all. srun sets its own: a rank is a task of the step. Without a launcher
+    the run is one process.
     """
     environment = os.environ
     if "RANK" in environment:
@@ -26,7 +26,7 @@ def map_launcher_variables() -> None:
         environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
         if "MASTER_ADDR" not in environment:
             environment["MASTER_ADDR"] = _first_host(environment["SLURM_STEP_NODELIST"])
-        # Every task computes the same port; two jobs on one node get different ones.
+        # Every task computes the same port, and two jobs on one node compute different ones.
         environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000))
         return
     environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -35,7 +35,7 @@ def map_launcher_variables() -> None:
 
 
 def _first_host(nodelist: str) -> str:
-    """Where rank 0 runs: SLURM writes node[1-2,7], and scontrol alone knows all the ways to read it."""
+    """Where rank 0 runs. Only scontrol reads all forms of SLURM's node lists, such as node[1-2,7]."""
     command = ["scontrol", "show", "hostnames", nodelist]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout.split()[0]
 
@@ -51,7 +51,7 @@ def init(timeout_s: int) -> torch.device:
     map_launcher_variables()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        # An all-reduce through shared memory that g++ would compile at the first start; gloo does the same job.
+        # DeepSpeed's all-reduce through shared memory, which g++ would compile at the first start; gloo replaces it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         # srun may show each task its own GPU alone, which is then number 0
@@ -88,14 +88,14 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def max_over_ranks(values: list[int], device: torch.device) -> list[int]:
-    """The largest value of each place over the ranks."""
+    """Element by element, the largest value over the ranks."""
     agreed = torch.tensor(values, device=device)
     torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
     return agreed.tolist()
 
 
 def gather(value: Any) -> list[Any]:
-    """What each rank gives, on every rank."""
+    """The values of all ranks, in their order, on every rank."""
     values: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(values, value)
     return values

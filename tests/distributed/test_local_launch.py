@@ -1,4 +1,4 @@
-"""`mirage-launch local` with the trainer itself, 2 ranks with DataLoader workers: no signal leaves a process behind."""
+"""`mirage-launch local` with the trainer itself, 2 ranks with DataLoader workers: signals, and an error of one rank."""
 
 import json
 import signal
@@ -13,6 +13,8 @@ import pytest
 from generated_rows import write_rows
 
 from data_tools.build import build
+from mirage_ds.data.index import load_index
+from mirage_ds.data.shards import load_manifest
 from mirage_ds.hf.preset import write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -42,15 +44,20 @@ def processes_of(run_dir: Path) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def start(tmp_path: Path):
-    """Starts the run, in which a second start goes on, and waits for a step of this start."""
+def command(tmp_path: Path) -> list[str]:
+    """Starts a long run in tmp_path/run, or resumes it."""
     rows = write_rows(tmp_path / "rows", 10)
     write_tiny(rows, tmp_path / "model", seed=0)
     build(rows, tmp_path / "shards", maxcount=4, maxsize=10**9)
-    run_dir, log = tmp_path / "run", tmp_path / "log"
     command = [str(launching.BIN / "mirage-launch"), "local", str(ROOT / "launch" / "recipes" / "tiny-stage1.yaml")]
     command += ["--ranks", "2", f"model.path={tmp_path / 'model'}", f"data.shards={tmp_path / 'shards'}"]
-    command += [f"run.dir={run_dir}", "run.resume=auto", "train.max_steps=100000", "data.num_workers=2"]
+    return [*command, f"run.dir={tmp_path / 'run'}", "run.resume=auto", "train.max_steps=100000", "data.num_workers=2"]
+
+
+@pytest.fixture
+def start(tmp_path: Path, command: list[str]):
+    """Starts the run, which a second start resumes, and waits for a step of this start."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
 
     def action() -> subprocess.Popen[bytes]:
         done = last_step(run_dir)
@@ -67,7 +74,7 @@ def start(tmp_path: Path):
 
 
 def test_a_signal_leaves_no_process(start, tmp_path: Path) -> None:
-    """SIGTERM: the run saves, and all has ended when the launcher has. SIGKILL: a run goes on, and ends by itself."""
+    """SIGTERM: the run saves, and all has ended when the launcher has. SIGKILL: the run resumes, and ends by itself."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     process = start()
     process.send_signal(signal.SIGTERM)
@@ -83,3 +90,23 @@ def test_a_signal_leaves_no_process(start, tmp_path: Path) -> None:
     process.kill()
     process.wait()
     wait_until(lambda: processes_of(run_dir) == [], log)
+
+
+def test_an_error_of_one_rank_is_the_only_one(tmp_path: Path, command: list[str]) -> None:
+    """One rank meets a damaged sample; the other, whose collective fails then, prints nothing."""
+    shards = load_manifest(tmp_path / "shards")
+    sample = load_index(shards)[5]
+    shard = tmp_path / "shards" / shards.manifest.shards[sample.shard].name
+    content = bytearray(shard.read_bytes())
+    content[sample.offset : sample.offset + 5] = b"wrong"
+    shard.write_bytes(content)
+    result = subprocess.run(
+        command, env=launching.environment(), capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert result.returncode == 2
+    error, first, last = result.stderr.splitlines()
+    assert error.startswith(f"error: damaged shard: bad checksum ({shard.name}/{sample.key})")
+    assert first.endswith("ended with exit code 2; ending the other ranks")
+    assert last.endswith("failed first, with exit code 2; read its message above")
+    assert "Traceback" not in result.stdout
+    assert processes_of(tmp_path / "run") == []

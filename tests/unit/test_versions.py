@@ -52,7 +52,7 @@ def test_others_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, name:
         versions.check_versions()
     message = str(error.value)
     assert re.search(rf"{name} is {re.escape(other)}, tested is [^;]*{re.escape(tested)}", message)
-    assert message.count(" is ") - message.count("tested is ") == 2  # this package alone, and "is installed"
+    assert message.count("tested is ") == 1  # this package alone
     assert "5.3.0 to 5.5.3" in message
     assert "pip install -c constraints.txt" in message
 
@@ -83,6 +83,6 @@ def test_the_trainer_looks_before_it_imports(tmp_path: Path) -> None:
         timeout=600,
     )
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: another version than the tested one is installed (transformers is 5.5.2")
+    assert result.stderr.startswith("error: untested versions are installed (transformers is 5.5.2")
     assert result.stderr.count("\n") == 1
     assert not list((tmp_path / "cwd").iterdir())

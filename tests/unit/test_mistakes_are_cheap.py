@@ -1,0 +1,84 @@
+"""A trivial mistake is found before torch is loaded: every command, where importing torch is an error.
+
+Also DeepSpeed and transformers, which take seconds as well.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import launching
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "launch" / "recipes" / "tiny-stage1.yaml")
+SLURM = ("--nodes", "2", "--gpus-per-node", "2")
+PLAN = (*SLURM, "--gpu", "h100-80gb")
+TAKEN = "data.shards=shards model.path=some/model run.dir=run"
+EVALUATE = ("--task", "vsp-spatial-planning", "--output", "results")
+
+MISTAKES = {
+    "mirage-launch local none.yaml": "the recipe cannot be read (none.yaml)",
+    f"mirage-launch local {RECIPE} train.none=1": "unknown key train.none",
+    f"mirage-launch local {RECIPE}": "no manifest.json",
+    f"mirage-launch local {RECIPE} data.shards=shards model.path=./none": "the model's folder is not there",
+    f"mirage-launch local {RECIPE} {TAKEN}": "the folder holds another run already",
+    f"mirage-launch local {RECIPE} --none": "No such option",
+    f"mirage-launch slurm none.yaml {' '.join(SLURM)}": "the recipe cannot be read (none.yaml)",
+    f"mirage-launch slurm {RECIPE} {' '.join(SLURM)}": "no manifest.json",
+    f"mirage-launch plan none.yaml {' '.join(PLAN)}": "the recipe cannot be read (none.yaml)",
+    f"mirage-launch plan {RECIPE} {' '.join(SLURM)} --gpu none": "the GPU is not known (--gpu none)",
+    "mirage-launch doctor none.yaml": "the recipe cannot be read (none.yaml)",
+    "mirage-launch build-shards none.jsonl out --tasks 2 --time 1:00": "cannot read the rows",
+    "mirage-data build --input none --output out": "cannot read the rows",
+    "mirage-data check none": "no manifest.json",
+    "mirage-data merge none --output out": "none",
+    "mirage init --preset tiny --text none --output out": "no such file (--text none)",
+    "mirage init --from ./none --output out": "the model's folder is not there (--from ./none)",
+    "mirage export --checkpoint none --output out": "no such folder (--checkpoint none)",
+    "mirage generate --model none --prompt ?": "the model's folder is not there (--model none)",
+    "mirage generate --model some/model --prompt ? --image none": "no such file (--image none)",
+    f"mirage evaluate --model none --data rows {' '.join(EVALUATE)}": "the model's folder is not there (--model none)",
+    f"mirage evaluate --model some/model --data none {' '.join(EVALUATE)}": "no such file (--data none)",
+    "python -m mirage_ds.train none.yaml": "the recipe cannot be read (none.yaml)",
+    f"python -m mirage_ds.train {RECIPE} train.lr=fast": "train.lr: ",
+    f"python -m mirage_ds.train --local_rank=0 {RECIPE}": "no manifest.json",
+    f"python -m mirage_ds.train {RECIPE} {TAKEN}": "the folder holds another run already",
+    f"python -m mirage_ds.train {RECIPE} --none": "unrecognized arguments: --none",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards and another run; packages of these names that cannot be imported."""
+    place = tmp_path_factory.mktemp("mistakes")
+    shard = {"name": "a.tar", "samples": 1, "bytes": 10, "sha256": ""}
+    manifest = {"format_version": 1, "num_samples": 1, "index_sha256": "", "shards": [shard]}
+    for folder in ("packages", "cwd/shards", "cwd/run"):
+        (place / folder).mkdir(parents=True)
+    for name in ("torch", "deepspeed", "transformers"):
+        (place / "packages" / f"{name}.py").write_text(f"raise AssertionError('{name} is imported')\n")
+    (place / "cwd" / "shards" / "a.tar").write_bytes(bytes(10))
+    (place / "cwd" / "shards" / "manifest.json").write_text(json.dumps(manifest))
+    (place / "cwd" / "run" / "metrics.jsonl").touch()
+    return place
+
+
+@pytest.mark.parametrize("line", MISTAKES, ids=lambda line: line.replace(str(ROOT), ""))
+def test_a_mistake_needs_no_torch(place: Path, line: str) -> None:
+    program, *arguments = line.split()
+    environment = launching.environment()
+    environment["PYTHONPATH"] = f"{place / 'packages'}:{environment['PYTHONPATH']}"
+    result = subprocess.run(
+        [sys.executable if program == "python" else str(launching.BIN / program), *arguments],
+        cwd=place / "cwd",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 2, result.stderr
+    assert MISTAKES[line] in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in (place / "cwd").iterdir()) == ["run", "shards"]

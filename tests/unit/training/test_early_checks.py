@@ -1,0 +1,73 @@
+"""What is refused before torch is loaded; tests/unit/test_mistakes_are_cheap.py has the messages of every command."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mirage_ds.config import Config
+from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.recipe import load_config
+from mirage_ds.training.early_checks import check_folder_is_free, check_inputs, read_command_line
+
+RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with shards and a model's folder."""
+    shard = {"name": "a.tar", "samples": 1, "bytes": 10, "sha256": ""}
+    manifest = {"format_version": 1, "num_samples": 1, "index_sha256": "", "shards": [shard]}
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "shards" / "a.tar").write_bytes(bytes(10))
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def configuration(*overrides: str) -> Config:
+    return load_config(RECIPE, ["data.shards=shards", "model.path=model", "run.dir=run", *overrides])
+
+
+def test_inputs_that_are_there(here: Path) -> None:
+    check_inputs(configuration("evaluation.shards=shards", "run.init_from=model"))
+    check_inputs(configuration("model.path=some/model"))
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "words"),
+    [
+        ("data.shards=none", DataError, r"no manifest\.json"),
+        ("evaluation.shards=none", DataError, r"no manifest\.json"),
+        ("model.path=none", ConfigError, r"folder is not there \(model\.path=none\)"),
+        ("run.init_from=none", DataError, r"the run to start from is not there \(run\.init_from=none\)"),
+    ],
+)
+def test_inputs_that_are_missing(here: Path, override: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        check_inputs(configuration(override))
+
+
+def test_a_run_that_resumes_needs_its_start_no_more(here: Path) -> None:
+    """The stage-1 run may be deleted once stage 2 has a checkpoint of its own."""
+    (here / "run" / "checkpoints" / "global_step5").mkdir(parents=True)
+    check_inputs(configuration("run.init_from=none", "run.resume=auto"))
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/global_step5"])
+def test_a_folder_with_a_run_is_taken(here: Path, left: str) -> None:
+    check_folder_is_free(configuration().run)
+    (here / "run" / left).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"holds another run already \(run\.dir=run\).*run\.resume=auto to resume"):
+        check_folder_is_free(configuration().run)
+    check_folder_is_free(configuration("run.resume=auto").run)
+
+
+def test_the_command_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `mirage-launch`, torchrun and srun give it, and as DeepSpeed's launcher does."""
+    arguments = [str(RECIPE), "data.shards=shards", "model.path=model", "train.lr=0.5"]
+    for more in ([], ["--local_rank=1"]):
+        monkeypatch.setattr(sys, "argv", ["train", *more, *arguments])
+        assert read_command_line().train.lr == 0.5

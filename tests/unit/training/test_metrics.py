@@ -1,0 +1,156 @@
+"""What one rank reports of its steps: on the console, in metrics.jsonl and in TensorBoard."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mirage_ds.training.metrics import Metrics, StepSums
+from mirage_ds.zero3 import distributed
+
+LOSSES = {"loss": 1.6, "ce_loss": 6.0, "latent_loss": 1.0}
+GLOBAL_BATCH_SIZE = 2
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "is_main", lambda: True)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What time.monotonic() says."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def make(run_dir: Path, stage: str, max_steps: int = 100, steps_done: int = 0, log_freq: int = 1) -> Metrics:
+    return Metrics(
+        run_dir,
+        stage=stage,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        max_steps=max_steps,
+        log_freq=log_freq,
+        steps_done=steps_done,
+    )
+
+
+def step(number: int, started_s: float = 0.0, skipped_steps: int = 0) -> StepSums:
+    return StepSums(
+        step=number,
+        position=number * GLOBAL_BATCH_SIZE,
+        losses=torch.tensor(list(LOSSES.values())) * GLOBAL_BATCH_SIZE,
+        num_grounded_samples=GLOBAL_BATCH_SIZE,
+        num_tokens=100,
+        lr=1e-4,
+        grad_norm=0.5,
+        skipped_steps=skipped_steps,
+        started_s=started_s,
+        waited_s=0.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("text", "text 6.0000 | lr"),
+        ("stage1", "text 6.0000 | latent 1.0000 | loss 1.6000 | lr"),
+        ("stage2", "text 6.0000 | lr"),
+    ],
+)
+def test_the_console_shows_the_losses_of_the_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, words: str
+) -> None:
+    """The text loss, which compares between stages, comes first; a validation's line has the same losses."""
+    metrics = make(tmp_path, stage)
+    metrics.add(step(1))
+    metrics.add_validation(1, LOSSES)
+    metrics.close()
+    line, validation = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"step     1/100 | {words} 1.00e-04 | grad norm 0.500 | ")
+    assert validation == f"step     1/100 | validation {words.removesuffix(' | lr')}"
+
+
+@pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])
+def test_files_of_a_stage(tmp_path: Path, stage: str) -> None:
+    """metrics.jsonl and validation.jsonl have every loss; TensorBoard draws no curve of a loss that is not there."""
+    metrics = make(tmp_path, stage)
+    metrics.add(step(1))
+    metrics.add_validation(1, LOSSES)
+    metrics.close()
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        record = json.loads((tmp_path / name).read_text())
+        assert {key: record[key] for key in LOSSES} == pytest.approx(LOSSES)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {"train/loss", "train/ce_loss", "validation/loss", "validation/ce_loss"}
+    latent_tags = {"train/latent_loss", "validation/latent_loss"}
+    assert tags & latent_tags == (latent_tags if stage == "stage1" else set())
+
+
+@pytest.fixture
+def time_left(
+    tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., list[str | None]]:
+    """Trains steps of these seconds; what each line on the console says of the time that is left."""
+
+    def train(durations_s: list[float], max_steps: int, **more: int) -> list[str | None]:
+        metrics = make(tmp_path, "text", max_steps, **more)
+        for number, duration_s in enumerate(durations_s, start=more.get("steps_done", 0) + 1):
+            started_s = clock[0]
+            clock[0] += duration_s
+            metrics.add(step(number, started_s))
+        metrics.close()
+        found = [re.search(r"\| (\S+|\S+ \S+) left$", line) for line in capsys.readouterr().out.splitlines()]
+        return [match and match[1] for match in found]
+
+    return train
+
+
+def test_the_time_left_comes_from_recent_steps(time_left: Callable[..., list[str | None]]) -> None:
+    """Not from the first, slow one, nor from one that was slow in between; after the last step nothing is left."""
+    assert time_left([60.0, 2.0, 2.0, 30.0, 2.0, 2.0], max_steps=6) == [None, "8s", "6s", "4s", "2s", None]
+
+
+def test_the_time_left_follows_a_run_that_slows_down(time_left: Callable[..., list[str | None]]) -> None:
+    lines = time_left([9.0] + [1.0] * 100 + [10.0] * 50, max_steps=1000)
+    assert lines[100] == "14m 59s"  # 899 steps of 1 s
+    assert lines[150] == "2h 21m"  # 849 steps of 10 s
+
+
+def test_the_time_left_of_a_resumed_run(time_left: Callable[..., list[str | None]]) -> None:
+    """The first step after the start is the slow one, whatever its number."""
+    assert time_left([60.0, 2.0], max_steps=100, steps_done=40) == [None, "1m 56s"]
+
+
+def test_the_time_left_counts_every_step_between_two_lines(time_left: Callable[..., list[str | None]]) -> None:
+    assert time_left([60.0, 1.0, 2.0, 3.0], max_steps=100, log_freq=2) == ["1m 38s", "3m 12s"]
+
+
+def test_skipped_steps_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = make(tmp_path, "text")
+    metrics.add(step(1, skipped_steps=3))
+    metrics.close()
+    assert capsys.readouterr().out.endswith(" | 3 steps skipped: gradient not finite\n")
+
+
+def test_a_resumed_run_drops_the_records_after_its_checkpoint(tmp_path: Path) -> None:
+    first = make(tmp_path, "text")
+    for number in (1, 2, 3):
+        first.add(step(number))
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # as a kill leaves it
+    again = make(tmp_path, "text", steps_done=2)
+    again.add(step(3))
+    again.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3]
