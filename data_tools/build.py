@@ -1,4 +1,4 @@
-"""JSONL rows with image files -> tar shards that plain webdataset reads, with manifest and index."""
+"""Builds tar shards that plain webdataset reads, with manifest and index, from JSONL rows and image files."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,11 +16,11 @@ from mirage_ds.output_folder import new_folder
 
 SHARD_PATTERN = "shard-%06d.tar"
 REJECTS_NAME = "rejects.jsonl"
-NUM_REJECTS_NAMED = 5  # in the message
+NUM_REJECTS_LISTED = 5  # in the message
 
 
 class Rejects:
-    """The rows that cannot be used: where, their own id, and why."""
+    """The rows that cannot be used: location, id and reason."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -32,19 +32,19 @@ class Rejects:
         """Refuses more than `max_rejects`.
 
         Raises:
-            DataError: it names the first few.
+            DataError: the message lists the first few.
         """
         if len(self.lines) <= max_rejects:
             return
-        named = "".join(f"\n  - {line['reason']}" for line in self.lines[:NUM_REJECTS_NAMED])
-        more = len(self.lines) - NUM_REJECTS_NAMED
+        listed = "".join(f"\n  - {line['reason']}" for line in self.lines[:NUM_REJECTS_LISTED])
+        more = len(self.lines) - NUM_REJECTS_LISTED
         raise DataError(
-            f"{len(self.lines)} rows cannot be used:{named}" + (f"\n  - and {more} more" if more > 0 else "") + "\n"
-            f"at most {max_rejects} may be left out (--max-rejects); mend them or allow more; nothing was written"
+            f"unusable rows: {len(self.lines)}{listed}" + (f"\n  - and {more} more" if more > 0 else "") + "\n"
+            f"nothing was written; fix the rows, or raise --max-rejects (now {max_rejects})"
         )
 
     def write(self, folder: Path) -> None:
-        """Writes them to rejects.jsonl, which is there only if there are any."""
+        """Writes rejects.jsonl, if there are any."""
         if self.lines:
             (folder / REJECTS_NAME).write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
@@ -59,19 +59,19 @@ def build(
     numbers: range | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> tuple[Manifest, list[dict[str, Any]]]:
-    """Builds `output`, whole or not at all; the same rows and images give the same bytes.
+    """Builds `output`, completely or not at all; equal rows and images give equal bytes.
 
     Args:
         rows: JSONL file; image paths are relative to its folder.
-        maxcount: samples per shard at most.
-        maxsize: bytes of members after which the next sample begins a new shard.
-        max_rejects: rows that may be left out because they cannot be used; they are listed in rejects.jsonl.
-        numbers: the rows to take, counted from 0 on; all of them if it is not given.
-        notes: other small files of the folder, {name: text}.
+        maxcount: maximum samples per shard.
+        maxsize: bytes of members after which the next sample starts a new shard.
+        max_rejects: number of unusable rows to tolerate; they are listed in rejects.jsonl.
+        numbers: the rows to use, counted from 0; None: all.
+        notes: additional small files in the folder, {name: text}.
     Returns:
-        the manifest, and the rows left out.
+        the manifest, and the rejected rows.
     Raises:
-        DataError: too many bad rows (it names file:line), no good one, or an output that is there already.
+        DataError: too many unusable rows (the message has file:line), no usable row, or an existing output.
     """
     rejects = Rejects()
     with new_folder(output) as folder:
@@ -79,23 +79,23 @@ def build(
         rejects.check(max_rejects)
         if not facts:
             raise DataError(
-                f"no row can be used ({rows}); shards need at least one; mend the rows; --max-rejects 0 names them"
+                f"no usable row ({rows}); shards need at least one; fix the rows (--max-rejects 0 lists them)"
             )
         rejects.write(folder)
         for name, text in (notes or {}).items():
             (folder / name).write_text(text)
         shards: list[Shard] = []
-        places: list[dict[str, Any]] = []
+        positions: list[dict[str, Any]] = []
         for number, path in enumerate(sorted(folder.glob("*.tar"))):
             found = scan_shard(path)
-            places += [{"key": key, "shard": number, "offset": offset, "size": size} for key, offset, size in found]
+            positions += [{"key": key, "shard": number, "offset": offset, "size": size} for key, offset, size in found]
             shards.append(describe_shard(path, len(found)))
-        index = [IndexEntry(**place, **fact) for place, fact in zip(places, facts, strict=True)]
+        index = [IndexEntry(**position, **fact) for position, fact in zip(positions, facts, strict=True)]
         return write_manifest(folder, shards, index), rejects.lines
 
 
 def _usable(rows: Path, rejects: Rejects, numbers: range | None) -> Iterator[tuple[Sample, dict[str, Any]]]:
-    """The rows that can be used, each with its facts; the others go to `rejects`."""
+    """The usable rows, each with its facts; the others go to `rejects`."""
     for where, sample in read_rows(rows, rejects, numbers):
         try:
             facts = facts_of(sample, where)
@@ -108,12 +108,12 @@ def _usable(rows: Path, rejects: Rejects, numbers: range | None) -> Iterator[tup
 def _write_shards(
     samples: Iterable[tuple[Sample, dict[str, Any]]], folder: Path, maxcount: int, maxsize: int
 ) -> list[dict[str, Any]]:
-    """Writes the shards and returns what the index says of each sample, its place excepted."""
+    """Writes the shards; returns the index entry of each sample, without its position."""
     # Imported here, as webdataset imports torch.
     from webdataset import ShardWriter
 
     facts = []
-    # A constant mtime makes the bytes a function of the rows; % is the pattern's own character.
+    # With a constant mtime, the bytes depend on the rows only; % is special in the pattern.
     pattern = f"{folder.absolute()}".replace("%", "%%") + f"/{SHARD_PATTERN}"
     with ShardWriter(pattern, maxcount=maxcount, maxsize=maxsize, encoder=False, mtime=0, verbose=0) as writer:
         for sample, fact in samples:
@@ -123,10 +123,10 @@ def _write_shards(
 
 
 def facts_of(sample: Sample, where: str) -> dict[str, Any]:
-    """What the index says of a sample, its place excepted; all its images are decoded.
+    """The index entry of a sample, without its position; decodes all its images.
 
     Raises:
-        DataError: an image that cannot be decoded; it names `where`.
+        DataError: an image cannot be decoded; the message has `where`.
     """
     return {
         "input_sizes": list(_sizes(sample.input_images, f"{where}, image_input")),

@@ -1,4 +1,4 @@
-"""Is a folder of shards what its manifest and index say, and can every sample be used? Reads all of it."""
+"""Checks a folder of shards against its manifest and index, and that every sample can be used. Reads everything."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ from mirage_ds.errors import DataError
 
 
 def check(path: Path) -> Iterator[str]:
-    """Yields every fault of a folder of shards as one message that names the shard, and the sample's key if it is one.
+    """Yields each fault in a folder of shards as a message with the shard and, if it is in a sample, the key.
 
     Raises:
-        DataError: it is no such folder: its manifest is missing or cannot be read.
+        DataError: it is not a folder of shards: the manifest is missing or cannot be read.
     """
     folder = read_manifest(path)
     for shard in folder.manifest.shards:
@@ -29,7 +29,7 @@ def check(path: Path) -> Iterator[str]:
         yield str(error)
         return
     yield from _check_ranges(index, folder.manifest.shards)
-    # Samples of a shard that is missing have been told of by it.
+    # A missing shard has been reported; its samples are not reported again.
     names = {number: shard.name for number, shard in enumerate(folder.manifest.shards) if (path / shard.name).is_file()}
     for entry in index:
         if entry.shard in names:
@@ -49,34 +49,34 @@ def _check_shard(folder: Path, shard: Shard) -> Iterator[str]:
 
 
 def _check_ranges(index: list[IndexEntry], shards: tuple[Shard, ...]) -> Iterator[str]:
-    """The samples of a shard lie one behind the other from its first byte on, and are as many as the manifest says."""
+    """The samples of a shard must follow each other from its first byte, and be as many as the manifest says."""
     ends, counts = [0] * len(shards), [0] * len(shards)
     for entry in index:
         if entry.shard >= len(shards):
-            yield f"the index puts a sample into shard {entry.shard} ({entry.key}); {len(shards)} exist; build again"
+            yield f"the index refers to shard {entry.shard} ({entry.key}); number of shards: {len(shards)}; build again"
             continue
         where = f"{shards[entry.shard].name}/{entry.key}"
         if entry.offset != ends[entry.shard]:
-            yield f"the sample begins at byte {entry.offset} ({where}); {ends[entry.shard]} was expected; build again"
+            yield f"the sample starts at byte {entry.offset} ({where}); expected: {ends[entry.shard]}; build again"
         ends[entry.shard] = entry.offset + entry.size
         counts[entry.shard] += 1
     for shard, count in zip(shards, counts, strict=True):
         if count != shard.samples:
-            yield f"the index has {count} samples ({shard.name}); the manifest says {shard.samples}; build again"
+            yield f"samples in the index: {count} ({shard.name}); the manifest says {shard.samples}; build again"
 
 
 def _check_sample(folder: Path, shard: str, entry: IndexEntry) -> Iterator[str]:
-    """Reads a sample as the trainer does, decodes its images, and compares it with what the index says of it."""
+    """Reads a sample as the trainer does, decodes its images, and compares it with its index entry."""
     where = f"{shard}/{entry.key}"
     try:
         data = read_range(folder / shard, entry.offset, entry.size, where)
         sample = from_members(where, parse_members(data, entry.key, where))
         check_sample(sample, where)
-        facts = json.loads(json.dumps(facts_of(sample, where)))  # JSON knows no tuples, as in the index
+        facts = json.loads(json.dumps(facts_of(sample, where)))  # lists instead of tuples, as in the index
     except DataError as error:
         yield str(error)
         return
-    said = asdict(entry)
+    expected = asdict(entry)
     for name, found in facts.items():
-        if found != said[name]:
-            yield f"{name} is {found} ({where}); the index says {said[name]}; build again"
+        if found != expected[name]:
+            yield f"{name} is {found} ({where}); the index says {expected[name]}; build again"

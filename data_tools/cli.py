@@ -20,14 +20,14 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 class Style(StrEnum):
-    """Which task."""
+    """The task of the rows."""
 
     PLANNING = "planning"
     REASONING = "reasoning"
 
 
 class PromptLength(StrEnum):
-    """Which of the two wordings of the question."""
+    """The wording of the question."""
 
     LONG = "long"
     SHORT = "short"
@@ -41,15 +41,15 @@ def root() -> None:
 @app.command()
 def make_vsp(
     output: Annotated[Path, typer.Option(help="New folder for train.jsonl, test.jsonl and images.")],
-    num_train: Annotated[int, typer.Option(min=1, help="Training rows, each with a map of its own.")],
-    num_test: Annotated[int, typer.Option(min=1, help="Test rows, with maps that no training row of any run has.")],
-    levels: Annotated[str, typer.Option(help="Cells per side: one size, or the smallest and the largest.")] = "3-6",
+    num_train: Annotated[int, typer.Option(min=1, help="Number of training rows, each with its own map.")],
+    num_test: Annotated[int, typer.Option(min=1, help="Number of test rows; training rows never have their maps.")],
+    levels: Annotated[str, typer.Option(help="Cells per side: one size, or a range.")] = "3-6",
     cell_px: Annotated[int, typer.Option(min=8, help="Side of a cell in pixels; 28 gives one token per cell.")] = 64,
-    style: Annotated[Style, typer.Option(help="Find a way, or judge a plan.")] = Style.PLANNING,
+    style: Annotated[Style, typer.Option(help="Find a path, or judge a plan.")] = Style.PLANNING,
     prompt: Annotated[PromptLength, typer.Option(help="Wording of the question.")] = PromptLength.LONG,
-    seed: Annotated[int, typer.Option(help="Decides maps and plans.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the maps and plans.")] = 0,
 ) -> None:
-    """Makes spatial tasks on FrozenLake maps, with helper images and answers."""
+    """Generates spatial tasks on FrozenLake maps, with helper images and answers."""
     with Console(stderr=True).status("drawing maps"):
         vsp.make_vsp(
             output,
@@ -61,19 +61,19 @@ def make_vsp(
             prompt=prompt.value,
             seed=seed,
         )
-    typer.echo(f"wrote {num_train} training rows and {num_test} test rows to {output}")
+    typer.echo(f"wrote {counted(num_train, 'training row')} and {counted(num_test, 'test row')} to {output}")
 
 
 @app.command()
 def build(
     rows: Annotated[Path, typer.Option("--input", help="JSONL rows; image paths are relative to this file.")],
     output: Annotated[Path, typer.Option(help="New folder for shards, manifest and index.")],
-    maxcount: Annotated[int, typer.Option(min=1, help="Samples per shard at most.")] = 10_000,
-    maxsize: Annotated[int, typer.Option(min=1, help="Bytes after which a new shard begins.")] = 1_000_000_000,
-    max_rejects: Annotated[int, typer.Option(min=0, help="Rows that may be left out as unusable.")] = 0,
-    part: Annotated[str | None, typer.Option(help="I/N: only this part, into OUTPUT.part-I-of-N.")] = None,
+    maxcount: Annotated[int, typer.Option(min=1, help="Maximum samples per shard.")] = 10_000,
+    maxsize: Annotated[int, typer.Option(min=1, help="Bytes after which a new shard starts.")] = 1_000_000_000,
+    max_rejects: Annotated[int, typer.Option(min=0, help="Number of unusable rows to tolerate.")] = 0,
+    part: Annotated[str | None, typer.Option(help="I/N: build only this part, in OUTPUT.part-I-of-N.")] = None,
 ) -> None:
-    """Turns rows and images into tar shards that plain webdataset reads."""
+    """Builds tar shards from rows and images; plain webdataset can read them."""
     with Console(stderr=True).status("building shards"):
         if part is None:
             manifest, rejects = build_shards(rows, output, maxcount=maxcount, maxsize=maxsize, max_rejects=max_rejects)
@@ -95,33 +95,39 @@ def build(
 def merge(
     parts: Annotated[list[Path], typer.Argument(help="All folders that `build --part` wrote, in any order.")],
     output: Annotated[Path, typer.Option(help="New folder for shards, manifest and index.")],
-    max_rejects: Annotated[int, typer.Option(min=0, help="Rows that may be left out, in all parts together.")] = 0,
+    max_rejects: Annotated[int, typer.Option(min=0, help="Unusable rows to tolerate, in all parts together.")] = 0,
 ) -> None:
-    """Joins the parts of a build into the folder that one build would have written."""
+    """Merges the parts of a build into the folder that a single build would write."""
     with Console(stderr=True).status("merging parts"):
         manifest, rejects = merge_parts(parts, output, max_rejects=max_rejects)
     report(output, manifest, rejects)
 
 
 def report(output: Path, manifest: Manifest, rejects: list[dict[str, Any]]) -> None:
-    """Says what was written."""
+    """Prints what was written."""
     num_bytes = sum(shard.bytes for shard in manifest.shards)
-    typer.echo(f"wrote {manifest.num_samples} samples in {len(manifest.shards)} shards, {num_bytes} bytes, to {output}")
+    samples, shards = counted(manifest.num_samples, "sample"), counted(len(manifest.shards), "shard")
+    typer.echo(f"wrote {samples} in {shards}, {num_bytes} bytes, to {output}")
     if rejects:
-        typer.echo(f"left out {len(rejects)} rows: see {output / REJECTS_NAME}")
+        typer.echo(f"rejected {counted(len(rejects), 'row')}: see {output / REJECTS_NAME}")
+
+
+def counted(number: int, noun: str) -> str:
+    """1, "row" -> "1 row"; 2, "row" -> "2 rows"."""
+    return f"{number} {noun if number == 1 else noun + 's'}"
 
 
 @app.command()
 def check(
     shards: Annotated[Path, typer.Argument(help="A folder that `mirage-data build` wrote.")],
 ) -> None:
-    """Reads a whole folder of shards and prints every fault. Exit code 1: there are some; 2: it is no such folder."""
+    """Reads a folder of shards and prints all faults. Exit code 1: there are faults; 2: not a folder of shards."""
     num_faults = 0
     with Console(stderr=True).status("checking shards"):
         for fault in check_shards(shards):
             num_faults += 1
             typer.echo(fault)
-    typer.echo(f"{num_faults} faults in {shards}")
+    typer.echo(f"{counted(num_faults, 'fault')} in {shards}")
     if num_faults:
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""Writes manifest.json and index.jsonl, from what lies in the finished shards; mirage_ds/data/shards.py reads them."""
+"""Writes manifest.json and index.jsonl of finished shards; mirage_ds/data/shards.py and index.py read them."""
 
 import hashlib
 import json
@@ -14,18 +14,18 @@ _TAR_BLOCK = 512  # bytes; a member's data is padded to a multiple
 
 
 def scan_shard(path: Path) -> list[tuple[str, int, int]]:
-    """Returns (key, offset, size in bytes) of each sample of a tar file, in its order.
+    """Returns (key, offset, size in bytes) of each sample of a tar file, in the order of the file.
 
-    A sample's range goes from its first member's header (the pax header, if it has one) to its last member's padding.
+    A sample extends from the header of its first member (the pax header, if any) to the padding of its last member.
     """
-    places: list[tuple[str, int, int]] = []
+    positions: list[tuple[str, int, int]] = []
     with tarfile.open(path, mode="r:") as tar:
         for info in tar:
             key = info.name.partition(".")[0]
             end = info.offset_data + -(-info.size // _TAR_BLOCK) * _TAR_BLOCK
-            start = places.pop()[1] if places and places[-1][0] == key else info.offset
-            places.append((key, start, end - start))
-    return places
+            start = positions.pop()[1] if positions and positions[-1][0] == key else info.offset
+            positions.append((key, start, end - start))
+    return positions
 
 
 def write_manifest(folder: Path, shards: Sequence[Shard], index: Iterable[IndexEntry]) -> Manifest:
@@ -43,7 +43,7 @@ def write_manifest(folder: Path, shards: Sequence[Shard], index: Iterable[IndexE
 
 
 def describe_shard(path: Path, num_samples: int) -> Shard:
-    """The manifest's line on a finished shard."""
+    """The manifest entry of a finished shard."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Shard(name=path.name, samples=num_samples, bytes=path.stat().st_size, sha256=digest)

@@ -1,8 +1,8 @@
-"""A build in parts, each by a job of its own, and their merging into the folder that one build would have written.
+"""Builds shards in parts, one job each, and merges the parts into the folder that a single build would write.
 
-Rows are cut where a single build begins a new shard because of `maxcount`. So the merged folder is the same byte for
-byte, unless shards end earlier because of `maxsize`, or rows were left out; then it has the same samples in the same
-order, in shards that are cut elsewhere.
+Parts start where a single build starts a new shard because of `maxcount`. So the merged folder is the same byte for
+byte, unless shards end earlier because of `maxsize`, or rows were rejected; then it has the same samples in the same
+order, with other shard boundaries.
 """
 
 import glob
@@ -29,7 +29,7 @@ PART_NAME = "part.json"
 
 @dataclass(frozen=True)
 class Part:
-    """Part `number` (from 0 on) of `count`, of one way to build one file of rows: what parts that fit have alike."""
+    """Part `number` (from 0) of `count`, and what identifies the build: its rows and options."""
 
     number: int
     count: int
@@ -39,7 +39,7 @@ class Part:
 
     @property
     def build(self) -> "Part":
-        """What all parts of one build share."""
+        """What all parts of one build have in common."""
         return replace(self, number=0)
 
 
@@ -47,74 +47,74 @@ def parse_part(text: str) -> tuple[int, int]:
     """`2/8` -> (2, 8): the third of eight.
 
     Raises:
-        DataError: it is not understood.
+        DataError: the text has another form.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise DataError(
-            f"a part is not understood (--part {text}); allowed is I/N with I from 0 to N - 1, as 0/8 for the first of "
-            "eight; correct it"
+            f"invalid part (--part {text}); allowed: I/N with I from 0 to N - 1; correct it, for example 0/8 for the "
+            "first of eight"
         )
     return int(match[1]), int(match[2])
 
 
 def folder_of(output: Path, number: int, count: int) -> Path:
-    """Where a part of `output` is written: beside it, so that merging needs no copy."""
+    """The folder of a part of `output`: next to it, so that merging needs no copy."""
     return output.absolute().parent / f"{output.name}.part-{number:05d}-of-{count:05d}"
 
 
 def rows_of(rows: Path, number: int, count: int, maxcount: int) -> range:
-    """The numbers of a part's rows: whole shards of `maxcount` rows, as evenly dealt as they can be.
+    """The row numbers of a part: complete shards of `maxcount` rows, distributed as evenly as possible.
 
     Raises:
-        DataError: the rows cannot be read or are too few for so many parts.
+        DataError: the rows cannot be read, or are too few for this number of parts.
     """
     num_rows = count_rows(rows)
     num_shards = -(-num_rows // maxcount)
     if num_shards < count:
         raise DataError(
-            f"{count} parts are more than the {num_shards} shards that {num_rows} rows make ({rows}, --maxcount "
-            f"{maxcount}); each part needs one; ask for fewer parts, or set a smaller --maxcount"
+            f"more parts than shards ({rows}, --maxcount {maxcount}): rows: {num_rows}, shards: {num_shards}, parts: "
+            f"{count}; each part needs at least one shard; use fewer parts, or set a smaller --maxcount"
         )
     first, last = (each * num_shards // count * maxcount for each in (number, number + 1))
     return range(first, min(last, num_rows))
 
 
 def describe_part(rows: Path, number: int, count: int, maxcount: int, maxsize: int) -> Part:
-    """The part with the rows as they are now."""
+    """A part of the rows as they are now."""
     with rows.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Part(number, count, digest, maxcount, maxsize)
 
 
 def check_no_other_parts(output: Path, part: Part) -> None:
-    """Refuses parts that lie beside `output` and are of another build.
+    """Refuses parts of another build next to `output`.
 
     Raises:
-        DataError: it names one.
+        DataError: the message names one of them.
     """
     for folder in sorted(output.absolute().parent.glob(f"{glob.escape(output.name)}.part-*-of-*")):
         if read_part(folder).build != part.build:
             raise DataError(
-                f"a part of another build is there ({folder}): its rows or options were others; allowed are parts of "
-                f"this build; remove them with rm -r {output}.part-*"
+                f"a part of another build exists ({folder}): its rows or options differ; allowed: parts of this build; "
+                f"remove the old parts with rm -r {output}.part-*"
             )
 
 
 def build_part(
     rows: Path, output: Path, *, number: int, count: int, maxcount: int, maxsize: int, max_rejects: int = 0
 ) -> tuple[Path, Manifest, list[dict[str, Any]]]:
-    """Builds one part, in a folder of its own beside `output`, whole or not at all; if it is there, nothing is done.
+    """Builds one part in its own folder next to `output`, completely or not at all; an existing part is kept.
 
     Returns:
-        the part's folder, its manifest, and the rows left out.
+        the part's folder, its manifest, and the rejected rows.
     Raises:
         DataError: as `build`, or `rows_of`.
     """
     numbers = rows_of(rows, number, count, maxcount)
     part = describe_part(rows, number, count, maxcount, maxsize)
     folder = folder_of(output, number, count)
-    if folder.exists() and read_part(folder) == part:  # by an earlier start of the same job
+    if folder.exists() and read_part(folder) == part:  # built by an earlier start of the job
         return folder, load_manifest(folder).manifest, read_rejects(folder)
     manifest, rejects = build_shards(
         rows,
@@ -129,18 +129,18 @@ def build_part(
 
 
 def read_part(folder: Path) -> Part:
-    """What a part's folder says of itself.
+    """The part in a folder.
 
     Raises:
-        DataError: it is no such folder.
+        DataError: the folder is not a part.
     """
     path = folder / PART_NAME
     try:
         return Part(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
-            f"no part of a build: {error} ({path}); allowed is what `mirage-data build --part I/N` wrote; name "
-            "such folders, or build the part again"
+            f"not a part of a build: {error} ({path}); expected what `mirage-data build --part I/N` wrote; name such a "
+            "folder, or build the part again"
         ) from error
 
 
@@ -148,39 +148,38 @@ def order_parts(folders: list[Path]) -> list[Path]:
     """The folders in the order of their parts.
 
     Raises:
-        DataError: one is missing, there twice, or of another build.
+        DataError: a part is missing, given twice, or of another build.
     """
     parts = {folder: read_part(folder) for folder in folders}
     first = next(iter(parts.values()))
     for folder, part in parts.items():
         if part.build != first.build:
             raise DataError(
-                f"parts of two builds ({folders[0]} and {folder}): {first.build} and {part.build}; the rows and the "
-                "options must be the same; build the parts again"
+                f"parts of different builds ({folders[0]} and {folder}): {first.build} and {part.build}; rows and "
+                "options must be equal; build the parts again"
             )
     numbers = sorted(part.number for part in parts.values())
     missing = sorted(set(range(first.count)) - set(numbers))
     if missing or len(numbers) != first.count:
-        problem = f"part {missing[0]} is missing" if missing else "a part is there twice"
+        problem = f"part {missing[0]} is missing" if missing else "a part is given twice"
         raise DataError(
-            f"{problem} (of {first.count}; given are {', '.join(map(str, numbers))}); every part is needed once; build "
-            "what is missing with `mirage-data build --part I/N`"
+            f"{problem} (given: {', '.join(map(str, numbers))} of {first.count}); every part is needed exactly once; "
+            "build a missing part with `mirage-data build --part I/N`"
         )
     return sorted(parts, key=lambda folder: parts[folder].number)
 
 
 def merge(folders: list[Path], output: Path, *, max_rejects: int = 0) -> tuple[Manifest, list[dict[str, Any]]]:
-    """Joins all parts of a build, in any order, into `output`, whole or not at all; the parts stay as they are.
+    """Merges all parts of a build, in any order, into `output`, completely or not at all; the parts are not changed.
 
-    Shards are linked where the file system knows hard links, else copied. They are not read: `mirage-data check` does.
+    Shards are hard-linked if the file system supports it, else copied. They are not read; `mirage-data check` does so.
 
     Args:
-        max_rejects: rows that may be left out in all parts together.
+        max_rejects: number of unusable rows to tolerate, in all parts together.
     Returns:
-        the manifest, and the rows left out.
+        the manifest, and the rejected rows.
     Raises:
-        DataError: parts that are not one build's, a shard or index that is not whole, too many rejects, or an output
-            that is there already.
+        DataError: parts of different builds, an incomplete shard or index, too many rejects, or an existing output.
     """
     rejects = Rejects()
     with new_folder(output) as new:
@@ -200,7 +199,7 @@ def merge(folders: list[Path], output: Path, *, max_rejects: int = 0) -> tuple[M
 
 
 def read_rejects(folder: Path) -> list[dict[str, Any]]:
-    """The rows that a part left out."""
+    """The rejected rows of a part."""
     path = folder / REJECTS_NAME
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 

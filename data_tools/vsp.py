@@ -1,6 +1,6 @@
-r"""Makes spatial tasks on FrozenLake maps: rows as the reference writes them, with images, training and test apart.
+r"""Generates spatial tasks on FrozenLake maps: rows in the reference's format, with images, for training and testing.
 
-planning:  find a shortest way to the goal. Helper image: the map with that way drawn on it.
+planning:  find a shortest path to the goal. Helper image: the map with that path drawn on it.
            Answer: \boxed{RIGHT, DOWN}; it has no <output_image>, so the latents come first.
 reasoning: does a plan reach the goal (A), fall into a hole (B), or end safe elsewhere (C)?
            Helper image: the map at a later step of the plan.
@@ -46,7 +46,7 @@ Rules:
 The map: <image>
 
 """
-# The short ones have at most 16 tokens in Qwen2.5's vocabulary, <image> counted as one and the plan not counted.
+# The short ones have at most 16 tokens in Qwen2.5's vocabulary, with <image> as one token and without the plan.
 PROMPTS: dict[tuple[Style, PromptLength], str] = {
     ("planning", "long"): _RULES + "Find a way to the goal that avoids every hole and has as few moves as possible. "
     "Answer with the moves in their order, separated by commas, within \\boxed{}.",
@@ -79,18 +79,18 @@ def make_vsp(
     prompt: PromptLength,
     seed: int,
 ) -> None:
-    """Writes train.jsonl, test.jsonl and images/ to `output`, whole or not at all; equal arguments give equal bytes.
+    """Writes train.jsonl, test.jsonl and images/ to `output`, completely or not at all; equal arguments, equal bytes.
 
     Args:
-        levels: sizes of the maps; they share the rows as evenly as the number of maps that exist allows.
+        levels: sizes of the maps; each gets an equal share of the rows, as far as it has enough maps.
         cell_px: side of a cell; 28 gives one merged token per cell.
     Raises:
         ConfigError: gymnasium is not installed.
-        DataError: more maps are wanted than there are, or `output` is there already.
+        DataError: more maps are requested than exist, or `output` already exists.
     """
     painter = Painter(cell_px)
-    wanted = {"train": num_train, "test": num_test}
-    shares = {side: share_out(wanted[side], levels, side) for side in SIDES}
+    requested = {"train": num_train, "test": num_test}
+    shares = {side: share_out(requested[side], levels, side) for side in SIDES}
     with new_folder(output) as folder:
         for level in levels:
             (folder / "images" / f"level_{level}").mkdir(parents=True)
@@ -105,34 +105,34 @@ def parse_levels(text: str) -> range:
     """`3` or `3-6`, both ends included.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the text has another form.
     """
     match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 2 <= first <= last:
         raise ConfigError(
-            f"the levels are {text!r} (--levels); allowed is a size of at least 2, or two with a dash between them, "
-            "the smaller one first; write for example 3 or 3-6"
+            f"invalid levels {text!r} (--levels); allowed: a size of at least 2, or a range of sizes, the smaller one "
+            "first; write for example 3 or 3-6"
         )
     return range(first, last + 1)
 
 
-def share_out(wanted: int, levels: range, side: Side) -> dict[int, int]:
-    """How many maps each level gives: equally many, and the rest from those that have more.
+def share_out(requested: int, levels: range, side: Side) -> dict[int, int]:
+    """Number of maps from each level: equal shares, and the rest from the levels that have more maps.
 
     Raises:
-        DataError: all levels together do not have so many.
+        DataError: the levels together have too few maps.
     """
     available = {level: num_available(level, side) for level in levels}
-    if wanted > sum(available.values()):
+    if requested > sum(available.values()):
         raise DataError(
-            f"{wanted} maps are wanted (--num-{side}), but levels {levels[0]}-{levels[-1]} give at most "
-            f"{sum(available.values())} different ones for {side}; ask for fewer or for more levels"
+            f"too many maps requested (--num-{side} {requested}); levels {levels[0]}-{levels[-1]} have "
+            f"{sum(available.values())} different ones for {side}; request fewer maps, or more levels"
         )
     shares = {}
     for number, level in enumerate(sorted(levels, key=lambda level: available[level])):
-        shares[level] = min(available[level], wanted // (len(levels) - number))
-        wanted -= shares[level]
+        shares[level] = min(available[level], requested // (len(levels) - number))
+        requested -= shares[level]
     return shares
 
 
@@ -143,7 +143,7 @@ def _write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 
 class RowWriter:
-    """Makes the rows of one side, and writes their images."""
+    """Creates the rows of one side, and writes their images."""
 
     def __init__(self, folder: Path, painter: Painter, prompt: str, random: Random) -> None:
         self._folder = folder
@@ -195,21 +195,21 @@ class RowWriter:
         }
 
     def _draw_plan(self, map_desc: MapDesc) -> tuple[str, list[str]]:
-        """The rarest outcome so far that the map allows, and a plan that ends so: a stroll, then straight to a target.
+        """The rarest outcome so far that the map allows, and a plan for it: random moves, then a shortest route.
 
-        Only its last move may enter the goal or a hole, so it does not matter whether the game would end there.
+        Only the last move may enter the goal or a hole, so it does not matter whether the game would end there.
         """
         start = find_start(map_desc)
         targets = self._targets(map_desc, start)
         outcome = min(targets, key=lambda outcome: self._outcomes[outcome])
         self._outcomes[outcome] += 1
-        stroll, cell = self._stroll(map_desc, start)
+        moves, cell = self._random_moves(map_desc, start)
         target = self._random.choice(targets[outcome])
-        return outcome, stroll + routes(map_desc, cell)[target]
+        return outcome, moves + routes(map_desc, cell)[target]
 
     @staticmethod
     def _targets(map_desc: MapDesc, start: Cell) -> dict[str, list[Cell]]:
-        """Where a plan of each possible outcome can end."""
+        """The cells where a plan can end, for each possible outcome."""
         reached = [cell for cell in routes(map_desc, start) if cell != start]
         by_outcome = {"A": (GOAL,), "B": (HOLE,), "C": (SAFE,)}
         targets = {
@@ -217,7 +217,7 @@ class RowWriter:
         }
         return {outcome: cells for outcome, cells in targets.items() if cells}
 
-    def _stroll(self, map_desc: MapDesc, cell: Cell) -> tuple[list[str], Cell]:
+    def _random_moves(self, map_desc: MapDesc, cell: Cell) -> tuple[list[str], Cell]:
         """A few random moves over safe cells, and where they end."""
         moves: list[str] = []
         for _ in range(self._random.randrange(len(map_desc))):

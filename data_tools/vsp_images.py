@@ -1,4 +1,4 @@
-"""Draws FrozenLake maps with gymnasium's sprites, by Pillow alone; equal maps give equal bytes."""
+"""Draws FrozenLake maps with gymnasium's sprites, using only Pillow; equal maps give equal bytes."""
 
 import io
 from importlib.util import find_spec
@@ -11,24 +11,24 @@ from mirage_ds.errors import ConfigError
 from mirage_ds.inference.tasks.vsp import GOAL, HOLE, START, Cell, MapDesc, at
 
 SPRITES = ("tile_ice", "tile_hole", "letter_s", "letter_g", "goal_flag", "agent")
-SPRITE_CELL_PX = 64  # the cell that the sprites are made for
+SPRITE_CELL_PX = 64  # the cell size that the sprites are made for
 GRID_COLOUR = (180, 200, 230)
-PATH_COLOUR = (200, 0, 160)  # on no sprite
-PNG_COMPRESS_LEVEL = 6  # fixed, so that the bytes do not follow a default
+PATH_COLOUR = (200, 0, 160)  # in no sprite
+PNG_COMPRESS_LEVEL = 6  # fixed, so that the bytes do not depend on a default
 
 
 def load_sprites(cell_px: int) -> dict[str, Image.Image]:
-    """The sprites at the size that they have in cells of `cell_px` pixels.
+    """The sprites, scaled to cells of `cell_px` pixels.
 
     Raises:
-        ConfigError: gymnasium is not installed, or is a version with other sprites.
+        ConfigError: gymnasium is not installed, or its version has other sprites.
     """
-    spec = find_spec("gymnasium")  # looks for the package without importing it
+    spec = find_spec("gymnasium")  # finds the package without importing it
     remedy = "pip install 'mirage_ds[vsp]'"
     if spec is None or spec.origin is None:
         raise ConfigError(
-            f"maps are drawn with gymnasium's sprites, and gymnasium is not installed (in this Python); make-vsp needs "
-            f"the optional extra vsp; {remedy}"
+            f"gymnasium is not installed (in this Python); make-vsp draws with its sprites and needs the extra vsp; "
+            f"{remedy}"
         )
     folder = Path(spec.origin).parent / "envs" / "toy_text" / "img"
     try:
@@ -62,13 +62,13 @@ class Painter:
         return image
 
     def draw_path(self, image: Image.Image, path: list[Cell]) -> None:
-        """A line over the middles of the cells of a path, each next to the one before."""
+        """Draws a line through the centers of the cells of a path; consecutive cells are neighbors."""
         draw, half = ImageDraw.Draw(image), max(1, self._cell_px // 12)
-        middles = [
+        centers = [
             (column * self._cell_px + self._cell_px // 2, row * self._cell_px + self._cell_px // 2)
             for row, column in path
         ]
-        for (x, y), (next_x, next_y) in pairwise(middles):
+        for (x, y), (next_x, next_y) in pairwise(centers):
             ends = (min(x, next_x) - half, min(y, next_y) - half, max(x, next_x) + half, max(y, next_y) + half)
             draw.rectangle(ends, fill=PATH_COLOUR)
 
@@ -84,7 +84,7 @@ class Painter:
             self._paste(image, "letter_g", cell, across=0.08, down=0.08)
 
     def _paste(self, image: Image.Image, name: str, cell: Cell, across: float = 0.0, down: float = 0.0) -> None:
-        """Puts a sprite on a cell; of the room that it leaves, the shares `across` and `down` are left of and above."""
+        """Draws a sprite on a cell; `across` and `down`: its position in the free space, 0 (left, top) to 1."""
         sprite = self._sprites[name]
         x = cell[1] * self._cell_px + round((self._cell_px - sprite.width) * across)
         y = cell[0] * self._cell_px + round((self._cell_px - sprite.height) * down)

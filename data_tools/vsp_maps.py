@@ -1,7 +1,7 @@
-"""Solvable FrozenLake maps and ways through them: drawn from a seed, without repeats, training and test apart for good.
+"""Solvable FrozenLake maps and paths through them: drawn from a seed, without repeats, split into training and test.
 
-A map belongs to the test side if sha256 of its JSON, as a number, ends in the decimal digit 0; else to training. So no
-map can be on both sides, whatever the seed and the numbers:
+A map is a test map if the sha256 of its JSON, as a number, ends in the decimal digit 0; else a training map. So no map
+can be on both sides, whatever the seed and the number of rows:
 
     int(hashlib.sha256(json.dumps(map_desc).encode()).hexdigest(), 16) % 10 == 0
 """
@@ -20,11 +20,11 @@ from mirage_ds.inference.tasks.vsp import GOAL, HOLE, MOVES, SAFE, START, Cell, 
 Side = Literal["train", "test"]
 SIDES: tuple[Side, ...] = ("train", "test")
 
-# Up to here every map is listed (6792 of level 3), so any number up to all of them can be had.
+# Up to this level all maps are enumerated (6792 of level 3), so that all of them can be drawn.
 LARGEST_LISTED_LEVEL = 3
-# Above, maps are drawn at random and repeats dropped; more than this of one level would make drawing slow.
+# Above it, maps are drawn at random and repeats dropped; drawing more than this of one level would be slow.
 MAX_DRAWN: dict[Side, int] = {"train": 100_000, "test": 10_000}
-HOLE_SHARE = 0.2  # of the cells of a drawn map before those that cannot be solved are dropped
+HOLE_SHARE = 0.2  # of the cells of a drawn map, before unsolvable maps are dropped
 
 
 def fingerprint(map_desc: MapDesc) -> str:
@@ -33,15 +33,15 @@ def fingerprint(map_desc: MapDesc) -> str:
 
 
 def side_of(map_desc: MapDesc) -> Side:
-    """Which side the map is on, always; about one in ten is for testing."""
+    """The side of a map, which never changes; about one in ten is for testing."""
     return "test" if int(fingerprint(map_desc), 16) % 10 == 0 else "train"
 
 
 def routes(map_desc: MapDesc, source: Cell) -> dict[Cell, list[str]]:
-    """A shortest list of moves to each cell that can be entered from `source`.
+    """A shortest list of moves to each cell that can be reached from `source`.
 
-    Holes and the goal end a route, so none passes over one. Of several shortest ones it is the first in the order of
-    MOVES.
+    Holes and the goal end a route, so no route passes through one. Of several shortest routes, it is the first in the
+    order of MOVES.
     """
     found: dict[Cell, list[str]] = {source: []}
     waiting = deque([source])
@@ -57,13 +57,13 @@ def routes(map_desc: MapDesc, source: Cell) -> dict[Cell, list[str]]:
 
 
 def shortest_path(map_desc: MapDesc) -> list[str] | None:
-    """The moves from start to goal; None if there is no way."""
+    """The moves from start to goal; None if there is no path."""
     reached = routes(map_desc, find_start(map_desc))
     return next((moves for cell, moves in reached.items() if at(map_desc, cell) == GOAL), None)
 
 
 def walk(map_desc: MapDesc, moves: list[str]) -> list[Cell]:
-    """The cells that the moves lead over, the start first."""
+    """The cells visited by the moves, from the start on."""
     cells = [find_start(map_desc)]
     for move in moves:
         cells.append(step(map_desc, cells[-1], move))
@@ -71,7 +71,7 @@ def walk(map_desc: MapDesc, moves: list[str]) -> list[Cell]:
 
 
 def num_available(level: int, side: Side) -> int:
-    """How many maps of one level and side can be had."""
+    """How many maps of one level and side can be drawn."""
     return len(_list_maps(level, side)) if level <= LARGEST_LISTED_LEVEL else MAX_DRAWN[side]
 
 
@@ -105,7 +105,7 @@ def _draw_map(level: int, random: Random) -> MapDesc:
 
 
 def _to_map(level: int, start: int, goal: int, rest: list[int]) -> MapDesc:
-    """Start and goal at their places, the other cells in order."""
+    """A map with start and goal at their positions and the other cells in order."""
     cells = iter(rest)
     values = [START if place == start else GOAL if place == goal else next(cells) for place in range(level**2)]
     return [values[row * level : (row + 1) * level] for row in range(level)]

@@ -1,4 +1,4 @@
-"""`mirage-launch`: starts runs, on this machine or on a SLURM cluster, and says beforehand what they need."""
+"""`mirage-launch`: starts runs on this machine or on a SLURM cluster; plans them, and checks what they need."""
 
 import typer
 
@@ -7,7 +7,7 @@ from launch.local import local
 from launch.planner import plan
 from launch.slurm import shard_jobs
 from launch.slurm.submit import slurm
-from mirage_ds import errors
+from mirage_ds import errors, library_noise
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -25,4 +25,5 @@ app.command("doctor")(doctor.command)
 
 
 def main() -> None:
+    library_noise.silence()
     errors.run(app)

@@ -1,9 +1,10 @@
-"""The whole of mirage_ds on one machine: maps, shards, a tiny model, three trainings, an honest table, a picture.
+"""All of mirage_ds on one machine: draws maps, builds shards, trains a tiny model three ways, evaluates and compares.
 
     make demo        or        python -m launch.demo [--output runs/demo] [--short]
 
-A model of a million parameters learns to find the shortest way on 3x3 maps. Stage 1 and stage 2 together see as many
-samples as the text baseline. What is scored: maps that no training row has, greedy decoding, strictly parsed moves.
+A model of a million parameters learns to find the shortest path on 3x3 maps. Stage 1 and stage 2 together see as many
+samples as the text baseline. The score is the share of held-out maps (no training row has them) that are solved, with
+greedy decoding and strictly parsed moves. The stage 2 model is scored again with its latents replaced.
 """
 
 import json
@@ -20,36 +21,30 @@ from typing import Annotated, Any
 import torch
 import typer
 from deepspeed.accelerator import get_accelerator
-from PIL import Image, ImageDraw
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from launch.demo_report import LABELS, conclusions, count_malformed, draw_picture, rate, results_table
 from mirage_ds.config import TaskName
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import Sample, read_rows
-from mirage_ds.inference.evaluate import evaluate, read_task
-from mirage_ds.inference.generate import Decoder, as_they_are, load_decoder
-from mirage_ds.inference.rates import wilson_interval
+from mirage_ds.inference.evaluate import evaluate
+from mirage_ds.inference.generate import Decoder, load_decoder
+from mirage_ds.inference.latents import Feed, MeanStates, OwnStates, ShuffledStates, next_rows, zeroed
+from mirage_ds.inference.questions import read_task
 from mirage_ds.inference.results import Answer
 
 RECIPES = Path(__file__).parent / "recipes"
 RANKS, LATENT_SIZE, MAX_NEW_TOKENS = 2, 4, 24
 GLOBAL_BATCH_SIZE = 64
 TASK: TaskName = "vsp-spatial-planning"
-LABELS = {
-    "untrained": "before training",
-    "text": "text baseline",
-    "stage1": "stage 1",
-    "stage2": "stage 1 + stage 2",
-    "stage2_zeroed": "  the same, latents zeroed",
-}
+RUNS = ("untrained", "text", "stage1", "stage2")
+SHUFFLE_SEED = 0
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done."""
+    """How much data, and how many steps."""
 
     num_train: int
     num_test: int
@@ -63,7 +58,7 @@ SHORT = Size(num_train=128, num_test=16, stage1_steps=4, stage2_steps=4, warmup_
 
 
 class Demo:
-    """One demo in one folder; every step is the command that a user would type."""
+    """One demo in one folder; every step is a command that a user would type."""
 
     def __init__(self, output: Path, size: Size) -> None:
         self.output, self.size = output, size
@@ -71,7 +66,7 @@ class Demo:
         self.seconds: dict[str, float] = {}
 
     def timed(self, name: str, action: Callable[[], Any]) -> Any:
-        """Runs a part, under a headline, and keeps its time."""
+        """Runs a part under a headline, and records its time."""
         self.console.rule(name)
         started_s = time.monotonic()
         result = action()
@@ -85,7 +80,7 @@ class Demo:
         program = str(Path(sys.executable).parent / words[0])
         code = subprocess.run([program, *words[1:]]).returncode
         if code:
-            raise SystemExit(f"`{words[0]}` ended with exit code {code}; its message is above")
+            raise SystemExit(f"`{words[0]}` failed with exit code {code}; its message is above")
 
     def make_data(self) -> None:
         rows = self.output / "rows"
@@ -120,29 +115,43 @@ class Demo:
         )
 
     def test(self) -> dict[str, list[Answer]]:
-        """The answers of every model to the held-out maps."""
+        """The answers of every model to the held-out maps, then those of the last one with its latents replaced."""
         rows = read_task(self.output / "rows" / "test.jsonl", TASK)
-        answers = {}
-        for name in LABELS:
-            started_s = time.monotonic()
-            decoder, encoder = self.decoder(name)
-            answers[name] = list(evaluate(decoder, encoder, rows, TASK, batch_size=50))
-            self.console.print(f"{LABELS[name].strip()}: {time.monotonic() - started_s:.0f} s", highlight=False)
+        answers: dict[str, list[Answer]] = {}
+        for run in RUNS:
+            decoder, encoder = self.load(run)
+            own = OwnStates()
+            answers[run] = self.decode(run, decoder, encoder, rows, own)
+        # Decoder and own states are now those of the stage 2 model.
+        replacements: dict[str, Feed] = {
+            "stage2_shuffled": ShuffledStates(own, next_rows(rows, SHUFFLE_SEED)),
+            "stage2_mean": MeanStates(own),
+            "stage2_zeroed": zeroed,
+        }
+        for name, feed in replacements.items():
+            answers[name] = self.decode(name, decoder, encoder, rows, feed)
         return answers
 
-    def decoder(self, name: str) -> tuple[Decoder, Encoder]:
-        run, _, ablation = name.partition("_")
+    def decode(
+        self, name: str, decoder: Decoder, encoder: Encoder, rows: list[tuple[str, Sample]], feed: Feed
+    ) -> list[Answer]:
+        started_s = time.monotonic()
+        decoder.feed = feed
+        answers = list(evaluate(decoder, encoder, rows, TASK, batch_size=50))
+        self.console.print(f"{LABELS[name].strip()}: {time.monotonic() - started_s:.0f} s", highlight=False)
+        return answers
+
+    def load(self, run: str) -> tuple[Decoder, Encoder]:
         return load_decoder(
             str(self.trained(run)),
             latent_size=LATENT_SIZE,
             system_turn=False,
             max_new_tokens=MAX_NEW_TOKENS,
-            feed=torch.zeros_like if ablation == "zeroed" else as_they_are,
             dtype=torch.float32,
         )
 
     def trained(self, run: str) -> Path:
-        """The folder of a run's last model, or of the one that all runs began with."""
+        """The folder of a run's exported model, or of the model that all runs start from."""
         return self.output / ("model" if run == "untrained" else f"{run}-model")
 
     def export(self) -> None:
@@ -150,7 +159,7 @@ class Demo:
             self.command("mirage", "export", "--checkpoint", self.output / run, "--output", self.trained(run))
 
     def run(self) -> None:
-        """All of it."""
+        """Runs all parts, and writes the summary and the picture."""
         started_s = time.monotonic()
         size = self.size
         self.timed("Maps and shards", self.make_data)
@@ -162,31 +171,21 @@ class Demo:
         answers = self.timed("Held-out maps", self.test)
         samples = [sample for _, sample in read_rows(self.output / "rows" / "test.jsonl")]
         draw_picture(samples, answers, self.output / "answers.png")
-        rates = {name: sum(map(solved, answers[name])) / len(samples) for name in LABELS}
-        summary: dict[str, Any] = {f"success_{name}": rate for name, rate in rates.items()}
+        summary: dict[str, Any] = {f"success_{name}": rate(answers[name]) for name in LABELS}
+        summary |= {"malformed": {name: count_malformed(answers[name]) for name in LABELS}}
         summary |= {"num_test": len(samples), "seconds": self.seconds}
         summary["seconds_total"] = round(time.monotonic() - started_s, 1)
         (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        self.report(rates, len(samples))
+        self.report(answers)
 
-    def report(self, rates: dict[str, float], num_test: int) -> None:
+    def report(self, answers: dict[str, list[Answer]]) -> None:
+        """Prints the table, what follows from it, and where everything is."""
         self.console.rule("Results")
-        table = Table(title=f"Shortest ways found on {num_test} held-out 3x3 maps")
-        for heading in ("model", "solved", "95% interval", "samples seen"):
-            table.add_column(heading, justify="left" if heading == "model" else "right")
-        batch = GLOBAL_BATCH_SIZE
-        both = self.size.stage1_steps + self.size.stage2_steps
-        seen = {"untrained": 0, "text": both, "stage1": self.size.stage1_steps, "stage2": both, "stage2_zeroed": both}
-        for name, rate in rates.items():
-            low, high = wilson_interval(round(rate * num_test), num_test)
-            table.add_row(LABELS[name], f"{rate:.1%}", f"{low:.1%} - {high:.1%}", f"{seen[name] * batch}")
-        self.console.print(table)
-        difference = 100 * (rates["stage2"] - rates["text"])
-        self.console.print(
-            f"Latents against text only: {difference:+.1f} points. Latents against the same model with its latents "
-            f"zeroed: {100 * (rates['stage2'] - rates['stage2_zeroed']):+.1f} points.",
-            highlight=False,
-        )
+        stage1, both = self.size.stage1_steps, self.size.stage1_steps + self.size.stage2_steps
+        steps = {name: {"untrained": 0, "stage1": stage1}.get(name, both) for name in LABELS}
+        self.console.print(results_table(answers, {name: steps[name] * GLOBAL_BATCH_SIZE for name in LABELS}))
+        for sentence in conclusions(answers):
+            self.console.print(sentence, highlight=False, soft_wrap=True)
         for part, seconds in self.seconds.items():
             self.console.print(f"{seconds:7.1f} s  {part}", highlight=False)
         self.console.print(
@@ -196,50 +195,22 @@ class Demo:
         )
         question = json.loads((self.output / "rows" / "test.jsonl").read_text().splitlines()[0])
         self.console.print(
-            f"Ask it:  mirage generate --model {self.trained('stage2')} --prompt {shlex.quote(question['text_input'])} "
+            f"Ask the model:  mirage generate --model {self.trained('stage2')} "
+            f"--prompt {shlex.quote(question['text_input'])} "
             f"--image {self.output / 'rows' / question['image_input']}",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def solved(answer: Answer) -> bool:
-    """Whether an answer's moves, strictly parsed, end on the goal of the row's map."""
-    return answer.scores["strict"].success
-
-
-def draw_picture(samples: list[Sample], answers: dict[str, list[Answer]], path: Path, rows: int = 8) -> None:
-    """Map, helper image and the answers of the trained models, side by side."""
-    names = ("text", "stage1", "stage2", "stage2_zeroed")
-    cell, width = 84, 84 * 2 + 40 + 250 * len(names)
-    picture = Image.new("RGB", (width, 30 + (cell + 12) * rows), "white")
-    draw = ImageDraw.Draw(picture)
-    for column, title in enumerate(["map", "helper"]):
-        draw.text((10 + column * (cell + 10), 8), title, fill="black")
-    for column, name in enumerate(names):
-        draw.text((200 + 250 * column, 8), LABELS[name].strip(), fill="black")
-    for row, sample in enumerate(samples[:rows]):
-        top = 30 + row * (cell + 12)
-        for column, data in enumerate([sample.input_images[0], sample.helper_images[0]]):
-            image = open_image(data, sample.key).convert("RGB").resize((cell, cell))
-            picture.paste(image, (10 + column * (cell + 10), top))
-        for column, name in enumerate(names):
-            answer = answers[name][row]
-            latents = "[latent] " * answer.num_latents
-            mark = "solved" if solved(answer) else "failed"
-            text = f"{latents.strip()}\n{answer.text.strip()[:36]}\n{mark}"
-            draw.text((200 + 250 * column, top + 20), text, fill="darkgreen" if solved(answer) else "firebrick")
-    picture.save(path)
-
-
 def main(
-    output: Annotated[Path, typer.Option(help="New folder for everything that the demo makes.")] = Path("runs/demo"),
-    short: Annotated[bool, typer.Option("--short", help="A few steps of everything, to see that it runs.")] = False,
+    output: Annotated[Path, typer.Option(help="New folder for everything that the demo writes.")] = Path("runs/demo"),
+    short: Annotated[bool, typer.Option("--short", help="A few steps of each part, to check that it runs.")] = False,
 ) -> None:
     """Runs the demo."""
     if output.exists():
-        raise SystemExit(f"the folder is there already ({output}); the demo needs a new one; delete it or set --output")
-    # Two ranks on a few cores: more threads than cores only wait for each other.
+        raise SystemExit(f"the folder exists already ({output}); the demo needs a new one; delete it, or set --output")
+    # With two ranks on a few cores, more threads than cores slow each other down.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // RANKS)))
     transformers_logging.disable_progress_bar()
     Demo(output, SHORT if short else FULL).run()

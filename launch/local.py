@@ -1,4 +1,4 @@
-"""`mirage-launch local`: the ranks of a run as processes of this machine, ended together, none left behind."""
+"""`mirage-launch local`: starts the ranks of a run on this machine, and ends them together; no process is left."""
 
 import ctypes
 import os
@@ -15,17 +15,18 @@ import typer
 
 from mirage_ds.errors import ConfigError
 from mirage_ds.recipe import load_config
+from mirage_ds.training.early_checks import check_folder_is_free, check_inputs
 from mirage_ds.versions import check_versions
 
-GRACE_S = 30  # from SIGTERM to SIGKILL, for the other ranks when one has failed
+GRACE_S = 10  # from SIGTERM to SIGKILL, for the other ranks when one has failed: they cannot save without it
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# What the ranks get for a signal to the launcher. At the first three the trainer saves and ends.
+# What the ranks get for a signal to the launcher. After SIGTERM, SIGUSR1 and SIGUSR2 the trainer saves and ends.
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGUSR2: signal.SIGUSR2,
     signal.SIGINT: signal.SIGTERM,  # Ctrl-C
-    signal.SIGQUIT: signal.SIGKILL,  # Ctrl-\, for whoever will not wait for the save
+    signal.SIGQUIT: signal.SIGKILL,  # Ctrl-\: at once, without a checkpoint
 }
 
 
@@ -39,11 +40,13 @@ def local(
     """Trains on this machine: starts the ranks, passes signals on to them, and leaves none behind."""
     check_versions()
     config = load_config(recipe, overrides)
+    check_inputs(config)
+    check_folder_is_free(config.run)
     gpus = count_gpus()
     if ranks and gpus and ranks > gpus:
         raise ConfigError(
-            f"there are not so many GPUs (--ranks {ranks}, on this machine): allowed are 1 to {gpus}, one for each; "
-            "set another --ranks, or CUDA_VISIBLE_DEVICES, or DS_ACCELERATOR=cpu to train without GPUs"
+            f"more ranks than GPUs (--ranks {ranks}, on this machine): allowed are 1 to {gpus}, one for each GPU; set "
+            "another --ranks, or CUDA_VISIBLE_DEVICES, or DS_ACCELERATOR=cpu to train without GPUs"
         )
     ranks = ranks or max(1, gpus)
     config.train.accumulation_steps(ranks)
@@ -52,7 +55,7 @@ def local(
 
 
 def count_gpus() -> int:
-    """GPUs that a rank would see. A process of its own asks: torch takes memory and threads, and here it stays out."""
+    """GPUs that a rank would see. Another process asks torch, whose memory and threads the launcher does not need."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return 0
     question = "import torch; print(torch.cuda.device_count())"
@@ -60,26 +63,27 @@ def count_gpus() -> int:
 
 
 class Launch:
-    """Ranks, each the leader of a process group that holds its DataLoader's workers too.
+    """The ranks; each leads a process group that has its DataLoader's workers too.
 
     A signal to the launcher and the end of a rank are bytes in a pipe, which `wait` reads one by one: none is missed,
-    not even one that comes while the ranks are started.
+    not even one that comes while the ranks are being started.
     """
 
     def __init__(self, command: list[str], num_ranks: int, grace_s: int = GRACE_S) -> None:
         """
         Args:
             command: what each rank runs, with the variables that torch.distributed reads.
+            grace_s: seconds from SIGTERM to SIGKILL for the other ranks after one has failed.
         """
         self.grace_s = grace_s
         self.code = 0  # the launcher's own exit code
-        self.cause = ""  # what others say after it, for example of a lost connection, follows from it
+        self.cause = ""  # which rank failed first: what the others print after it follows from that
         self.signals, write_end = os.pipe()
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end)
         for number in (signal.SIGCHLD, signal.SIGALRM, *FORWARDED):
             signal.signal(number, lambda *_: None)
-        # Bound and never listening, it keeps the port free for rank 0, which listens there some seconds later.
+        # Bound but never listening, it reserves the port for rank 0, which listens there some seconds later.
         self.port = socket.socket()
         self.port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.port.bind(("127.0.0.1", 0))
@@ -104,7 +108,7 @@ class Launch:
         )
 
     def wait(self) -> int:
-        """Until no rank is left. Returns the exit code of the first one that failed; 128 + n stands for signal n."""
+        """Waits until no rank is left. Returns the exit code of the first that failed; 128 + n means signal n."""
         interrupted = False
         while self.ranks:
             number = signal.Signals(os.read(self.signals, 1)[0])
@@ -115,11 +119,11 @@ class Launch:
             else:
                 if number == signal.SIGINT:
                     interrupted = True
-                    say("the run saves and ends; Ctrl-\\ ends it at once")
+                    say("saving and ending; Ctrl-\\ ends the run at once, unsaved")
                 self.send(FORWARDED[number])
         if self.cause:
-            say(f"{self.cause}; its message above is the one to read")
-        # Saved or not: in a shell, `stage 1 && stage 2` shall not go on with stage 2 after a Ctrl-C.
+            say(f"{self.cause}; read its message above")
+        # Saved or not: in a shell, `stage 1 && stage 2` must not continue with stage 2 after a Ctrl-C.
         return self.code or (128 + signal.SIGINT if interrupted else 0)
 
     def send(self, number: signal.Signals) -> None:
@@ -127,19 +131,19 @@ class Launch:
             os.kill(rank.pid, number)  # not yet waited for, so no other process can have this pid
 
     def reap(self) -> None:
-        """Takes leave of the ranks that ended, and of what they left. When the first one fails, all shall end."""
+        """Cleans up after the ranks that have ended. After the first failure it ends the others."""
         for rank, process in list(self.ranks.items()):
             if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 continue
-            os.killpg(process.pid, signal.SIGKILL)  # workers of a rank that was killed; itself it is a zombie by now
+            os.killpg(process.pid, signal.SIGKILL)  # workers of a rank that was killed; the rank itself is a zombie
             del self.ranks[rank]
             if process.wait() and not self.code:
                 killer = -process.returncode
                 self.code = 128 + killer if killer > 0 else process.returncode
                 end = signal.Signals(killer).name if killer > 0 else f"exit code {self.code}"
                 if self.ranks:
-                    self.cause = f"rank {rank} was the first that failed, with {end}"
-                say(f"rank {rank} ended with {end}" + (", the others are ended" if self.ranks else ""))
+                    self.cause = f"rank {rank} failed first, with {end}"
+                say(f"rank {rank} ended with {end}" + ("; ending the other ranks" if self.ranks else ""))
                 self.send(signal.SIGTERM)
                 signal.alarm(self.grace_s)
 
@@ -150,7 +154,7 @@ def say(text: str) -> None:
 
 
 def die_with(parent: int) -> Callable[[], None]:
-    """What a new process does first: it asks for SIGKILL at its parent's end, and looks whether that came before."""
+    """What a new process does first: asks for SIGKILL when its parent ends, and checks that it has not ended yet."""
     libc = ctypes.CDLL(None)
 
     def ask() -> None:

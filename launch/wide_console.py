@@ -1,4 +1,4 @@
-"""The console for tables: in a log, where no terminal tells a width, rich would fold everything at 80 columns."""
+"""The console for tables. In a log, where no terminal gives a width, rich would wrap everything at 80 columns."""
 
 from rich.console import Console
 

@@ -54,8 +54,8 @@ class ModelConfig(Section):
     latent_size: PositiveInt = 4
     """K: latent tokens per helper image."""
     compress_strategy: CompressStrategy = "average"
-    """How a helper image's patch embeddings become K targets. `average`: means of K equal runs of patches, the
-    remainder dropped, as in the reference; `average_all`: means of K runs, no patch dropped; `grid`: means of the
+    """How a helper image's patch embeddings are pooled to K targets. `average`: means of K equal segments, the
+    remainder dropped, as in the reference; `average_all`: means of K segments, no patch dropped; `grid`: means of the
     cells of a grid over the image, whose rows times columns are K."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernels. `auto`: `flash_attention_2` on a GPU in bf16 where it is installed, else `sdpa`."""
@@ -69,7 +69,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """What is read, and by how many processes."""
+    """The training data, and the processes that read it."""
 
     shards: Path
     """Folder that `mirage-data build` wrote."""
@@ -138,12 +138,12 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "TrainConfig":
-        """As far as it can be told without the number of ranks; `accumulation_steps` knows that."""
+        """Checks what does not depend on the number of ranks; `accumulation_steps` checks the rest."""
         share = self.micro_batch_size_per_gpu * (self.gradient_accumulation_steps or 1)
         if self.global_batch_size is not None and self.global_batch_size % share:
             raise ValueError(
-                f"global_batch_size is {self.global_batch_size}, no multiple of the {share} samples that each rank "
-                "gives (micro_batch_size_per_gpu x gradient_accumulation_steps); set train.global_batch_size to a "
+                f"global_batch_size is {self.global_batch_size}, not a multiple of the {share} samples of each rank "
+                "(micro_batch_size_per_gpu x gradient_accumulation_steps); set train.global_batch_size to a "
                 "multiple, or train.micro_batch_size_per_gpu to a divisor and leave "
                 "train.gradient_accumulation_steps unset"
             )
@@ -152,21 +152,21 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _profile_goes_forward(self) -> "TrainConfig":
         if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
-            raise ValueError(f"profile_steps {self.profile_steps} end before they begin; set the first step first")
+            raise ValueError(f"profile_steps {self.profile_steps} end before they begin; write the smaller step first")
         return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainConfig":
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             raise ValueError(
-                f"warmup_steps is {self.warmup_steps}, which leaves nothing of max_steps={self.max_steps}; "
+                f"warmup_steps is {self.warmup_steps}, which is not below max_steps={self.max_steps}; "
                 "set train.warmup_steps below train.max_steps"
             )
         return self
 
     @property
     def text_weight(self) -> float:
-        """The weight of the text loss in force."""
+        """The effective weight of the text loss."""
         if self.ce_loss_weight is not None:
             return self.ce_loss_weight
         return 0.1 if self.stage == "stage1" else 1.0
@@ -175,7 +175,7 @@ class TrainConfig(Section):
         """Micro-batches of each rank per optimizer step.
 
         Raises:
-            ConfigError: this many ranks cannot make `global_batch_size`.
+            ConfigError: `global_batch_size` is not possible with this many ranks.
         """
         if self.global_batch_size is None:
             return self.gradient_accumulation_steps or 1
@@ -183,12 +183,17 @@ class TrainConfig(Section):
         steps, rest = divmod(self.global_batch_size, micro_step)
         if rest or self.gradient_accumulation_steps not in (None, steps):
             wanted = self.gradient_accumulation_steps
+            multiple = -(-self.global_batch_size // micro_step) * micro_step
             raise ConfigError(
-                f"train.global_batch_size is {self.global_batch_size}, which {world_size} ranks x "
-                f"train.micro_batch_size_per_gpu={self.micro_batch_size_per_gpu}"
-                + (f" x train.gradient_accumulation_steps={wanted}" if wanted else "")
-                + f" do not make; allowed are multiples of {micro_step}, with train.gradient_accumulation_steps unset; "
-                "set one of these numbers, or start another number of ranks"
+                f"train.global_batch_size={self.global_batch_size} does not divide over {world_size} "
+                f"{'rank' if world_size == 1 else 'ranks'} with train.micro_batch_size_per_gpu="
+                f"{self.micro_batch_size_per_gpu}"
+                + (f" and train.gradient_accumulation_steps={wanted}" if wanted else "")
+                + f"; allowed: multiples of {micro_step}"
+                + (" with train.gradient_accumulation_steps unset" if wanted else "")
+                + f"; set for example train.global_batch_size={multiple}"
+                + (" train.gradient_accumulation_steps=null" if wanted else "")
+                + ", or change the number of ranks"
             )
         return steps
 
@@ -197,18 +202,19 @@ class TrainConfig(Section):
         return self.micro_batch_size_per_gpu * self.accumulation_steps(world_size) * world_size
 
     def num_steps(self, num_samples: int, world_size: int) -> int:
-        """Steps of the whole run over a data set of `num_samples`.
+        """Optimizer steps of the run over a data set of `num_samples`.
 
         Raises:
-            ConfigError: the epochs are over before the warm-up is.
+            ConfigError: the run ends before its warm-up.
         """
         if self.epochs is None:
             return cast(int, self.max_steps)
         steps = math.ceil(self.epochs * num_samples / self.samples_per_step(world_size))
         if self.warmup_steps >= steps:
             raise ConfigError(
-                f"train.warmup_steps is {self.warmup_steps}, and train.epochs={self.epochs} of {num_samples} samples "
-                f"make {steps} steps; the warm-up must be shorter; set train.warmup_steps or train.epochs"
+                f"train.warmup_steps is {self.warmup_steps}, but the run has {steps} in total (train.epochs="
+                f"{self.epochs}, samples: {num_samples}); the warm-up must be shorter; set train.warmup_steps or "
+                "train.epochs"
             )
         return steps
 
@@ -217,16 +223,16 @@ class CheckpointConfig(Section):
     """When checkpoints are saved, and how many are kept."""
 
     interval: int = Field(default=0, ge=0)
-    """Steps between two checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: only at the end."""
     keep_latest_k: PositiveInt = 2
-    """Older checkpoints are deleted after a newer one is complete."""
+    """Checkpoints to keep; older ones are deleted after a newer one is complete."""
     copy_to: Path | None = None
     """A second folder, for example on another file system, to which each checkpoint is copied in the background;
     unset: no copies."""
 
 
 class EvaluationConfig(Section):
-    """The validation loss, on samples that are not trained on."""
+    """Validation loss on samples that are not used for training."""
 
     shards: Path | None = None
     """Folder that `mirage-data build` wrote; unset: no validation."""
@@ -246,7 +252,7 @@ class DistributedConfig(Section):
 
 
 class LaunchConfig(Section):
-    """What a cluster job does about failures (`mirage-launch slurm`)."""
+    """How a cluster job handles failures (`mirage-launch slurm`)."""
 
     max_restarts: int = Field(default=3, ge=0)
     """How often a job that failed is restarted. Preemptions and time limits are not failures."""

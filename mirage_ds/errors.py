@@ -1,4 +1,4 @@
-"""What a user can cause and mend. `main` prints such an error once, without a traceback, and exits with code 2.
+"""What a user can cause and fix. Such an error is printed once, without a traceback, and the exit code is 2.
 
 Every message has four parts: what is wrong, where, what is allowed, what to do.
 """
@@ -13,7 +13,7 @@ from typing import NoReturn
 
 
 class MirageError(Exception):
-    """Base of every error that a user can mend; anything else is a bug and keeps its traceback."""
+    """Base of every error that a user can fix; anything else is a bug and keeps its traceback."""
 
 
 class ConfigError(MirageError):
@@ -34,7 +34,7 @@ class DiskFullError(MirageError):
 
 @contextmanager
 def name_full_disk(folder: Path, remedy: str) -> Iterator[None]:
-    """Says where the disk is full, and what to do; every other error, and one that says so already, passes as it is.
+    """Says where the disk is full, and what to do. Other errors, and one that says so already, pass unchanged.
 
     Raises:
         DiskFullError: the system had no room for something written inside.
@@ -47,15 +47,15 @@ def name_full_disk(folder: Path, remedy: str) -> Iterator[None]:
         if isinstance(error, MirageError) or not any(reason in str(error) for reason in reasons):
             raise
         where = getattr(error, "filename", None) or folder
-        raise DiskFullError(f"the disk is full ({where}): {error}; all that is written needs room; {remedy}") from error
+        raise DiskFullError(f"the disk is full ({where}): {error}; what is written needs room; {remedy}") from error
 
 
 @contextmanager
 def name_unwritable(path: Path, remedy: str) -> Iterator[None]:
-    """Says what cannot be made, and what to do; a full disk is `name_full_disk`'s.
+    """Says what cannot be written, and what to do. A full disk is left to `name_full_disk`.
 
     Raises:
-        DataError: the system refused to make something inside.
+        DataError: the system refused to write something inside.
     """
     try:
         yield
@@ -63,18 +63,18 @@ def name_unwritable(path: Path, remedy: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DataError(
-            f"it cannot be written: {error.strerror} ({path}); allowed is a place where you may write; {remedy}"
+            f"the output cannot be written: {error.strerror} ({path}); allowed is a place where you may write; {remedy}"
         ) from error
 
 
 def leave(error: MirageError, *, every_rank: bool = False) -> NoReturn:
     """Prints the message and ends this process with exit code 2.
 
-    Other ranks may wait for this one in a collective: it leaves without waiting for them, the launcher ends them.
+    Other ranks may wait for this one in a collective. It does not wait for them: the launcher ends them.
 
     Args:
-        every_rank: this rank may be the only one that knows; else the first one of each node speaks for all there, as
-            a folder may be missing on one node alone.
+        every_rank: this rank may be the only one with the error, so it prints. Otherwise the first rank of each node
+            prints for all ranks there: a folder may be missing on one node only.
     """
     local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     if every_rank or local_rank == "0":

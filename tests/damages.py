@@ -1,8 +1,8 @@
-"""Pairs of ranks that save and load checkpoints of a small ZeRO-3 model, each pair for the price of a fork.
+"""Pairs of ranks that save and load checkpoints of a small ZeRO-3 model; each pair is forked, without new imports.
 
-python damages.py FOLDER SEED SAVE_KILLS DAMAGES      what came out as JSON on the last line
+python damages.py FOLDER SEED SAVE_KILLS DAMAGES      prints the damages as JSON on the last line
 
-Each rank notes the sha256 of its float32 masters before it saves a step; after a load it says the tag and the sha256.
+Each rank records the sha256 of its float32 masters before it saves a step; after a load it reports tag and sha256.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ def digest(engine: Any) -> str:
 
 
 def load(engine: Any, run: Path) -> dict[str, str]:
-    """The tag that the loader names and the masters then, or the error."""
+    """The loaded tag and the sha256 of the masters, or the error."""
     try:
         found = find_undamaged(run)
         if found is None:
@@ -104,7 +104,7 @@ def load(engine: Any, run: Path) -> dict[str, str]:
 
 
 def save_steps(run: Path, notes: Path, steps: int, keep: int, load_first: bool = True) -> Callable[[int], None]:
-    """Goes on from the newest whole checkpoint, and saves so many steps; what it says is in notes/loaded_RANK."""
+    """Resumes from the newest undamaged checkpoint, and saves each step; notes/loaded_RANK has what was loaded."""
 
     def rank_main(rank: int) -> None:
         engine = make_engine()
@@ -142,7 +142,7 @@ def kill_while_saving(folder: Path, rng: random.Random, kills: int) -> None:
 
 
 def damage(run: Path, rng: random.Random) -> str:
-    """One to three random damages to a run's checkpoints; what was done."""
+    """Applies one to three random damages to a run's checkpoints; returns a description."""
     done = []
     for _ in range(rng.randint(1, 3)):
         file = rng.choice(sorted(run.glob("checkpoints/global_step*/*")))
@@ -168,7 +168,7 @@ def load_all(runs: list[Path], results: Path) -> Callable[[int], None]:
 
 
 def no_room(run: Path, results: Path) -> Callable[[int], None]:
-    """Rank 1 alone cannot write: the system refuses it files of more than some KB."""
+    """Only rank 1 cannot write: the system limits its files to 100 kB."""
 
     def rank_main(rank: int) -> None:
         engine = make_engine()

@@ -1,7 +1,7 @@
-"""Starts the trainer many times for the price of one import: each start is a fork of this process.
+"""Starts the trainer many times with a single import: each start is a fork of this process.
 
 python forked_starts.py < [{"name": ..., "arguments": [...], "folder": ...}, ...]      exit codes as JSON on stdout;
-what a start prints is in FOLDER/../NAME.log
+the output of a start is in FOLDER/../NAME.log
 """
 
 import json
@@ -45,7 +45,15 @@ def fork(start: dict[str, Any], main: Any) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-if __name__ == "__main__":
-    from mirage_ds import train
+def train() -> None:
+    """What `python -m mirage_ds.train` does with its command line."""
+    from mirage_ds.train import run
+    from mirage_ds.training.early_checks import read_command_line
 
-    print(json.dumps({start["name"]: fork(start, train.main) for start in json.load(sys.stdin)}))
+    run(read_command_line())
+
+
+if __name__ == "__main__":
+    import mirage_ds.train  # noqa: F401  (here, so that no fork has to)
+
+    print(json.dumps({start["name"]: fork(start, train) for start in json.load(sys.stdin)}))

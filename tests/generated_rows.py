@@ -1,4 +1,4 @@
-"""Rows and images of the same shapes as the reference's spatial-reasoning rows, generated: they are always at hand."""
+"""Generated rows and images of the same shapes as the reference's spatial-reasoning rows."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def make_row(number: int) -> dict[str, Any]:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Writes the rows, one a line."""
+    """Writes the rows, one per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -15,7 +15,7 @@ held_ports: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """A port that nobody else gets while the tests run: a socket that never listens keeps it for who listens there."""
+    """A port that stays reserved during the tests: a bound socket holds it without listening."""
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
@@ -40,7 +40,7 @@ def start(ranks: int, *arguments: str, log: Path, cwd: Path | None = None) -> su
     with log.open("wb") as output:
         return subprocess.Popen(
             [*command, *arguments],
-            # What DeepSpeed compiles goes there: in the user's folder a build that was killed leaves a lock for ever.
+            # Not the user's folder for compiled ops, where a killed build would leave its lock.
             env=environment() | {"TORCH_EXTENSIONS_DIR": str(log.parent / "torch_extensions")},
             cwd=cwd,
             stdout=output,
@@ -54,7 +54,7 @@ def finish(process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> str
     try:
         code = process.wait(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        raise AssertionError(f"no end after {timeout_s} s:\n{log.read_text()[-4000:]}") from None
+        raise AssertionError(f"not finished after {timeout_s} s:\n{log.read_text()[-4000:]}") from None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # a signal to the launcher alone would leave its ranks behind

@@ -1,7 +1,7 @@
 """An independent trainer: plain PyTorch and transformers, one process, one sample at a time, no cache, no padding.
 
-It knows nothing of mirage_ds. Stage 2 runs the whole model again over the growing prefix for each latent, so that
-neither the KV cache nor the cutting of columns is shared with what is tested.
+It does not use mirage_ds. Stage 2 runs the complete model over the growing prefix for each latent, so that it shares
+neither the KV cache nor the splitting of columns with the tested code.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def positions(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
 
 
 def images(model: torch.nn.Module, pixel_values: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-    """[merged patches, D]; nothing for no image."""
+    """[merged patches, D]; empty without an image."""
     if not len(grids):
         return torch.zeros(0, model.config.text_config.hidden_size)
     return model.model.visual(pixel_values, grid_thw=grids).pooler_output

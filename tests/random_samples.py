@@ -55,7 +55,7 @@ def random_sample(
 
 
 def positions(prompt: list[int], grids: list[list[int]], length: int) -> torch.Tensor:
-    """[3, L]: text counts on by one, an image's rows and columns from where it starts."""
+    """[3, L]: text positions increase by one; the rows and columns of an image count from its start."""
     columns: list[tuple[int, int, int]] = []
     here, remaining, place = 0, list(grids), 0
     while place < length:

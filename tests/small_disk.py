@@ -1,10 +1,10 @@
-"""What becomes of the commands on a disk that is really full: a small tmpfs, in a mount namespace of its own.
+"""Runs commands on a disk that is full: a small tmpfs, in its own mount namespace.
 
 unshare --map-root-user --mount python small_disk.py DISK BYTES < [{"name", "arguments", "folder"}, ...]
 
-Mounts DISK, starts each command in turn, as forked_starts.py does, and copies DISK to FOLDER/../NAME.disk after it: the
-disk goes with its namespace. A start may also have "fill": fill the disk first, and "lie": the trainer is told of
-room that is not there, as where a quota counts.
+Mounts DISK, starts each command in turn, as forked_starts.py does, and copies DISK to FOLDER/../NAME.disk after it, as
+the disk disappears with its namespace. A start may also have "fill": fill the disk first, and "lie": report free space
+that does not exist, as with a quota.
 """
 
 import json
@@ -18,11 +18,11 @@ import forked_starts
 
 import data_tools.cli
 import mirage_ds.cli
-from mirage_ds import train
+import mirage_ds.train
 
 MAINS = dict.fromkeys(("build", "make-vsp"), data_tools.cli.main)
 MAINS |= dict.fromkeys(("init", "export", "evaluate"), mirage_ds.cli.main)
-SPARE_BYTES = 16 * 1024  # left, so that writing begins, unless a start has "spare_bytes"
+SPARE_BYTES = 16 * 1024  # left free, so that writing can start, unless a start has "spare_bytes"
 
 
 class Usage(NamedTuple):
@@ -37,7 +37,7 @@ def start(disk: Path, each: dict[str, Any]) -> int:
     def main() -> None:
         if each.get("lie"):
             shutil.disk_usage = lambda path: Usage(free=2**40)
-        MAINS.get(each["arguments"][0], train.main)()
+        MAINS.get(each["arguments"][0], forked_starts.train)()
 
     code = forked_starts.fork(each, main)
     shutil.copytree(disk, Path(each["folder"]).parent / f"{each['name']}.disk")

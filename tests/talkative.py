@@ -1,4 +1,4 @@
-"""A tiny random model that opens latent blocks, and ends its answers, at moments that depend on the prompt."""
+"""A tiny random model that opens latent blocks and ends its answers at positions that depend on the prompt."""
 
 from pathlib import Path
 
@@ -9,21 +9,27 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mirage_ds.data.conversation import load_tokenizer
 from mirage_ds.hf.preset import write_tiny
 
-# How much longer than a random one these tokens' rows of the head are made.
-LOUDNESS = {"<|latent_start|>": 2.0, "<|im_end|>": 3.0}
+# Scale of the rows of the head for these tokens, relative to a random model.
+HEAD_SCALES = {"<|latent_start|>": 2.0, "<|im_end|>": 3.0}
 
 
-def write_talkative(folder: Path) -> Path:
-    """Writes rows and the model FOLDER/model, whose tokenizer is trained on them."""
+def write_talkative(folder: Path, head_scales: dict[str, float] = HEAD_SCALES, *, closes_blocks: bool = False) -> Path:
+    """Writes rows and the model FOLDER/model, whose tokenizer is trained on them.
+
+    Args:
+        closes_blocks: the model chooses <|latent_end|> after some states of a block, and hardly ever <|im_end|>.
+    """
     rows = write_rows(folder / "rows")
-    write_tiny(rows, folder / "quiet", seed=0)
-    ids = load_tokenizer(str(folder / "quiet")).get_vocab()
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "quiet", dtype=torch.float32)
+    write_tiny(rows, folder / "random", seed=0)
+    ids = load_tokenizer(str(folder / "random")).get_vocab()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "random", dtype=torch.float32)
     with torch.no_grad():
-        model.lm_head.weight *= 4  # a random model is hardly ever sure of a token
-        for token, factor in LOUDNESS.items():
+        model.lm_head.weight *= 4  # the distribution of a random model is nearly uniform
+        for token, factor in head_scales.items():
             model.lm_head.weight[ids[token]] *= factor
-    (folder / "quiet").rename(folder / "model")
+        if closes_blocks:
+            model.lm_head.weight[ids["<|latent_end|>"]] = 1.08 * model.lm_head.weight[ids["<|im_end|>"]]
+    (folder / "random").rename(folder / "model")
     model.save_pretrained(folder / "model")
     return folder / "model"
 

@@ -1,7 +1,6 @@
-"""A run's folder with a checkpoint in ZeRO-3's layout, cut from whole weights: any number of ranks, none started.
+"""Writes a run folder with a checkpoint in ZeRO-3's layout from full weights: any number of ranks, none started.
 
-That the layout is DeepSpeed's is checked by reading it with DeepSpeed's own zero_to_fp32 (test_partitions.py), and by
-the real checkpoints of tests/distributed.
+test_partitions.py checks the layout with DeepSpeed's own zero_to_fp32; tests/distributed has real checkpoints.
 """
 
 import hashlib
@@ -31,8 +30,8 @@ def write_run(
 
     Args:
         weights: float32, by transformers' names, a tied head once; the tower's are frozen unless model.train_tower.
-        sub_group_numel: a rank's elements after which DeepSpeed begins another sub-group.
-        settings: of the configuration, by section.
+        sub_group_numel: a rank's elements after which DeepSpeed starts another sub-group.
+        settings: more of the configuration, by section.
     """
     settings = settings or {}
     config = Config.model_validate(
@@ -61,7 +60,7 @@ def write_run(
 
 
 def complete_by_hand(checkpoint: Path) -> None:
-    """Writes files.json of what is there, and `latest`."""
+    """Writes files.json of the existing files, and `latest`."""
     listing = {}
     for file in checkpoint.iterdir():
         if file.name != "files.json":

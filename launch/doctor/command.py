@@ -1,6 +1,6 @@
-"""`mirage-launch doctor [RECIPE] [key=value ...]`: is everything there that a run needs? One table with what to do.
+"""`mirage-launch doctor [RECIPE] [key=value ...]`: checks what a run needs; one table of findings and remedies.
 
-On one machine as it is; for all nodes of an allocation, and the network between them:
+It checks this machine or, started by srun, all nodes of the allocation and the network between them:
 
     srun --nodes 2 --ntasks-per-node 1 mirage-launch doctor RECIPE
 """
@@ -14,18 +14,19 @@ import typer
 
 from launch.doctor.findings import Report, Row, failure, merge, show
 from mirage_ds.errors import ConfigError
+from mirage_ds.recipe import load_config
 from mirage_ds.versions import check_versions
 
 
 def command(
-    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; without one: the machine alone.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; without one: the machine only.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, values in YAML.")] = None,
 ) -> None:
-    """Checks what a run needs, here or on each node of an allocation. Exit code 1: something failed; 2: wrong use."""
+    """Checks what a run needs, here or on each node of an allocation. Exit code 1: a check failed; 2: usage error."""
     try:
         check_versions()
     except ConfigError as error:
-        # Other versions may not even import.
+        # Unsupported versions may fail to import.
         show([("all", failure("versions", error))])
         raise typer.Exit(1) from error
     rows, several_hosts = examine(recipe, overrides)
@@ -37,28 +38,27 @@ def command(
 
 
 def examine(recipe: Path | None, overrides: list[str] | None) -> tuple[list[tuple[str, Row]], bool]:
-    """All checks, of this rank's node and with the other ranks.
+    """Runs all checks: those of this rank's node, and those between the ranks.
 
     Returns:
-        (hosts, row) of each finding, on rank 0 of all nodes; whether these are several.
+        (hosts, row) of each finding, those of all nodes on rank 0; whether there are several nodes.
     Raises:
-        ConfigError: the recipe, an override or its DeepSpeed configuration is wrong.
+        ConfigError: the recipe, an override or its DeepSpeed configuration is invalid.
     """
-    # Imported here, as torch and transformers take seconds, which the other commands need not wait.
+    config = load_config(recipe, overrides) if recipe else None
+    # Imported here: torch and transformers take seconds to import; the other commands need neither.
     from transformers.utils import logging as transformers_logging
 
     from launch.doctor import network_checks as network
-    from launch.doctor.machine_checks import check_node, facts
-    from mirage_ds.recipe import load_config
+    from launch.doctor.all_checks import check_node, facts
     from mirage_ds.zero3 import distributed
     from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
     transformers_logging.disable_progress_bar()
-    config = load_config(recipe, overrides) if recipe else None
     deepspeed_config = resolve_deepspeed_config(config) if config else {}
     distributed.map_launcher_variables()
     alone = os.environ["WORLD_SIZE"] == "1"
-    # Ranks of one node would say the same.
+    # The other ranks of a node would report the same.
     rows = list(check_node(config, deepspeed_config)) if os.environ["LOCAL_RANK"] == "0" else []
     report = Report(socket.gethostname(), rows, facts(config))
     if alone:

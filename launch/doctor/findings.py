@@ -1,4 +1,4 @@
-"""What `mirage-launch doctor` finds: rows, joined over the nodes, and shown as one table. Needs no torch."""
+"""The findings of `mirage-launch doctor`: merged over the nodes and printed as one table. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +16,7 @@ STYLES: dict[State, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 @dataclass(frozen=True)
 class Row:
-    """What was looked at, what was found, and what to do about it."""
+    """One finding: what was checked, the result, and the remedy."""
 
     what: str
     found: str
@@ -30,17 +30,17 @@ class Report:
 
     host: str
     rows: list[Row]
-    same: dict[str, str]  # what must be equal on all nodes
+    same: dict[str, str]  # what must be equal on all nodes, by name
 
 
 def failure(what: str, error: MirageError) -> Row:
-    """Of an error's four parts the last is what to do."""
+    """A failed row from an error; the remedy is the last of the four parts of its message."""
     found, _, remedy = str(error).rpartition("; ")
     return Row(what, found, "fail", remedy)
 
 
 def merge(reports: list[Report]) -> list[tuple[str, Row]]:
-    """(hosts, row) in the order of the checks; what several hosts found alike is one row."""
+    """(hosts, row) in the order of the checks; equal rows of several hosts become one."""
     hosts: dict[Row, list[str]] = {}
     for report in reports:
         for row in report.rows:
@@ -54,9 +54,9 @@ def merge(reports: list[Report]) -> list[tuple[str, Row]]:
 def show(rows: list[tuple[str, Row]], *, several_hosts: bool = False) -> None:
     """Prints the table."""
     table = Table(title="mirage-launch doctor")
-    for heading in ("what", *(["where"] if several_hosts else []), "found", "state", "what to do"):
+    for heading in ("check", *(["hosts"] if several_hosts else []), "result", "state", "what to do"):
         table.add_column(heading, overflow="fold")
     for hosts, row in rows:
-        where = [Text(hosts)] if several_hosts else []
-        table.add_row(Text(row.what), *where, Text(row.found), Text(row.state, STYLES[row.state]), Text(row.remedy))
+        host = [Text(hosts)] if several_hosts else []
+        table.add_row(Text(row.what), *host, Text(row.found), Text(row.state, STYLES[row.state]), Text(row.remedy))
     wide_console().print(table)

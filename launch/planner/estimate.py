@@ -1,4 +1,4 @@
-"""What a run would take on so many GPUs: memory, traffic, time, disk; whether it fits, and what to change if not."""
+"""Estimates a run on a number of GPUs: memory, traffic, time, disk; whether it fits, and what to change if not."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from mirage_ds.model.backbone import DTYPES
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import GIB
 
-MAX_NODES = 64  # of an advice
+MAX_NODES = 64  # that advice may suggest
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """All that `mirage-launch plan` knows of a recipe on one number of nodes."""
+    """Everything that `mirage-launch plan` shows about a recipe on one number of nodes."""
 
     nodes: int
     gpus_per_node: int
@@ -30,14 +30,14 @@ class Estimate:
     rows: Workload
     memory: Memory
     limit_bytes: int
-    """What of the GPU's memory a run may use."""
+    """GPU memory available to a run."""
     traffic: Traffic
     time: StepTime | None
-    """None with offload: it depends on the host."""
+    """None with offload, where it depends on the host."""
     samples_per_step: int
     checkpoint_bytes: int
     advice: tuple[str, ...]
-    """If it does not fit: each of these makes it fit."""
+    """Changes, each of which makes the run fit; empty if it fits."""
 
     @property
     def fits(self) -> bool:
@@ -45,12 +45,12 @@ class Estimate:
 
     @property
     def samples_per_day(self) -> float | None:
-        """None: no time is estimated."""
+        """None if no time is estimated."""
         return 86400 / self.time.step_s * self.samples_per_step if self.time else None
 
     @property
     def epochs_per_day(self) -> float | None:
-        """None: the number of samples or the time is unknown."""
+        """None if the number of samples or the time is unknown."""
         if self.samples_per_day is None or self.rows.num_samples is None:
             return None
         return self.samples_per_day / self.rows.num_samples
@@ -59,19 +59,19 @@ class Estimate:
     def verdict(self) -> str:
         """One line."""
         found = (
-            f"{self.memory.peak / GIB:.1f} GiB of the {self.limit_bytes / GIB:.1f} GiB that a run may use of "
-            f"{self.gpu}, on {self.nodes} x {self.gpus_per_node} of them"
+            f"needs {self.memory.peak / GIB:.1f} GiB per GPU; {self.limit_bytes / GIB:.1f} GiB available "
+            f"({self.nodes} x {self.gpus_per_node} {self.gpu})"
         )
         if self.fits:
             return f"fits: {found}"
-        return f"does not fit: {found}; to change: {', or '.join(self.advice)}"
+        return f"does not fit: {found}; use {', or '.join(self.advice)}"
 
 
 def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estimate:
     """Estimates a run. Needs neither the shards nor, for a published model, its folder.
 
     Raises:
-        ConfigError: the GPU or the model is not known, the batch does not divide, or the DeepSpeed JSON is wrong.
+        ConfigError: the GPU or the model is unknown, the batch does not divide, or the DeepSpeed JSON is invalid.
         DataError: the shards' manifest or index is damaged.
     """
     card = find_gpu(gpu)
@@ -103,19 +103,19 @@ def check_fits(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> None
     """Refuses a run whose memory does not fit.
 
     Raises:
-        ConfigError: it does not, or see `estimate`; the message says what to change.
+        ConfigError: it does not fit (the message says what to change), or see `estimate`.
     """
     found = estimate(config, nodes, gpus_per_node, gpu)
     if not found.fits:
         raise ConfigError(
-            f"the run does not fit (model.path={config.model.path} on {nodes} x {gpus_per_node} {gpu}): it would "
-            f"take {found.memory.peak / GIB:.1f} GiB on each GPU by the estimate of `mirage-launch plan`; allowed are "
-            f"{found.limit_bytes / GIB:.1f} GiB; change {', or '.join(found.advice)}"
+            f"the run does not fit in GPU memory (model.path={config.model.path} on {nodes} x {gpus_per_node} {gpu}): "
+            f"it needs {found.memory.peak / GIB:.1f} GiB per GPU by the estimate of `mirage-launch plan`; "
+            f"{found.limit_bytes / GIB:.1f} GiB available; use {', or '.join(found.advice)}"
         )
 
 
 def checkpoint_bytes(sizes: ModelSizes, config: Config) -> int:
-    """12 bytes per trained element (the master and two moments) + the frozen tower in `train.dtype`."""
+    """12 bytes per trained element (master weight and two moments) + the frozen tower in `train.dtype`."""
     if config.model.train_tower:
         return ADAM_BYTES * sum(sizes.all)
     return ADAM_BYTES * sum(sizes.language) + DTYPES[config.train.dtype].itemsize * sum(sizes.tower)
@@ -124,40 +124,42 @@ def checkpoint_bytes(sizes: ModelSizes, config: Config) -> int:
 def find_advice(
     sizes: ModelSizes, rows: Workload, config: Config, nodes: int, gpus_per_node: int, limit_bytes: int
 ) -> tuple[str, ...]:
-    """Changes each of which makes the run fit: single ones, else settings one after the other, with more nodes too."""
+    """Changes, each of which makes the run fit: single ones; else settings combined, if needed with more nodes."""
 
-    def fits(changed: Config, wanted_nodes: int) -> bool:
+    def fits(changed: Config, num_nodes: int) -> bool:
         deepspeed_config = resolve_deepspeed_config(changed)
-        memory = estimate_memory(sizes, changed, deepspeed_config, rows.largest, wanted_nodes * gpus_per_node)
+        memory = estimate_memory(sizes, changed, deepspeed_config, rows.largest, num_nodes * gpus_per_node)
         return memory.peak <= limit_bytes
 
     changes = list(savings(config, nodes * gpus_per_node))
-    found = [words for words, changed in changes if fits(changed, nodes)]
+    found = [setting for setting, changed in changes if fits(changed, nodes)]
     found += more_nodes(config, fits, nodes, gpus_per_node)
     if found:
         return tuple(found)
-    words, together = [], config
-    for word, _ in changes:
-        words.append(word)
-        together = dict(savings(together, nodes * gpus_per_node))[word]
-        if fits(together, nodes):
-            return (" and ".join(words),)
-    several = more_nodes(together, fits, nodes, gpus_per_node)
-    if several:
-        return (" and ".join([*words, several[0]]),)
-    return (f"the GPU or the model: with all of these settings {MAX_NODES} nodes of this GPU are too small",)
+    settings, combined = [], config
+    for setting, _ in changes:
+        settings.append(setting)
+        combined = dict(savings(combined, nodes * gpus_per_node))[setting]
+        if fits(combined, nodes):
+            return (" and ".join(settings),)
+    with_more_nodes = more_nodes(combined, fits, nodes, gpus_per_node)
+    if with_more_nodes:
+        return (" and ".join([*settings, with_more_nodes[0]]),)
+    return (
+        f"another GPU or a smaller model: {MAX_NODES} nodes of this GPU are too few even with all of these settings",
+    )
 
 
 def savings(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
-    """Settings that save memory and are not in force, in the order of what they cost."""
-    train, words = config.train, "train.micro_batch_size_per_gpu=1"
+    """Settings that save memory and are not in use yet, the cheapest first."""
+    train, setting = config.train, "train.micro_batch_size_per_gpu=1"
     if config.model.activation_checkpointing == "none":
         yield "model.activation_checkpointing=full", _change(config, "model", activation_checkpointing="full")
     if train.micro_batch_size_per_gpu > 1:
         steps = train.accumulation_steps(world_size) * train.micro_batch_size_per_gpu
         if train.gradient_accumulation_steps or train.global_batch_size is None:
-            words += f" with train.gradient_accumulation_steps={steps}"
-        yield words, _change(config, "train", micro_batch_size_per_gpu=1, gradient_accumulation_steps=steps)
+            setting += f" with train.gradient_accumulation_steps={steps}"
+        yield setting, _change(config, "train", micro_batch_size_per_gpu=1, gradient_accumulation_steps=steps)
     if config.model.gather == "rollout" or (config.model.gather == "auto" and train.stage == "stage2"):
         yield "model.gather=layer", _change(config, "model", gather="layer")
     if config.distributed.deepspeed_config == "zero3.json":
@@ -166,19 +168,21 @@ def savings(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
 
 
 def more_nodes(config: Config, fits: Any, nodes: int, gpus_per_node: int) -> list[str]:
-    """The next doubling of nodes that fits, and what that means for the batch."""
-    wanted = 2 * nodes
-    while wanted <= MAX_NODES:
-        if fits(config, wanted):
-            return [f"--nodes {wanted}" + _batch_words(config, wanted * gpus_per_node)]
-        wanted *= 2
+    """The smallest doubling of the nodes that fits, with the global batch size that it needs."""
+    more = 2 * nodes
+    while more <= MAX_NODES:
+        if fits(config, more):
+            return [f"--nodes {more}" + _batch_setting(config, more * gpus_per_node)]
+        more *= 2
     return []
 
 
-def _batch_words(config: Config, world_size: int) -> str:
+def _batch_setting(config: Config, world_size: int) -> str:
     share = world_size * config.train.micro_batch_size_per_gpu
     size = config.train.global_batch_size
-    return "" if size is None or size % share == 0 else f" with train.global_batch_size a multiple of {share}"
+    if size is None or size % share == 0:
+        return ""
+    return f" with train.global_batch_size={-(-size // share) * share} (a multiple of {share})"
 
 
 def _change(config: Config, section: str, **values: Any) -> Config:

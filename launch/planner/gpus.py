@@ -1,4 +1,4 @@
-"""What GPUs can do, as their makers state it, and how much of that a run is assumed to get.
+"""Specifications of GPUs, and how much of them a run is assumed to reach.
 
 Sources: NVIDIA's data sheets of H100 SXM, H200 SXM and A100 SXM (dense rates, without sparsity); the network is that of
 NVIDIA's DGX of the same generation, one adapter per GPU: 400 Gb/s (DGX H100, H200) and 200 Gb/s (DGX A100).
@@ -11,15 +11,15 @@ from mirage_ds.errors import ConfigError
 from mirage_ds.recipe import hint
 
 # Assumptions, none of them measured.
-USABLE = 0.90  # of the memory: the rest is for CUDA, NCCL, the allocator's gaps and what the formulas leave out
-COMPUTE_EFFICIENCY = 0.40  # of the peak rate, in matrix products of many rows
-MEMORY_EFFICIENCY = 0.80  # of the memory's bandwidth
-LINK_EFFICIENCY = 0.70  # of NVLink's and the network's bandwidth, in collectives
+USABLE = 0.90  # of the memory; the rest is for CUDA, NCCL, fragmentation and what the formulas omit
+COMPUTE_EFFICIENCY = 0.40  # of the peak rate, in large matrix products
+MEMORY_EFFICIENCY = 0.80  # of the memory bandwidth
+LINK_EFFICIENCY = 0.70  # of the NVLink and network bandwidth, in collectives
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU and its share of the links."""
+    """One GPU and its share of the network."""
 
     memory_bytes: float
     flops: dict[Dtype, float]  # per second
@@ -37,13 +37,13 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """A row of the table.
+    """The specifications of a GPU.
 
     Raises:
-        ConfigError: it has none of this name.
+        ConfigError: the table has no such GPU.
     """
     if name not in GPUS:
         raise ConfigError(
-            f"the GPU is not known (--gpu {name}): {hint(name, GPUS)}; name one of them, or add yours to launch/gpus.py"
+            f"unknown GPU (--gpu {name}): {hint(name, GPUS)}; use one of these, or add yours to launch/planner/gpus.py"
         )
     return GPUS[name]

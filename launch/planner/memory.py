@@ -1,5 +1,6 @@
-"""The memory that a run takes on each GPU, by kind: formulas, which tests/distributed/test_plan_memory.py holds against
-a run.
+"""Formulas for the memory that a run needs on each GPU, by kind.
+
+tests/distributed/test_plan_memory.py compares them with a real run.
 
 Legend: W ranks, K latents, D hidden, I intermediate, V vocabulary, T trained elements, e bytes of an element in
 `train.dtype`. DS: deepspeed 0.19.8, runtime/zero/.
@@ -20,7 +21,7 @@ from mirage_ds.zero3.engine import choose_gather
 
 REDUCTION_BYTES = {"fp32": 4, "bf16": 2}
 FP32_BYTES = 4
-# DeepSpeed's own defaults where the file does not say (DS config.py).
+# DeepSpeed's defaults for keys that the file does not set (DS config.py).
 DEFAULT_LIVE = 1_000_000_000  # of stage3_max_live_parameters, stage3_max_reuse_distance and sub_group_size
 DEFAULT_BUCKET = 500_000_000
 DEFAULT_PREFETCH = 50_000_000
@@ -32,25 +33,25 @@ class Memory:
     """Bytes on one GPU."""
 
     parameters: int
-    """Always there: this rank's shards, and small parameters whole."""
+    """Resident: this rank's shards, and full copies of small parameters."""
     optimizer: int
-    """Always there: float32 masters and AdamW's moments."""
+    """Resident: float32 master weights and AdamW's moments."""
     gradients: int
-    """Always there: this rank's accumulated gradients and the bucket that is reduced."""
+    """Resident: this rank's accumulated gradients and the reduction bucket."""
     gathered: int
-    """The most weights that are whole at once."""
+    """Peak of the gathered weights."""
     activations: int
-    """What forward keeps for backward, and one layer's own while it is computed again."""
+    """What forward stores for backward, and the activations of one layer while it is recomputed."""
     logits: int
-    """One block of them and their gradient."""
+    """One block of logits and its gradient."""
     gathering: int
-    """While weights are gathered: the buffer that they come in, before each is cut out of it."""
-    whole_gradients: int
-    """Gradients of whole weights that wait for their reduction."""
+    """The buffer that weights are gathered into, before each is copied out of it."""
+    full_gradients: int
+    """Gradients of gathered weights, waiting for their reduction."""
     reducing: int
-    """The copy of what is just reduced, in the dtype that is communicated."""
+    """A copy of the gradients that are being reduced, in the communication dtype."""
     update: int
-    """In the optimizer's step: its copy of this rank's gradients."""
+    """The optimizer's copy of this rank's gradients, during its step."""
 
     @property
     def resident(self) -> int:
@@ -58,9 +59,9 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Weights are gathered before their gradients are there, and both are gone when the optimizer steps."""
+        """Weights are gathered before their gradients exist, and both are freed before the optimizer steps."""
         backward = (
-            self.gathered + self.activations + self.logits + max(self.gathering, self.whole_gradients + self.reducing)
+            self.gathered + self.activations + self.logits + max(self.gathering, self.full_gradients + self.reducing)
         )
         return self.resident + max(backward, self.update)
 
@@ -78,7 +79,7 @@ def estimate_memory(
     offloaded = {part: offloads(zero, part) for part in ("param", "optimizer")}
     kept = rows * kept_bytes(sizes, config, row, e)
     if recompute:
-        kept += 2 * rows * layer_bytes(sizes, config, row, e)  # and as much again for the gradients of all that
+        kept += 2 * rows * layer_bytes(sizes, config, row, e)  # the recomputed activations and their gradients
     tower = rows * row.patches * tower_bytes(sizes, config, e)
     return Memory(
         parameters=parameter_bytes(sizes, zero, world_size, e, offloaded=offloaded["param"]),
@@ -88,33 +89,33 @@ def estimate_memory(
         activations=kept + tower if config.model.train_tower else max(kept, tower),
         logits=logit_bytes(sizes, rows * row.targets, e),
         gathering=gathering * e,
-        whole_gradients=waiting_gradients(sizes, config) * e,
+        full_gradients=waiting_gradients(sizes, config) * e,
         reducing=reduced_elements(sizes, zero) * REDUCTION_BYTES[deepspeed_config["communication_data_type"]],
         update=0 if offloaded["optimizer"] else min(shard, largest_group(zero, trained, world_size)) * FP32_BYTES,
     )
 
 
 def offloads(zero: dict[str, Any], part: str) -> bool:
-    """Whether DeepSpeed keeps `param` or `optimizer` outside of the GPU."""
+    """Whether DeepSpeed keeps `param` or `optimizer` outside the GPU."""
     return bool(zero.get(f"offload_{part}", {}).get("device", "none") != "none")
 
 
 def shard_numel(numels: Iterable[int], world_size: int) -> int:
-    """Each parameter is cut into W equal parts, the last one padded (DS partition_parameters.py, _partition_param)."""
+    """Each parameter is split into W equal parts, the last padded (DS partition_parameters.py, _partition_param)."""
     return sum(math.ceil(numel / world_size) for numel in numels)
 
 
 def parameter_bytes(sizes: ModelSizes, zero: dict[str, Any], world_size: int, e: int, *, offloaded: bool) -> int:
-    """e x (sum of ceil(numel / W) + whole copies of parameters of at most stage3_param_persistence_threshold elements).
+    """e x (sum of ceil(numel / W) + full copies of parameters of at most stage3_param_persistence_threshold elements).
 
-    The frozen tower is sharded like the rest and has neither masters nor moments.
+    The frozen tower is sharded like the rest and has neither master weights nor moments.
     """
     shards = 0 if offloaded else shard_numel(sizes.all, world_size)
     return e * (shards + persistent_numel(sizes.all, zero))
 
 
 def persistent_numel(numels: Iterable[int], zero: dict[str, Any]) -> int:
-    """Elements of small parameters, which DeepSpeed keeps whole on every rank."""
+    """Elements of small parameters, of which DeepSpeed keeps a full copy on every rank."""
     threshold = zero.get("stage3_param_persistence_threshold", DEFAULT_THRESHOLD)
     return sum(numel for numel in numels if numel <= threshold)
 
@@ -130,32 +131,33 @@ def gradient_bytes(shard: int, deepspeed_config: dict[str, Any], *, offloaded: b
 
 
 def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -> tuple[int, int]:
-    """Elements of weights that are whole at once, and of the buffer that the largest gathering needs besides.
+    """Peak elements of the gathered weights, and elements of the buffer for the largest gather.
 
-    rollout: the language model. Its embedding stays, as between its uses DeepSpeed counts nothing of a leaf module;
-        a gathering brings the rollout as one.
-    layer: at most stage3_max_live_parameters, or the tower, which is one unit; a gathering brings
-        stage3_prefetch_bucket_size, or a larger single weight.
-    Either way all of a model that is smaller than stage3_max_reuse_distance stays (DS partitioned_param_coordinator.py,
-    __params_to_release).
+    rollout: the language model. Its embedding stays gathered, as DeepSpeed does not count a leaf module's elements
+        towards the reuse distance; one gather brings the complete rollout.
+    layer: at most stage3_max_live_parameters, or the tower, which is one unit; one gather brings
+        stage3_prefetch_bucket_size elements, or a larger single weight.
+    In both cases a model smaller than stage3_max_reuse_distance stays gathered completely (DS
+    partitioned_param_coordinator.py, __params_to_release).
     """
-    whole = sum(sizes.all) - persistent_numel(sizes.all, zero)
+    everything = sum(sizes.all) - persistent_numel(sizes.all, zero)
     language, tower = sum(sizes.language), sum(sizes.tower)
     small = language < zero.get("stage3_max_reuse_distance", DEFAULT_LIVE)
     if choose_gather(config.model, config.train.stage) == "rollout":
-        gathered = whole if small else max(language - persistent_numel(sizes.language, zero), tower)
+        gathered = everything if small else max(language - persistent_numel(sizes.language, zero), tower)
         return gathered, sum(sizes.rollout)
     live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE), tower)
     bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), *sizes.language)
-    return whole if small else min(whole, live), min(bucket, whole)
+    return everything if small else min(everything, live), min(bucket, everything)
 
 
 def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
-    """Elements of weights whose gradients are whole at once.
+    """Elements of weights whose full gradients exist at the same time.
 
-    A leaf module's gradients are reduced when backward has left it (DS stage3.py, reduce_leaf_module_grads): those of
-    the whole rollout, or of the head alone. In stage 2 with `layer` the K + 1 passes add up inside autograd until the
-    first pass's backward (the order of torch's hooks on gradients shows it): the layers' gradients are whole as well.
+    A leaf module's gradients are reduced after its backward (DS stage3.py, reduce_leaf_module_grads): those of the
+    complete rollout, or of the head alone. In stage 2 with `layer`, autograd accumulates the gradients of the K + 1
+    passes until the backward of the first pass (as the order of torch's gradient hooks shows), so that all layers have
+    full gradients as well.
     """
     rollout = choose_gather(config.model, config.train.stage) == "rollout"
     waiting = sum(sizes.rollout) if rollout or config.train.stage == "stage2" else max(sizes.language)
@@ -163,18 +165,18 @@ def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
 
 
 def reduced_elements(sizes: ModelSizes, zero: dict[str, Any]) -> int:
-    """Elements laid out anew to be reduced: a bucket, or one larger weight (DS stage3.py, __avg_scatter_grads)."""
+    """Elements that are copied to be reduced: a bucket, or one larger weight (DS stage3.py, __avg_scatter_grads)."""
     bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
     return max(min(bucket, sum(sizes.language)), *sizes.language)
 
 
 def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
-    """What forward keeps of one row.
+    """Bytes that forward stores of one row.
 
-    Recomputed (activation checkpointing, each layer of each pass): the layer's input, D e per column; in stage 2 also
-    the keys and values that later passes see. Stored: see `layer_bytes`.
-    On top: the input embeddings, D e; the final norm, D (4 + e); cos and sin, 2 x head_dim x e; the rows of the head,
-    D e per supervised token.
+    With activation checkpointing, in each layer of each pass: the layer's input, D e per column; in stage 2 also the
+    keys and values that later passes use. Without it: see `layer_bytes`.
+    In addition: the input embeddings, D e; the final norm, D (4 + e); cos and sin, 2 x head_dim x e; the rows of the
+    head, D e per supervised token.
     """
     hidden = sizes.hidden
     if config.model.activation_checkpointing == "full":
@@ -186,13 +188,13 @@ def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
 
 
 def layer_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
-    """What autograd keeps of one decoder layer and row, per column:
+    """Bytes that autograd stores of one decoder layer and row; per column:
 
     - each of two norms: its input in float32, the normalized input and its output: D (4 + 2 e)
     - queries and the attention's output: 2 D e; keys and values: 2 x kv_heads x head_dim x e
     - the MLP's gate, its activation, up, and their product: 4 I e
-    In stage 2 each pass joins the keys and values of all columns before it: as they are in the K - 1 passes of a single
-    column, repeated for every head, 2 D e, in the first and the last pass, where SDPA has a mask.
+    In stage 2 each pass concatenates the keys and values of all columns before it: unchanged in the K - 1 passes of a
+    single column; repeated for every head, 2 D e, in the first and the last pass, where SDPA has a mask.
     """
     hidden, inner = sizes.hidden, sizes.intermediate
     columns = row.tokens * (2 * hidden * (FP32_BYTES + 2 * e) + 2 * hidden * e + 4 * inner * e)
@@ -209,12 +211,12 @@ def key_value_bytes(sizes: ModelSizes, e: int) -> int:
 
 
 def past_columns(config: Config, row: Row) -> int:
-    """Columns of one row whose keys and values a later pass sees: all before the last pass of stage 2."""
+    """Columns of one row whose keys and values a later pass uses: all before the last pass of stage 2."""
     return min(row.lead + config.model.latent_size - 1, row.tokens) if config.train.stage == "stage2" else 0
 
 
 def tower_bytes(sizes: ModelSizes, config: Config, e: int) -> int:
-    """Per patch: what a block of the tower keeps, as in `layer_bytes`; of all blocks where the tower is trained."""
+    """Bytes that a block of the tower stores per patch, as in `layer_bytes`; of all blocks if the tower is trained."""
     hidden, inner = sizes.tower_hidden, sizes.tower_intermediate
     block = 2 * hidden * (FP32_BYTES + 2 * e) + 4 * hidden * e + 4 * inner * e
     return block * (sizes.tower_blocks if config.model.train_tower else 1)
@@ -227,5 +229,5 @@ def logit_bytes(sizes: ModelSizes, targets: int, e: int) -> int:
 
 
 def largest_group(zero: dict[str, Any], trained: Iterable[int], world_size: int) -> int:
-    """Elements that the optimizer steps over at a time: up to sub_group_size and the parameter that reaches it."""
+    """Elements that one optimizer step updates at a time: sub_group_size, and the parameter that exceeds it."""
     return int(zero.get("sub_group_size", DEFAULT_LIVE)) + max(math.ceil(numel / world_size) for numel in trained)

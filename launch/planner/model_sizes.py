@@ -1,4 +1,4 @@
-"""How large a model is, part by part: counted on the unmodified transformers model, built without weights."""
+"""The size of a model by part, counted on the unmodified transformers model, built without weights."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from mirage_ds.model.backbone import Backbone, described_model, empty_model
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Elements of every parameter by part, and the widths that activations follow."""
+    """Elements of every parameter by part, and the dimensions that set the size of activations."""
 
     tower: tuple[int, ...]
     embedding: tuple[int, ...]
     layers: tuple[int, ...]  # of all layers
     norm: tuple[int, ...]
-    head: tuple[int, ...]  # empty where the head is the embedding (tied)
+    head: tuple[int, ...]  # empty if the head is tied to the embedding
     num_layers: int
     hidden: int
     intermediate: int
@@ -28,7 +28,7 @@ class ModelSizes:
     kv_heads: int
     vocab: int
     tower_blocks: int
-    tower_full_blocks: int  # those that attend over a whole image, the others in windows
+    tower_full_blocks: int  # with attention over the full image; the others use windows
     tower_hidden: int
     tower_intermediate: int
 
@@ -38,7 +38,7 @@ class ModelSizes:
 
     @property
     def rollout(self) -> tuple[int, ...]:
-        """The module that `model.gather=rollout` gathers as one, without an embedding that its head borrows."""
+        """The module that `model.gather=rollout` gathers at once, without a tied embedding."""
         return self.layers + self.norm + self.head
 
     @property
@@ -50,8 +50,8 @@ class ModelSizes:
         return self.tower + self.language
 
 
-# What config.json of Qwen/Qwen2.5-VL-*-Instruct on huggingface.co says (the 32B and 72B have a wider tower). Their
-# sums are the published numbers of parameters: tests/unit/launch/test_launch_plan.py.
+# From config.json of Qwen/Qwen2.5-VL-*-Instruct on huggingface.co (the 32B and 72B have a wider tower). The sums equal
+# the published numbers of parameters: tests/unit/launch/planner/test_planner.py.
 TOWER = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31]}
 
 
@@ -72,14 +72,14 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, bool]] = {
     "Qwen/Qwen2.5-VL-32B-Instruct": (_text(152064, 5120, 27648, 64, 40, 8), 3456, False),
     "Qwen/Qwen2.5-VL-72B-Instruct": (_text(152064, 8192, 29568, 80, 64, 8), 3456, False),
 }
-"""Text part, the tower's intermediate size, whether the head is tied to the embedding."""
+"""Text settings, the tower's intermediate size, whether the head is tied to the embedding."""
 
 
 def model_sizes(model: ModelConfig) -> ModelSizes:
-    """Of a folder, of one of the published models, or of a hub id that is in the cache.
+    """Sizes of a model folder, a published model, or a cached hub id.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: `model.path` is none of these.
     """
     if model.path in PUBLISHED:
         text, tower_intermediate, tied = PUBLISHED[model.path]
@@ -87,14 +87,14 @@ def model_sizes(model: ModelConfig) -> ModelSizes:
         return count(described_model(text, vision, tied=tied))
     if not Path(model.path).is_dir() and model.path.startswith(("/", ".", "~")):
         raise ConfigError(
-            f"the model's folder is not there (model.path={model.path}); allowed is a folder, or one of "
-            f"{', '.join(PUBLISHED)}, whose sizes are known; set model.path to the one of that size"
+            f"the model folder does not exist (model.path={model.path}); allowed: a folder, or one of "
+            f"{', '.join(PUBLISHED)}, whose sizes are known; set model.path to the one of the same size"
         )
     return count(empty_model(model.path, model.cache_dir))
 
 
 def count(hf: Any) -> ModelSizes:
-    """Of a model of transformers, with or without weights."""
+    """Sizes of a transformers model, with or without weights."""
     backbone = Backbone(hf, attention="")
     text, vision = hf.config.get_text_config(), hf.config.vision_config
     return ModelSizes(

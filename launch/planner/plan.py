@@ -1,7 +1,7 @@
-"""`mirage-launch plan RECIPE --nodes N --gpus-per-node G --gpu h100-80gb`: memory, time and traffic before submitting.
+"""`mirage-launch plan RECIPE --nodes N --gpus-per-node G --gpu h100-80gb`: estimates memory, time and traffic of a run.
 
-Several numbers of nodes make one table: --nodes 1 --nodes 2 --nodes 4. All of it are estimates: memory's formulas are
-held against a small run by tests/distributed/test_plan_memory.py, times have never been checked on a GPU.
+--nodes may be repeated for a table of several columns: --nodes 1 --nodes 2 --nodes 4. The memory formulas are compared
+with a small run by tests/distributed/test_plan_memory.py; times have never been checked on a GPU.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from launch.planner.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE
+from launch.planner.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE, find_gpu
 from launch.wide_console import wide_console
 from mirage_ds.config import Config
 from mirage_ds.recipe import load_config
@@ -27,15 +27,16 @@ def command(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, for example one of launch/recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, values in YAML.")] = None,
     *,
-    nodes: Annotated[list[int], typer.Option(min=1, help="How many nodes; may be given several times.")],
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and ranks, of each node.")],
-    gpu: Annotated[str, typer.Option(help="Which: h100-80gb, h200-141gb, a100-80gb or a100-40gb.")],
+    nodes: Annotated[list[int], typer.Option(min=1, help="Number of nodes; repeat for several columns.")],
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node; one rank each.")],
+    gpu: Annotated[str, typer.Option(help="GPU type: h100-80gb, h200-141gb, a100-80gb or a100-40gb.")],
 ) -> None:
-    """Estimates memory, time and traffic. Exit code 0: it fits; 1: it does not; 2: wrong use."""
-    # Imported here, as torch and transformers take seconds, which the other commands need not wait.
+    """Estimates memory, time and traffic. Exit code 0: the run fits; 1: it does not; 2: usage error."""
+    config = load_config(recipe, overrides)
+    find_gpu(gpu)
+    # Imported here: torch and transformers take seconds to import; the other commands need neither.
     from launch.planner.estimate import estimate
 
-    config = load_config(recipe, overrides)
     found = [estimate(config, number, gpus_per_node, gpu) for number in nodes]
     console = wide_console()
     console.print(table(found, config.train.stage))
@@ -48,7 +49,7 @@ def command(
 def table(found: list["Estimate"], stage: str) -> Table:
     """One column for each number of nodes."""
     shown = Table(box=box.MARKDOWN)
-    shown.add_column(f"estimate, {stage}, nodes of {found[0].gpus_per_node} {found[0].gpu}")
+    shown.add_column(f"estimate for {stage}, by nodes of {found[0].gpus_per_node} x {found[0].gpu}")
     for each in found:
         shown.add_column(str(each.nodes), justify="right")
     columns = [dict(figures(each)) for each in found]
@@ -62,22 +63,22 @@ def figures(found: "Estimate") -> list[tuple[str, str]]:
     memory = found.memory
     parts = {
         "parameters": memory.parameters,
-        "optimizer": memory.optimizer,
-        "gradients, sharded, and bucket": memory.gradients,
-        "gathered copies": memory.gathered,
+        "optimizer states": memory.optimizer,
+        "sharded gradients and bucket": memory.gradients,
+        "gathered weights": memory.gathered,
         "activations": memory.activations,
         "logits": memory.logits,
-        "while gathering": memory.gathering,
-        "or whole gradients": memory.whole_gradients + memory.reducing,
-        "or, at the end, the update": memory.update,
+        "gather buffer": memory.gathering,
+        "full gradients (with reduction copy)": memory.full_gradients + memory.reducing,
+        "optimizer-step buffer": memory.update,
         "peak": memory.peak,
     }
     rows = [(f"GiB per GPU: {name}", f"{size / GIB:.1f}") for name, size in parts.items()]
     rows += [
         ("fits", "yes" if found.fits else "no"),
         ("samples per step", str(found.samples_per_step)),
-        ("GB per GPU and step over NVLink", f"{found.traffic.nvlink / GB:.0f}"),
-        ("GB per GPU and step over the network", f"{found.traffic.network / GB:.1f}"),
+        ("GB per GPU and step: NVLink", f"{found.traffic.nvlink / GB:.0f}"),
+        ("GB per GPU and step: network", f"{found.traffic.network / GB:.1f}"),
         *times(found),
         ("GB per checkpoint", f"{found.checkpoint_bytes / GB:.0f}"),
     ]
@@ -85,7 +86,7 @@ def figures(found: "Estimate") -> list[tuple[str, str]]:
 
 
 def times(found: "Estimate") -> list[tuple[str, str]]:
-    """What follows from the time of a step."""
+    """The time of a step, and what follows from it."""
     time = found.time
     if time is None or found.samples_per_day is None:
         return [("seconds per step", "no estimate with offload")]
@@ -93,7 +94,7 @@ def times(found: "Estimate") -> list[tuple[str, str]]:
     epochs = found.epochs_per_day
     return [
         ("seconds per step", f"{time.step_s:.2f}"),
-        ("of these waiting for communication", f"{waiting_s:.2f}"),
+        ("of these, waiting for communication", f"{waiting_s:.2f}"),
         ("MFU, %", f"{100 * time.mfu:.1f}"),
         ("samples per day, thousands", f"{found.samples_per_day / 1000:.0f}"),
         ("epochs per day", "no shards" if epochs is None else f"{epochs:.1f}"),
@@ -101,15 +102,17 @@ def times(found: "Estimate") -> list[tuple[str, str]]:
 
 
 def assumptions(config: Config, found: "Estimate") -> list[str]:
-    """What the table rests on."""
+    """How the peak is computed, and the assumptions of the table."""
     largest, mean = found.rows.largest, found.rows.mean
-    samples = "unknown number of" if found.rows.num_samples is None else str(found.rows.num_samples)
+    samples = "an unknown number of" if found.rows.num_samples is None else str(found.rows.num_samples)
     return [
+        "peak         parameters + optimizer states + sharded gradients and bucket + max(optimizer-step buffer, "
+        "gathered weights + activations + logits + max(gather buffer, full gradients))",
         f"model        {config.model.path}: {sum(found.sizes.all) / 1e9:.2f} G elements, {config.train.stage}, "
         f"{config.train.dtype}",
         f"rows         {samples} samples; {mean.tokens} tokens and {mean.patches} patches on average, at most "
         f"{largest.tokens} and {largest.patches} ({found.rows.source})",
-        f"assumed      {COMPUTE_EFFICIENCY:.0%} of the peak rate, {MEMORY_EFFICIENCY:.0%} of the memory's bandwidth, "
-        f"{LINK_EFFICIENCY:.0%} of NVLink's and the network's, {USABLE:.0%} of the memory usable (launch/gpus.py)",
-        "estimates    memory's formulas agree with a small run within 10%; no time was ever checked on a GPU",
+        f"assumed      {COMPUTE_EFFICIENCY:.0%} of the peak rate, {MEMORY_EFFICIENCY:.0%} of the memory bandwidth, "
+        f"{LINK_EFFICIENCY:.0%} of NVLink's and the network's, {USABLE:.0%} of the memory (launch/planner/gpus.py)",
+        "accuracy     memory formulas agree with a small run within 10%; no time has been checked on a GPU",
     ]

@@ -1,6 +1,6 @@
-"""How long a step may take, and what it moves: estimates from assumed efficiencies (gpus.py), never checked on a GPU.
+"""Estimates of step time and traffic from assumed efficiencies (gpus.py), never checked on a GPU.
 
-Launching kernels, reading data, logging and saving are not in it.
+Kernel launches, data loading, logging and saving are not included.
 
 Legend: W ranks on N nodes of G GPUs, n tokens and T supervised tokens of a micro-batch, e bytes of an element,
 D hidden, V vocabulary, K latents.
@@ -18,10 +18,10 @@ from mirage_ds.model.backbone import DTYPES
 from mirage_ds.zero3.engine import choose_gather
 
 # Bytes that AdamW reads and writes per element: DeepSpeed's copy of the gradient (4 + 4) and its use (4), the master
-# and two moments (24), the weight (2).
+# weight and two moments (24), the weight (2).
 UPDATE_BYTES = 38
-# How often a pass of one column reads or writes all weights of the layers: forward, backward to its input, the weights'
-# gradient (written, then read, read and written to be added); once more where it is computed again.
+# How often a pass of one column reads or writes all weights of the layers: forward, backward to its input, the weight
+# gradient (written; then read, read and written when it is accumulated); once more if the layers are recomputed.
 WEIGHT_PASSES = 6
 
 
@@ -30,9 +30,9 @@ class Work:
     """Floating-point operations of one rank's micro-batch."""
 
     model: float
-    """What the mathematics needs: it makes the MFU."""
+    """Required by the mathematics; the MFU is based on it."""
     computed: float
-    """With what is computed again for activation checkpointing."""
+    """With the recomputation of activation checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def work(sizes: ModelSizes, config: Config, row: Row) -> Work:
     """Forward takes 2 FLOPs per weight and token, backward 4; the frozen tower has forward only.
 
     decoder    2 x elements of the layers x n + causal attention 2 x layers x hidden x n x columns
-    head       2 x V x D x T; its logits are always computed again
-    tower      2 x elements x patches / 4 (the merger alone sees merged ones; counted like the rest at all patches) and
+    head       2 x V x D x T; its logits are always recomputed
+    tower      2 x elements x patches (an upper bound: the merger runs on merged patches only) and
                4 x full-attention blocks x hidden x patches^2
     """
     rows = config.train.micro_batch_size_per_gpu
@@ -73,15 +73,16 @@ def work(sizes: ModelSizes, config: Config, row: Row) -> Work:
     tower = 2 * sum(sizes.tower) * rows * row.patches
     tower += 4 * sizes.tower_full_blocks * sizes.tower_hidden * rows * row.patches**2
     tower *= 3 if config.model.train_tower else 1
-    again = decoder if config.model.activation_checkpointing == "full" else 0
-    return Work(model=3 * (decoder + head) + tower, computed=3 * (decoder + head) + tower + again + head)
+    recomputed = decoder if config.model.activation_checkpointing == "full" else 0
+    return Work(model=3 * (decoder + head) + tower, computed=3 * (decoder + head) + tower + recomputed + head)
 
 
 def gathers(stage: Stage, gather: str, latent_size: int) -> float:
     """How often a micro-step gathers the model.
 
-    Measured in stage 2 (README, "model.gather"): 1.73 with `rollout`; 4.2, 6.4 and 10.7 with `layer` at K = 2, 4 and
-    8, which is the line 2.07 + 1.08 K. One pass by layers: once for forward, once for backward.
+    Measured in stage 2 with a small model on 2 CPU ranks (tests/distributed/test_sharding.py, test_one_gather): 1.73
+    with `rollout`; 4.2, 6.4 and 10.7 with `layer` at K = 2, 4 and 8, which is the line 2.07 + 1.08 K. A single pass
+    with `layer` gathers once in forward and once in backward.
     """
     if gather == "rollout":
         return 1.73
@@ -93,8 +94,8 @@ def traffic(
 ) -> Traffic:
     """Per micro-step: gathers x e x all elements + bytes of communication_data_type x trained elements, reduced.
 
-    A rank has 1 / W of it: (W - 1) / W come in over NVLink or the network. All adapters of a node share what comes from
-    other nodes: (N - 1) / N of it, 1 / G of that through each GPU's own.
+    A rank holds 1 / W of it; (W - 1) / W arrive over NVLink or the network. The G adapters of a node share what comes
+    from other nodes, (N - 1) / N of it: 1 / G of that through each.
     """
     world_size = nodes * gpus_per_node
     micro_steps = config.train.accumulation_steps(world_size)
@@ -121,18 +122,18 @@ def step_time(
     gpus_per_node: int,
     gpu: Gpu,
 ) -> StepTime:
-    """Layer by layer, gathering overlaps with computing: the longer one counts; a rollout is gathered first: their sum.
+    """With `layer`, gathering overlaps with computing: the longer one counts. A rollout is gathered first: their sum.
 
     compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) + single columns)
-    single columns the K - 1 passes of stage 2 over one column: each reads all layers' weights from the GPU's memory
+    single columns the K - 1 passes of stage 2 over one column: each accesses all layers' weights in GPU memory
                    WEIGHT_PASSES times, once more with activation checkpointing
     communication  the slower of NVLink and the network, at LINK_EFFICIENCY
-    update         UPDATE_BYTES x trained elements / W over the memory's bandwidth
+    update         UPDATE_BYTES x trained elements / W over the memory bandwidth
 
-    Not for offload, whose time depends on the host.
+    Not valid with offload, where the time depends on the host.
 
     Raises:
-        ConfigError: the batch does not divide.
+        ConfigError: the global batch does not divide over the ranks.
     """
     world_size = nodes * gpus_per_node
     micro_steps = config.train.accumulation_steps(world_size)

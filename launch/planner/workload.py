@@ -1,7 +1,7 @@
-"""How much a row is: tokens, patches, supervised tokens. From the shards' index if there are shards, else assumed.
+"""Size of the rows: tokens, patches, supervised tokens. From the index of the shards if there are any, else assumed.
 
-Image tokens are exact: an index has the size of every image, and the processor's rule makes patches of it. Text is
-estimated from its characters, so that no tokenizer is needed.
+Image tokens are exact: the index has the size of every image, from which the processor's rule gives the patches. Text
+is estimated from its number of characters, so that no tokenizer is needed.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from mirage_ds.data.index import IndexEntry, load_index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
 
-CHARS_PER_TOKEN = 3  # an assumption on the safe side: English prose has about 4, numbers and markup fewer
-TEMPLATE_TOKENS = 30  # of the chat template: a system turn, two turns' heads and ends
+CHARS_PER_TOKEN = 3  # a cautious assumption: English prose has about 4, numbers and markup fewer
+TEMPLATE_TOKENS = 30  # of the chat template: a system turn, start and end of two turns
 MARKERS = 2  # around each image and each latent block
 PIXEL_LIMITS = (3136, 12_845_056)  # preprocessor_config.json of Qwen2.5-VL-Instruct: 4 and 16384 merged patches
 ASSUMED = IndexEntry(
@@ -30,22 +30,22 @@ ASSUMED = IndexEntry(
     image_blocks=1,
     latent_blocks=1,
 )
-"""The row where there are no shards."""
+"""The row that is assumed without shards."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as the model meets it; as a mean its numbers are rounded."""
+    """The size of one row; the numbers of a mean are rounded."""
 
     tokens: int  # columns of the decoder
     lead: int  # columns before the first latent
     targets: int  # supervised tokens
-    patches: int  # into the tower, before it merges four
+    patches: int  # into the tower, before groups of four are merged
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The rows of a run. Memory follows the largest, time the mean."""
+    """The rows of a run. Memory depends on the largest, time on the mean."""
 
     largest: Row
     mean: Row
@@ -54,7 +54,7 @@ class Workload:
 
 
 def workload(config: Config) -> Workload:
-    """Of the run's shards, or of the assumed row.
+    """From the run's shards, or from the assumed row.
 
     Raises:
         DataError: the shards' manifest or index is damaged.
@@ -63,7 +63,7 @@ def workload(config: Config) -> Workload:
     if not (config.data.shards / MANIFEST_NAME).is_file():
         row = measure(ASSUMED, config, processor)
         source = (
-            f"no shards at {config.data.shards}: assumed are an image and a helper image of 512 x 512 and "
+            f"no shards at {config.data.shards}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
         )
         return Workload(row, row, None, source)
@@ -78,15 +78,15 @@ def workload(config: Config) -> Workload:
         largest=Row(**{name: max(each(name)) for name in names}),
         mean=Row(**{name: round(sum(each(name)) / len(rows)) for name in names}),
         num_samples=len(rows),
-        source=f"images of {config.data.shards} as they are, text at {CHARS_PER_TOKEN} characters per token",
+        source=f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token",
     )
 
 
 def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Row:
     """tokens = template + characters / CHARS_PER_TOKEN + merged patches of the input images + K per latent block.
 
-    The helper images' patches enter the tower in stage 1 only. Where in the answer its latents stand is not in the
-    index: `lead` counts half of the answer's text.
+    Helper images enter the tower in stage 1 only. The position of the latents in the answer is not in the index:
+    `lead` assumes the middle of the answer's text.
     """
 
     def merged(sizes: list[tuple[int, int]]) -> list[int]:
@@ -98,7 +98,7 @@ def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Row
     latents = 0 if stage == "text" else entry.latent_blocks * (config.model.latent_size + MARKERS)
     answer = -(-entry.answer_chars // CHARS_PER_TOKEN)
     question = TEMPLATE_TOKENS - (-entry.question_chars // CHARS_PER_TOKEN) + sum(images) + MARKERS * len(images)
-    limit = config.data.max_length or question + answer + latents  # a longer row is refused
+    limit = config.data.max_length or question + answer + latents  # longer rows are refused
     return Row(
         tokens=min(limit, question + answer + latents),
         lead=min(limit, question + answer // 2),
@@ -108,7 +108,7 @@ def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Row
 
 
 def _processor(config: Config) -> ImageProcessor:
-    """The model folder's, or the published models'; with the run's limits."""
+    """The processor of the model folder, or of the published models, with the run's pixel limits."""
     limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
     if Path(config.model.path).is_dir():
         return ImageProcessor.load(config.model.path, config.model.cache_dir, **limits)

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Joins the parts that build.sh wrote from @@{rows}, once all are there. Written by `mirage-launch build-shards`.
+# Merges the parts that build.sh wrote from @@{rows}. Written by `mirage-launch build-shards`.
 @@{options}
 
 @@{environment}
 set -euo pipefail
 output=@@{output}
 @@{command} merge "$output".part-*-of-@@{tasks_padded} --output "$output" --max-rejects @@{max_rejects}
-# Their shards live on in the merged folder.
+# The merged folder has their shards.
 rm -r -- "$output".part-*-of-@@{tasks_padded}

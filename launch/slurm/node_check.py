@@ -1,4 +1,4 @@
-"""One task on each node of a job, before the ranks start: is what the run reads there? No torch.
+"""Checks on each node of a job, before the ranks start, that the run can read its inputs there. Imports no torch.
 
 python -m launch.slurm.node_check RUN/jobs/N
 """
@@ -8,32 +8,9 @@ import socket
 import sys
 from pathlib import Path
 
-from mirage_ds.config import Config
-from mirage_ds.data.shards import load_manifest
-from mirage_ds.errors import ConfigError, DataError, MirageError
+from mirage_ds.errors import MirageError
 from mirage_ds.recipe import load_config
-
-
-def check_inputs(config: Config) -> None:
-    """What the run reads must be reachable from this machine.
-
-    Raises:
-        MirageError: shards, the model's folder or the weights to start from are missing here.
-    """
-    for folder in (config.data.shards, config.evaluation.shards):
-        if folder is not None:
-            load_manifest(folder)
-    # A hub id is no path, and a hub's model may be in any cache.
-    if config.model.path.startswith(("/", ".", "~")) and not Path(config.model.path).is_dir():
-        raise ConfigError(
-            f"the model's folder is not there (model.path={config.model.path}); allowed is a folder that every node "
-            "sees, or a hub id; set model.path"
-        )
-    if config.run.init_from is not None and not config.run.init_from.is_dir():
-        raise DataError(
-            f"the run to start from is not there (run.init_from={config.run.init_from}); allowed is the folder of a "
-            "run with a checkpoint; set run.init_from"
-        )
+from mirage_ds.training.early_checks import check_inputs
 
 
 def main() -> None:

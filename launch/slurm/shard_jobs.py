@@ -1,8 +1,8 @@
-"""`mirage-launch build-shards`: the shards of many rows, built by a job array and merged by a job that waits for it.
+"""`mirage-launch build-shards`: builds shards in a job array and merges them in a job that depends on it.
 
 OUTPUT.jobs/build.sh, merge.sh     the two batch scripts
-OUTPUT.jobs/build-I.log            what task I prints
-OUTPUT.jobs/merge.log
+OUTPUT.jobs/build-I.log            output of task I
+OUTPUT.jobs/merge.log              output of the merge job
 """
 
 import shlex
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from data_tools.parts import check_no_other_parts, describe_part, rows_of
-from launch.slurm.cluster import Cluster, ask, check, check_partition, load_cluster
+from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_settings, run_slurm
 from launch.slurm.submit import Script
 from mirage_ds.errors import DataError, name_full_disk, name_unwritable
 
@@ -24,26 +24,26 @@ def command(
     rows: Annotated[Path, typer.Argument(help="JSONL rows; image paths are relative to this file.")],
     output: Annotated[Path, typer.Argument(help="New folder for shards, manifest and index.")],
     *,
-    tasks: Annotated[int, typer.Option(min=1, help="Tasks of the array; each builds one part.")],
-    maxcount: Annotated[int, typer.Option(min=1, help="Samples per shard at most.")] = 10_000,
-    maxsize: Annotated[int, typer.Option(min=1, help="Bytes after which a new shard begins.")] = 1_000_000_000,
-    max_rejects: Annotated[int, typer.Option(min=0, help="Rows that may be left out, in all parts together.")] = 0,
+    tasks: Annotated[int, typer.Option(min=1, help="Number of array tasks; each builds one part.")],
+    maxcount: Annotated[int, typer.Option(min=1, help="Maximum samples per shard.")] = 10_000,
+    maxsize: Annotated[int, typer.Option(min=1, help="Bytes after which a new shard starts.")] = 1_000_000_000,
+    max_rejects: Annotated[int, typer.Option(min=0, help="Unusable rows to tolerate, in all parts together.")] = 0,
     time: Annotated[str | None, typer.Option(help="Time limit of each job.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Where the jobs run; no GPU is needed.")] = None,
-    account: Annotated[str | None, typer.Option(help="Who pays.")] = None,
-    sbatch: Annotated[list[str] | None, typer.Option(help='A further option of sbatch: --sbatch "--qos=long".')] = None,
-    cluster: Annotated[str | None, typer.Option(help="Defaults: a name in launch/clusters/, or a file.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts; ask SLURM and write nothing.")] = False,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition; no GPU is needed.")] = None,
+    account: Annotated[str | None, typer.Option(help="SLURM account to charge.")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help='Additional sbatch option: --sbatch "--qos=long".')] = None,
+    cluster: Annotated[str | None, typer.Option(help="Settings: a name in launch/clusters/, or a file.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts; submit and write nothing.")] = False,
 ) -> None:
-    """Builds shards with a job array, as `mirage-data build` would with one process."""
+    """Builds shards in a job array: the same shards as one process of `mirage-data build`."""
     given = {"time": time, "partition": partition, "account": account}
     settings = load_cluster(cluster)
     tree = settings.model_dump(exclude_unset=True) | {name: value for name, value in given.items() if value is not None}
-    settings = check(tree | {"sbatch": (*settings.sbatch, *(sbatch or []))}, "the cluster file")
+    settings = parse_settings(tree | {"sbatch": (*settings.sbatch, *(sbatch or []))}, "the cluster file")
     rows, output = rows.absolute(), output.absolute()
     rows_of(rows, 0, tasks, maxcount)  # refuses more tasks than there are shards
     if output.exists():
-        raise DataError(f"the output is there already ({output}); allowed is a new folder; name another or remove it")
+        raise DataError(f"the output already exists ({output}); allowed: a new folder; choose another or remove it")
     check_no_other_parts(output, describe_part(rows, 0, tasks, maxcount, maxsize))
     jobs = output.parent / f"{output.name}.jobs"
     limits = ["--maxcount", str(maxcount), "--maxsize", str(maxsize), "--max-rejects", str(max_rejects)]
@@ -53,32 +53,32 @@ def command(
         print(f"{build}\n{merge}", end="")
         return
     check_partition(settings.partition, 1)
-    remedy = "name an output that you may write and that every node sees"
+    remedy = "choose an output folder that you may write and that every node sees"
     with name_full_disk(jobs, "free some space, or write to another disk"), name_unwritable(jobs, remedy):
         jobs.mkdir(parents=True, exist_ok=True)
         (jobs / "build.sh").write_text(build)
         (jobs / "merge.sh").write_text(merge)
     array = submit(jobs / "build.sh")
-    # A task that failed means no merging: without the second option that job would wait for ever.
+    # If a task fails, the merge job cannot start; without the second option it would stay in the queue forever.
     last = submit(jobs / "merge.sh", f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes")
     print(
-        f"submitted     array {array}, {tasks} tasks, and job {last}, which merges once all have ended well\n"
+        f"submitted     array {array} (tasks: {tasks}), and job {last}, which merges when all tasks have succeeded\n"
         f"scripts       {jobs / 'build.sh'}, {jobs / 'merge.sh'}\n"
         f"logs          tail -F {jobs}/*.log\n"
-        f"where it is   squeue --jobs {array},{last}\n"
+        f"status        squeue --jobs {array},{last}\n"
         f"stop          scancel {array} {last}\n"
-        f"it worked     {jobs / 'merge.log'} ends with what was written; then: mirage-data check {output}\n"
-        f"it did not    the logs say why; the same command goes on with the parts that are missing"
+        f"on success    {jobs / 'merge.log'} ends with a summary; then run: mirage-data check {output}\n"
+        f"on failure    see the logs; the same command builds the missing parts"
     )
 
 
 def submit(script: Path, *options: str) -> str:
-    """SLURM's number of the job."""
-    return ask("sbatch", "--parsable", *options, str(script)).split(";")[0].strip()
+    """Submits a script; returns the job id."""
+    return run_slurm("sbatch", "--parsable", *options, str(script)).split(";")[0].strip()
 
 
 def render(template: str, rows: Path, output: Path, cluster: Cluster, tasks: int, log: Path, **more: str) -> str:
-    """A batch script. One task on one core: a build reads, decodes and writes one sample at a time."""
+    """A batch script. One core per task is enough: a build processes one sample at a time."""
     options = {
         "job-name": output.name,
         "partition": cluster.partition,

@@ -1,9 +1,9 @@
-"""`mirage-launch slurm`: one command makes a job of a recipe that SLURM starts, warns, requeues and goes on with.
+"""`mirage-launch slurm`: submits a recipe as a job that saves before its time limit, is requeued, and resumes.
 
 RUN/jobs/N/job.sh        the batch script
 RUN/jobs/N/recipe.yaml   the resolved recipe
-RUN/jobs/N/code/         the packages as they were at submission
-RUN/jobs/N/log           what all starts of the job print
+RUN/jobs/N/code/         a copy of the packages at submission
+RUN/jobs/N/log           output of all starts of the job
 """
 
 import os
@@ -22,11 +22,11 @@ import ds_configs
 import launch
 import mirage_ds
 from launch.slurm.attempts import LOG_NAME, RECIPE_NAME
-from launch.slurm.cluster import Cluster, ask, check, check_partition, load_cluster
-from launch.slurm.node_check import check_inputs
+from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_settings, run_slurm
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
 from mirage_ds.recipe import load_config
+from mirage_ds.training.early_checks import check_inputs
 from mirage_ds.versions import versions
 
 TEMPLATE = Path(__file__).parent / "job.sh"
@@ -34,7 +34,7 @@ PACKAGES = (mirage_ds, launch, ds_configs)
 
 
 class Script(string.Template):
-    """Bash has its own use for $ and for @."""
+    """A template with the delimiter @@, as Bash uses $ and @."""
 
     delimiter = "@@"
 
@@ -43,25 +43,21 @@ def slurm(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, for example one of launch/recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, values in YAML.")] = None,
     *,
-    nodes: Annotated[int, typer.Option(min=1, help="How many nodes.")],
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs, and ranks, of each node.")] = None,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Instead, without GPUs: ranks of each node.")
-    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")],
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs per node; one rank each.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks per node without GPUs.")] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Which GPU, for example h100-80gb: a recipe that does not fit is refused.")
+        str | None, typer.Option(help="GPU type, for example h100-80gb: a recipe that does not fit is refused.")
     ] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit; the run saves before it and is requeued.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Where it runs.")] = None,
-    account: Annotated[str | None, typer.Option(help="Who pays.")] = None,
-    container_image: Annotated[str | None, typer.Option(help="The ranks run in it (pyxis).")] = None,
-    sbatch: Annotated[list[str] | None, typer.Option(help='A further option of sbatch: --sbatch "--qos=long".')] = None,
-    cluster: Annotated[str | None, typer.Option(help="Defaults: a name in launch/clusters/, or a file.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the script; ask SLURM nothing, write nothing.")
-    ] = False,
+    time: Annotated[str | None, typer.Option(help="Time limit; the run saves before it, and is requeued.")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="SLURM account to charge.")] = None,
+    container_image: Annotated[str | None, typer.Option(help="Container image of the ranks (pyxis).")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help='Additional sbatch option: --sbatch "--qos=long".')] = None,
+    cluster: Annotated[str | None, typer.Option(help="Settings: a name in launch/clusters/, or a file.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; submit and write nothing.")] = False,
 ) -> None:
-    """Submits a run that goes on through time limits, preemption and lost nodes. The same command continues it."""
+    """Submits a run that survives time limits, preemption and node failures. The same command resumes it."""
     given = {
         "time": time,
         "partition": partition,
@@ -71,7 +67,7 @@ def slurm(
         "ranks_per_node": ranks_per_node,
         "gpu": gpu,
     }
-    settings = choose(
+    settings = apply_options(
         load_cluster(cluster), {name: value for name, value in given.items() if value is not None}, sbatch
     )
     config = load_config(recipe, [*(overrides or []), "run.resume=auto"])
@@ -83,91 +79,93 @@ def slurm(
     check_not_queued(config.run.dir)
     folder = write(recipe, config, settings, nodes)
     try:
-        said = ask("sbatch", "--parsable", str(folder / "job.sh"), environment=submission_environment(settings))
-        number = said.split(";")[0].strip()
+        script = str(folder / "job.sh")
+        answer = run_slurm("sbatch", "--parsable", script, environment=submission_environment(settings))
+        number = answer.split(";")[0].strip()
     except ConfigError:
-        shutil.rmtree(folder)  # no job came of it
+        shutil.rmtree(folder)  # no job uses it
         raise
     again = shlex.join(["mirage-launch", *sys.argv[1:]])
     print(
-        f"submitted     job {number}, {nodes} nodes x {ranks(settings)} ranks, code of {versions()['git_commit']}\n"
+        f"submitted     job {number} (nodes: {nodes}, ranks per node: {ranks_per_node_of(settings)}), "
+        f"code of {versions()['git_commit']}\n"
         f"script        {folder / 'job.sh'}\n"
         f"log           tail -F {folder / LOG_NAME}\n"
         f"attempts      {folder / 'attempts.jsonl'}\n"
         f"curves        tensorboard --logdir {config.run.dir / 'tensorboard'}\n"
-        f"where it is   squeue --job {number}\n"
-        f"stop          scancel {number}     (it saves first, and is not started again)\n"
-        f"continue      {again}"
+        f"status        squeue --job {number}\n"
+        f"stop          scancel {number}     (the run saves first, and is not restarted)\n"
+        f"resume        {again}"
     )
     if settings.gpus_per_node and not settings.gpu:
-        print("memory        not checked: nothing says which GPUs these are (--gpu, or gpu in the cluster file)")
+        print("memory        not checked: unknown GPU type (set --gpu, or gpu in the cluster file)")
 
 
-def choose(cluster: Cluster, given: dict[str, object], sbatch: list[str] | None) -> Cluster:
-    """The cluster's settings with those of the command line in their place.
+def apply_options(cluster: Cluster, given: dict[str, object], sbatch: list[str] | None) -> Cluster:
+    """The cluster's settings, overridden by the command line.
 
     Raises:
-        ConfigError: ranks are set twice or not at all, or a further option is none.
+        ConfigError: the ranks per node are set twice or not at all, or an sbatch option is invalid.
     """
     tree = cluster.model_dump(exclude_unset=True)
     if given.keys() & {"gpus_per_node", "ranks_per_node"}:
         tree = {name: value for name, value in tree.items() if name not in ("gpus_per_node", "ranks_per_node")}
-    settings = check(tree | given | {"sbatch": (*cluster.sbatch, *(sbatch or []))}, "the cluster file")
+    settings = parse_settings(tree | given | {"sbatch": (*cluster.sbatch, *(sbatch or []))}, "the cluster file")
     if settings.gpus_per_node is None and settings.ranks_per_node is None:
         raise ConfigError(
-            "nothing says how many ranks a node has (on the command line and in the cluster file); allowed is a "
-            "number of 1 or more; set --gpus-per-node, or --ranks-per-node where there are no GPUs"
+            "the ranks per node are not set (on the command line or in the cluster file); allowed: 1 or more; set "
+            "--gpus-per-node, or --ranks-per-node without GPUs"
         )
     for option in settings.sbatch:
         if not option.startswith("-") or option.startswith(("-a", "--array")) or "\n" in option:
             raise ConfigError(
-                f"an option of sbatch is not understood (--sbatch {option!r}); allowed is what sbatch --help lists "
-                "but an array, which would be many jobs in one run, for example --qos=long; correct it"
+                f"invalid sbatch option (--sbatch {option!r}); allowed: the options of sbatch --help except --array, "
+                "which would start several jobs on one run; correct it, for example --qos=long"
             )
     return settings
 
 
-def ranks(cluster: Cluster) -> int:
-    """Ranks of each node."""
+def ranks_per_node_of(cluster: Cluster) -> int:
+    """Ranks per node, with or without GPUs."""
     return cluster.gpus_per_node or cluster.ranks_per_node or 0
 
 
 def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
-    """Refuses what would fail after hours in the queue; asks SLURM nothing.
+    """Refuses a job that would fail after hours in the queue; runs no SLURM command.
 
     Raises:
-        ConfigError: the batch does not divide, or the run does not fit on the GPUs.
-        DataError: what the run reads is not on this machine.
+        ConfigError: the batch does not divide, the time limit is too short, or the run does not fit on the GPUs.
+        DataError: an input of the run is missing on this machine.
     """
-    config.train.accumulation_steps(nodes * ranks(cluster))
+    config.train.accumulation_steps(nodes * ranks_per_node_of(cluster))
     limit_s = seconds(cluster.time) if cluster.time else None
     if limit_s is not None and limit_s <= config.run.save_before_end_s:
         raise ConfigError(
-            f"the time limit is {limit_s} s (--time {cluster.time}), and run.save_before_end_s="
-            f"{config.run.save_before_end_s}: the run would be saved as soon as it starts; allowed is a longer limit; "
-            "set --time or run.save_before_end_s"
+            f"the time limit is {limit_s} s (--time {cluster.time}), but run.save_before_end_s="
+            f"{config.run.save_before_end_s}: the run would save as soon as it starts; allowed: a longer limit; set "
+            "--time or run.save_before_end_s"
         )
     check_inputs(config)
     if cluster.gpus_per_node and cluster.gpu:
-        # Imported here, as torch and transformers take seconds, which a job without this check need not wait.
+        # Imported here: torch and transformers take seconds to import, and only this check needs them.
         from launch.planner.estimate import check_fits
 
         check_fits(config, nodes, cluster.gpus_per_node, cluster.gpu)
 
 
 def seconds(limit: str) -> int | None:
-    """A time limit as SLURM writes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None: no limit.
+    """Seconds of a time limit in SLURM's formats: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None: no limit.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it has none of these formats.
     """
     if limit.lower() in ("infinite", "unlimited"):
         return None
     found = re.fullmatch(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})", limit)
     if found is None:
         raise ConfigError(
-            f"the time limit is not understood (--time {limit}); allowed are minutes, H:M:S, D-H and D-H:M:S, for "
-            "example 24:00:00; correct it"
+            f"invalid time limit (--time {limit}); allowed: minutes, H:M:S, D-H and D-H:M:S; correct it, for example "
+            "24:00:00"
         )
     parts = [int(part) for part in found["rest"].split(":")]
     if found["days"]:
@@ -178,43 +176,23 @@ def seconds(limit: str) -> int | None:
 
 
 def check_not_queued(run: Path) -> None:
-    """Two jobs must not write into one run.
+    """Refuses a second job that would write to the same run.
 
     Raises:
-        ConfigError: a job of this run has not ended.
+        ConfigError: a job of this run is queued or running.
     """
     jobs = (run / "jobs").resolve()
-    for line in ask("squeue", "--me", "--noheader", "--format=%i|%T|%o").splitlines():
+    for line in run_slurm("squeue", "--me", "--noheader", "--format=%i|%T|%o").splitlines():
         number, state, script = line.split("|", 2)
         if Path(script).resolve().is_relative_to(jobs):
             raise ConfigError(
-                f"the run has a job already (run.dir={run}): {number} is {state}; one job at a time may write there; "
-                f"wait for it, stop it with scancel {number}, or set another run.dir"
+                f"the run already has a job (run.dir={run}): {number} is {state}; allowed: one job at a time; wait for "
+                f"it, stop it with scancel {number}, or set another run.dir"
             )
 
 
-def submission_environment(cluster: Cluster) -> dict[str, str]:
-    """This process's variables without those that would beat the script's own options, and those of a job that this
-    command is typed in: the ranks of the new one would obey them, for example all on the core of that job's step."""
-    beaten = {
-        "SBATCH_ACCOUNT": cluster.account,
-        "SBATCH_PARTITION": cluster.partition,
-        "SBATCH_TIMELIMIT": cluster.time,
-        "SBATCH_GPUS_PER_NODE": cluster.gpus_per_node,
-    }
-    foreign = {name for name, value in beaten.items() if value is not None} | {
-        *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_EXPORT", "SBATCH_NO_KILL", "SBATCH_NO_REQUEUE"),
-        *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_SIGNAL", "SBATCH_WAIT", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    }
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in ("SLURM_CONF", "SLURM_JWT") or not (name.startswith(("SLURM_", "SRUN_")) or name in foreign)
-    }
-
-
 def write(recipe: Path, config: Config, cluster: Cluster, nodes: int) -> Path:
-    """Makes RUN/jobs/N with all that the job needs; returns it."""
+    """Creates RUN/jobs/N with everything that the job needs; returns it."""
     jobs = config.run.dir.absolute() / "jobs"
     remedy = "set run.dir to a folder that you may write and that every node sees"
     with name_full_disk(jobs, "free some space, or set run.dir to another disk"), name_unwritable(jobs, remedy):
@@ -239,7 +217,7 @@ def render(recipe: Path, config: Config, cluster: Cluster, nodes: int, job: Path
         "account": cluster.account,
         "time": cluster.time,
         "nodes": nodes,
-        "ntasks-per-node": ranks(cluster),
+        "ntasks-per-node": ranks_per_node_of(cluster),
         "gpus-per-node": cluster.gpus_per_node,
         "cpus-per-task": cluster.cpus_per_rank,
         "chdir": Path.cwd(),
@@ -248,7 +226,7 @@ def render(recipe: Path, config: Config, cluster: Cluster, nodes: int, job: Path
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     step = ""
     if cluster.cpus_per_rank:
-        step += f"--cpus-per-task={cluster.cpus_per_rank} "  # srun does not take it from sbatch any more
+        step += f"--cpus-per-task={cluster.cpus_per_rank} "  # srun no longer inherits it from sbatch
     if cluster.container_image:
         step += f"--container-image={shlex.quote(cluster.container_image)} "
         step += f"--container-workdir={shlex.quote(str(Path.cwd()))} "  # the recipe's paths may be relative
@@ -269,3 +247,23 @@ def render(recipe: Path, config: Config, cluster: Cluster, nodes: int, job: Path
         environment="\n".join([*cluster.setup, *exports]),
         step=step + ("python " if cluster.container_image else '"$python" '),
     )
+
+
+def submission_environment(cluster: Cluster) -> dict[str, str]:
+    """The variables of this process, without those that would override the script's options, and without those of an
+    enclosing job: the new ranks would follow them, for example all run on the one core of that job's step."""
+    overriding = {
+        "SBATCH_ACCOUNT": cluster.account,
+        "SBATCH_PARTITION": cluster.partition,
+        "SBATCH_TIMELIMIT": cluster.time,
+        "SBATCH_GPUS_PER_NODE": cluster.gpus_per_node,
+    }
+    removed = {name for name, value in overriding.items() if value is not None} | {
+        *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_EXPORT", "SBATCH_NO_KILL", "SBATCH_NO_REQUEUE"),
+        *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_SIGNAL", "SBATCH_WAIT", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    }
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("SLURM_CONF", "SLURM_JWT") or not (name.startswith(("SLURM_", "SRUN_")) or name in removed)
+    }

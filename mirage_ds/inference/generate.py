@@ -1,16 +1,17 @@
-"""Decoding with latents: batched, over a KV cache, each row in its own mode.
+"""Decodes with latents: in batches, with a KV cache; every row enters and leaves latent mode by itself.
 
-A row that emits <|latent_start|> enters latent mode: its next inputs are its own final-normed hidden states, each
-written as a <|latent_pad|>, until the block ends with <|latent_end|>; then text again, and perhaps another block.
+A row that emits <|latent_start|> enters latent mode: each next input is its own hidden state after the final norm,
+emitted as <|latent_pad|>, until the block ends with <|latent_end|>. Then text follows, and perhaps another block.
+`Decoder.feed` can replace the states (latents.py).
 
-    latent_end: fixed   after K states
-    latent_end: model   when the model would choose <|latent_end|>, at the latest after K states
+    latent_end: fixed   the block ends after K states
+    latent_end: model   the block ends where the model would choose <|latent_end|>, at the latest after K states
 
 The reference decodes with `model` and 8 (transformers' generation/utils.py:3286-3424 in UMass-Embodied-AGI/Mirage at
 53f26de), but moves all rows of a batch in and out of latent mode together, and may never end a second block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,22 +24,19 @@ from mirage_ds.config import LatentEnd
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.errors import ConfigError
 from mirage_ds.hf.latent_settings import LatentSettings, LatentTokenIds, read_latent_settings
+from mirage_ds.inference.latents import Feed, Slot
 from mirage_ds.inference.sampling import GREEDY, Sampling
 from mirage_ds.model.backbone import Backbone, check_config, check_latent_ids, load_backbone
 from mirage_ds.model.targets import Tower, build_inputs_embeds
 from mirage_ds.tokens import TokenIds
 
 
-def as_they_are(hidden: torch.Tensor) -> torch.Tensor:
-    """Feeds states back unchanged."""
-    return hidden
-
-
 class Emission(NamedTuple):
     """One row's part of one step."""
 
     token: int
-    latent: torch.Tensor | None  # [D]: the state that is fed back instead of the token's embedding
+    latent: torch.Tensor | None  # [D]: the state that is fed instead of the token's embedding
+    replaced: bool  # the state is not the row's own
 
 
 @dataclass
@@ -46,12 +44,13 @@ class Generation:
     """What one row emitted."""
 
     ids: list[int] = field(default_factory=list)
-    latents: list[torch.Tensor] = field(default_factory=list)  # each [D]: the states that were fed back, in order
+    latents: list[torch.Tensor] = field(default_factory=list)  # each [D]: the states that were fed, in order
+    num_replaced: int = 0  # of them: not the row's own
 
 
 @dataclass
 class Decoder:
-    """Decoding with one model."""
+    """Decodes with one model."""
 
     backbone: Backbone
     ids: TokenIds
@@ -59,8 +58,8 @@ class Decoder:
     latent_end: LatentEnd = "fixed"
     max_new_tokens: int = 1024
     sampling: Sampling = GREEDY
-    feed: Callable[[torch.Tensor], torch.Tensor] = as_they_are
-    """What becomes of the states [B, D] before they are fed back; for ablations."""
+    feed: Feed | None = None
+    """What is fed at the latents; None: the model's own states."""
 
     def __post_init__(self) -> None:
         self.backbone.hf.eval()
@@ -73,6 +72,7 @@ class Decoder:
                 if emission is not None:
                     row.ids.append(emission.token)
                     row.latents += [] if emission.latent is None else [emission.latent]
+                    row.num_replaced += emission.replaced
         return rows
 
     @torch.inference_mode()
@@ -88,6 +88,7 @@ class Decoder:
         batch = batch.to(self.backbone.device)
         generators = [self.sampling.generator(key) for key in batch.keys]
         latent_steps = torch.full((len(generators),), -1)  # states fed in the current block; -1 outside of one
+        num_blocks = torch.zeros(len(generators), dtype=torch.int64)  # that were started
         done = torch.zeros(len(generators), dtype=torch.bool)
         cache = DynamicCache()
         mask = batch.attention_mask
@@ -96,10 +97,15 @@ class Decoder:
         for num_emitted in range(1, self.max_new_tokens + 1):
             chosen = self.sampling.choose(self.backbone.hf.lm_head(hidden), generators)
             emitted, latent_steps = self.next_tokens(chosen, latent_steps)
+            num_blocks += emitted == self.ids.latent_start
             feeds_state = latent_steps > 0
-            fed = self.feed(hidden)
+            slots = [
+                Slot(block - 1, step - 1) if step > 0 and not ended else None
+                for block, step, ended in zip(num_blocks.tolist(), latent_steps.tolist(), done.tolist(), strict=True)
+            ]
+            fed, replaced = self.states_to_feed(hidden, batch.keys, slots)
             yield [
-                None if done[row] else Emission(token, fed[row] if feeds_state[row] else None)
+                None if done[row] else Emission(token, fed[row] if slots[row] else None, replaced[row])
                 for row, token in enumerate(emitted.tolist())
             ]
             done |= self.is_end(emitted)
@@ -111,31 +117,45 @@ class Decoder:
             hidden = self.step(embeds[:, None], position.expand(3, -1)[..., None], mask, cache)
             position = position + 1
 
+    def states_to_feed(
+        self, hidden: torch.Tensor, keys: Sequence[str], slots: Sequence[Slot | None]
+    ) -> tuple[torch.Tensor, list[bool]]:
+        """Own states [B, D] -> what is fed where a row has a slot [B, D], and which rows get another state."""
+        replaced = [False] * len(keys)
+        if self.feed is None:
+            return hidden, replaced
+        fed = hidden.clone()
+        for row, (key, slot) in enumerate(zip(keys, slots, strict=True)):
+            state = None if slot is None else self.feed(key, slot, hidden[row])
+            if state is not None:
+                fed[row], replaced[row] = state, True
+        return fed, replaced
+
     def is_end(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Where an answer ends."""
+        """Which tokens end an answer."""
         return (tokens == self.ids.im_end) | (tokens == self.ids.end_of_text)
 
     def next_tokens(self, chosen: torch.Tensor, latent_steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What rows emit when the model chooses `chosen`, and how far their blocks are then: both [B] int64."""
+        """What rows emit when the model chooses `chosen`, and then the steps in their blocks: both [B] int64."""
         inside = latent_steps >= 0
         over = latent_steps >= self.latent_size
         if self.latent_end == "model":
             over |= chosen == self.ids.latent_end
-        ends, goes_on = inside & over, inside & ~over
-        emitted = torch.where(ends, self.ids.latent_end, torch.where(goes_on, self.ids.latent_pad, chosen))
+        ends, continues = inside & over, inside & ~over
+        emitted = torch.where(ends, self.ids.latent_end, torch.where(continues, self.ids.latent_pad, chosen))
         starts = ~inside & (chosen == self.ids.latent_start)
-        steps = torch.where(goes_on, latent_steps + 1, torch.where(ends, -1, latent_steps))
+        steps = torch.where(continues, latent_steps + 1, torch.where(ends, -1, latent_steps))
         return emitted, torch.where(starts, 0, steps)
 
     def prompt_embeds(self, batch: Batch) -> torch.Tensor:
-        """[B, L, D] of prompts with their images."""
+        """The inputs [B, L, D] of prompts with their images."""
         image_embeds, nothing = Tower(self.backbone.visual, trained=False).encode(batch)
         return build_inputs_embeds(self.backbone.embed_tokens(batch.input_ids), image_embeds, nothing, batch)
 
     def step(
         self, embeds: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
-        """Inputs [B, Q, D] -> final-normed state of each row's last column [B, D]."""
+        """Inputs [B, Q, D] -> hidden state after the final norm of each row's last column [B, D]."""
         output = self.backbone.hf.model.language_model(
             inputs_embeds=embeds,
             position_ids=position_ids,
@@ -154,23 +174,22 @@ def load_decoder(
     latent_end: LatentEnd = "fixed",
     max_new_tokens: int = 1024,
     sampling: Sampling = GREEDY,
-    feed: Callable[[torch.Tensor], torch.Tensor] = as_they_are,
     dtype: torch.dtype | None = None,
     cache_dir: Path | None = None,
 ) -> tuple[Decoder, Encoder]:
-    """A model folder or hub id on the GPU, or on the CPU where there is none, with the encoder of its prompts.
+    """Loads a model folder or hub id on the GPU, or on the CPU without a GPU, and the encoder of its prompts.
 
     Args:
-        latent_size, system_turn: None: what `mirage export` wrote into the folder's config.json.
+        latent_size, system_turn: None: as `mirage export` wrote into the folder's config.json.
         dtype: None: bf16 on a GPU, float32 on the CPU.
 
     Raises:
-        ConfigError: no Qwen2.5-VL with latent tokens is there, or K is said nowhere, or the tokenizer is another's.
+        ConfigError: there is no Qwen2.5-VL with latent tokens, K is not known, or the tokenizer is another model's.
     """
     if (Path(model) / "checkpoints").is_dir():
         raise ConfigError(
-            f"the folder of a run is not a model ({model}); allowed is a Hugging Face folder or hub id; write one with "
-            f"`mirage export --checkpoint {model} --output FOLDER`"
+            f"this is the folder of a run, not of a model ({model}); allowed is a Hugging Face folder or hub id; "
+            f"export the run with `mirage export --checkpoint {model} --output FOLDER`"
         )
     check_config(model, cache_dir)
     settings = read_latent_settings(model, cache_dir)
@@ -179,8 +198,8 @@ def load_decoder(
         system_turn = settings.system_turn if system_turn is None else system_turn
     if latent_size is None:
         raise ConfigError(
-            f"the number of latents in a block is not known ({model}: config.json has no entry `mirage`); `mirage "
-            "export` writes it; export the run, or set --latent-size for a model that comes from elsewhere"
+            f"the number of latents per block is not known ({model}: config.json has no entry `mirage`, which `mirage "
+            "export` writes); allowed is an exported run, or --latent-size; export the run, or set --latent-size"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
@@ -192,15 +211,15 @@ def load_decoder(
     backbone = load_backbone(model, dtype=dtype, cache_dir=cache_dir)
     check_latent_ids(encoder.ids, backbone, model)
     backbone.to(device)
-    decoder = Decoder(backbone, encoder.ids, latent_size, latent_end, max_new_tokens, sampling, feed)
+    decoder = Decoder(backbone, encoder.ids, latent_size, latent_end, max_new_tokens, sampling)
     return decoder, encoder
 
 
 def _check_ids(settings: LatentSettings | None, ids: TokenIds, model: str) -> None:
-    """Refuses a tokenizer other than the one that the model was trained with."""
+    """Refuses a tokenizer that is not the one the model was trained with."""
     found = LatentTokenIds(pad=ids.latent_pad, start=ids.latent_start, end=ids.latent_end)
     if settings is not None and settings.latent_token_ids != found:
         raise ConfigError(
             f"the tokenizer has the latent tokens {found}, config.json says {settings.latent_token_ids} ({model}); "
-            "both come from one export; export the run again"
+            "they must be equal; export the run again"
         )

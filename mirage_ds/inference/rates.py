@@ -1,19 +1,19 @@
-"""Success rates by level, with their 95% intervals, and their table."""
+"""Success rates by level, with their 95% intervals and their table; differences of rates over the same rows."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 from rich.table import Table
 
-from mirage_ds.config import TaskName
 from mirage_ds.inference.results import Answer, Rates
 
-Z_95 = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
+Z_95 = 1.959963984540054  # 95 % of a normal distribution lie within this many standard deviations
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a rate, by Wilson's score: sound for few samples and for rates near 0 and 1.
+    """The 95 % interval of a rate, by Wilson's score: it holds for few rows and for rates near 0 and 1 too.
 
     All p with (rate - p)^2 <= z^2 p (1 - p) / total: the two roots of a quadratic equation.
     """
@@ -21,12 +21,12 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     rate, weight = successes / total, Z_95**2 / total
     centre = rate + weight / 2
     half = sqrt(weight * (rate * (1 - rate) + weight / 4))
-    # Rounding would leave the ends of 0 of n and n of n a hair outside.
+    # Rounding could put the ends for 0 of n and n of n slightly outside of 0 and 1.
     return max(0.0, (centre - half) / (1 + weight)), min(1.0, (centre + half) / (1 + weight))
 
 
 def success_rates(answers: Iterable[Answer]) -> Rates:
-    """The share of right answers, and its 95 % interval."""
+    """The share of right answers by level and way of scoring, with its 95 % interval."""
     answers = list(answers)
     names = sorted({answer.level for answer in answers}, key=lambda level: (len(level), level))
     levels = {name: [answer for answer in answers if answer.level == name] for name in names} | {"all": answers}
@@ -39,9 +39,37 @@ def _rate(answers: Sequence[Answer], way: str) -> dict[str, Any]:
     return {"rate": successes / len(answers), "low": low, "high": high, "num_rows": len(answers)}
 
 
-def table(rates: Rates, task: TaskName) -> Table:
+@dataclass(frozen=True)
+class Difference:
+    """One rate minus another over the same rows, as a fraction, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        value, low, high = (f"{100 * part:+.1f}" for part in (self.value, self.low, self.high))
+        return f"{value} points (95% interval {low} to {high})"
+
+
+def difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> Difference:
+    """The rate of our answers minus that of theirs to the same rows in the same order, by the first way of scoring.
+
+    Only the rows where the two differ widen the interval. It is that of Bonett and Price (2012): Wald's interval, with
+    one row added that only ours solve and one that only theirs solve, so that it holds for few rows too.
+    """
+    way = next(iter(ours[0].scores))
+    pairs = [(our.scores[way].success, their.scores[way].success) for our, their in zip(ours, theirs, strict=True)]
+    gained, lost = pairs.count((True, False)), pairs.count((False, True))
+    total = len(pairs) + 2
+    centre, discordant = (gained - lost) / total, (gained + lost + 2) / total
+    half = Z_95 * sqrt((discordant - centre**2) / total)
+    return Difference((gained - lost) / len(pairs), max(-1.0, centre - half), min(1.0, centre + half))
+
+
+def table(rates: Rates, title: str) -> Table:
     """Rates by level, each with its 95 % interval."""
-    drawn = Table(title=task)
+    drawn = Table(title=title)
     ways = list(rates["all"])
     for heading in ("level", "rows", *(text for way in ways for text in (way, "95% interval"))):
         drawn.add_column(heading, justify="right")

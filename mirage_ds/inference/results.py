@@ -1,4 +1,4 @@
-"""The results file of an evaluation, in the making and complete."""
+"""The results file of an evaluation, while it is written and when it is complete."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,45 +10,46 @@ from mirage_ds.inference.tasks import vsp
 from mirage_ds.versions import versions
 
 Scores = dict[str, vsp.Outcome]
-"""Outcome by way of scoring; the first way is the one to quote."""
+"""Outcome by way of scoring; quote the first way."""
 Rates = dict[str, dict[str, dict[str, Any]]]
 """{level: {way of scoring: {"rate", "low", "high", "num_rows"}}}, with the level "all" last."""
 
 
 @dataclass
 class Answer:
-    """What the model made of one row."""
+    """The model's answer to one row."""
 
     where: str  # file:line
     text: str
-    num_tokens: int  # that were emitted, latents among them
-    num_latents: int  # states that were fed back
-    complete: bool  # it ended by itself; if not, max_new_tokens cut it off
+    num_tokens: int  # emitted tokens, latents included
+    num_latents: int
+    num_replaced: int  # latents that were fed something other than the row's own state
+    complete: bool  # it ended by itself; otherwise max_new_tokens cut it off
     level: str
     scores: Scores
     row: dict[str, Any]  # the row's own fields
 
 
 class Results:
-    """A results file in the making: FILE.part grows with each answer and becomes FILE when all are there."""
+    """A results file: FILE.part gets a line per answer, and is renamed to FILE when it is complete."""
 
     def __init__(self, output: Path) -> None:
         """Writes nothing yet.
 
         Raises:
-            DataError: the file is there already.
+            DataError: the file exists.
         """
         self.output, self.summary = output, Path(f"{output}.summary.json")
         self.answers: list[Answer] = []
         for path in (self.output, self.summary):
             if path.exists():
                 raise DataError(
-                    f"{path} is there already (--output); results need a new file; delete it or name another"
+                    f"the file exists already ({path}, --output); results need a new file; delete it, or name another"
                 )
         self.part = Path(f"{output}.part")
 
     def __enter__(self) -> "Results":
-        """Begins the file.
+        """Starts the file.
 
         Raises:
             DataError: it cannot be written.
@@ -67,7 +68,7 @@ class Results:
         self._file.write(json.dumps(asdict(answer)) + "\n")
         self._file.flush()
 
-    def finish(self, rates: Rates, settings: dict[str, Any]) -> None:
-        """Gives the file its name, and writes the rates, and what they were measured with, beside it."""
-        self.summary.write_text(json.dumps({"rates": rates, "settings": settings, "versions": versions()}, indent=2))
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Renames FILE.part to FILE, and writes FILE.summary.json with the versions added."""
+        self.summary.write_text(json.dumps(summary | {"versions": versions()}, indent=2))
         self.part.replace(self.output)

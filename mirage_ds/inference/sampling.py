@@ -1,4 +1,4 @@
-"""How a token is chosen: the likeliest one, or drawn from the likeliest ones."""
+"""How a token is chosen: the likeliest, or a random draw from the likeliest."""
 
 import hashlib
 import math
@@ -12,12 +12,12 @@ from mirage_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. A row's draws depend on the seed and its key alone, not on its batch."""
+    """How a token is chosen. A row's draws depend only on the seed and its key, not on its batch."""
 
     temperature: float = 0.0
-    """0: the likeliest token, always."""
+    """0: always the likeliest token."""
     top_p: float = 1.0
-    """Draw from the smallest set of likeliest tokens that has this probability together."""
+    """Draw from the smallest set of likeliest tokens whose probabilities sum to at least this."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -28,7 +28,7 @@ class Sampling:
             )
 
     def generator(self, key: str) -> torch.Generator:
-        """The random numbers of one row."""
+        """The random number generator of one row."""
         digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
@@ -36,11 +36,11 @@ class Sampling:
         """Logits [B, V] -> token ids [B] on the CPU."""
         if self.temperature == 0:
             return logits.argmax(dim=-1).cpu()
-        # The largest becomes 0 before the division, which nothing can then overflow.
+        # The largest logit becomes 0 before the division, so that no temperature can overflow.
         logits = logits.double() - logits.amax(dim=-1, keepdim=True)
         likely, ids = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         cumulative = likely.cumsum(dim=-1)
-        likely = likely.masked_fill(cumulative - likely >= self.top_p, 0)  # the likeliest one always stays
+        likely = likely.masked_fill(cumulative - likely >= self.top_p, 0)  # always keeps the likeliest
         cumulative = likely.cumsum(dim=-1)
         draws = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
         places = torch.searchsorted(cumulative, draws.to(logits.device)[:, None] * cumulative[:, -1:], right=True)

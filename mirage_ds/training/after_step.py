@@ -1,4 +1,4 @@
-"""What may be due after an optimizer step: validate, save, trace."""
+"""Actions after an optimizer step: validate, save, trace."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
     )
 
     def action(state: TrainState) -> None:
-        if state.ends_early:  # the time that is left is for the checkpoint
+        if state.ends_early:  # the remaining time is for the checkpoint
             return
         if state.step % interval == 0 or state.step == trainer.max_steps:
             trainer.metrics.flush()
@@ -47,13 +47,13 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
 
 
 def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any], copies: Copies | None) -> Action:
-    """Saves every `checkpoint.interval` steps and after the last one, or the last one for now; copies what it saved."""
+    """Saves every `checkpoint.interval` steps and after the last step of this start; copies each checkpoint."""
     interval = config.checkpoint.interval
 
     def action(state: TrainState) -> None:
         last = state.ends_early or state.step == trainer.max_steps
         if last or (interval and state.step % interval == 0):
-            trainer.metrics.flush()  # a run that goes on from here has all steps before it in metrics.jsonl
+            trainer.metrics.flush()  # a run that resumes here has all earlier steps in metrics.jsonl
             saved = save(trainer.engine, config, state, facts)
             if copies is not None:
                 copies.add(saved)
@@ -63,7 +63,7 @@ def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any], copies:
 
 @contextmanager
 def profiler(config: Config, state: TrainState) -> Iterator[Action]:
-    """Traces the steps `train.profile_steps` into RUN/profile/rank_N.json, for chrome://tracing or Perfetto."""
+    """Traces the steps of `train.profile_steps` to RUN/profile/rank_N.json, for chrome://tracing or Perfetto."""
     steps = config.train.profile_steps
     if steps is None or state.step >= steps[0]:
         yield lambda state: None

@@ -1,8 +1,8 @@
-"""Whether a run shall save and end before its last step: a signal to any rank, or the end of its SLURM job.
+"""Whether a run must save and end before its last step: a signal to any rank, or the end of its SLURM job.
 
 SIGTERM, SIGUSR1, SIGUSR2 -> a flag -> all ranks agree after the step -> checkpoint -> RUN/preempted -> exit code 0
 
-Imports nothing slow, as `listen` comes before all else: a signal during the start must not end the run unsaved.
+Imports nothing slow: `listen` comes first, as a signal during the start must not end the run unsaved.
 """
 
 import json
@@ -27,7 +27,7 @@ def listen() -> None:
 
 
 def ignore() -> None:
-    """From now on such a signal does nothing: all is saved, and the interpreter's end takes a while."""
+    """From now on such a signal does nothing: the run is saved, and the interpreter takes a while to end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -36,20 +36,28 @@ def _remember(number: int, frame: FrameType | None) -> None:
     _received.append(number)
 
 
+def is_asked_within(seconds: float) -> bool:
+    """Whether such a signal has come, or comes within so many seconds."""
+    deadline_s = time.monotonic() + seconds
+    while not _received and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    return bool(_received)
+
+
 class EarlyEnd:
-    """This rank's wish to end; call it once per step, and let all ranks agree."""
+    """Whether this rank wants to end. Call it once per step, and let all ranks agree."""
 
     def __init__(self, end_s: float | None, margin_s: float) -> None:
         """
         Args:
             end_s: when the job ends, in seconds since the epoch, if it does.
-            margin_s: seconds before that in which a checkpoint is written.
+            margin_s: seconds before that which are kept for writing a checkpoint.
         """
         self.end_s, self.margin_s = end_s, margin_s
         self.asked_s = time.time()
 
     def __call__(self) -> str | None:
-        """The reason to end after this step, or None. The next step is taken to last as long as this one did."""
+        """The reason to end after this step, or None. The next step is assumed to take as long as this one."""
         now_s = time.time()
         step_s, self.asked_s = now_s - self.asked_s, now_s
         if _received:
@@ -69,7 +77,7 @@ def job_end_s(say: Callable[[str], None]) -> float | None:
             ["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True, timeout=60, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:  # in a container there may be no scontrol
-        say(f"the end of the job is not known ({error}): only a signal makes the run save in time")
+        say(f"the job's time limit is unknown ({error}): the run saves in time only if it gets a signal")
         return None
     fields = dict(field.partition("=")[::2] for field in result.stdout.split())
     end = fields.get("EndTime", "Unknown")
@@ -79,10 +87,10 @@ def job_end_s(say: Callable[[str], None]) -> float | None:
 
 
 def mark(run_dir: Path, step: int) -> None:
-    """Says to whoever started the run that it is saved and not finished."""
+    """Tells whoever started the run that it is saved but not finished."""
     (run_dir / MARK_NAME).write_text(json.dumps({"step": step}) + "\n")
 
 
 def unmark(run_dir: Path) -> None:
-    """A run that starts is not preempted yet."""
+    """A run that starts is no longer preempted."""
     (run_dir / MARK_NAME).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A sign of life of each rank, so that from outside one sees which rank of a run that stands still is behind.
+"""Each rank's last step in a file of its own, to see from outside which rank of a hanging run is behind.
 
 RUN/heartbeat/rank_N    {"step": 20, "host": "node7", "time": 1780000000.0}, rewritten after each step
 """
@@ -13,19 +13,19 @@ FOLDER = "heartbeat"
 
 
 class Heartbeat:
-    """This rank's file; if it stays the same for too long, this rank also prints where it stands."""
+    """This rank's file. After too long without a step this rank also prints its stacks."""
 
     def __init__(self, run_dir: Path, rank: int, timeout_s: int) -> None:
         """
         Args:
-            timeout_s: seconds without a beat after which Python's stacks go to stderr, once.
+            timeout_s: seconds without a beat after which Python's stacks are printed to stderr, once.
         """
         self.file, self.timeout_s = run_dir / FOLDER / f"rank_{rank}", timeout_s
         self.file.parent.mkdir(exist_ok=True)
         self.host = socket.gethostname()
 
     def beat(self, step: int) -> None:
-        """So many steps are done, here and now."""
+        """Writes that `step` steps are done."""
         new = self.file.with_suffix(".new")
         new.write_text(json.dumps({"step": step, "host": self.host, "time": time.time()}) + "\n")
         new.replace(self.file)

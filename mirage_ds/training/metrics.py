@@ -1,10 +1,12 @@
 """What a run reports: metrics.jsonl with every step in full precision, and from it TensorBoard and the console line.
 
-Losses stay on the device and are added over the ranks only when they are due, so that a step never waits for the host.
+Losses stay on the device and are summed over the ranks only when they are due, so that a step never waits for the host.
 """
 
 import json
+import statistics
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,8 +14,17 @@ from typing import Any, TextIO
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from mirage_ds.config import Stage
 from mirage_ds.zero3 import distributed
 
+# metrics.jsonl has all losses in every stage. Only stage 1 has a latent loss, and so a total that is not the text loss
+# alone. The text loss comes first: it compares between stages.
+CONSOLE_LOSSES: dict[Stage, dict[str, str]] = {
+    "text": {"ce_loss": "text"},
+    "stage1": {"ce_loss": "text", "latent_loss": "latent", "loss": "loss"},
+    "stage2": {"ce_loss": "text"},
+}
+RECENT_STEPS = 50  # from which the remaining time is estimated
 TAGS = {
     "loss": "train/loss",
     "ce_loss": "train/ce_loss",
@@ -30,7 +41,7 @@ TAGS = {
 
 @dataclass
 class StepSums:
-    """What one rank knows of one optimizer step; tensors stay on the device.
+    """One optimizer step as one rank sees it; tensors stay on the device.
 
     `losses` [3] are sums over this rank's samples: loss, ce_loss, latent_loss.
     """
@@ -51,14 +62,17 @@ class Metrics:
     """Collects steps, and writes them when they are due. Every rank calls it; rank 0 writes."""
 
     def __init__(
-        self, run_dir: Path, *, global_batch_size: int, max_steps: int, log_freq: int, steps_done: int = 0
+        self, run_dir: Path, *, stage: Stage, global_batch_size: int, max_steps: int, log_freq: int, steps_done: int = 0
     ) -> None:
         """
         Args:
-            steps_done: a run that goes on writes its later steps again, so what stands there of them is dropped.
+            steps_done: a resumed run repeats the steps after its checkpoint, so their earlier records are dropped.
         """
-        self.global_batch_size, self.max_steps, self.log_freq = global_batch_size, max_steps, log_freq
+        self.stage, self.global_batch_size = stage, global_batch_size
+        self.max_steps, self.log_freq = max_steps, log_freq
         self.pending: list[StepSums] = []
+        self.first_step = steps_done + 1
+        self.recent_step_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self.file = self.validation_file = self.writer = None
         if distributed.is_main():
             self.file = _open_after(run_dir / "metrics.jsonl", steps_done)
@@ -72,7 +86,7 @@ class Metrics:
             self.flush()
 
     def flush(self) -> None:
-        """Adds the pending steps over the ranks, in one all-reduce, and writes them."""
+        """Sums the pending steps over the ranks, in one all-reduce, and writes them."""
         if not self.pending:
             return
         losses = torch.stack([sums.losses for sums in self.pending]).double()
@@ -83,22 +97,25 @@ class Metrics:
             for sums, total, end_s in zip(self.pending, totals, ends, strict=True):
                 record = self._record(sums, total, end_s)
                 self.file.write(json.dumps(record | {"loss_hex": record["loss"].hex()}) + "\n")
+                if sums.step > self.first_step:  # the first step of a start is slow
+                    self.recent_step_s.append(record["step_s"])
             self.file.flush()
             for name, tag in TAGS.items():
-                if record[name] is not None:
+                if self._has(name) and record[name] is not None:
                     self.writer.add_scalar(tag, record[name], record["step"])
-            print(_console_line(record, self.max_steps), flush=True)
+            print(self._console_line(record), flush=True)
         self.pending.clear()
 
     def add_validation(self, step: int, losses: dict[str, float]) -> None:
-        """Writes a validation, which every rank has agreed on already."""
+        """Writes a validation, whose losses are the same on every rank."""
         if self.validation_file and self.writer:
             hexadecimal = {"loss_hex": losses["loss"].hex()}
             self.validation_file.write(json.dumps({"step": step} | losses | hexadecimal) + "\n")
             self.validation_file.flush()
             for name, value in losses.items():
-                self.writer.add_scalar(f"validation/{name}", value, step)
-            print(f"step {step:>5}/{self.max_steps} | validation loss {losses['loss']:.4f}", flush=True)
+                if self._has(name):
+                    self.writer.add_scalar(f"validation/{name}", value, step)
+            print(f"step {step:>5}/{self.max_steps} | validation {self._losses(losses)}", flush=True)
 
     def _record(self, sums: StepSums, total: list[float], end_s: float) -> dict[str, Any]:
         loss, ce_loss, latent_loss, grounded, tokens = total
@@ -119,6 +136,31 @@ class Metrics:
             "data_pct": 100 * sums.waited_s / step_s,
         }
 
+    def _has(self, name: str) -> bool:
+        """Whether the stage has this loss; a constant 0 is no curve."""
+        return name != "latent_loss" or self.stage == "stage1"
+
+    def _losses(self, record: dict[str, Any]) -> str:
+        return " | ".join(f"{word} {record[name]:.4f}" for name, word in CONSOLE_LOSSES[self.stage].items())
+
+    def _console_line(self, record: dict[str, Any]) -> str:
+        parts = [
+            f"step {record['step']:>5}/{self.max_steps}",
+            self._losses(record),
+            f"lr {record['lr']:.2e}",
+            f"grad norm {record['grad_norm']:.3f}",
+            f"{record['samples_per_s']:.1f} samples/s",
+            f"{record['step_s']:.2f} s",
+            f"data {record['data_pct']:.0f}%",
+        ]
+        steps_left = self.max_steps - record["step"]
+        if steps_left and self.recent_step_s:
+            # Steps alone: validations and checkpoints take their time on top.
+            parts.append(f"{_duration(steps_left * statistics.median(self.recent_step_s))} left")
+        if record["skipped_steps"]:
+            parts.append(f"{record['skipped_steps']} steps skipped: gradient not finite")
+        return " | ".join(parts)
+
     def close(self) -> None:
         """Writes what is pending and closes the files."""
         self.flush()
@@ -128,20 +170,19 @@ class Metrics:
 
 
 def _open_after(path: Path, step: int) -> TextIO:
-    """Opens a file of records for appending, behind those of steps up to `step`; a line cut short by a kill goes."""
+    """Opens a file of records for appending; drops those after `step`, and a last line that a kill cut short."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
+    complete = [line for line in lines if line.endswith("\n")]
     new = path.with_suffix(".new")
-    new.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    new.write_text("".join(line for line in complete if json.loads(line)["step"] <= step))
     new.replace(path)
     return path.open("a")
 
 
-def _console_line(record: dict[str, Any], max_steps: int) -> str:
-    skipped = record["skipped_steps"]
-    return (
-        f"step {record['step']:>5}/{max_steps} | loss {record['loss']:.4f} | text {record['ce_loss']:.4f} | "
-        f"latent {record['latent_loss']:.4f} | lr {record['lr']:.2e} | grad norm {record['grad_norm']:.3f} | "
-        f"{record['samples_per_s']:.1f} samples/s | {record['step_s']:.2f} s | data {record['data_pct']:.0f}%"
-        + (f" | {skipped} steps skipped: gradient not finite" if skipped else "")
-    )
+def _duration(seconds: float) -> str:
+    """9.4 -> 9s; 65 -> 1m 05s; 3723 -> 1h 02m."""
+    total = round(seconds)
+    hours, minutes = total // 3600, total // 60 % 60
+    if hours:
+        return f"{hours}h {minutes:02}m"
+    return f"{minutes}m {total % 60:02}s" if minutes else f"{total}s"

@@ -1,10 +1,10 @@
-"""The run's folder: whether a run starts or goes on there, what it was started with, and what changed since.
+"""The run's folder: whether a run starts or resumes there, what it was started with, and what changed since.
 
-RUN/start.json       what a run that goes on here is compared with
+RUN/start.json       what a run that resumes here is compared with
 RUN/config.yaml      the resolved configuration of the last start
 RUN/deepspeed.json   DeepSpeed's configuration with nothing left on "auto"
 RUN/versions.json    packages and git commit of the last start
-RUN/checkpoints/     see checkpoint.py
+RUN/checkpoints/     see checkpoint/save.py
 RUN/metrics.jsonl, RUN/validation.jsonl, RUN/tensorboard/
 """
 
@@ -15,11 +15,10 @@ from typing import Any
 
 import yaml
 
-from mirage_ds.checkpoint import complete
 from mirage_ds.checkpoint.facts import FACTS_NAME, read_facts
 from mirage_ds.checkpoint.find import find_undamaged
 from mirage_ds.config import Config
-from mirage_ds.errors import CheckpointError, ConfigError, name_unwritable
+from mirage_ds.errors import CheckpointError, name_unwritable
 from mirage_ds.training import early_end
 from mirage_ds.versions import versions
 from mirage_ds.zero3 import distributed
@@ -56,29 +55,21 @@ DEEPSPEED_MATHEMATICS = ("data_types", "communication_data_type")
 
 
 def find_start(config: Config, facts: dict[str, Any]) -> Path | None:
-    """Whether the run starts in its folder or goes on there; writes nothing.
+    """Whether the run starts in its folder or resumes there; writes nothing.
 
     Args:
         facts: what a checkpoint of this run would say of itself, see `describe_run`.
 
     Returns:
-        The newest whole checkpoint, to go on from, or None for a new run.
+        The newest intact checkpoint, to resume from, or None for a new run.
 
     Raises:
-        ConfigError: the folder holds a run, and `run.resume` does not say to go on with it.
-        CheckpointError: the run there was started with another mathematics, or all its checkpoints are damaged.
+        CheckpointError: the run there has other settings that decide its losses, or all its checkpoints are damaged.
     """
     folder = config.run.dir
-    if config.run.resume == "never" and (
-        complete.tags(folder / complete.FOLDER) or (folder / "metrics.jsonl").exists()
-    ):
-        raise ConfigError(
-            f"the folder holds another run already (run.dir={folder}); a run needs a folder of its own; set run.dir to "
-            "a new one, or run.resume=auto to go on with that run"
-        )
     found = find_undamaged(folder)
     changed = []
-    if found or (folder / "metrics.jsonl").exists():  # without a checkpoint it ended before its first one
+    if found or (folder / "metrics.jsonl").exists():  # a run that ended before its first checkpoint has metrics alone
         changed = check_same_run(found / FACTS_NAME if found else folder / START_NAME, facts)
     if changed and distributed.is_main():
         print("changed since the last start: " + "; ".join(changed), flush=True)
@@ -86,9 +77,9 @@ def find_start(config: Config, facts: dict[str, Any]) -> Path | None:
 
 
 def write_folder(config: Config, facts: dict[str, Any]) -> None:
-    """Makes the folder, if it is not there, and says in it what runs; every rank calls it, once nothing is refused."""
+    """Creates the folder and writes into it what runs. Every rank calls it, after all checks."""
     folder = config.run.dir
-    distributed.barrier()  # every rank has looked before rank 0 writes
+    distributed.barrier()  # every rank has checked the folder before rank 0 writes
     if distributed.is_main():
         with name_unwritable(folder, "set run.dir to a folder where you may write"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +91,7 @@ def write_folder(config: Config, facts: dict[str, Any]) -> None:
 
 
 def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
-    """Compares a checkpoint, or a run without one, with the run that wants to go on; returns the harmless changes.
+    """Compares a checkpoint, or a run without one, with the run that is to resume; returns the harmless changes.
 
     Raises:
         CheckpointError: with every change that is not harmless.
@@ -116,16 +107,17 @@ def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
         if before[key] != facts[key]:
             harmful.append(f"{key}: {before[key]!r} -> {facts[key]!r}")
     if before["global_batch_size"] != facts["global_batch_size"]:
-        harmful.append(f"with train.global_batch_size={before['global_batch_size']} it would be the same on any ranks")
+        size = before["global_batch_size"]
+        harmful.append(f"train.global_batch_size={size} keeps the global batch with any number of ranks")
     for key in DEEPSPEED_MATHEMATICS:
         if before["deepspeed"].get(key) != facts["deepspeed"].get(key):
             harmful.append(f"{key}: {before['deepspeed'].get(key)!r} -> {facts['deepspeed'].get(key)!r}")
     if harmful:
         lines = "\n".join(f"  - {text}" for text in harmful)
         raise CheckpointError(
-            f"the run was started with another configuration (in {file.parent}):\n{lines}\na run that goes on keeps "
-            "what decides its losses; undo these changes, or give the changed run a run.dir of its own (with "
-            "run.init_from to start from these weights)"
+            f"the run was started with another configuration (in {file.parent}):\n{lines}\na resumed run keeps what "
+            "decides its losses; undo these changes, or give the changed run a run.dir of its own (with run.init_from "
+            "to start from these weights)"
         )
     return harmless
 

@@ -1,4 +1,4 @@
-"""The loop. Given an engine and an iterator of batches, it knows nothing of files or formats."""
+"""The training loop, over an engine and an iterator of batches. It knows nothing of files or formats."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,7 @@ class Trainer:
         Args:
             batches: this rank's micro-batches, endless.
             agree_on_passes: all ranks make the same number of latent passes; needed where ZeRO-3 gathers inside them.
-            early_end: asked after each step; one rank's wish ends the run on all of them.
+            early_end: called after each step; if it gives one rank a reason to end, all ranks end.
         """
         self.engine, self.batches, self.train_config = engine, batches, train
         self.metrics, self.state, self.device = metrics, state, device
@@ -48,7 +48,7 @@ class Trainer:
         self.accumulation_steps = train.accumulation_steps(self.world_size)
 
     def train(self, after_step: Sequence[Callable[[TrainState], None]] = ()) -> None:
-        """The rest of the run; after each step, in order, what may be due then."""
+        """The rest of the run; after each step, the actions of `after_step` in their order."""
         while self.state.step < self.max_steps and not self.state.ends_early:
             self.train_step()
             self.agree_on_end()
@@ -78,7 +78,7 @@ class Trainer:
                 num_tokens=num_tokens,
                 lr=lr,
                 grad_norm=self.engine.get_global_grad_norm(),
-                # DeepSpeed leaves out a step whose gradient is not finite, and only counts it.
+                # DeepSpeed skips a step whose gradient is not finite, and only counts it.
                 skipped_steps=self.engine.skipped_steps,
                 started_s=started_s,
                 waited_s=waited_s,
@@ -86,21 +86,21 @@ class Trainer:
         )
 
     def agree_on_end(self) -> None:
-        """Whether the run ends here, before its last step: a signal may have reached one rank only, or none yet."""
+        """Whether the run ends here, before its last step: one rank with a reason is enough, as it alone may know."""
         reason = self.early_end()
         self.state.ends_early = any(distributed.max_over_ranks([reason is not None], self.device))
         if reason is not None:
-            print(f"rank {distributed.rank()}: {reason}; the run saves after step {self.state.step}", flush=True)
+            print(f"rank {distributed.rank()}: {reason}: saving and ending after step {self.state.step}", flush=True)
 
     def set_learning_rate(self) -> float:
-        """Sets and returns the rate of the step that comes."""
+        """Sets and returns the learning rate of the next step."""
         lr = learning_rate(self.state.step + 1, self.max_steps, self.train_config)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
     def next_batch(self) -> tuple[Batch, float]:
-        """The next micro-batch on the device, and how many seconds it kept the loop waiting."""
+        """The next micro-batch on the device, and the seconds that the loop waited for it."""
         started_s = time.monotonic()
         batch = next(self.batches)
         return batch.to(self.device), time.monotonic() - started_s
@@ -118,10 +118,10 @@ class Trainer:
         return torch.stack(losses).detach()
 
     def num_passes(self, batch: Batch) -> int | None:
-        """How many passes every rank makes over its micro-batch; None: as many as its own latents need.
+        """Passes that every rank makes over its micro-batch; None: as many as its own latents need.
 
         Raises:
-            DataError: on every rank, if one rank's rows are shorter than another's passes.
+            DataError: on every rank, if one rank's rows have fewer columns than another rank makes passes.
         """
         if not self.agree_on_passes:
             return None
@@ -130,8 +130,8 @@ class Trainer:
         passes, negative_columns = distributed.max_over_ranks([own_passes, -columns], self.device)
         if passes > -negative_columns:
             raise DataError(
-                f"a micro-batch of {-negative_columns} columns meets one of {passes} latent passes on another rank "
+                f"a micro-batch has {-negative_columns} columns, and one on another rank needs {passes} latent passes "
                 f"(here {', '.join(batch.keys)}); with model.gather=layer every rank makes the same number of passes, "
-                "so that number must not exceed the columns; set model.gather=rollout or a smaller model.latent_size"
+                "at most as many as there are columns; set model.gather=rollout or a smaller model.latent_size"
             )
         return passes

@@ -1,4 +1,4 @@
-"""The validation loss: samples from all over a folder of shards, the same mean as in training, no gradient."""
+"""The validation loss: over samples spread evenly over a folder of shards, the same mean as in training."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from mirage_ds.zero3 import distributed
 
 @dataclass
 class Validation:
-    """Every rank takes its share; each makes the same number of forwards, the last ones perhaps without weight."""
+    """Every rank takes its share. All make the same number of forwards; those without samples of their own count 0."""
 
     engine: DeepSpeedEngine
     num_passes: Callable[[Batch], int | None]
@@ -36,7 +36,7 @@ class Validation:
         return dict(zip(("loss", "ce_loss", "latent_loss"), means, strict=True))
 
     def shares(self) -> Iterator[list[int]]:
-        """Sample numbers of this rank's micro-batches; empty where only other ranks have something left."""
+        """Sample numbers of this rank's micro-batches; an empty list where only other ranks have samples left."""
         stride = distributed.world_size() * self.micro_batch_size
         for start in range(0, len(self.numbers), stride):
             own = start + distributed.rank() * self.micro_batch_size
@@ -44,6 +44,6 @@ class Validation:
 
 
 def spread(num_samples: int, max_samples: int) -> list[int]:
-    """At most `max_samples` sample numbers, evenly from the whole folder: its rows may be sorted."""
+    """At most `max_samples` sample numbers, evenly spaced over the folder, as its rows may be sorted."""
     count = min(num_samples, max_samples)
     return [place * num_samples // count for place in range(count)]

@@ -1,8 +1,8 @@
-"""A real SLURM cluster on this machine: slurmctld, munged, and a slurmd in namespaces of its own for each node.
+"""A real SLURM cluster on this machine: slurmctld, munged, and for each node a slurmd in its own namespaces.
 
-A node is a network, mount, host name and process namespace; a bridge in the namespace of the control machine joins the
-nodes, so that a link can be cut and a node lose its power. Nothing of it is reached from outside. The file system is
-the same everywhere, but for the folder `local`, which is each node's own. Debian's slurm-wlm and munge, as root.
+A node is a network, mount, host name and process namespace; a bridge in the namespace of the control machine connects
+the nodes, so that links can be cut and nodes powered off. The cluster cannot be reached from outside. All nodes share
+the file system, except for the folder `local`: each has its own. Needs root, and Debian's slurm-wlm and munge.
 """
 
 import ipaddress
@@ -22,9 +22,9 @@ SLURMD_TIMEOUT_S, KILL_WAIT_S = 15, 10
 FREEZER = Path("/sys/fs/cgroup/freezer")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "ip")
 
-# cgroup, as real clusters have it: signals reach the first process of a task, and what it leaves behind is killed.
-# MessageTimeout, TCPTimeout: a node that is gone is noticed 19 to 26 s later; by default it may take 35 s.
-# cred_expire: a requeued job may start one second after that, by default two minutes.
+# cgroup, as on real clusters: signals reach the first process of a task, and processes that it leaves are killed.
+# MessageTimeout, TCPTimeout: a lost node is detected after 19 to 26 s; with the defaults it may take 35 s.
+# cred_expire: a requeued job may start one second after this time; the default is two minutes.
 CONFIGURATION = """\
 ClusterName={prefix}
 SlurmctldHost={prefix}ctl({control_ip})
@@ -64,14 +64,14 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here."""
+    """Why no cluster can be started here; None if it can."""
     if os.geteuid() != 0:
         return "a SLURM cluster in namespaces needs root"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
-        return f"no {', '.join(absent)} here: apt-get install slurm-wlm munge iproute2 util-linux"
+        return f"{', '.join(absent)} not found: apt-get install slurm-wlm munge iproute2 util-linux"
     if not FREEZER.is_dir():
-        return f"SLURM's process tracking needs the cgroup freezer, and there is no {FREEZER}"
+        return f"SLURM's process tracking needs the cgroup freezer, but {FREEZER} does not exist"
     return None
 
 
@@ -79,19 +79,19 @@ def is_alive(process: subprocess.Popen[bytes]) -> bool:
     return process.poll() is None
 
 
-def wait_until(condition: Callable[[], bool], what: str, deadline_s: float, told: Callable[[], str] = str) -> None:
-    """Polls; `told` is added to the failure's message."""
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float, details: Callable[[], str] = str) -> None:
+    """Polls until the condition holds; `details` is added to the error message."""
     start_s = time.monotonic()
     while not condition():
-        assert time.monotonic() < start_s + deadline_s, f"not in {deadline_s} s: {what}\n{told()}"
+        assert time.monotonic() < start_s + deadline_s, f"not in {deadline_s} s: {what}\n{details()}"
         time.sleep(0.05)
 
 
 class Cluster:
-    """Up while its `with` block lasts."""
+    """Runs as long as its `with` block."""
 
     def __init__(self, num_nodes: int) -> None:
-        # munged wants every folder above its socket to be entered by all: pytest's folders are not
+        # munged requires that all users may enter the folders above its socket, unlike pytest's folders
         self.folder = Path(tempfile.mkdtemp(prefix="mirage-cluster-"))
         self.folder.chmod(0o755)
         self.prefix = f"c{os.getpid()}"  # cgroups are named after nodes: two clusters at once need different names
@@ -177,8 +177,8 @@ class Cluster:
         mark.unlink()
 
     def power_on(self, node: str) -> None:
-        """Starts a node, again if it was off."""
-        # The first process of the node outlives slurmd, and reaps what others leave behind.
+        """Starts a node, for the first time or after `power_off`."""
+        # The first process of the node outlives slurmd, and reaps orphaned processes.
         script = f"""
             set -e
             hostname {node}
@@ -198,7 +198,7 @@ class Cluster:
         self.inits[node] = int(init)
         port = self._port(node)
         subprocess.run([*self._in_control(), "ip", "link", "delete", port], capture_output=True, check=False)
-        # the same address after each start, as a network card has: the others remember it
+        # the same address after each start, like a network card: the other nodes cache it
         address = f"02:00:00:00:00:{self.nodes.index(node) + 1:02x}"
         self._control(
             "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "address", address, "netns", init
@@ -218,14 +218,14 @@ class Cluster:
         subprocess.run([*self._in_control(), *command], check=True)
 
     def cut(self, node: str) -> None:
-        """The node's link carries nothing any more."""
+        """Cuts the node's link."""
         self._control("ip", "link", "set", self._port(node), "down")
 
-    def heal(self, node: str) -> None:
+    def reconnect(self, node: str) -> None:
         self._control("ip", "link", "set", self._port(node), "up")
 
     def power_off(self, node: str) -> None:
-        """The link first: nobody is told."""
+        """Cuts the link first, so that no daemon is notified."""
         self.cut(node)
         self.daemons[node].kill()
         self.daemons[node].wait()
@@ -236,7 +236,7 @@ class Cluster:
     def run(
         self, *command: str, environment: dict[str, str] | None = None, cwd: Path | None = None, code: int = 0
     ) -> subprocess.CompletedProcess[str]:
-        """A command on the control machine, where users log in; it must end with `code`."""
+        """Runs a command on the control machine, where users log in; its exit code must be `code`."""
         done = subprocess.run(
             [*self._in_control(), f"--wd={cwd or self.folder}", *command],
             env=(environment or dict(os.environ)) | {"SLURM_CONF": str(self.folder / "slurm.conf")},
@@ -249,17 +249,17 @@ class Cluster:
         return done
 
     def processes(self, node: str) -> dict[int, str]:
-        """Command lines of what runs on a node, by this machine's process numbers."""
+        """Command lines of the processes on a node, by this machine's process ids."""
         namespace = os.readlink(f"/proc/{self.inits[node]}/ns/pid")
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it ended meanwhile
+            with suppress(OSError):  # it has ended
                 if os.readlink(folder / "ns" / "pid") == namespace:
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
         return found
 
     def job(self, number: str) -> dict[str, str]:
-        """What SLURM says of a job: JobState, Restarts, NodeList, ExcNodeList and more."""
+        """SLURM's record of a job: JobState, Restarts, NodeList, ExcNodeList and more."""
         shown = self.run("scontrol", "--oneliner", "show", "job", number).stdout
         return dict(field.partition("=")[::2] for field in shown.split())
 
@@ -276,7 +276,7 @@ class Cluster:
 
     def _down(self) -> None:
         for name, process in self.daemons.items():
-            # a node's processes, and slurmctld, die with the first; munged removes its socket when asked
+            # a node's processes, and slurmctld, end with the first process; on SIGTERM munged removes its socket
             process.send_signal(signal.SIGTERM if name == "munged" else signal.SIGKILL)
             process.wait()
         for node in self.nodes:
@@ -286,7 +286,7 @@ class Cluster:
 
 
 def _remove_cgroup(folder: Path) -> None:
-    """Its processes were killed and are gone a moment later."""
+    """Retries until the killed processes of the group are gone."""
 
     def removed() -> bool:
         try:

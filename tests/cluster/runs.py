@@ -1,4 +1,4 @@
-"""Runs on the cluster, each by the commands that a user types, and what they leave behind."""
+"""Runs on the cluster, started with the commands of a user, and what they write."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from cluster import Cluster, wait_until
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 START_S = 300  # a rank's imports take 10 s on two idle cores
 TIMEOUT_S = 20  # of a collective
-# Long enough that no test comes to the end, and the same samples in each step on any number of ranks.
+# Longer than any test runs, and with the same samples in each step on any number of ranks.
 ENDLESS = ("train.max_steps=1000", "train.global_batch_size=4", "train.gradient_accumulation_steps=null")
 
 
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def checkpoints(self) -> list[int]:
-        """The steps of the complete ones."""
+        """The steps of the complete checkpoints."""
         names = [path.name.removeprefix("global_step") for path in (self.dir / "checkpoints").glob("global_step*")]
         return sorted(int(name) for name in names if name.isdecimal())
 
@@ -65,29 +65,29 @@ class Run:
     def checkpoint(self) -> int:
         return max(self.checkpoints, default=0)
 
-    def told(self) -> str:
+    def details(self) -> str:
         return f"{self.job}\n{self.log[-6000:]}\n{self.attempts}"
 
     def wait_for_step(self, step: int) -> None:
-        wait_until(lambda: self.step >= step or self.over, f"step {step}", START_S, self.told)
-        assert self.step >= step, self.told()
+        wait_until(lambda: self.step >= step or self.over, f"step {step}", START_S, self.details)
+        assert self.step >= step, self.details()
 
     @property
     def over(self) -> bool:
         return self.job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "PREEMPTED")
 
     def wait_for_end(self, state: str = "COMPLETED") -> None:
-        wait_until(lambda: self.over, f"{self.dir.name} {state}", START_S, self.told)
-        assert self.job["JobState"] == state, self.told()
+        wait_until(lambda: self.over, f"{self.dir.name} {state}", START_S, self.details)
+        assert self.job["JobState"] == state, self.details()
 
     def wait_for_restart(self, before: int, deadline_s: float = START_S) -> None:
         """Until the job has been requeued once more than `before` times."""
-        wait_until(lambda: self.starts > before, "requeued", deadline_s, self.told)
+        wait_until(lambda: self.starts > before, "requeued", deadline_s, self.details)
 
 
 @dataclass
 class Ground:
-    """Where all lies, and the cluster."""
+    """The folder of the data and runs, and the cluster."""
 
     folder: Path
     cluster: Cluster
@@ -108,14 +108,14 @@ class Ground:
         return submit(self.cluster, self.folder, *recipe, nodes=nodes, ranks=ranks, options=options)
 
     def unbroken(self, stage: str, name: str, *more: str, until: int) -> list[dict[str, Any]]:
-        """The records of a run without a cluster that is let go on to a step, and is then ended."""
+        """The records of an uninterrupted run without a cluster, stopped after step `until`."""
         metrics, log = self.folder / name / "metrics.jsonl", self.folder / f"{name}.log"
         command = [str(launching.BIN / "mirage-launch"), "local", "--ranks", "2", *self.recipe(stage, name, *more)]
         with log.open("wb") as output:
             process = subprocess.Popen(command, env=launching.environment(), stdout=output, stderr=subprocess.STDOUT)
         try:
-            there = lambda: process.poll() is not None or len(read(metrics)) >= until  # noqa: E731
-            wait_until(there, f"step {until}", START_S + 3 * until, log.read_text)
+            reached = lambda: process.poll() is not None or len(read(metrics)) >= until  # noqa: E731
+            wait_until(reached, f"step {until}", START_S + 3 * until, log.read_text)
         finally:
             process.terminate()
         assert process.wait(timeout=START_S) == 0, log.read_text()[-3000:]
@@ -127,21 +127,21 @@ def submit(
 ) -> Run:
     """`mirage-launch slurm RECIPE ...` on the login machine."""
     where = ("--nodes", str(nodes), "--ranks-per-node", str(ranks), *options)
-    said = mirage_launch(cluster, cwd, "slurm", *where, *recipe).stdout
-    number = re.search(r"^submitted +job (\d+)", said, re.MULTILINE)
-    script = re.search(r"^script +(\S+)", said, re.MULTILINE)
-    assert number, said
-    assert script, said
+    output = mirage_launch(cluster, cwd, "slurm", *where, *recipe).stdout
+    number = re.search(r"^submitted +job (\d+)", output, re.MULTILINE)
+    script = re.search(r"^script +(\S+)", output, re.MULTILINE)
+    assert number, output
+    assert script, output
     return Run(cluster, Path(script[1]).parents[2], number[1])
 
 
 def mirage_launch(cluster: Cluster, cwd: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    # HOME: not this user's own cluster file
+    # HOME: ignore this user's own cluster file
     environment = launching.environment() | {"HOME": str(cluster.folder)}
     return cluster.run(str(launching.BIN / "mirage-launch"), *arguments, environment=environment, cwd=cwd, code=code)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """JSON lines; none where no file is. The last one may be just being written."""
+    """JSON lines; none without a file. An incomplete last line is skipped."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

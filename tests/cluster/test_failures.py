@@ -1,4 +1,4 @@
-"""Ranks are killed, a node loses its power, links are cut: the job goes on from the last complete checkpoint."""
+"""Ranks are killed, a node is powered off, links are cut: the job resumes from the last complete checkpoint."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ INTERVAL = 5
 
 
 def ranks(run: Run, node: str) -> list[int]:
-    """With `data.num_workers=0` nothing else carries their command line."""
+    """Process ids of the ranks; with `data.num_workers=0` no other process has their command line."""
     processes = run.cluster.processes(node).items()
     return [number for number, words in processes if "-m mirage_ds.train" in words and "srun" not in words]
 
@@ -26,7 +26,7 @@ def kill_rank(run: Run, node: str) -> None:
 
 
 def fail(run: Run, fault: Callable[[], object]) -> list[str]:
-    """After a checkpoint of this start. In time the job is requeued and no rank is left; returns the start's nodes."""
+    """Fails after a checkpoint of this start. The job is requeued and its ranks end in time. Returns the nodes."""
     run.wait_for_step(run.checkpoint + 1)
     run.wait_for_step(run.checkpoint + INTERVAL + 1)
     starts, nodes = run.starts, run.cluster.expand(run.job["NodeList"])
@@ -35,7 +35,7 @@ def fail(run: Run, fault: Callable[[], object]) -> list[str]:
     run.wait_for_restart(starts, SLURMD_TIMEOUT_S + KILL_WAIT_S + 15)
     left_s = fault_s + TIMEOUT_S + KILL_WAIT_S + 15 - time.monotonic()
     on = [node for node in nodes if run.cluster.is_on(node)]
-    wait_until(lambda: not any(ranks(run, node) for node in on), "the ranks' end", left_s, run.told)
+    wait_until(lambda: not any(ranks(run, node) for node in on), "the ranks' end", left_s, run.details)
     return nodes
 
 
@@ -47,21 +47,21 @@ def test_the_losses_are_those_of_the_run_that_never_failed(ground: Ground) -> No
 
     assert fail(run, lambda: kill_rank(run, second)) == [first, second]
     assert fail(run, lambda: kill_rank(run, second)) == [first, second]
-    # The second node failed twice and is left out from here on.
+    # The second node failed twice and is excluded from here on.
     assert fail(run, lambda: cluster.power_off(third)) == [first, third]
     cluster.power_on(third)
     assert fail(run, lambda: cluster.cut(third)) == [first, third]
-    cluster.heal(third)
+    cluster.reconnect(third)
     assert fail(run, lambda: cut_while_saving(run, third)) == [first, third]
-    cluster.heal(third)
+    cluster.reconnect(third)
     run.wait_for_step(run.checkpoint + INTERVAL + 1)
     cluster.run("scancel", run.number)
     run.wait_for_end("CANCELLED")
 
     assert run.attempts[-1]["outcome"] == "stopped"
-    # SLURM may end a start by itself that comes too soon after a lost node is back: that is one more.
+    # SLURM itself may end a start that comes too soon after a lost node is back, which adds a failure.
     failures = [attempt for attempt in run.attempts if attempt["outcome"] in ("failed", "lost")]
-    assert len(failures) >= 5, run.told()
+    assert len(failures) >= 5, run.details()
     assert [attempt["suspect"] for attempt in failures[:3]] == [second, second, third]
     assert run.log.count("heartbeats: ") >= 2
     expected = ground.unbroken("stage1", "never-failed", *ENDLESS, until=run.step)[: run.step]
@@ -69,9 +69,9 @@ def test_the_losses_are_those_of_the_run_that_never_failed(ground: Ground) -> No
 
 
 def cut_while_saving(run: Run, node: str) -> None:
-    """The next checkpoint is never complete."""
+    """The next checkpoint stays incomplete."""
     before = run.checkpoint
     checkpoints = run.dir / "checkpoints"
-    wait_until(lambda: any(checkpoints.glob("*.part")), "a checkpoint that is being written", 120, run.told)
+    wait_until(lambda: any(checkpoints.glob("*.part")), "a checkpoint that is being written", 120, run.details)
     run.cluster.cut(node)
     assert run.checkpoint == before

@@ -1,4 +1,4 @@
-"""Both stages on a real cluster as on one machine, by both launchers; and what cannot run is refused."""
+"""Both stages on a real cluster as on one machine, with both launchers; jobs that cannot run are refused."""
 
 import shutil
 from pathlib import Path
@@ -55,21 +55,21 @@ def test_deepspeed_s_own_launcher(cluster: Cluster, drawn_job: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--nodes", "2", "--partition", "nope"), "no such partition (--partition nope); allowed are batch (3 nodes)"),
-        (("--nodes", "4"), "wants 4 nodes (--nodes 4), and partition batch has 3"),
-        (("--nodes", "3", "train.global_batch_size=4"), "set one of these numbers, or start another number of ranks"),
+        (("--nodes", "2", "--partition", "nope"), "no such partition (--partition nope); allowed: batch (3 nodes)"),
+        (("--nodes", "4"), "too few nodes (--nodes 4, partition batch with 3)"),
+        (("--nodes", "3", "train.global_batch_size=4"), "train.global_batch_size=6, or change the number of ranks"),
     ],
 )
 def test_refused_before_the_job_starts(ground: Ground, options: tuple[str, ...], words: str) -> None:
     recipe = ground.recipe("stage1", "refused", "train.gradient_accumulation_steps=null")
-    said = mirage_launch(ground.cluster, ground.folder, "slurm", "--ranks-per-node", "1", *recipe, *options, code=2)
-    assert words in " ".join(said.stderr.split())
-    assert "Traceback" not in said.stderr
+    result = mirage_launch(ground.cluster, ground.folder, "slurm", "--ranks-per-node", "1", *recipe, *options, code=2)
+    assert words in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
     assert not (ground.folder / "refused").exists()
 
 
 def test_shards_that_are_missing_on_a_node(ground: Ground) -> None:
-    """The login machine has them, on a disk of its own: no rank starts, and the job is not requeued."""
+    """Only the login machine has them, on its own disk: no rank starts, and the job is not requeued."""
     shutil.copytree(ground.folder / "shards", ground.cluster.local / "shards")
     run = ground.submit("stage1", "missing", f"data.shards={ground.cluster.local / 'shards'}")
     run.wait_for_end("FAILED")

@@ -1,4 +1,4 @@
-"""Interrupted in every way that SLURM knows, and started again on other numbers of nodes: still the same run."""
+"""Interrupted in every way that SLURM has, and restarted on other numbers of nodes: still the same run."""
 
 from collections.abc import Callable
 
@@ -16,8 +16,8 @@ LEG = 6
 def run(ground: Ground) -> Run:
     """Interrupted four times and requeued each time, then cancelled."""
     slurm = ground.cluster.run
-    # SLURM counts limits in minutes: the first start runs into one, the others do not. It may warn a minute early: here
-    # 20 to 50 s after the start, when the ranks listen.
+    # SLURM counts time limits in minutes: the first start reaches its limit, the others do not. The signal may come a
+    # minute early: here 20 to 50 s after the start, when the ranks can handle it.
     more = (*ENDLESS, *KEPT, "run.save_before_end_s=10")
     run = ground.submit("stage1", "interrupted", *more, options=("--time", "1"))
     requeued(run, lambda: None)
@@ -36,21 +36,21 @@ def run(ground: Ground) -> Run:
 
 
 def requeued(run: Run, interrupt: Callable[[], object]) -> None:
-    """One checkpoint of the last step, agreed by the ranks, and SLURM has the job again."""
+    """The ranks save one checkpoint, of the last step, and SLURM requeues the job."""
     starts, checkpoints, ended = run.starts, run.checkpoints, len(run.attempts)
     interrupt()
     run.wait_for_restart(starts)
-    wait_until(lambda: len(run.attempts) > ended, "saved", START_S, run.told)
-    assert run.checkpoints == [*checkpoints, run.step], run.told()
+    wait_until(lambda: len(run.attempts) > ended, "saved", START_S, run.details)
+    assert run.checkpoints == [*checkpoints, run.step], run.details()
 
 
 def cancel(run: Run) -> None:
     run.cluster.run("scancel", run.number)
     run.wait_for_end("CANCELLED")
-    assert run.checkpoint == run.step, run.told()
+    assert run.checkpoint == run.step, run.details()
 
 
-def test_the_job_knows_how_each_start_ended(run: Run) -> None:
+def test_the_job_records_how_each_start_ended(run: Run) -> None:
     outcomes = [attempt["outcome"] for attempt in run.attempts]
     assert outcomes == ["preempted", "preempted", "preempted", "stopped", "stopped"]
     assert run.starts == 4
@@ -64,7 +64,7 @@ def test_the_losses_are_those_of_the_run_that_was_never_stopped(ground: Ground, 
         again.wait_for_step(last + LEG)
         cancel(again)
         last = again.step
-    expected = ground.unbroken("stage1", "whole", *ENDLESS, until=last)[:last]
+    expected = ground.unbroken("stage1", "uninterrupted", *ENDLESS, until=last)[:last]
     got = run.records
     assert [record["step"] for record in got] == list(range(1, last + 1))
     assert [record["position"] for record in got] == [record["position"] for record in expected]

@@ -11,7 +11,7 @@ import launching
 
 HERE = Path(__file__).parent
 CUTS = {"2x1x2": (2, 1, 2), "1x2x2": (1, 2, 2), "1x4x1": (1, 4, 1)}
-"""Ranks x micro-batch x accumulation: three ways to cut the same global batch of 4."""
+"""Ranks x micro-batch x accumulation: three ways to split the same global batch of 4."""
 FIXED = [[4, 4, 4, 4]]
 VARYING = [[4, 2, 3, 8], [1, 6, 2, 2], [5, 5, 5, 5]]
 """K of each sample of a global batch, step by step."""
@@ -76,7 +76,7 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
 
 
 def trace_settings(trace: dict[str, Any]) -> dict[str, Any]:
-    """The reference's training trace in our configuration's words."""
+    """The settings of the reference's training trace as our configuration."""
     return {
         "lr": trace["learning_rate"],
         "warmup_steps": trace["warmup_steps"],

@@ -1,6 +1,6 @@
 """All cases of the distributed tests run in two launches: one of 2 ranks, one of 1 rank, at the same time.
 
-A launch costs 15 s of imports, a case seconds; so the cases stand in cases.py, and the tests read what came out.
+A launch takes 15 s of imports, a case seconds; so cases.py has all cases, and the tests read their results.
 """
 
 import json
@@ -27,10 +27,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """ds_configs/zero3.json made small enough that a small model is really sharded, gathered and prefetched.
+    """ds_configs/zero3.json with limits so small that a small model is really sharded, gathered and prefetched.
 
-    In `logged` nothing lives on from one use to the next, as in a model far larger than the live-parameter limits, and
-    DeepSpeed logs what it communicates.
+    In `logged` no weight stays gathered between two uses, as in a model far larger than the live-parameter limits, and
+    DeepSpeed logs its communication.
     """
     folder = tmp_path_factory.mktemp("ds_configs")
     shipped, offload = (
@@ -41,13 +41,13 @@ def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
         "stage3_prefetch_bucket_size": 50_000,
         "stage3_param_persistence_threshold": 0,
     }
-    nothing_lives_on = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    nothing_stays = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     kinds = {
         "plain": shipped | {"zero_optimization": shipped["zero_optimization"] | small},
         "offload": offload | {"zero_optimization": offload["zero_optimization"] | small},
         "logged": shipped
         | {
-            "zero_optimization": shipped["zero_optimization"] | small | nothing_lives_on,
+            "zero_optimization": shipped["zero_optimization"] | small | nothing_stays,
             "comms_logger": {"enabled": True, "verbose": False, "prof_all": True},
         },
     }
@@ -60,7 +60,7 @@ def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 def outcome(
     models: dict[str, str], deepspeed_configs: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Outcome]:
-    """Runs every case once, and gives the outcome of each by name."""
+    """Runs every case once; returns the outcome of each by name."""
     folder = tmp_path_factory.mktemp("cases")
     launches = [start_cases(ranks, cases, folder) for ranks, cases in all_cases(models, deepspeed_configs).items()]
     for process, log in launches:

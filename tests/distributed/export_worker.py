@@ -1,4 +1,4 @@
-"""One rank of test_exported_runs.py: trains a few steps, saves, keeps what the model then was and computed.
+"""One rank of test_exported_runs.py: trains a few steps, saves, and stores the model's weights and outputs.
 
     deepspeed --num_accelerators 2 tests/distributed/export_worker.py RUNS.json FOLDER
 
@@ -39,7 +39,7 @@ from mirage_ds.zero3.engine import (
 
 
 def batches(config: Config, rows: Path, stage: str) -> Iterator[Batch]:
-    """This rank's rows, one a micro-batch."""
+    """This rank's rows, one per micro-batch."""
     encoder = load_encoder(config.model.path, stage=stage, latent_size=config.model.latent_size)
     samples = [encoder(sample) for _, sample in read_rows(rows)]
     for sample in samples[distributed.rank() :: distributed.world_size()]:
@@ -74,8 +74,10 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
     model = MirageModel(backbone, stage=config.train.stage, ce_loss_weight=1.0, train_tower=train_tower)
     mark_gather_units(model, choose_gather(config.model, config.train.stage))
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
-    steps = config.train.max_steps
-    metrics = Metrics(config.run.dir, global_batch_size=distributed.world_size(), max_steps=steps, log_freq=steps)
+    steps, world_size = config.train.max_steps, distributed.world_size()
+    metrics = Metrics(
+        config.run.dir, stage=config.train.stage, global_batch_size=world_size, max_steps=steps, log_freq=steps
+    )
     stream, state = batches(config, rows, config.train.stage), TrainState()
     trainer = Trainer(
         engine,
@@ -91,7 +93,7 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
     trainer.train()
     metrics.close()
     save(engine, config, state, describe_run(config, deepspeed_config, "unused", steps))
-    # Without latents, so that a model which knows nothing of them computes the same.
+    # Without latents, so that a model without support for them computes the same.
     computed = what_it_computes(engine, next(batches(config, rows, "text")).to(device))
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         computed["parameters"] = {hf_name(key): value.detach().clone() for key, value in model.named_parameters()}

@@ -1,9 +1,9 @@
-"""One rank of test_plan_memory.py: trains a small model through the real engine and measures what its tensors take.
+"""One rank of test_plan_memory.py: trains a small model with the real engine and measures the memory of its tensors.
 
     deepspeed --num_accelerators 2 tests/distributed/memory_worker.py CASES.json FOLDER
 
-Nothing here knows the formulas of launch/memory.py. Sizes are those of the engine's own tensors, of the weights and
-gradients that are whole at the hooks of each module, and of what the allocator still holds after forward.
+Independent of the formulas in launch/planner/memory.py. It measures the engine's own tensors, the weights and gradients
+that are complete at the hooks of each module, and what the allocator still holds after forward.
 """
 
 import gc
@@ -29,7 +29,7 @@ from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import choose_gather, initialize, mark_gather_units, parameter_groups
 
-# Activation checkpointing keeps the state of the host's random numbers for each call; on a GPU it lies on the host too.
+# Activation checkpointing stores the state of the host's random generator for each call, on the host even with a GPU.
 RANDOM_STATE_BYTES = torch.get_rng_state().nbytes
 
 
@@ -41,33 +41,33 @@ def micro_batch(config: Config) -> Batch:
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors' storages, each once."""
+    """Bytes of the tensors' storages, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 class Watch:
-    """The most that was whole at once, looked at before and after each module, and before its backward."""
+    """Peak of the complete tensors, measured before and after each module, and before its backward."""
 
     def __init__(self, model: torch.nn.Module, bucket: torch.Tensor) -> None:
         self.parameters, self.bucket = list(model.parameters()), bucket
-        self.gathered = self.whole_gradients = self.logits = 0
+        self.gathered = self.full_gradients = self.logits = 0
         for module in model.modules():
             module.register_forward_pre_hook(self.look)
             module.register_forward_hook(self.look)
             module.register_full_backward_pre_hook(self.look)
 
-    def whole(self) -> list[torch.Tensor]:
+    def gathered_weights(self) -> list[torch.Tensor]:
         return [p.data for p in self.parameters if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist]
 
     def look(self, *_: object) -> None:
         place = self.bucket.untyped_storage().data_ptr()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         waiting = [grad for grad in gradients if grad.untyped_storage().data_ptr() != place]
-        self.gathered = max(self.gathered, bytes_of(self.whole()))
-        self.whole_gradients = max(self.whole_gradients, bytes_of(waiting))
+        self.gathered = max(self.gathered, bytes_of(self.gathered_weights()))
+        self.full_gradients = max(self.full_gradients, bytes_of(waiting))
 
     def cross_entropy(self, logits: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
-        """Takes the place of losses.py's, and looks at the logits and at their gradient."""
+        """Replaces the function of losses.py; records the size of the logits and of their gradient."""
         self.logits = max(self.logits, logits.nbytes)
         if logits.requires_grad:
             logits.register_hook(self.see_gradient)
@@ -80,7 +80,7 @@ class Watch:
 
 
 def held_after(profiler: Any) -> dict[int, int]:
-    """Bytes by address that were allocated inside and not freed again."""
+    """Bytes by address that were allocated inside the profile and not freed."""
     events = []
 
     def walk(nodes: Iterable[Any]) -> None:
@@ -101,7 +101,7 @@ def held_after(profiler: Any) -> dict[int, int]:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Two steps: the first one tells DeepSpeed the order of modules, the second one is measured."""
+    """Two steps: in the first, DeepSpeed records the order of modules; the second is measured."""
     deepspeed_config = resolve_deepspeed_config(config)
     backbone = load_backbone(config.model.path, dtype=DTYPES[config.train.dtype], deepspeed_config=deepspeed_config)
     model = make_model(config, backbone)
@@ -135,7 +135,7 @@ def run(config: Config) -> dict[str, Any]:
         + bytes_of(value for value in states if isinstance(value, torch.Tensor)),
         "gradients": bytes_of([zero.grad_partitions_flat_buffer, bucket.buffer]),
         "gathered": watch.gathered,
-        "whole_gradients": watch.whole_gradients,
+        "full_gradients": watch.full_gradients,
         "logits": watch.logits,
     }
     engine.destroy()
@@ -143,7 +143,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def kept(config: Config) -> int:
-    """What forward of the same model holds for backward, without an engine: gathered weights would be among it."""
+    """What forward of the same model stores for backward; without an engine, which would add gathered weights."""
     model = make_model(config, load_backbone(config.model.path, dtype=DTYPES[config.train.dtype]))
     batch = micro_batch(config)
     gc.collect()

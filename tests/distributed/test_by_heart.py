@@ -1,4 +1,4 @@
-"""Real input, all the way: the reference's ten rows, learnt by heart through both stages, decoded through latents."""
+"""End to end on real input: both stages learn the reference's ten rows by heart; decoding uses latents."""
 
 import os
 from pathlib import Path
@@ -9,8 +9,9 @@ import pytest
 from data_tools.build import build
 from mirage_ds.hf.export import export_checkpoint
 from mirage_ds.hf.preset import write_tiny
-from mirage_ds.inference.evaluate import evaluate, read_task
+from mirage_ds.inference.evaluate import evaluate
 from mirage_ds.inference.generate import load_decoder
+from mirage_ds.inference.questions import read_task
 
 ROOT = Path(__file__).parents[2]
 LATENT_SIZE, MAX_PIXELS = 4, 28 * 28 * 16

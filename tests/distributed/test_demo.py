@@ -1,4 +1,4 @@
-"""A short form of `make demo`: the same code and commands with few steps. What it learns is not looked at here."""
+"""A short form of `make demo`: the same code and commands with few steps. What it learns is not tested here."""
 
 import json
 import os
@@ -11,12 +11,12 @@ import launching
 import pytest
 from PIL import Image
 
-RATES = ("success_untrained", "success_text", "success_stage1", "success_stage2", "success_stage2_zeroed")
+NAMES = ("untrained", "text", "stage1", "stage2", "stage2_shuffled", "stage2_mean", "stage2_zeroed")
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which it ran, with its output."""
+    """The folder that it ran in, with its output."""
     folder = tmp_path_factory.mktemp("demo")
     result = subprocess.run(
         [sys.executable, "-m", "launch.demo", "--short", "--output", str(folder / "run")],
@@ -33,8 +33,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_figures(demo: Path) -> None:
     summary = json.loads((demo / "run" / "summary.json").read_text())
-    assert set(RATES) | {"num_test", "seconds", "seconds_total"} == set(summary)
-    assert all(0 <= summary[name] <= 1 for name in RATES)
+    rates = {f"success_{name}" for name in NAMES}
+    assert rates | {"malformed", "num_test", "seconds", "seconds_total"} == set(summary)
+    assert all(0 <= summary[name] <= 1 for name in rates)
+    assert set(summary["malformed"]) == set(NAMES)
     assert summary["num_test"] == 16
     assert all(seconds > 0 for seconds in [*summary["seconds"].values(), summary["seconds_total"]])
 
@@ -51,17 +53,18 @@ def test_what_is_left_behind(demo: Path) -> None:
 
 
 def test_what_is_said(demo: Path) -> None:
-    """Every command as a user would type it, the table, and where things lie."""
+    """Every command as a user would type it, the table, what follows from it, and where things are."""
     output = (demo / "output").read_text()
     assert output.count("$ mirage-launch local --ranks 2") == 3
     assert output.count("$ mirage-data build") == 2
-    for words in ("stage 1 + stage 2", "the same, latents zeroed", "95% interval", "Latents against text only:"):
+    labels = ("stage 1 + stage 2", "with shuffled latents", "with mean latents", "with zeroed latents")
+    for words in (*labels, "95% interval", "own latents minus text only:", "own minus shuffled latents:"):
         assert words in output
     assert f"mirage generate --model {demo / 'run' / 'stage2-model'} --prompt" in output
     assert f"tensorboard --logdir {demo / 'run'}" in output.replace("\n", "")
 
 
-def test_a_folder_that_is_there_is_left_alone(demo: Path) -> None:
+def test_an_existing_folder_is_refused(demo: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "launch.demo", "--output", str(demo / "run")],
         env=launching.environment(),
@@ -70,7 +73,7 @@ def test_a_folder_that_is_there_is_left_alone(demo: Path) -> None:
         timeout=600,
     )
     assert result.returncode != 0
-    assert "the folder is there already" in result.stderr
+    assert "the folder exists already" in result.stderr
 
 
 @pytest.mark.skipif(

@@ -1,6 +1,6 @@
-"""A run goes on with another number of ranks: 2, 1, 4, 2 against the run that always had 2.
+"""A run resumes with another number of ranks: 2, 1, 4, 2 against an uninterrupted run on 2.
 
-Several sub-groups, two parameter groups, and a frozen tower that another run has trained, so not the model folder's.
+Several sub-groups, two parameter groups, and a frozen tower trained by another run, so not that of the model folder.
 """
 
 import json
@@ -64,7 +64,7 @@ def start(ground: Path, name: str, ranks: int, *more: str) -> tuple[subprocess.P
 
 
 def run(ground: Path, name: str, ranks: int, *more: str, until: int | None = None) -> str:
-    """To its end, or until SIGTERM after step `until`; returns its output."""
+    """Runs to the end, or to SIGTERM after step `until`; returns the output."""
     process, log = start(ground, name, ranks, *more)
     deadline_s = time.monotonic() + 600
     while process.poll() is None:
@@ -94,7 +94,7 @@ def chain(ground: Path) -> list[int]:
         text = run(ground, "chain", ranks, first_weights, until=None if last else begins[-1] + LEG - 1)
         if number:
             assert f"changed since the last start: ranks: {RANKS[number - 1]} -> {ranks}" in text
-            assert f"goes on from {ground / 'chain'}/checkpoints/global_step{begins[-1] - 1}" in text
+            assert f"Resuming from {ground / 'chain'}/checkpoints/global_step{begins[-1] - 1}" in text
     return begins[1:]
 
 
@@ -124,8 +124,8 @@ def weights_of_folder(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_backbone(str(folder), dtype=torch.float32).hf.named_parameters())
 
 
-def test_what_the_optimizer_holds_in_the_end(ground: Path, chain: list[int]) -> None:
-    """Each group its own weight decay, each sub-group the step of the run, and moments like those of the whole run."""
+def test_the_final_state_of_the_optimizer(ground: Path, chain: list[int]) -> None:
+    """Each group has its weight decay, each sub-group the run's step and moments like the uninterrupted run's."""
     states = {}
     for name in ("whole", "chain"):
         (file,) = find_named(ground / name).glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")
@@ -143,4 +143,4 @@ def test_another_global_batch_is_refused(ground: Path, chain: list[int]) -> None
     process, log = start(ground, "chain", 1, "train.global_batch_size=8")
     assert process.wait(timeout=600) == 2
     assert "global_batch_size: 4 -> 8" in log.read_text()
-    assert "with train.global_batch_size=4 it would be the same on any ranks" in log.read_text()
+    assert "train.global_batch_size=4 keeps the global batch with any number of ranks" in log.read_text()

@@ -60,7 +60,7 @@ def settings(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=list(RUNS))
 def export(request: pytest.FixtureRequest, runs: Path) -> tuple[Path, Any]:
-    """An export's folder, and what the engine kept of the run."""
+    """An export's folder, and what export_worker.py stored of the run."""
     output = runs / "exports" / request.param
     export_checkpoint(runs / request.param, output, max_shard_size="1MB")
     return output, torch.load(runs / f"{request.param}.pt")
@@ -96,7 +96,7 @@ def test_training_changed_what_is_trained(runs: Path, export: tuple[Path, Any]) 
 
 
 def test_logits_are_the_trainers(export: tuple[Path, Any]) -> None:
-    """transformers makes positions and image embeddings by itself."""
+    """transformers computes positions and image embeddings itself."""
     folder, kept = export
     model = load(folder)
     image_pads = kept["input_ids"] == model.config.image_token_id
@@ -111,7 +111,7 @@ def test_logits_are_the_trainers(export: tuple[Path, Any]) -> None:
     assert logits.shape == kept["logits"].shape
     assert image_pads.any()
     assert kept["logits"].std() > 0.1
-    bf16 = folder.name == "bf16"  # other orders of adding up round otherwise
+    bf16 = folder.name == "bf16"  # another order of summation rounds differently
     torch.testing.assert_close(logits, kept["logits"], rtol=0, atol=0.05 if bf16 else 1e-5)
 
 

@@ -8,7 +8,7 @@ import pytest
 from cases import Outcome, all_cases, read_outcome, start_cases
 
 CASES = ("stage1-varying-tied-2x1x2", "tower")
-"""K from 2 to 8, another one for every sample; and a trained tower on ragged samples, some without a helper image."""
+"""K from 2 to 8, different for every sample; and a trained tower on ragged samples, some without a helper image."""
 
 
 def test_the_same_losses(

@@ -79,7 +79,7 @@ def test_a_signal_leaves_no_process(start, tmp_path: Path) -> None:
     assert last_step(run_dir) == saved
 
     process = start()
-    assert f"goes on from {run_dir}/checkpoints/global_step{saved}" in log.read_text()
+    assert f"Resuming from {run_dir}/checkpoints/global_step{saved}" in log.read_text()
     process.kill()
     process.wait()
     wait_until(lambda: processes_of(run_dir) == [], log)

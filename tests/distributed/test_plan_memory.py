@@ -1,6 +1,6 @@
-"""`mirage-launch plan` against a run: every kind of memory within 10% of what a small model really takes on 2 ranks.
+"""`mirage-launch plan` against a run: every kind of memory within 10% of what a small model takes on 2 ranks.
 
-memory_worker.py measures on the real ZeRO-3 engine; it does not know the formulas of launch/memory.py.
+memory_worker.py measures the real ZeRO-3 engine, independently of the formulas in launch/planner/memory.py.
 """
 
 import json
@@ -19,8 +19,8 @@ from mirage_ds.tokens import TokenIds
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
 HERE = Path(__file__).parent
-# Small enough that a small model is really sharded and its gradients make several buckets. In LIMITED the model is
-# larger than the live-parameter limits, as real ones are.
+# Limits at which even a small model is sharded and its gradients fill several buckets. In LIMITED the model exceeds the
+# live-parameter limits, as real models do.
 SMALL = {
     "reduce_bucket_size": 100_000,
     "stage3_prefetch_bucket_size": 50_000,
@@ -34,15 +34,15 @@ CASES = {
     "stage2-rollout": ("stage2", "rollout", "bf16", "full", LIMITED),
     "stage2-layer-stored": ("stage2", "layer", "fp32", "none", SMALL),
 }
-KINDS = ("parameters", "optimizer", "gradients", "gathered", "whole_gradients", "logits", "kept")
-# Where the formula is a bound: what DeepSpeed holds within its limits, and gradients that add up inside autograd, which
-# no hook sees.
-BOUNDS = {("stage1-layer", "gathered"), ("stage2-layer-stored", "whole_gradients")}
+KINDS = ("parameters", "optimizer", "gradients", "gathered", "full_gradients", "logits", "kept")
+# Where the formula is an upper bound: what DeepSpeed holds within its limits, and gradients that accumulate inside
+# autograd, where no hook sees them.
+BOUNDS = {("stage1-layer", "gathered"), ("stage2-layer-stored", "full_gradients")}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, dict[str, Any]]]:
-    """Each case's configuration, and what its run took; all in one launch."""
+    """The configuration and the measurements of each case; all in one launch."""
     folder = tmp_path_factory.mktemp("plan")
     ids = TokenIds(**{name: 1000 + place for place, name in enumerate(TokenIds.__dataclass_fields__)})
     random_model(1024, ids, seed=0).save_pretrained(folder / "model")
@@ -72,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, di
 
 
 def planned(config: Config, row: Row) -> tuple[Memory, int]:
-    """All kinds, and what forward keeps for backward, which is a part of `activations`."""
+    """The estimate, and what forward stores for backward, which is a part of `activations`."""
     sizes, e = model_sizes(config.model), DTYPES[config.train.dtype].itemsize
     memory = estimate_memory(sizes, config, resolve_deepspeed_config(config), row, world_size=2)
     return memory, config.train.micro_batch_size_per_gpu * kept_bytes(sizes, config, row, e)

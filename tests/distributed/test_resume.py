@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if nothing had happened: the same bits, on 2 ranks, by real SIGKILLs."""
+"""A killed run resumes with the same bits as an uninterrupted one: on 2 ranks, with real SIGKILLs."""
 
 import hashlib
 import json
@@ -101,7 +101,7 @@ def test_killed_and_resumed_is_the_run_that_was_never_stopped(ground: Path, stag
     launching.finish(straight, ground / f"{whole}.log", timeout_s=800)
     again = launching.start(2, *command(ground, stage, killed, "run.resume=auto", "data.num_workers=0"), log=log)
     text = launching.finish(again, log, timeout_s=800)
-    assert f"goes on from {ground / killed}/checkpoints/global_step{INTERVAL}" in text
+    assert f"Resuming from {ground / killed}/checkpoints/global_step{INTERVAL}" in text
     assert "changed since the last start: data.num_workers: 1 -> 0" in text
 
     expected, got = (records(ground / name / "metrics.jsonl") for name in (whole, killed))
@@ -114,7 +114,7 @@ def test_killed_and_resumed_is_the_run_that_was_never_stopped(ground: Path, stag
 
 
 def ranks_of(process: Any) -> list[psutil.Process]:
-    """The trainer's processes by rank, without their workers, which carry the same command line."""
+    """The trainer's processes by rank, without their workers, which have the same command line."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         if child.ppid() != process.pid and "RANK" in child.environ() and child.parent() not in found:
@@ -123,9 +123,9 @@ def ranks_of(process: Any) -> list[psutil.Process]:
 
 
 def test_a_signal_to_one_rank_saves_all(ground: Path, tmp_path: Path) -> None:
-    """SIGUSR1 to rank 1 alone, SIGTERM to both while they save; the run goes on as if nothing had happened.
+    """SIGUSR1 to rank 1 alone, SIGTERM to both while they save; the resumed run has the same bits.
 
-    Needs the whole run of the first test.
+    Needs the uninterrupted run of the first test.
     """
     run_dir, log = ground / "stage1-asked", tmp_path / "log"
     arguments = command(ground, "stage1", "stage1-asked", "run.resume=auto", "checkpoint.interval=0")
@@ -133,10 +133,10 @@ def test_a_signal_to_one_rank_saves_all(ground: Path, tmp_path: Path) -> None:
     wait_for_step(asked, run_dir / "metrics.jsonl", 3, log)
     ranks = ranks_of(asked)
     ranks[1].send_signal(signal.SIGUSR1)
-    while "rank 1: SIGUSR1" not in log.read_text():  # else rank 0, asked by the others below, may be the first
+    while "rank 1: SIGUSR1" not in log.read_text():  # else rank 0, which gets SIGTERM below, may be the first
         assert asked.poll() is None, log.read_text()[-3000:]
         time.sleep(0.05)
-    while asked.poll() is None:  # again and again, until all is saved and the ranks are gone
+    while asked.poll() is None:  # repeatedly, until everything is saved and the ranks have ended
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGTERM)
@@ -144,7 +144,7 @@ def test_a_signal_to_one_rank_saves_all(ground: Path, tmp_path: Path) -> None:
     text = launching.finish(asked, log, timeout_s=800)
     step = json.loads((run_dir / "preempted").read_text())["step"]
     assert 3 <= step < STEPS
-    assert f"rank 1: SIGUSR1; the run saves after step {step}" in text
+    assert f"rank 1: SIGUSR1: saving and ending after step {step}" in text
     assert (run_dir / "checkpoints" / "latest").read_text() == f"global_step{step}"
     for number in (0, 1):
         beat = json.loads((run_dir / "heartbeat" / f"rank_{number}").read_text())
@@ -178,7 +178,7 @@ def test_the_validation_loss_is_that_of_the_saved_weights(ground: Path, stage: s
     assert last["latent_loss"] == pytest.approx(sum(latent.item() for _, latent in losses) / 5, rel=1e-4)
 
 
-def test_the_profiler_writes_the_steps_that_were_named(ground: Path) -> None:
+def test_the_profiler_writes_the_configured_steps(ground: Path) -> None:
     """Needs the runs of the first test."""
     for rank in (0, 1):
         trace = json.loads((ground / "stage2-whole" / "profile" / f"rank_{rank}.json").read_text())
@@ -187,7 +187,7 @@ def test_the_profiler_writes_the_steps_that_were_named(ground: Path) -> None:
 
 
 def test_a_change_of_the_mathematics_is_refused(ground: Path, tmp_path: Path) -> None:
-    """On every rank, with one message. Needs the run of the test above; tests/unit/test_run.py has more changes."""
+    """On every rank, with one message. Needs the first test; more changes: tests/unit/training/test_run_folder.py."""
     log = tmp_path / "log"
     more = ("run.resume=auto", "train.lr=0.5")
     process = launching.start(2, *command(ground, "stage1", "stage1-whole", *more), log=log)

@@ -29,7 +29,7 @@ def rates(steps: int, **settings: Any) -> list[float]:
 
 @cache
 def plain(folder: str, stage: str, kind: str, steps: int, size: int, lrs: tuple[float, ...], train_tower: bool = False):
-    """The independent loop on the samples that a case has; once for all cuts of the same global batches."""
+    """The independent loop on the samples of a case; once for all splits of the same global batches."""
     sizes = {"fixed": FIXED, "varying": VARYING, "ragged": None}[kind]
     batches = [
         ragged_batch(step, size, stage=stage, latent_sizes=sizes and sizes[step % len(sizes)]) for step in range(steps)
@@ -50,7 +50,7 @@ def plain(folder: str, stage: str, kind: str, steps: int, size: int, lrs: tuple[
 def test_any_cut_gives_the_losses_of_the_plain_loop(
     outcome: Outcomes, models: dict[str, str], stage: str, kind: str, tied: str, cut: str
 ) -> None:
-    """20 steps; K the same everywhere, or another for every sample: from step to step and between the ranks."""
+    """20 steps; K the same everywhere, or different for every sample: from step to step and between the ranks."""
     expected = plain(models[tied], stage, kind, 20, 4, tuple(rates(20)))
     result = outcome(f"{stage}-{kind}-{tied}-{cut}")
     assert result.losses == pytest.approx(expected["losses"], rel=1e-4)
@@ -60,7 +60,7 @@ def test_any_cut_gives_the_losses_of_the_plain_loop(
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_100_ragged_steps_do_not_hang(outcome: Outcomes, models: dict[str, str], stage: str) -> None:
     """Rows without image, helper image, latents or labels, on one rank or both."""
-    # The method's own rate: over 100 steps a larger one lets the last bit of a sum grow past the tolerance.
+    # The method's own rate: over 100 steps, rounding errors grow past the tolerance with a larger one.
     lrs = tuple(rates(100, lr=1e-5, lr_decay="constant"))
     expected = plain(models["untied"], stage, "ragged", 100, 2, lrs)
     result = outcome(f"{stage}-ragged")
@@ -69,7 +69,7 @@ def test_100_ragged_steps_do_not_hang(outcome: Outcomes, models: dict[str, str],
 
 
 def test_a_trained_tower(outcome: Outcomes, models: dict[str, str]) -> None:
-    """Ranks without an image enter the tower with a dummy, and its gradient is the plain loop's."""
+    """Ranks without an image run the tower on a dummy; the gradients are those of the plain loop."""
     expected = plain(models["untied"], "stage1", "ragged", 5, 2, tuple(rates(5)), train_tower=True)
     result = outcome("tower")
     assert result.losses == pytest.approx(expected["losses"], rel=1e-4)
@@ -82,7 +82,7 @@ def test_without_activation_checkpointing(outcome: Outcomes, models: dict[str, s
 
 
 def test_bf16_stays_near_fp32(outcome: Outcomes, models: dict[str, str]) -> None:
-    """bf16 has 8 bits: losses within 2%; float32 masters let small updates count, so that they keep falling alike."""
+    """bf16 has 8 significant bits: losses agree within 2%. With float32 masters, small updates are not lost."""
     expected = plain(models["untied"], "stage2", "fixed", 5, 4, tuple(rates(5)))
     assert outcome("bf16").losses == pytest.approx(expected["losses"], rel=2e-2)
 
@@ -100,7 +100,7 @@ def test_offload(models: dict[str, str], deepspeed_configs: dict[str, str], tmp_
 
 @pytest.mark.parametrize("sizes", GATHER_SIZES)
 def test_one_gather(outcome: Outcomes, sizes: str, record_property: Callable[[str, object], None]) -> None:
-    """In stage 2 the model is gathered less than twice per micro-step, whatever K is; by layers it is more and more."""
+    """In stage 2 the model is gathered less than twice per micro-step for any K; more often with `layer`."""
     rollout, layer = outcome(f"rollout-{sizes}"), outcome(f"layer-{sizes}")
     model_bytes = rollout.report["model_bytes"]
     worst = {
@@ -115,7 +115,7 @@ def test_one_gather(outcome: Outcomes, sizes: str, record_property: Callable[[st
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_training_trace_of_the_reference(outcome: Outcomes, stage: str) -> None:
-    """12 micro-batches, 6 updates of the reference's own trainer come back through ours."""
+    """Our trainer reproduces 12 micro-batches and 6 updates of the reference's own trainer."""
     trace = golden_set.numbers("trace")[stage]
     result = outcome(f"{stage}-trace")
     accumulation, micro = trace["gradient_accumulation_steps"], trace["micro_losses"]

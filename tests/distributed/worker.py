@@ -57,7 +57,7 @@ class Case:
 
     def samples(self, step: int, size: int) -> list[EncodedSample]:
         """The global batch of a step: of the golden set in an order, or random ones with `latent_sizes[step % len]`
-        (one K per sample), or wholly ragged ones."""
+        (one K per sample), or completely ragged ones."""
         if self.golden_order:
             return [golden_set.encoded(i, self.stage) for i in self.golden_order[step * size : (step + 1) * size]]
         sizes = self.latent_sizes and self.latent_sizes[step % len(self.latent_sizes)]
@@ -65,7 +65,7 @@ class Case:
 
 
 def batches(case: Case) -> Iterator[Batch]:
-    """This rank's micro-batches, cut from the global ones as `plan.py` does."""
+    """This rank's micro-batches, split from the global ones as in mirage_ds/data/plan.py."""
     world_size, rank = distributed.world_size(), distributed.rank()
     size = case.micro_batch * case.accumulation * world_size
     for step in range(case.steps):
@@ -115,7 +115,9 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     mark_gather_units(model, gather)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
     size = config.train.samples_per_step(distributed.world_size())
-    metrics = Metrics(config.run.dir, global_batch_size=size, max_steps=case.steps, log_freq=case.steps)
+    metrics = Metrics(
+        config.run.dir, stage=case.stage, global_batch_size=size, max_steps=case.steps, log_freq=case.steps
+    )
     gathered: list[int] = []
     trainer = Trainer(
         engine,
@@ -130,7 +132,7 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     )
     take_gathered_bytes()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        whole_model = take_gathered_bytes()
+        model_bytes = take_gathered_bytes()
     trainer.train(after_step=[lambda state: gathered.append(take_gathered_bytes())])
     metrics.close()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
@@ -139,7 +141,7 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     return {
         "pooling": describe_path(device),
         "gathered_bytes": gathered,
-        "model_bytes": whole_model,
+        "model_bytes": model_bytes,
         "micro_losses": micro_losses,
         "final_param_norm": norms,
     }

@@ -1,7 +1,7 @@
-"""Greedy decoding with the reference's rule (own end token, limit 8): the same ids and the same latents.
+"""Greedy decoding with the reference's rule (the model emits the end token, limit 8): the same ids and latents.
 
-One row at a time, as the reference can, and all rows of the set in one batch, as it cannot: each row enters and leaves
-latent mode by itself.
+One row at a time, as the reference decodes, and all rows of the set in one batch, which it does not support: each row
+enters and leaves latent mode by itself.
 """
 
 from dataclasses import replace
@@ -14,6 +14,7 @@ from deviations import check, check_equal
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.inference.generate import Decoder, Generation
+from mirage_ds.inference.latents import zeroed
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.tokens import TokenIds
 
@@ -84,7 +85,7 @@ def test_in_one_batch() -> None:
 
 @pytest.mark.parametrize("size", [1, 5])
 def test_a_block_of_fixed_length(size: int) -> None:
-    """Exactly K states, whatever the model would choose; then <|latent_end|> and text again."""
+    """Exactly K states, whatever the model would emit; then <|latent_end|> and text again."""
     ids = token_ids()
     for row in decode([expected["sample"] for expected in expectations()], 24, latent_end="fixed", latent_size=size):
         start = row.ids.index(ids.latent_start)
@@ -93,7 +94,7 @@ def test_a_block_of_fixed_length(size: int) -> None:
 
 
 def test_what_is_fed_matters() -> None:
-    """With the states replaced by zeros the answer is another one: they are really used."""
-    changed = decode([expected["sample"] for expected in expectations()], 24, feed=torch.zeros_like)
+    """With the states replaced by zeros the answers change."""
+    changed = decode([expected["sample"] for expected in expectations()], 24, feed=zeroed)
     assert [row.ids for row in changed] != [expected["new_ids"] for expected in expectations()]
     assert not any(latent.any() for row in changed for latent in row.latents)

@@ -1,7 +1,7 @@
 """The model against the reference's numbers: every sample, both stages, with and without activation checkpointing.
 
-Tolerances are those that the set's README suggests; ids and masks are exact. Gradients matter most: a latent that is
-detached leaves the loss as it is.
+Tolerances are those that the set's README suggests; ids and masks are exact. Gradients matter most: detaching a latent
+does not change the loss.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ STORED_ROWS = ("latent_pad", "latent_start", "latent_end", "nl", "im_end")
 
 
 class Result:
-    """One sample through the model, with everything that is compared."""
+    """The outputs of the model for one sample, with everything that is compared."""
 
     def __init__(self, index: int, stage: str, recompute: bool) -> None:
         backbone = load_backbone(golden_set.MODEL, dtype=torch.float32)
@@ -79,10 +79,10 @@ def test_losses(result: Result) -> None:
 
 def test_logits(result: Result) -> None:
     """Label log-probabilities of every sample, all logits where the set has them, and their sums."""
-    places, ids = result.stored("label_pos").long(), result.stored("label_id").long()
-    logprobs = result.logits.log_softmax(-1)[places, ids]
+    positions, ids = result.stored("label_pos").long(), result.stored("label_id").long()
+    logprobs = result.logits.log_softmax(-1)[positions, ids]
     check(result.named("label log-probabilities"), logprobs, result.stored("label_logprob"), LOGPROB, "absolute")
-    torch.testing.assert_close(result.inputs.target_rows, places)
+    torch.testing.assert_close(result.inputs.target_rows, positions)
     torch.testing.assert_close(result.inputs.target_ids, ids)
     if f"{result.index}.{result.stage}.logits" in golden_set.tensors("golden"):
         stored = result.stored("logits").reshape_as(result.logits)
@@ -94,9 +94,9 @@ def test_logits(result: Result) -> None:
 
 
 def test_latents(result: Result) -> None:
-    """Stage 1: the pooled targets and what predicts them. Stage 2: the states that are fed back."""
-    places = torch.tensor(result.facts["latent_positions"])
-    before = result.hidden[places - 1]
+    """Stage 1: the pooled targets and their predictions. Stage 2: the states that are fed back."""
+    positions = torch.tensor(result.facts["latent_positions"])
+    before = result.hidden[positions - 1]
     if result.stage == "stage2":
         check(result.named("latents fed back"), before, result.stored("latents"), TENSOR, "relative to the largest")
         return
@@ -108,7 +108,7 @@ def test_latents(result: Result) -> None:
 
 
 def test_gradient_norms(result: Result) -> None:
-    """Every parameter's, the total, and none for the frozen tower."""
+    """Of every parameter and in total; the frozen tower has none."""
     reference = result.facts[result.stage]["grad_norm"]
     assert set(result.grads) == set(reference)
     norms = {name: result.grads[name].norm() for name in reference}

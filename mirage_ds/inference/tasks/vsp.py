@@ -31,17 +31,17 @@ class Outcome:
 
 
 def score(map_desc: Any, answer: str, mode: Mode = "strict") -> Outcome:
-    """Extracts, parses and walks: the whole way from an answer to its outcome.
+    """The outcome of an answer: its last box is extracted, parsed and walked.
 
     Raises:
-        DataError: the map is not one.
+        DataError: the map is not valid.
     """
     moves = parse_moves(extract_boxed(answer), mode)
     return Outcome(False, "Invalid") if moves is None else simulate(map_desc, moves)
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...}, whose braces may nest; None if there is none or it is not closed."""
+    r"""The content of the last \boxed{...}, whose braces may nest; None if there is none or it is not closed."""
     _, box, rest = text.rpartition("\\boxed{")
     depth = 1 if box else 0
     for place, character in enumerate(rest if box else ""):
@@ -55,8 +55,8 @@ def parse_moves(answer: str | None, mode: Mode = "strict") -> list[str] | None:
     """The moves that a box names, each a key of MOVES; None if it is not valid.
 
     Args:
-        answer: a box's content, or None where there is no box.
-        mode: `strict`: one or more of LEFT, RIGHT, UP, DOWN or L, R, U, D, in either case, set apart by commas or
+        answer: a box's content, or None if there is no box.
+        mode: `strict`: one or more of LEFT, RIGHT, UP, DOWN or L, R, U, D, in either case, separated by commas or
             spaces, and nothing else. `reference`: as the reference scores, every letter U, D, L, R anywhere is a move
             ("Turn right" has three), and everything is valid, no box being no moves.
     """
@@ -72,7 +72,7 @@ def simulate(map_desc: Any, moves: Sequence[str]) -> Outcome:
     """Walks from the start. A hole ends the walk; success is to stand on the goal at the end, not to pass over it.
 
     Raises:
-        DataError: the map is not one.
+        DataError: the map is not valid.
     """
     cell = find_start(map_desc)
     for move in moves:
@@ -84,18 +84,18 @@ def simulate(map_desc: Any, moves: Sequence[str]) -> Outcome:
 
 
 def step(map_desc: MapDesc, cell: Cell, move: str) -> Cell:
-    """Where a move leads; off the map it leads nowhere."""
+    """The cell after a move; a move off the map stays where it is."""
     row, column = (place + change for place, change in zip(cell, MOVES[move], strict=True))
     return (row, column) if 0 <= row < len(map_desc) and 0 <= column < len(map_desc) else cell
 
 
 def at(map_desc: MapDesc, cell: Cell) -> int:
-    """What a cell is."""
+    """The value of a cell."""
     return map_desc[cell[0]][cell[1]]
 
 
 def find_start(map_desc: Any) -> Cell:
-    """The start of a map that comes from a row's field and may be anything.
+    """The start of a map, which comes from a row's field and may be anything.
 
     Raises:
         DataError: it is not a square with exactly one start and one goal.
@@ -106,6 +106,6 @@ def find_start(map_desc: Any) -> Cell:
     if len(known) != len(rows) ** 2 or (known.count(START), known.count(GOAL)) != (1, 1):
         raise DataError(
             f"map_desc is {map_desc!r:.80} (in a row that is to be scored); allowed is a square list of rows of 0, -1, "
-            "exactly one 1 (start) and one 2 (goal); mend the row"
+            "exactly one 1 (start) and one 2 (goal); fix the row"
         )
     return divmod(known.index(START), len(rows))

@@ -1,4 +1,4 @@
-"""`mirage-data build`: what plain webdataset reads back is what the rows said, bit for bit; every bad row is named."""
+"""`mirage-data build`: plain webdataset reads back the rows bit for bit; every bad row is reported."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_generated_rows_are_read_back_by_webdataset(tmp_path: Path) -> None:
     assert_webdataset_reads(rows, tmp_path / "shards")
 
 
-@pytest.mark.skipif(not VSP_DIR, reason="MIRAGE_VSP_DIR is not set: the reference's own rows are not here")
+@pytest.mark.skipif(not VSP_DIR, reason="MIRAGE_VSP_DIR is not set: the reference's rows are not available")
 def test_real_rows_are_read_back_by_webdataset(tmp_path: Path) -> None:
     rows = Path(VSP_DIR) / "sample" / "sample.jsonl"
     build(rows, tmp_path / "shards", maxcount=4, maxsize=10**9)
@@ -84,7 +84,7 @@ def test_several_images_of_several_formats(tmp_path: Path) -> None:
     assert len(SampleReader(load_manifest(tmp_path / "shards"))(0).input_images) == 12
 
 
-def test_the_extension_tells_what_the_bytes_are(tmp_path: Path) -> None:
+def test_the_extension_follows_the_content(tmp_path: Path) -> None:
     (tmp_path / "wrong.png").write_bytes(image_bytes(image_format="JPEG"))
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text_input": "Q", "text_output": "A", "image_input": "wrong.png"}])
     build(rows, tmp_path / "shards", maxcount=10, maxsize=10**9)
@@ -100,12 +100,12 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
     assert file_bytes(tmp_path / "one") == file_bytes(tmp_path / "100%d two")
 
 
-def test_maxsize_begins_new_shards(tmp_path: Path) -> None:
+def test_maxsize_starts_new_shards(tmp_path: Path) -> None:
     manifest, _ = build(write_rows(tmp_path / "rows"), tmp_path / "shards", maxcount=10, maxsize=1)
     assert [shard.samples for shard in manifest.shards] == [1] * 10
 
 
-def test_the_index_says_where_and_what(tmp_path: Path) -> None:
+def test_the_index_has_positions_and_facts(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows")
     build(rows, tmp_path / "shards", maxcount=4, maxsize=10**9)
     folder = load_manifest(tmp_path / "shards")
@@ -152,11 +152,11 @@ def cut_off(path: Path) -> None:
         (lambda rows: cut_off(rows.parent / "images" / "1_0.png"), "the image cannot be decoded: .*, image_input 0"),
         (lambda rows: cut_off(rows.parent / "images" / "1_1.png"), "the image cannot be decoded: .*, image_output 0"),
         (lambda rows: rows.write_text(rows.read_text().replace("row-1", 'row-1"')), "malformed JSON"),
-        (lambda rows: rows.write_text(rows.read_text().replace("LEFT x 1", "<image>")), "text_input has 2 image slots"),
+        (lambda rows: rows.write_text(rows.read_text().replace("LEFT x 1", "<image>")), "image slots in text_input: 2"),
         (lambda rows: rows.write_text(""), "no rows"),
     ],
 )
-def test_a_bad_row_is_named_and_nothing_is_left(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
+def test_a_bad_row_is_reported_and_nothing_written(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
     rows = write_rows(tmp_path / "rows")
     spoil(rows)
     with pytest.raises(DataError, match=message) as error:
@@ -166,7 +166,7 @@ def test_a_bad_row_is_named_and_nothing_is_left(tmp_path: Path, spoil: Callable[
 
 
 def spoiled_rows(folder: Path) -> Path:
-    """10 rows, of which 4 cannot be used, each for another reason."""
+    """10 rows, of which 4 cannot be used, each for a different reason."""
     rows = write_rows(folder)
     cut_off(folder / "images" / "1_1.png")
     (folder / "images" / "4_0.png").unlink()
@@ -177,7 +177,7 @@ def spoiled_rows(folder: Path) -> Path:
     return rows
 
 
-def test_bad_rows_are_left_out_listed_and_counted(tmp_path: Path) -> None:
+def test_bad_rows_are_rejected_listed_and_counted(tmp_path: Path) -> None:
     rows = spoiled_rows(tmp_path / "rows")
     manifest, rejects = build(rows, tmp_path / "shards", maxcount=4, maxsize=10**9, max_rejects=4)
     assert manifest.num_samples == 6
@@ -185,30 +185,30 @@ def test_bad_rows_are_left_out_listed_and_counted(tmp_path: Path) -> None:
     assert listed == rejects
     places = [(line["where"], line["id"]) for line in listed]
     assert places == [(f"{rows}:2", "row-1"), (f"{rows}:5", "row-4"), (f"{rows}:7", None), (f"{rows}:9", "row-8")]
-    reasons = ["the image cannot be decoded", "image_input cannot be read", "malformed JSON", "text_output has 2"]
+    reasons = ["the image cannot be decoded", "image_input cannot be read", "malformed JSON", "slots in text_output: 2"]
     for line, reason in zip(listed, reasons, strict=True):
         assert reason in line["reason"]
-    # Keys say which row a sample was, and the good rows are as they would be without the bad ones.
+    # Keys are row numbers, and the good rows are the same as without the bad ones.
     entries = load_index(load_manifest(tmp_path / "shards"))
     assert [entry.key for entry in entries] == [f"{number:09d}" for number in (0, 2, 3, 5, 7, 9)]
     reader = SampleReader(load_manifest(tmp_path / "shards"))
     assert [reader(place).extra["id"] for place in range(6)] == [f"row-{number}" for number in (0, 2, 3, 5, 7, 9)]
 
 
-def test_one_bad_row_too_many_leaves_nothing(tmp_path: Path) -> None:
+def test_one_bad_row_too_many_and_nothing_is_written(tmp_path: Path) -> None:
     rows = spoiled_rows(tmp_path / "rows")
-    with pytest.raises(DataError, match=r"(?s)4 rows cannot be used:.*rows.jsonl:2.*rows.jsonl:9.*at most 3 ") as error:
+    with pytest.raises(DataError, match=r"(?s)unusable rows: 4\n.*rows.jsonl:2.*rows.jsonl:9.*\(now 3\)") as error:
         build(rows, tmp_path / "out" / "shards", maxcount=4, maxsize=10**9, max_rejects=3)
     assert "more\n" not in str(error.value)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_first_few_of_many_are_named(tmp_path: Path) -> None:
+def test_the_first_few_of_many_are_listed(tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text_input": "Q"}] * 12)
-    with pytest.raises(DataError, match=r"(?s)12 rows cannot be used:.*rows.jsonl:5.*and 7 more\n") as error:
+    with pytest.raises(DataError, match=r"(?s)unusable rows: 12\n.*rows.jsonl:5.*and 7 more\n") as error:
         build(rows, tmp_path / "out" / "shards", maxcount=4, maxsize=10**9)
     assert "rows.jsonl:6" not in str(error.value)
-    with pytest.raises(DataError, match="no row can be used"):
+    with pytest.raises(DataError, match="no usable row"):
         build(rows, tmp_path / "out" / "shards", maxcount=4, maxsize=10**9, max_rejects=12)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -237,10 +237,10 @@ def test_the_command_builds(
         with pytest.raises(SystemExit) as exit_:
             run_cli(monkeypatch, "build", "--input", rows, "--output", tmp_path / "six", "--max-rejects", max_rejects)
         assert exit_.value.code == code
-    assert f"left out 4 rows: see {tmp_path / 'six' / 'rejects.jsonl'}" in capsys.readouterr().out
+    assert f"rejected 4 rows: see {tmp_path / 'six' / 'rejects.jsonl'}" in capsys.readouterr().out
 
 
-def test_a_mistake_is_one_message_and_exit_code_2(
+def test_a_user_error_is_one_message_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_rows(tmp_path / "rows")
@@ -248,7 +248,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
         run_cli(monkeypatch, "build", "--input", rows, "--output", tmp_path / "rows")
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert f"the output is there already ({tmp_path / 'rows'})" in error
+    assert f"the output already exists ({tmp_path / 'rows'})" in error
     assert "Traceback" not in error
 
 

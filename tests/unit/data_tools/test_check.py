@@ -1,4 +1,4 @@
-"""`mirage-data check`: every kind of damage is found, with shard and key, and a whole folder has none."""
+"""`mirage-data check`: every kind of damage is found, with shard and key, and an intact folder has none."""
 
 import hashlib
 import json
@@ -31,8 +31,8 @@ def change_bytes(path: Path, old: bytes, new: bytes) -> None:
     path.write_bytes(data.replace(old, new, 1))
 
 
-def vouch(folder: Path) -> None:
-    """Brings the sums of the manifest up to date: a build that was wrong from the beginning, not a damaged copy."""
+def update_digests(folder: Path) -> None:
+    """Updates the digests in the manifest, as if the build itself had written the fault."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["index_sha256"] = hashlib.sha256((folder / "index.jsonl").read_bytes()).hexdigest()
     for shard in manifest["shards"]:
@@ -44,27 +44,27 @@ def change_index(folder: Path, number: int, **changes: Any) -> None:
     lines = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     lines[number].update(changes)
     (folder / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    vouch(folder)
+    update_digests(folder)
 
 
 def drop_from_index(folder: Path) -> None:
     (folder / "index.jsonl").write_text("".join((folder / "index.jsonl").read_text().splitlines(True)[:-1]))
-    vouch(folder)
+    update_digests(folder)
 
 
 def spoil_image(folder: Path) -> None:
     """A wrong byte in the pixels of one PNG."""
     image = image_bytes((112, 84), seed=8)  # 4_0.png: the first sample of the second shard
     change_bytes(folder / "shard-000001.tar", image, image[:60] + bytes([image[60] ^ 255]) + image[61:])
-    vouch(folder)
+    update_digests(folder)
 
 
 def spoil_slots(folder: Path) -> None:
     change_bytes(folder / "shard-000002.tar", b"Here is the map: <image>", b"Here <image> ... <image>")
-    vouch(folder)
+    update_digests(folder)
 
 
-def test_a_whole_folder_has_no_faults(folder: Path) -> None:
+def test_an_intact_folder_has_no_faults(folder: Path) -> None:
     assert list(check(folder)) == []
 
 
@@ -72,28 +72,28 @@ def test_a_whole_folder_has_no_faults(folder: Path) -> None:
     ("spoil", "faults"),
     [
         (lambda f: change_bytes(f / "shard-000001.tar", b"step 5", b"step 6"), [r"sha256 .*shard-000001.tar"]),
-        (lambda f: (f / "shard-000001.tar").unlink(), [r"the shard is no file .*shard-000001.tar"]),
+        (lambda f: (f / "shard-000001.tar").unlink(), [r"the shard is missing .*shard-000001.tar"]),
         (
             lambda f: (f / "shard-000002.tar").write_bytes((f / "shard-000002.tar").read_bytes()[:700]),
-            ["the shard is 700 bytes .*shard-000002.tar", "shard-000002.tar/000000008", "shard-000002.tar/000000009"],
+            ["the shard has size 700 .*shard-000002.tar", "shard-000002.tar/000000008", "shard-000002.tar/000000009"],
         ),
-        (lambda f: (f / "index.jsonl").write_text(""), ["index.jsonl is missing or is not the one"]),
+        (lambda f: (f / "index.jsonl").write_text(""), ["index.jsonl is missing or does not match the manifest"]),
         (spoil_image, [r"cannot be decoded.*shard-000001.tar/000000004, image_input 0"]),
-        (spoil_slots, [r"2 image slots for 1 input images .shard-000002.tar/000000008."]),
+        (spoil_slots, [r"image slots in text_input: 2, input images: 1 .shard-000002.tar/000000008."]),
         (
             lambda f: change_index(f, 5, offset=512),
             [
-                "begins at byte 512 .shard-000001.tar/000000005.",
-                "begins at byte .*/000000006",
+                "starts at byte 512 .shard-000001.tar/000000005.",
+                "starts at byte .*/000000006",
                 "damaged.*shard-000001.tar/000000005",
             ],
         ),
         (lambda f: change_index(f, 3, key="000000007"), ["damaged shard: unexpected member.*000.tar/000000007"]),
         (
             lambda f: change_index(f, 9, shard=3),
-            ["into shard 3 .000000009.; 3 exist", "has 1 samples .shard-000002.tar.; the manifest says 2"],
+            ["refers to shard 3 .000000009.; .*: 3;", "index: 1 .shard-000002.tar.; the manifest says 2"],
         ),
-        (drop_from_index, ["the index has 1 samples .shard-000002.tar.; the manifest says 2"]),
+        (drop_from_index, ["in the index: 1 .shard-000002.tar.; the manifest says 2"]),
         (
             lambda f: change_index(f, 2, helper_sizes=[[1, 2]], question_chars=7),
             [r"helper_sizes is \[\[140, 91\]\] .shard-000000.tar/000000002", "question_chars is .*/000000002"],
@@ -101,7 +101,7 @@ def test_a_whole_folder_has_no_faults(folder: Path) -> None:
     ],
     ids=["byte", "missing", "short", "index", "image", "slots", "offset", "key", "shard", "fewer", "facts"],
 )
-def test_faults_are_found_and_named(folder: Path, spoil: Callable[[Path], Any], faults: list[str]) -> None:
+def test_faults_are_found_and_reported(folder: Path, spoil: Callable[[Path], Any], faults: list[str]) -> None:
     spoil(folder)
     found = list(check(folder))
     assert len(found) == len(faults), found
@@ -109,7 +109,7 @@ def test_faults_are_found_and_named(folder: Path, spoil: Callable[[Path], Any], 
         assert re.search(pattern, message), message
 
 
-def test_what_is_no_folder_of_shards(tmp_path: Path) -> None:
+def test_a_folder_without_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no manifest\.json"):
         list(check(tmp_path))
     (tmp_path / "manifest.json").write_text("{}")

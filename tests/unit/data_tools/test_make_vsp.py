@@ -1,4 +1,4 @@
-"""`mirage-data make-vsp`: against a search and an enumeration of the test's own, and the drawn pixels."""
+"""`mirage-data make-vsp`: against an independent search and enumeration, and the drawn pixels."""
 
 import hashlib
 import itertools
@@ -95,7 +95,7 @@ def cells_of(map_desc: MapDesc, moves: list[str]) -> list[Cell]:
 
 
 def differing_cells(folder: Path, row: dict[str, Any]) -> set[Cell]:
-    """The cells in which the helper image is not the input image."""
+    """The cells in which the helper image differs from the input image."""
     images = [np.asarray(Image.open(folder / row[name])) for name in ("image_input", "image_output")]
     assert images[0].shape == images[1].shape == (CELL_PX * row["level"], CELL_PX * row["level"], 3)
     different = (images[0] != images[1]).any(axis=2).reshape(row["level"], CELL_PX, row["level"], CELL_PX)
@@ -103,14 +103,14 @@ def differing_cells(folder: Path, row: dict[str, Any]) -> set[Cell]:
 
 
 def every_map(level: int) -> list[MapDesc]:
-    """All squares of 0, -1 and one 1 and 2 with a way, listed value by value."""
+    """All squares of 0, -1, one 1 and one 2 that have a path, enumerated value by value."""
     values = itertools.product((-1, 0, 1, 2), repeat=level**2)
     single = (cells for cells in values if cells.count(1) == cells.count(2) == 1)
     squares = ([list(cells[row * level : (row + 1) * level]) for row in range(level)] for cells in single)
     return [square for square in squares if distance(square) is not None]
 
 
-def test_every_solvable_map_of_level_3_can_be_had() -> None:
+def test_every_solvable_map_of_level_3_can_be_drawn() -> None:
     sides = {side: draw_maps(3, side, vsp.num_available(3, side), seed=5) for side in ("train", "test")}
     drawn = [json.dumps(map_desc) for maps in sides.values() for map_desc in maps]
     assert len(drawn) == len(set(drawn)) == 6792
@@ -120,8 +120,8 @@ def test_every_solvable_map_of_level_3_can_be_had() -> None:
 
 
 @pytest.mark.parametrize("level", [3, 4, 6])
-def test_sides_are_told_apart_by_the_map_alone(level: int) -> None:
-    """So no seed, number or level can bring a test map into training."""
+def test_the_map_alone_decides_its_side(level: int) -> None:
+    """So no seed, number or level can put a test map into training."""
     for seed in (0, 1):
         for side, ending in (("test", {0}), ("train", set(range(1, 10)))):
             for map_desc in draw_maps(level, side, 100, seed):
@@ -142,7 +142,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, style: str) -> None:
 
 
 @pytest.mark.parametrize("style", ["planning", "reasoning"])
-def test_rows_have_the_references_fields_and_maps_of_their_own(request: pytest.FixtureRequest, style: str) -> None:
+def test_rows_have_the_references_fields_and_their_own_maps(request: pytest.FixtureRequest, style: str) -> None:
     folder = request.getfixturevalue(style)
     train, test = read(folder, "train"), read(folder, "test")
     assert Counter(row["level"] for row in test) == {3: 4, 4: 4, 5: 4}
@@ -172,8 +172,8 @@ def test_answers_and_drawn_paths_are_shortest_ones(planning: Path) -> None:
         assert scoring.score(map_desc, text, "reference").success
 
 
-def test_maps_look_as_they_are(planning: Path) -> None:
-    """Cells of one kind are equal to the pixel wherever they are, and cells of different kinds differ."""
+def test_cells_are_drawn_by_kind(planning: Path) -> None:
+    """Cells of the same kind are equal pixel by pixel, and cells of different kinds differ."""
     looks: dict[int, set[bytes]] = {}
     for row in read(planning, "test"):
         pixels = np.asarray(Image.open(planning / row["image_input"]))
@@ -186,7 +186,7 @@ def test_maps_look_as_they_are(planning: Path) -> None:
 
 
 def test_a_tile_is_the_sprite(tmp_path: Path) -> None:
-    """At the size that the sprites are made for, the pixels within the grid's lines are theirs."""
+    """At the original size of the sprites, the pixels inside the grid lines are those of the sprite."""
     folder = make(tmp_path / "vsp", levels=range(3, 4), cell_px=64)
     row = next(row for row in read(folder, "train") if -1 in row["map_desc"][0])
     left = 64 * row["map_desc"][0].index(-1)
@@ -198,7 +198,7 @@ def test_a_tile_is_the_sprite(tmp_path: Path) -> None:
     assert tile.crop(inner).tobytes() == Image.open(sprite).convert("RGB").crop(inner).tobytes()
 
 
-def test_plans_end_as_the_answers_say(reasoning: Path) -> None:
+def test_the_outcomes_of_plans_match_the_answers(reasoning: Path) -> None:
     rows = read(reasoning, "train")
     outcomes = Counter(choice.extract_choice(row["text_output"]) for row in rows)
     assert outcomes == {"A": 20, "B": 20, "C": 20}
@@ -210,7 +210,7 @@ def test_plans_end_as_the_answers_say(reasoning: Path) -> None:
         kinds = [map_desc[y][x] for y, x in cells]
         letter = {2: "A", -1: "B", 0: "C", 1: "C"}[kinds[-1]]
         assert row["text_output"].endswith(f"The answer is \\boxed{{{letter}}}.")
-        assert not {2, -1} & set(kinds[:-1]), "no plan goes on after the goal or a hole"
+        assert not {2, -1} & set(kinds[:-1]), "no plan continues after the goal or a hole"
         assert scoring.simulate(map_desc, moves).success == (letter == "A")
 
 
@@ -225,7 +225,7 @@ def test_helper_images_show_the_step_between_the_thoughts(reasoning: Path) -> No
         seen = before.count(" leads to ")
         assert seen >= 1
         assert seen + after.count(" leads to ") == len(plan)
-        # The player is gone from the start and stands on the cell of that step; nothing else changes.
+        # The player has moved from the start to the cell of that step; nothing else changes.
         moved = {cells[0], cells[seen]} if cells[seen] != cells[0] else set()
         assert differing_cells(reasoning, row) == moved
 
@@ -261,7 +261,7 @@ def test_short_prompts_are_short(real_tokenizer: PreTrainedTokenizerBase) -> Non
         assert (len(real_tokenizer(words)["input_ids"]) <= 16) == (length == "short")
 
 
-def test_levels_share_what_there_is() -> None:
+def test_levels_share_the_available_maps() -> None:
     assert share_out(10, range(3, 7), "test") == {3: 2, 4: 2, 5: 3, 6: 3}
     assert share_out(10_000, range(2, 5), "train") == {2: 41, 3: 4979, 4: 4980}
     assert share_out(20_000, range(2, 5), "train") == {2: 41, 3: 6115, 4: 13844}
@@ -271,18 +271,18 @@ def test_levels_share_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("num_train", "num_test", "message"),
     [
-        (6793, 1, r"6793 maps are wanted \(--num-train\), but levels 3-3 give at most 6115"),
-        (1, 678, r"678 maps are wanted \(--num-test\), but levels 3-3 give at most 677"),
+        (6793, 1, r"too many maps .*\(--num-train 6793\); levels 3-3 have 6115"),
+        (1, 678, r"too many maps .*\(--num-test 678\); levels 3-3 have 677"),
     ],
 )
-def test_more_maps_than_there_are(tmp_path: Path, num_train: int, num_test: int, message: str) -> None:
+def test_more_maps_than_exist(tmp_path: Path, num_train: int, num_test: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         make(tmp_path / "vsp", levels=range(3, 4), num_train=num_train, num_test=num_test)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["", "1", "6-3", "3-", "-3", "a", "3-6-8", "3,4"])
-def test_levels_that_are_none(text: str) -> None:
+def test_invalid_levels(text: str) -> None:
     with pytest.raises(ConfigError, match="--levels"):
         parse_levels(text)
 
@@ -291,7 +291,7 @@ def test_levels() -> None:
     assert (list(parse_levels("3")), list(parse_levels("3-6"))) == ([3], [3, 4, 5, 6])
 
 
-def test_gymnasium_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gymnasium_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vsp_images, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'mirage_ds\[vsp\]'"):
         make(tmp_path / "vsp")
@@ -303,13 +303,13 @@ def test_gymnasium_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["make-vsp", "--output", str(tmp_path / "vsp"), "--num-train", "8", "--num-test", "4", "--levels", "3"]
-    for code in (0, 2):  # the second time the output is there
+    arguments = ["make-vsp", "--output", str(tmp_path / "vsp"), "--num-train", "8", "--num-test", "1", "--levels", "3"]
+    for code in (0, 2):  # the second time the output exists
         monkeypatch.setattr(sys, "argv", ["mirage-data", *arguments, "--style", "reasoning", "--prompt", "short"])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         assert exit_.value.code == code
     output = capsys.readouterr()
-    assert output.out.startswith("wrote 8 training rows and 4 test rows")
-    assert "the output is there already" in output.err
+    assert output.out.startswith("wrote 8 training rows and 1 test row to ")
+    assert "the output already exists" in output.err
     assert read(tmp_path / "vsp", "train")[0]["text_input"].startswith("<image> Goal A")

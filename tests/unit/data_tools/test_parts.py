@@ -1,4 +1,4 @@
-"""A build in parts, merged, against a single build of the same rows; what does not fit together is refused."""
+"""A build in parts, merged, against a single build of the same rows; parts that do not match are refused."""
 
 import json
 import sys
@@ -70,7 +70,7 @@ def test_otherwise_the_samples_and_their_order_are_the_same(tmp_path: Path, maxs
 @pytest.mark.parametrize(("num_rows", "count", "maxcount"), [(10, 3, 1), (10, 4, 3), (7, 7, 1), (1000, 7, 9)])
 def test_every_row_is_in_one_part(tmp_path: Path, num_rows: int, count: int, maxcount: int) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("{}\n\n" * num_rows)  # empty lines are no rows
+    rows.write_text("{}\n\n" * num_rows)  # empty lines are not rows
     ranges = [rows_of(rows, number, count, maxcount) for number in range(count)]
     assert [row for each in ranges for row in each] == list(range(num_rows))
     assert all(each.start % maxcount == 0 and len(each) for each in ranges)
@@ -82,7 +82,7 @@ def test_rejects_count_over_all_parts(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows")
     spoil(rows, 1, 8)
     parts = build_parts(rows, tmp_path / "out" / "merged", 2, maxcount=5, max_rejects=1)
-    with pytest.raises(DataError, match=r"(?s)2 rows cannot be used:.*rows.jsonl:2.*rows.jsonl:9.*at most 1 "):
+    with pytest.raises(DataError, match=r"(?s)unusable rows: 2\n.*rows.jsonl:2.*rows.jsonl:9.*\(now 1\)"):
         merge(parts, tmp_path / "out" / "merged", max_rejects=1)
     assert sorted((tmp_path / "out").iterdir()) == parts
 
@@ -91,18 +91,18 @@ def test_parts_that_are_not_one_build(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows")
     first, second = build_parts(rows, tmp_path / "a", 2, maxcount=2)
     other, _ = build_parts(rows, tmp_path / "b", 2, maxcount=1)
-    build(rows, tmp_path / "whole", maxcount=2, maxsize=LARGE)
+    build(rows, tmp_path / "single", maxcount=2, maxsize=LARGE)
     wrong = [
         ([first], "part 1 is missing"),
-        ([first, second, folder_of(tmp_path / "c", 0, 2)], "no part of a build: .*c.part-00000-of-00002"),
-        ([first, tmp_path / "whole"], "no part of a build: .*whole"),
-        ([other, second], "parts of two builds"),
+        ([first, second, folder_of(tmp_path / "c", 0, 2)], "not a part of a build: .*c.part-00000-of-00002"),
+        ([first, tmp_path / "single"], "not a part of a build: .*single"),
+        ([other, second], "parts of different builds"),
     ]
     for folders, message in wrong:
         with pytest.raises(DataError, match=message):
             merge(folders, tmp_path / "out" / "merged")
     (tmp_path / "again").symlink_to(second)
-    with pytest.raises(DataError, match="a part is there twice"):
+    with pytest.raises(DataError, match="a part is given twice"):
         merge([first, second, tmp_path / "again"], tmp_path / "out" / "merged")
     shard = second / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
@@ -111,7 +111,7 @@ def test_parts_that_are_not_one_build(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_part_that_is_there_stays_and_one_of_other_rows_is_refused(tmp_path: Path) -> None:
+def test_an_existing_part_is_kept_and_one_of_other_rows_is_refused(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows")
     spoil(rows, 1)
     options = dict(number=0, count=2, maxcount=5, maxsize=LARGE, max_rejects=1)
@@ -120,13 +120,13 @@ def test_a_part_that_is_there_stays_and_one_of_other_rows_is_refused(tmp_path: P
     assert build_part(rows, tmp_path / "out", **options) == first
     assert {path: path.stat().st_mtime_ns for path in first[0].iterdir()} == times
     spoil(rows, 2)
-    with pytest.raises(DataError, match=r"the output is there already .*out.part-00000-of-00002"):
+    with pytest.raises(DataError, match=r"the output already exists .*out.part-00000-of-00002"):
         build_part(rows, tmp_path / "out", **options)
 
 
 def test_too_many_parts(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows")
-    with pytest.raises(DataError, match=r"4 parts are more than the 3 shards that 10 rows make .*--maxcount 4"):
+    with pytest.raises(DataError, match=r"more parts than shards .*--maxcount 4\): rows: 10, shards: 3, parts: 4;"):
         build_parts(rows, tmp_path / "out", 4, maxcount=4)
 
 
@@ -144,7 +144,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert [run("build", *options, "--part", f"{number}/2") for number in (0, 1)] == [0, 0]
     parts = [folder_of(output, number, 2) for number in (0, 1)]
     assert (
-        f"wrote 4 samples in 1 shards, {parts[0].joinpath('shard-000000.tar').stat().st_size} bytes, to {parts[0]}"
+        f"wrote 4 samples in 1 shard, {parts[0].joinpath('shard-000000.tar').stat().st_size} bytes, to {parts[0]}"
         in (capsys.readouterr().out)
     )
     assert run("merge", *parts, "--output", output) == 0

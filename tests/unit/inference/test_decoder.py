@@ -1,4 +1,4 @@
-"""Decoding: a batch does to each row what the row alone would get; sampling; what the terminal shows."""
+"""Decoding: each row of a batch gets the same answer as alone; sampling; what the terminal shows."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Recorder(Sampling):
-    """Greedy, and keeps how far the likeliest token was ahead at each step."""
+    """Greedy, and records by how much the likeliest token led at each step."""
 
     margins: list[torch.Tensor] = field(default_factory=list)
 
@@ -69,13 +69,13 @@ def test_a_batch_of_64_equals_one_by_one(model: str, questions: Path) -> None:
         assert batched.ids[:until] == alone.ids[:until], f"row {number}"
         if not doubtful:
             torch.testing.assert_close(batched.latents, alone.latents, rtol=1e-4, atol=1e-5)
-    print("too close to compare, as (row, step):", close)
+    print("too close to compare (row, step):", close)
     assert len({number for number, _ in close}) <= NUM_PROMPTS // 8, "most rows were compared to their end"
-    check_that_moments_are_mixed(decoder, rows, together)
+    check_that_rows_differ(decoder, rows, together)
 
 
-def check_that_moments_are_mixed(decoder: Decoder, rows: list[EncodedSample], found: list[Generation]) -> None:
-    """Else the test above would say little."""
+def check_that_rows_differ(decoder: Decoder, rows: list[EncodedSample], found: list[Generation]) -> None:
+    """Otherwise the test above would say little."""
     starts = {row.ids.index(decoder.ids.latent_start) for row in found if decoder.ids.latent_start in row.ids}
     assert len(starts) >= 5
     assert len({len(row.ids) for row in found}) >= 5
@@ -109,7 +109,7 @@ def test_a_batch_that_is_cut_off_wastes_no_forward(
     assert max(len(row.ids) for row in found) == len(calls) == 5
 
 
-def test_sampling_depends_on_seed_and_row_alone(model: str, questions: Path) -> None:
+def test_sampling_depends_only_on_seed_and_row(model: str, questions: Path) -> None:
     decoder, encoder = load(model, sampling=Sampling(0.7, 0.9, seed=1))
     rows = prompts(encoder, questions)[:8]
     first = [row.ids for row in decoder.generate(collate(rows, align_latents=True))]
@@ -145,7 +145,7 @@ def test_extreme_temperatures(temperature: float) -> None:
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 0.9), (0.7, 0.0), (0.7, 1.1), (math.nan, 1), (math.inf, 1)])
-def test_what_is_no_way_of_sampling_is_refused(temperature: float, top_p: float) -> None:
+def test_wrong_sampling_settings_are_refused(temperature: float, top_p: float) -> None:
     with pytest.raises(ConfigError, match="allowed is a finite temperature of at least 0 and 0 < top-p <= 1"):
         Sampling(temperature, top_p)
 

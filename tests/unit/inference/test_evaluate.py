@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from typer.testing import CliRunner
 
 from mirage_ds.cli import app, main
 from mirage_ds.errors import DataError, MirageError
-from mirage_ds.inference.evaluate import evaluate, read_task
+from mirage_ds.inference.evaluate import evaluate
 from mirage_ds.inference.generate import Decoder, load_decoder
+from mirage_ds.inference.questions import read_task
 from mirage_ds.inference.rates import success_rates, wilson_interval
 from mirage_ds.inference.results import Answer
 from mirage_ds.inference.tasks.vsp import Outcome
@@ -60,7 +63,7 @@ def test_results(model: str, tmp_path: Path) -> None:
     assert summary["settings"]["computed"] == "float32 on cpu, attention sdpa"
     cut_off = [record for record in records if not record["complete"]]
     assert all(record["num_tokens"] == 12 for record in cut_off)
-    assert f"{len(cut_off)} answers were cut off after 12 tokens" in printed
+    assert f"{len(cut_off)} answers were cut off by --max-new-tokens" in printed
     assert {"torch", "transformers", "git_commit"} <= set(summary["versions"])
     for words in (PLANNING, "strict", "reference", "95% interval", "all"):
         assert words in printed
@@ -88,7 +91,7 @@ def test_sampled_and_zeroed(model: str, tmp_path: Path) -> None:
 def test_rates_by_level() -> None:
     """Three of four and none of one; the level "10" after "9"."""
     outcomes = [("9", True), ("9", True), ("9", False), ("9", True), ("10", False)]
-    answers = [Answer("", "", 1, 0, True, level, {"exact": Outcome(right, "")}, {}) for level, right in outcomes]
+    answers = [Answer("", "", 1, 0, 0, True, level, {"exact": Outcome(right, "")}, {}) for level, right in outcomes]
     rates = success_rates(answers)
     assert list(rates) == ["9", "10", "all"]
     assert [rates[level]["exact"]["rate"] for level in rates] == [0.75, 0.0, 0.6]
@@ -116,18 +119,18 @@ def test_the_reference_s_planning_rows(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        (PLANNING, {"text_input": "Which way?"}, "rows.jsonl:1 is no row of vsp-spatial-planning: map_desc is None"),
-        (REASONING, {"text_input": "A or B?"}, "rows.jsonl:1 is no row of vsp-spatial-reasoning: text_output ''"),
+        (PLANNING, {"text_input": "Which way?"}, "rows.jsonl:1 is not a row of vsp-spatial-planning: map_desc is None"),
+        (REASONING, {"text_input": "A or B?"}, "rows.jsonl:1 is not a row of vsp-spatial-reasoning: text_output ''"),
         (PLANNING, {"map_desc": [[1, 2]]}, "text_input is None (.*rows.jsonl:1)"),
         (PLANNING, {"text_input": "?", "image_input": "no.png"}, "image_input cannot be read: 'no.png'"),
-        (PLANNING, {"text_input": "<image>"}, "1 image slots for 0 input images"),
+        (PLANNING, {"text_input": "<image>"}, "image slots in text_input: 1, input images: 0"),
     ],
 )
 def test_rows_that_cannot_be_asked_or_scored(tmp_path: Path, task: str, row: dict, message: str) -> None:
     """Refused before anything is loaded or written."""
     data = write_jsonl(tmp_path / "rows.jsonl", [row])
     with pytest.raises(DataError, match=message):
-        run("evaluate", "--model", "none", "--task", task, "--data", data, "--output", tmp_path / "results")
+        run("evaluate", "--model", "some/model", "--task", task, "--data", data, "--output", tmp_path / "results")
     assert list(tmp_path.iterdir()) == [data]
 
 
@@ -138,19 +141,19 @@ def test_an_image_that_cannot_be_decoded(tmp_path: Path) -> None:
         read_task(data, PLANNING)
 
 
-def test_results_that_are_there_are_left_alone(tmp_path: Path) -> None:
+def test_existing_results_are_kept(tmp_path: Path) -> None:
     data = write_questions(tmp_path / "data", 2)
     (tmp_path / "results").write_text("mine")
-    with pytest.raises(DataError, match="results is there already"):
-        decode("none", data, tmp_path / "results")
+    with pytest.raises(DataError, match=r"the file exists already \(.*results, --output\)"):
+        decode("some/model", data, tmp_path / "results")
     assert (tmp_path / "results").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(("--model", "none/of/these"), "cannot be loaded"), (("--top-p", 2, "--temperature", 1), "sampling")],
+    [(("--model", "none/of/these"), "folder does not exist"), (("--top-p", 2, "--temperature", 1), "sampling")],
 )
-def test_what_is_refused_writes_nothing(model: str, tmp_path: Path, more: tuple, message: str) -> None:
+def test_refusals_write_nothing(model: str, tmp_path: Path, more: tuple, message: str) -> None:
     data = write_questions(tmp_path / "data", 4)
     with pytest.raises(MirageError, match=message):
         decode(model, data, tmp_path / "new" / "results", *more)
@@ -163,32 +166,49 @@ def test_results_that_cannot_be_written(model: str, tmp_path: Path) -> None:
         decode(model, data, Path("/dev/null/results"))
 
 
-def test_an_evaluation_that_is_broken_off_leaves_no_results(
+def test_an_interrupted_evaluation_leaves_no_results(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is there by then stays in FILE.part, and the next start begins anew."""
+    """The finished answers stay in FILE.part, and the next start begins from scratch."""
     data, output = write_questions(tmp_path / "data", 12), tmp_path / "results"
-    whole = Decoder.generate
-    monkeypatch.setattr(Decoder, "generate", broken_at_second_call(whole))
-    with pytest.raises(RuntimeError, match="broken off"):
+    generate = Decoder.generate
+    monkeypatch.setattr(Decoder, "generate", interrupted_at_second_call(generate))
+    with pytest.raises(RuntimeError, match="interrupted"):
         decode(model, data, output)
     assert not output.exists()
     assert len(lines(tmp_path / "results.part")) == 5
-    monkeypatch.setattr(Decoder, "generate", whole)
+    monkeypatch.setattr(Decoder, "generate", generate)
     decode(model, data, output)
     assert len(lines(output)) == 12
 
 
-def broken_at_second_call(function: Callable) -> Callable:
+def interrupted_at_second_call(function: Callable) -> Callable:
     calls = []
 
     def wrapped(*arguments: object) -> object:
         calls.append(arguments)
         if len(calls) == 2:
-            raise RuntimeError("broken off")
+            raise RuntimeError("interrupted")
         return function(*arguments)
 
     return wrapped
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "--model", "none", "--task", PLANNING, "--data", "none.jsonl", "--output", "none"),
+        ("generate", "--model", "none", "--prompt", "?", "--image", "none.png"),
+    ],
+)
+def test_a_wrong_path_is_reported_without_torch(arguments: tuple[str, ...]) -> None:
+    """So the message comes at once; torch and transformers take seconds to import."""
+    program = "from mirage_ds.cli import app, errors\nimport sys\n"
+    program += f"sys.argv = {['mirage', *arguments]}\n"
+    program += "try: app()\nexcept errors.MirageError as error: print(error, 'torch' in sys.modules)\n"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
+    assert "No such file or directory" in result.stdout
+    assert result.stdout.strip().endswith("False")
 
 
 def test_multiple_choice(model: str, tmp_path: Path) -> None:
@@ -210,7 +230,7 @@ def test_generate(model: str, tmp_path: Path) -> None:
     with_images = run(*common, "<image> or <image>: reach?", *images)
     assert with_images.strip()
     assert run(*common, "reach?") != with_images
-    with pytest.raises(DataError, match=r"2 image slots for 1 input images \(--prompt\)"):
+    with pytest.raises(DataError, match=r"image slots in text_input: 2, input images: 1 \(--prompt\)"):
         run(*common, "<image> or <image>", *images[:2])
     with pytest.raises(DataError, match=r"the question is empty \(--prompt\)"):
         run(*common, "")

@@ -149,8 +149,8 @@ def test_rank_0_can_listen_on_the_port() -> None:
 def test_the_first_failure_ends_all_and_is_the_exit_code(end: str, code: int, said: str) -> None:
     result = run_ranks(3, f"import os, sys, time\nif os.environ['RANK'] == '1': {end}\ntime.sleep(600)")
     assert result.returncode == code
-    assert f"mirage-launch: rank 1 ended with {said}, the others are ended" in result.stderr
-    assert f"mirage-launch: rank 1 was the first that failed, with {said}" in result.stderr.splitlines()[-1]
+    assert f"mirage-launch: rank 1 ended with {said}; ending the other ranks" in result.stderr
+    assert f"mirage-launch: rank 1 failed first, with {said}" in result.stderr.splitlines()[-1]
 
 
 def test_who_does_not_end_after_a_failure_is_killed(start: Callable[..., Started]) -> None:
@@ -208,7 +208,7 @@ def test_ctrl_c_at_a_terminal_is_one_signal_for_each_rank(tmp_path: Path) -> Non
     assert os.waitstatus_to_exitcode(status) == 130
     assert [note["got"] for note in notes(tmp_path)] == [["SIGTERM"], ["SIGTERM"]]
     assert not [pid for note in notes(tmp_path) for pid in note["pids"] if running(pid)]
-    assert b"the run saves and ends" in os.read(terminal, 10_000)
+    assert b"saving and ending" in os.read(terminal, 10_000)
     os.close(terminal)
 
 
@@ -226,6 +226,7 @@ def test_a_rank_for_each_gpu_unless_told(
             return 0
 
     monkeypatch.setattr(local, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(local, "check_inputs", lambda config: None)  # there are no shards here
     monkeypatch.setattr(local, "Launch", Recorder)
     with pytest.raises(SystemExit, match="0"):
         local.local(RECIPE, ["train.lr=1"], asked)
@@ -235,8 +236,8 @@ def test_a_rank_for_each_gpu_unless_told(
 @pytest.mark.parametrize(
     ("overrides", "ranks", "words"),
     [
-        ([], 3, "not so many GPUs (--ranks 3, on this machine): allowed are 1 to 2"),
-        (["train.gradient_accumulation_steps=null", "train.global_batch_size=3"], 2, "global_batch_size is 3, which 2"),
+        ([], 3, "more ranks than GPUs (--ranks 3, on this machine): allowed are 1 to 2"),
+        (["train.gradient_accumulation_steps=null", "train.global_batch_size=3"], 2, "=3 does not divide over 2 ranks"),
         (["train.learning_rate=1"], 2, "unknown key train.learning_rate"),
     ],
 )
@@ -244,6 +245,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, overrides: list[str], ranks: int, words: str
 ) -> None:
     monkeypatch.setattr(local, "count_gpus", lambda: 2)
+    monkeypatch.setattr(local, "check_inputs", lambda config: None)  # there are no shards here
     monkeypatch.delattr(local, "Launch")
     with pytest.raises(ConfigError) as error:
         local.local(RECIPE, overrides, ranks)

@@ -81,4 +81,4 @@ def test_an_unknown_end_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     scontrol(tmp_path, monkeypatch, "", code=1)
     said: list[str] = []
     assert job_end_s(say=said.append) is None
-    assert "only a signal makes the run save in time" in said[0]
+    assert "saves in time only if it gets a signal" in said[0]

@@ -23,5 +23,5 @@ def test_exact_match(answer: str, right: bool) -> None:
 
 
 def test_a_row_without_a_choice_is_refused() -> None:
-    with pytest.raises(DataError, match="gives no choice"):
+    with pytest.raises(DataError, match="gives no letter"):
         score("\\boxed{RIGHT}", "\\boxed{A}")

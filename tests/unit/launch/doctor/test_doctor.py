@@ -1,5 +1,5 @@
-"""`mirage-launch doctor` in conditions that are really there: a lock that a killed build left, damaged shards, a full
-disk, ranks without a launcher, and two processes that measure what is between them.
+"""`mirage-launch doctor` under real conditions: a killed build's lock, damaged shards, a full disk, orphaned ranks, and
+two processes that measure the network between them.
 """
 
 import io
@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.utils import cpp_extension
 
 from data_tools.build import build
-from launch.doctor import findings, machine_checks
+from launch.doctor import findings, machine_checks, op_checks, recipe_checks
 from launch.doctor.findings import Report, Row, merge
 from launch.doctor.network_checks import check_same
 from mirage_ds.config import Config
@@ -49,10 +49,10 @@ def configure(data: Path, *more: str) -> Config:
     return load_config(RECIPE, [*overrides(data), *more])
 
 
-def test_a_lock_that_a_killed_build_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_of_a_killed_build_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert [row.state for row in machine_checks.check_locks()] == ["ok"]
-    # torch itself locks, as in a build; the process is killed before it can unlock
+    assert [row.state for row in op_checks.check_locks()] == ["ok"]
+    # torch takes the lock as in a build; the process is killed before it can release it
     code = (
         "import os, signal\n"
         "from torch.utils import cpp_extension as e\n"
@@ -61,45 +61,45 @@ def test_a_lock_that_a_killed_build_left_is_found(tmp_path: Path, monkeypatch: p
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    (row,) = machine_checks.check_locks()
+    (row,) = op_checks.check_locks()
     lock = tmp_path / "cpu_adam" / "lock"
     assert row.state == "fail"
-    assert "cpu_adam is locked" in row.found
+    assert "cpu_adam has been locked for " in row.found
     assert row.remedy.endswith(f"rm {lock}")
     subprocess.run(row.remedy.split(": ")[-1].split(), check=True)
-    assert [row.state for row in machine_checks.check_locks()] == ["ok"]
+    assert [row.state for row in op_checks.check_locks()] == ["ok"]
 
 
-def test_a_folder_for_compiled_ops_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_for_compiled_ops_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    (row,) = machine_checks.check_locks()
+    (row,) = op_checks.check_locks()
     assert row.state == "fail"
     assert "TORCH_EXTENSIONS_DIR" in row.remedy
 
 
 def test_the_op_that_offload_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = machine_checks.check_ops({"zero_optimization": {"stage": 3}})
+    (row,) = op_checks.check_ops({"zero_optimization": {"stage": 3}})
     assert "needs none" in row.found
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     offload = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
-    monkeypatch.setattr(machine_checks, "installed_ops", {})
-    (row,) = machine_checks.check_ops(offload)
+    monkeypatch.setattr(op_checks, "installed_ops", {})
+    (row,) = op_checks.check_ops(offload)
     assert (row.what, row.state) == ("DeepSpeed cpu_adam", "ok")
     assert "not compiled yet" in row.found
     monkeypatch.setenv("CXX", "no-such-compiler")
-    (row,) = machine_checks.check_ops(offload)
+    (row,) = op_checks.check_ops(offload)
     assert row.state == "fail"
-    assert "missing is g++" in row.found
+    assert "missing: g++" in row.found
 
 
 def test_shards_are_read(data: Path) -> None:
-    (row,) = machine_checks.check_shards(configure(data))
+    (row,) = recipe_checks.check_shards(configure(data))
     assert row.state == "ok"
     assert row.found.startswith("10 samples in 3 shards")
     more = [f"evaluation.shards={data}/nothing"]
-    first, second = machine_checks.check_shards(configure(data, *more))
+    first, second = recipe_checks.check_shards(configure(data, *more))
     assert (first.what, first.state) == ("data.shards", "ok")
     assert (second.what, second.state) == ("evaluation.shards", "fail")
     assert f"{data}/nothing/manifest.json" in second.found
@@ -108,44 +108,43 @@ def test_shards_are_read(data: Path) -> None:
 
 @pytest.fixture
 def shard(data: Path) -> Iterator[Path]:
-    """The last shard, whole again afterwards."""
+    """The last shard; restored afterwards."""
     path = data / "shards" / "shard-000002.tar"
-    whole = path.read_bytes()
+    content = path.read_bytes()
     yield path
-    path.write_bytes(whole)
+    path.write_bytes(content)
 
 
 def test_damaged_shards_are_named(data: Path, shard: Path) -> None:
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1])  # not copied whole
-    (row,) = machine_checks.check_shards(configure(data))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])  # copied incompletely
+    (row,) = recipe_checks.check_shards(configure(data))
     assert row.state == "fail"
     assert str(shard) in row.found
-    shard.write_bytes(bytes(len(whole)))  # a hole, as a file system leaves one after a crash
-    (row,) = machine_checks.check_shards(configure(data))
+    shard.write_bytes(bytes(len(content)))  # a hole, as a file system leaves one after a crash
+    (row,) = recipe_checks.check_shards(configure(data))
     assert row.state == "fail"
     assert "shard-000002.tar" in row.found
     assert "copy" in row.remedy
 
 
-def test_a_model_that_is_not_there(data: Path, tmp_path: Path) -> None:
-    assert machine_checks.check_model(configure(data)).state == "ok"
+def test_a_model_that_does_not_exist(data: Path, tmp_path: Path) -> None:
+    assert recipe_checks.check_model(configure(data)).state == "ok"
     (tmp_path / "empty").mkdir()
-    row = machine_checks.check_model(configure(data, f"model.path={tmp_path}/empty"))
+    row = recipe_checks.check_model(configure(data, f"model.path={tmp_path}/empty"))
     assert row.state == "fail"
     assert str(tmp_path / "empty") in row.found
 
 
 def test_attention_that_cannot_run(data: Path) -> None:
-    assert machine_checks.check_attention(configure(data)).found == "sdpa"
-    row = machine_checks.check_attention(
-        configure(data, "model.attention=flash_attention_2")
-    )  # in fp32, on any machine
+    assert recipe_checks.check_attention(configure(data)).found == "sdpa"
+    # in fp32, on any machine
+    row = recipe_checks.check_attention(configure(data, "model.attention=flash_attention_2"))
     assert row.state == "fail"
     assert "set model.attention=auto" in row.remedy
 
 
-def test_room_in_folders(tmp_path: Path) -> None:
+def test_free_space_in_folders(tmp_path: Path) -> None:
     row = machine_checks.check_folder("TMPDIR", tmp_path)
     assert "GiB free" in row.found
     row = machine_checks.check_folder("run.dir", tmp_path / "not" / "yet" / "there")
@@ -158,7 +157,7 @@ def test_room_in_folders(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """A tmpfs of 512 KiB in a namespace of its own: less than the check writes."""
+    """A tmpfs of 512 KiB in its own mount namespace: less than the check writes."""
     code = (
         "from pathlib import Path; from launch.doctor.machine_checks import check_folder; "
         "print(check_folder('TMPDIR', Path('/mnt')))"
@@ -166,7 +165,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     mount = "mount -t tmpfs -o size=512k tmpfs /mnt"
     namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     if subprocess.run([*namespace, mount], capture_output=True).returncode:
-        pytest.skip("this user may not mount a tmpfs in a namespace of its own")
+        pytest.skip("this user may not mount a tmpfs in a mount namespace")
     command = [*namespace, f'{mount} && exec "$0" -c "$1"', sys.executable, code]
     result = subprocess.run(command, env=launching.environment(), capture_output=True, text=True, timeout=300)
     assert "state='fail'" in result.stdout, result.stderr
@@ -186,7 +185,7 @@ def test_too_few_open_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "rank"),
+    ("arguments", "rank"),
     [
         (["-u", "-m", "mirage_ds.train", "--local_rank=0", "recipe.yaml"], True),
         (["-u", "-m", "deepspeed.launcher.launch", "--module", "mirage_ds.train", "recipe.yaml"], True),
@@ -194,23 +193,23 @@ def test_too_few_open_files() -> None:
         (["-m", "pytest", "mirage_ds.train"], False),
     ],
 )
-def test_a_process_without_a_launcher_is_named_if_it_is_a_rank(words: list[str], rank: bool) -> None:
-    """A process that only bears these words; the one that started it is gone."""
-    sleeper = [sys.executable, "-c", "import time; time.sleep(600)", *words]
+def test_an_orphaned_process_is_reported_if_it_is_a_rank(arguments: list[str], rank: bool) -> None:
+    """A process that only has these arguments; the one that started it has ended."""
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)", *arguments]
     code = f"import subprocess as s; print(s.Popen({sleeper!r}, stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     try:
         parent = {number: parent for number, parent, _ in machine_checks.processes()}[pid]
         if parent != 1:
             pytest.skip(f"orphans go to process {parent} here, not to 1")
-        row = machine_checks.check_leftovers()
+        row = machine_checks.check_orphans()
         assert (str(pid) in row.remedy.split("kill ")[-1]) == rank
         assert not rank or row.state == "warn"
     finally:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_findings_of_several_nodes_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_findings_of_several_nodes_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     same, low = Row("versions", "1"), Row("TMPDIR", "0 GiB free", "warn", "free [some]")
     much, after = Row("TMPDIR", "9 GiB free"), Row("SLURM", "2 nodes")
     reports = [Report("a", [same, much, after], {"torch": "2"}), Report("b", [same, low, after], {"torch": "3"})]
@@ -240,8 +239,8 @@ def doctor(*arguments: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def test_two_ranks_measure_what_is_between_them(data: Path, tmp_path: Path) -> None:
-    """Rank 1 has another copy of the shards and a clock that is 100 s late: Python's time, shifted at its start."""
+def test_two_ranks_measure_the_network_and_their_clocks(data: Path, tmp_path: Path) -> None:
+    """Rank 1 has other shards and a clock that is 100 s behind: Python's time, shifted at its start."""
     (tmp_path / "sitecustomize.py").write_text("import time\nreal = time.time\ntime.time = lambda: real() - 100\n")
     other = data / "other"
     rows = write_rows(data / "other-rows", 3)
@@ -263,11 +262,11 @@ def test_two_ranks_measure_what_is_between_them(data: Path, tmp_path: Path) -> N
     assert silent == ""
     text = " ".join(re.sub(r"[^\x20-\x7e]", " ", output).split())
     assert float(re.search(r"([\d.e+-]+) GB/s bus bandwidth", text)[1]) > 0
-    offset_ms, error_ms = re.search(r"at most ([\d.]+) ms from rank 0's .*?([\d.]+) ms\)", text).groups()
+    offset_ms, error_ms = re.search(r"offset from rank 0: ([\d.]+) ms .*?([\d.]+) ms\)", text).groups()
     assert float(offset_ms) == pytest.approx(100_000, abs=float(error_ms) + 1)
     assert "same data.shards" in text
     assert "10 samples in 3 shards" in text
-    assert "3 samples in 1 shards" in text
+    assert "3 samples in 1 shard " in text
 
 
 def test_exit_codes(data: Path) -> None:

@@ -1,6 +1,6 @@
-"""`mirage-launch slurm` without a cluster: what is refused, in which words, and whether its script is sound bash.
+"""`mirage-launch slurm` without a cluster: what is refused, with which message, and whether its script is valid bash.
 
-SLURM's commands are played by small scripts here; the real ones come in tests/cluster.
+Small scripts replace SLURM's commands here; tests/cluster uses the real ones.
 """
 
 import json
@@ -60,16 +60,16 @@ def submit(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (["--nodes", "4"], ConfigError, r"wants 4 nodes .* batch has 3; .* urgent \(8 nodes\)"),
+        (["--nodes", "4"], ConfigError, r"too few nodes \(--nodes 4, partition batch with 3\); .* urgent \(8 nodes\)"),
         (["--nodes", "2", "--partition", "nope"], ConfigError, r"no such partition \(--partition nope\); .*batch \(3"),
-        (["--nodes", "3"], ConfigError, "global_batch_size is 8, which 6 ranks .* multiples of 6"),
+        (["--nodes", "3"], ConfigError, "=8 does not divide over 6 ranks .* multiples of 6; .*global_batch_size=12,"),
         (["--nodes", "2", "data.shards=gone"], DataError, "no manifest.json"),
         (["--nodes", "2", "evaluation.shards=gone"], DataError, "no manifest.json"),
-        (["--nodes", "2", "model.path=./gone"], ConfigError, "the model's folder is not there"),
-        (["--nodes", "2", "run.init_from=gone"], DataError, "the run to start from is not there"),
+        (["--nodes", "2", "model.path=./gone"], ConfigError, "the model folder does not exist"),
+        (["--nodes", "2", "run.init_from=gone"], DataError, "the run to start from does not exist"),
         (["--nodes", "2", "train.lrr=1"], ConfigError, "train.lrr"),
-        (["--nodes", "2", "--time", "2"], ConfigError, r"limit is 120 s \(--time 2\), and run.save_before_end_s=120"),
-        (["--nodes", "2", "--time", "2h"], ConfigError, "not understood .*24:00:00"),
+        (["--nodes", "2", "--time", "2"], ConfigError, r"limit is 120 s \(--time 2\), but run.save_before_end_s=120"),
+        (["--nodes", "2", "--time", "2h"], ConfigError, "invalid time limit .*24:00:00"),
         (["--nodes", "2", "--sbatch", "qos=long"], ConfigError, "'qos=long'"),
         (["--nodes", "2", "--sbatch", "--array=1-4"], ConfigError, "'--array=1-4'"),
         (["--nodes", "2", "--cluster", "nope"], ConfigError, "no such cluster .* example"),
@@ -82,13 +82,13 @@ def test_refused_before_anything_is_written(here: Path, arguments: list[str], er
     assert not (here / "submitted").exists()
 
 
-def test_a_shard_that_was_not_copied_whole(here: Path) -> None:
+def test_a_shard_that_was_not_copied_completely(here: Path) -> None:
     (here / "shards" / "a.tar").write_bytes(b"0")
     with pytest.raises(DataError, match=r"a\.tar"):
         submit("--nodes", "1", "--ranks-per-node", "1")
 
 
-def test_nothing_says_how_many_ranks(here: Path) -> None:
+def test_the_ranks_per_node_are_not_set(here: Path) -> None:
     with pytest.raises(ConfigError, match="set --gpus-per-node, or --ranks-per-node"):
         submit("--nodes", "1")
 
@@ -96,11 +96,11 @@ def test_nothing_says_how_many_ranks(here: Path) -> None:
 def test_without_slurm(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "bin" / "sinfo").unlink()
     monkeypatch.setenv("PATH", str(here / "bin"))
-    with pytest.raises(ConfigError, match="sinfo is not on this machine"):
+    with pytest.raises(ConfigError, match="sinfo is not installed"):
         submit("--nodes", "1", "--ranks-per-node", "1")
 
 
-def test_slurm_refuses(here: Path) -> None:
+def test_slurm_rejects_the_job(here: Path) -> None:
     (here / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid account' >&2; exit 1\n")
     with pytest.raises(ConfigError, match="Invalid account"):
         submit("--nodes", "1", "--ranks-per-node", "1")
@@ -125,15 +125,15 @@ def test_a_run_has_one_job_at_a_time(here: Path) -> None:
     assert (here / "a run" / "jobs" / "2" / "job.sh").exists()
 
 
-def test_the_shell_s_variables_do_not_beat_the_script(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those of another job, in which the command may be typed."""
-    foreign = ("SBATCH_NO_REQUEUE", "SBATCH_OUTPUT", "SBATCH_EXPORT", "SBATCH_TIMELIMIT", "SLURM_CPU_BIND", "RANK")
+def test_variables_of_the_shell_do_not_override_the_script(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do those of another job, inside which the command may run."""
+    removed = ("SBATCH_NO_REQUEUE", "SBATCH_OUTPUT", "SBATCH_EXPORT", "SBATCH_TIMELIMIT", "SLURM_CPU_BIND", "RANK")
     kept = ("SLURM_CONF", "SBATCH_PARTITION", "NCCL_DEBUG")
-    for name in foreign + kept:
+    for name in removed + kept:
         monkeypatch.setenv(name, "of the shell")
     submit("--nodes", "1", "--ranks-per-node", "1", "--time", "60")
     handed_on = {line.split("=")[0] for line in (here / "environment").read_text().splitlines()}
-    assert not handed_on & set(foreign)
+    assert not handed_on & set(removed)
     assert handed_on >= set(kept)
 
 
@@ -145,7 +145,7 @@ def test_the_job_has_its_own_recipe_and_code(here: Path) -> None:
         assert words in output
     config = load_config(job / "recipe.yaml")
     assert (config.train.lr, config.run.resume) == (0.5, "auto")
-    # the copy is what Python finds, from any folder
+    # Python finds the copy, from any folder
     show = (
         "import mirage_ds.config as config, launch.slurm.attempts, ds_configs; "
         "print(config.__file__, ds_configs.__path__[0])"
@@ -187,7 +187,7 @@ def test_a_cluster_file_and_the_command_line(here: Path) -> None:
         ["--cluster", "example", "--container-image", "/images/a b.sqsh", "--sbatch", "--qos=long"],
     ],
 )
-def test_the_script_is_sound_bash(here: Path, options: list[str]) -> None:
+def test_the_script_is_valid_bash(here: Path, options: list[str]) -> None:
     script = submit("--nodes", "1", "--dry-run", *options)
     assert len(script.splitlines()) < 80
     assert "@@" not in script
@@ -199,10 +199,10 @@ def test_the_script_is_sound_bash(here: Path, options: list[str]) -> None:
     assert found.returncode == 0, found.stdout
 
 
-def test_memory_is_checked_where_the_gpu_is_known(here: Path) -> None:
-    """What is refused, and in which words: test_launch_plan.py."""
+def test_memory_is_checked_if_the_gpu_is_known(here: Path) -> None:
+    """The refusals and their messages: tests/unit/launch/planner/test_planner.py."""
     note = "memory        not checked"
     assert note in submit("--nodes", "1", "--gpus-per-node", "1")
     assert note not in submit("--nodes", "1", "--ranks-per-node", "1")
-    with pytest.raises(ConfigError, match=r"the GPU is not known \(--gpu h100\)"):
+    with pytest.raises(ConfigError, match=r"unknown GPU \(--gpu h100\)"):
         submit("--nodes", "1", "--gpus-per-node", "1", "--gpu", "h100")

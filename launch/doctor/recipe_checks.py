@@ -1,0 +1,78 @@
+"""Checks of what a recipe names: attention, kernels, model and shards."""
+
+from collections.abc import Iterator
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from launch.doctor.findings import Row, failure
+from mirage_ds.config import Config
+from mirage_ds.data.index import load_index
+from mirage_ds.data.shard_samples import parse_members, read_range
+from mirage_ds.data.shards import ShardFolder, load_manifest
+from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.model.backbone import DTYPES, check_config, choose_attention
+from mirage_ds.ops.latent_pool import describe_path
+
+SAMPLES_READ = 8  # per folder of shards, spread evenly over its index
+
+
+def check_attention(config: Config) -> Row:
+    try:
+        chosen = choose_attention(config.model.attention, DTYPES[config.train.dtype])
+    except ConfigError as error:
+        return failure("attention", error)
+    if chosen == "sdpa" and config.model.attention == "auto" and torch.cuda.is_available():
+        reason = "flash-attn is not installed" if config.train.dtype == "bf16" else "train.dtype is fp32"
+        return Row("attention", f"sdpa: {reason}")
+    return Row("attention", chosen)
+
+
+def check_kernels() -> Row:
+    try:
+        return Row("kernels", describe_path(torch.device(get_accelerator().current_device_name())))
+    except ConfigError as error:
+        return failure("kernels", error)
+
+
+def check_model(config: Config) -> Row:
+    try:
+        check_config(config.model.path, config.model.cache_dir)
+    except ConfigError as error:
+        return failure("model", error)
+    return Row("model", config.model.path)
+
+
+def check_shards(config: Config) -> Iterator[Row]:
+    """The manifest, the size of every shard, and a few samples, read completely."""
+    for what, folder in (("data.shards", config.data.shards), ("evaluation.shards", config.evaluation.shards)):
+        if folder is None:
+            continue
+        try:
+            shards = load_manifest(folder)
+            num_bytes = read_some(shards)
+        except DataError as error:
+            yield failure(what, error)
+            continue
+        num_samples, num_shards = shards.num_samples, len(shards.manifest.shards)
+        yield Row(
+            what,
+            f"{num_samples} {'sample' if num_samples == 1 else 'samples'} in {num_shards} "
+            f"{'shard' if num_shards == 1 else 'shards'} ({folder}), digest {shards.digest:.12}; read a few, "
+            f"{num_bytes} bytes",
+        )
+
+
+def read_some(shards: ShardFolder) -> int:
+    """Reads SAMPLES_READ samples as the trainer does; returns their size in bytes.
+
+    Raises:
+        DataError: a sample cannot be read.
+    """
+    index = load_index(shards)
+    some = index[:: -(-len(index) // SAMPLES_READ)]
+    for entry in some:
+        name = shards.manifest.shards[entry.shard].name
+        where = f"{name}/{entry.key}"
+        parse_members(read_range(shards.path / name, entry.offset, entry.size, where), entry.key, where)
+    return sum(entry.size for entry in some)

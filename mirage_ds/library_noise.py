@@ -1,0 +1,23 @@
+"""Silences what libraries print and no user can act on. Everything else that they print is shown. Needs no torch."""
+
+import logging
+import warnings
+from pathlib import Path
+
+# Names in /dev: the drivers of NVIDIA and AMD, and WSL's GPU.
+GPU_DEVICES = ("nvidiactl", "kfd", "dxg")
+
+
+def silence(devices: Path = Path("/dev")) -> None:
+    """Call it before DeepSpeed is imported, which is when DeepSpeed warns that it found no GPU.
+
+    On a machine with a GPU's driver that warning is worth reading, and stays.
+    """
+    if not any((devices / name).exists() for name in GPU_DEVICES):
+        logging.getLogger("DeepSpeed").addFilter(_is_news)
+    # DeepSpeed calls torch's collectives by their old names, on every rank and in every step.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Setting accelerator to CPU.")

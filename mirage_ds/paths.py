@@ -1,0 +1,44 @@
+"""Paths that a user names, checked before torch and transformers are loaded: loading takes seconds, a check none."""
+
+import re
+from pathlib import Path
+
+from mirage_ds.errors import ConfigError, DataError
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def check_file(path: Path, option: str, allowed: str) -> None:
+    """Refuses a file that does not exist.
+
+    Raises:
+        DataError: it names the option.
+    """
+    if not path.is_file():
+        raise DataError(f"no such file ({option} {path}); allowed is {allowed}; correct the path")
+
+
+def check_folder(path: Path, option: str, allowed: str) -> None:
+    """Refuses a folder that does not exist.
+
+    Raises:
+        DataError: it names the option.
+    """
+    if not path.is_dir():
+        raise DataError(f"no such folder ({option} {path}); allowed is {allowed}; correct the path")
+
+
+def check_model(name: str, where: str) -> None:
+    """Refuses what is neither a folder nor the form of a hub id; whether the hub has that id, only the hub knows.
+
+    Args:
+        where: the option or key with its value, for the message.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+        raise ConfigError(
+            f"the model folder does not exist ({where}); allowed: a Hugging Face folder (on a cluster: one that "
+            "every node sees) or a hub id, OWNER/NAME; correct it"
+        )

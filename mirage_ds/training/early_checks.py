@@ -1,0 +1,61 @@
+"""The trainer's command line, and what can be refused before torch is loaded: that takes seconds, these checks none."""
+
+import argparse
+from pathlib import Path
+
+from mirage_ds.checkpoint import complete
+from mirage_ds.config import Config, RunConfig
+from mirage_ds.data.shards import load_manifest
+from mirage_ds.errors import ConfigError, DataError, MirageError, leave
+from mirage_ds.paths import check_model
+from mirage_ds.recipe import load_config
+
+
+def read_command_line() -> Config:
+    """The configuration that this process was started with. After a mistake the process ends with exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m mirage_ds.train", description="Trains one run.")
+    parser.add_argument("recipe", type=Path, help="a YAML recipe, for example one of launch/recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values in YAML")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by DeepSpeed's launcher
+    options = parser.parse_args()
+    try:
+        config = load_config(options.recipe, options.overrides)
+        check_inputs(config)
+        check_folder_is_free(config.run)
+    except MirageError as error:
+        leave(error)
+    return config
+
+
+def check_inputs(config: Config) -> None:
+    """What the run reads must be reachable from this machine.
+
+    Raises:
+        MirageError: shards, the model's folder or the run to start from are missing here.
+    """
+    for folder in (config.data.shards, config.evaluation.shards):
+        if folder is not None:
+            load_manifest(folder)
+    check_model(config.model.path, f"model.path={config.model.path}")
+    resumes = config.run.resume == "auto" and complete.tags(config.run.dir / complete.FOLDER)
+    if config.run.init_from is not None and not resumes and not config.run.init_from.is_dir():
+        raise DataError(
+            f"the run to start from does not exist (run.init_from={config.run.init_from}); allowed: the folder of a "
+            "run with a checkpoint; set run.init_from"
+        )
+
+
+def check_folder_is_free(run: RunConfig) -> None:
+    """A run that does not resume needs a folder of its own.
+
+    Every rank checks before it joins the others, and rank 0 writes there only after all have joined.
+
+    Raises:
+        ConfigError: the folder holds a run.
+    """
+    taken = complete.tags(run.dir / complete.FOLDER) or (run.dir / "metrics.jsonl").exists()
+    if run.resume == "never" and taken:
+        raise ConfigError(
+            f"the folder holds another run already (run.dir={run.dir}); a run needs a folder of its own; set run.dir "
+            "to a new one, or run.resume=auto to resume that run"
+        )

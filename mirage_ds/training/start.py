@@ -1,0 +1,90 @@
+"""The start of a run: what is found and checked before the model is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirage_ds.checkpoint import complete
+from mirage_ds.checkpoint.facts import describe_run
+from mirage_ds.checkpoint.find import find_damage, newest_complete, refuse_damaged, require_latest
+from mirage_ds.checkpoint.load import check_start
+from mirage_ds.config import Config
+from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.data.shards import ShardFolder, load_manifest
+from mirage_ds.model.backbone import check_config
+from mirage_ds.ops.latent_pool import describe_path
+from mirage_ds.training.run_folder import find_start
+from mirage_ds.zero3 import distributed
+from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that may start: its data, its length, and the checkpoint that it resumes from, if there is one."""
+
+    deepspeed_config: dict[str, Any]
+    shards: ShardFolder
+    encoder: Encoder
+    device: torch.device
+    pooling: str  # which path `latent_pool` takes there
+    max_steps: int
+    facts: dict[str, Any]  # what its checkpoints say of it
+    checkpoint: Path | None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the checkpoint is that of the last step."""
+        return self.checkpoint is not None and complete.step_of(self.checkpoint) == self.max_steps
+
+
+def prepare(config: Config) -> Start:
+    """Checks all that can be checked without the model, and joins the process group; writes nothing.
+
+    Raises:
+        MirageError: the run cannot start.
+    """
+    deepspeed_config = resolve_deepspeed_config(config)
+    shards = load_manifest(config.data.shards)
+    check_config(config.model.path, config.model.cache_dir)
+    encoder = open_encoder(config)
+    device = distributed.init(config.distributed.timeout_s)
+    pooling = describe_path(device)
+    max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
+    check_init_from(config)
+    facts = describe_run(config, deepspeed_config, shards.digest, max_steps)
+    return Start(deepspeed_config, shards, encoder, device, pooling, max_steps, facts, find_start(config, facts))
+
+
+def open_encoder(config: Config) -> Encoder:
+    """What turns samples into tokens; every sample of the run's shards fits it."""
+    encoder = load_encoder(
+        config.model.path,
+        stage=config.train.stage,
+        latent_size=config.model.latent_size,
+        system_turn=config.data.system_turn,
+        max_length=config.data.max_length,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+        cache_dir=config.model.cache_dir,
+        compress_strategy=config.model.compress_strategy,
+    )
+    for folder in (config.data.shards, config.evaluation.shards):
+        if folder is not None:
+            encoder.check_index(load_manifest(folder))
+    return encoder
+
+
+def check_init_from(config: Config) -> None:
+    """The weights to start from fit this run and are intact; a run that resumes does not read them.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    resumes = config.run.resume == "auto" and newest_complete(config.run.dir)
+    if config.run.init_from is None or resumes:
+        return
+    check_start(config.run.init_from, config)
+    checkpoint = require_latest(config.run.init_from)
+    refuse_damaged(checkpoint, find_damage(checkpoint))
