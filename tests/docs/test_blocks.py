@@ -5,7 +5,7 @@ The blocks of a page run from top to bottom as one script in a copy of what the 
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import launching
@@ -15,29 +15,33 @@ from markdown_blocks import ROOT, RUNNABLE, Block, blocks, documents
 
 # What commands may name from the project's root.
 SOURCES = ("launch", "ds_configs", "mirage_ds", "data_tools", "benchmarks")
-BLOCKS = [block for page in documents() for block in blocks(page) if block.language in RUNNABLE]
-TO_RUN = [block for block in BLOCKS if not block.not_run and not block.run_by and block not in main_job_blocks()]
+PAGES = {page.relative_to(ROOT).as_posix(): page for page in documents()}
+
+Outcome = Future[subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def folder(drawn_job: Path, tmp_path: Path) -> Iterator[Path]:
-    """What the main job left behind, and not what other tests did there since."""
+def blocks_to_run(page: str) -> list[Block]:
+    """Those that are run here."""
+    found = [block for block in blocks(PAGES[page]) if block.language in RUNNABLE]
+    return [block for block in found if not block.not_run and not block.run_by and block not in main_job_blocks()]
+
+
+def mark(block: Block) -> str:
+    """What is printed before a block runs."""
+    return f"== {block.place} =="
+
+
+def run_page(page: str, drawn_job: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the blocks of a page in a copy of what the main job left behind, and of nothing that other tests added."""
     for name in (drawn_job / "left").read_text().splitlines():
-        subprocess.run(["cp", "-r", "--parents", f"runs/{name}", tmp_path], cwd=drawn_job, check=True)
+        subprocess.run(["cp", "-r", "--parents", f"runs/{name}", folder], cwd=drawn_job, check=True)
     for name in SOURCES:
-        (tmp_path / name).symlink_to(ROOT / name)
-    yield tmp_path
-    shutil.rmtree(tmp_path)
-
-
-@pytest.mark.parametrize("page", sorted({block.page for block in TO_RUN}))
-def test_the_blocks_of_a_page_run(folder: Path, page: str) -> None:
+        (folder / name).symlink_to(ROOT / name)
     lines = []
-    for block in TO_RUN:
-        if block.page == page:
-            file = folder / f"line{block.line}"
-            file.write_text(block.text)
-            lines += [f"echo '{mark(block)}'", f"{'source' if block.language == 'bash' else 'python - <'} {file}"]
+    for block in blocks_to_run(page):
+        file = folder / f"line{block.line}"
+        file.write_text(block.text)
+        lines += [f"echo '{mark(block)}'", f"{'source' if block.language == 'bash' else 'python - <'} {file}"]
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
         cwd=folder,
@@ -46,28 +50,40 @@ def test_the_blocks_of_a_page_run(folder: Path, page: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=1200,
     )
+    shutil.rmtree(folder)
+    return result
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    request: pytest.FixtureRequest, drawn_job: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Outcome]:
+    """What became of each page whose test was asked for: two pages run at a time, as most commands have one process."""
+    wanted = [item for item in request.session.items if item.originalname == test_the_blocks_of_a_page_run.__name__]
+    pages = [item.callspec.params["page"] for item in wanted]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return {page: pool.submit(run_page, page, drawn_job, tmp_path_factory.mktemp("page")) for page in pages}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run(outcomes: dict[str, Outcome], page: str) -> None:
+    result = outcomes[page].result()
     if result.returncode != 0:
-        block = [block for block in TO_RUN if block.page == page and mark(block) in result.stdout][-1]
+        block = [block for block in blocks_to_run(page) if mark(block) in result.stdout][-1]
         output = result.stdout.rpartition(mark(block))[2][-6000:]
         pytest.fail(f"{block.place}: exit code {result.returncode}\n\n{block.text}\n{output}", pytrace=False)
-
-
-def mark(block: Block) -> str:
-    """What is printed before a block runs."""
-    return f"== {block.place} =="
 
 
 def test_the_main_job_is_what_its_test_runs() -> None:
     assert [block.page for block in main_job_blocks()] == ["README.md"] * 3
 
 
-def test_what_another_test_runs_is_read_there() -> None:
-    for block in BLOCKS:
+@pytest.mark.parametrize("page", PAGES)
+def test_what_another_test_runs_is_read_there(page: str) -> None:
+    for block in blocks(PAGES[page]):
         if block.run_by:
             test = ROOT / block.run_by
             assert test.is_file(), f"{block.place}: there is no {block.run_by}"
-            assert Path(block.page).name in test.read_text(), (
-                f"{block.place}: {block.run_by} does not read {block.page}"
-            )
+            assert PAGES[page].name in test.read_text(), f"{block.place}: {block.run_by} does not read {page}"
