@@ -248,12 +248,12 @@ def test_one_row_has_no_other_latents(tmp_path: Path) -> None:
     """Refused before a model is loaded or anything is written."""
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text_input": "?", "map_desc": [[1, 0], [0, 2]]}])
     with pytest.raises(DataError, match=r"only 1 row \(.*rows\.jsonl:1\).*--latents shuffled.*at least 2 rows"):
-        evaluate("none", data, tmp_path / "results", "--latents", "shuffled")
+        evaluate("some/model", data, tmp_path / "results", "--latents", "shuffled")
     assert list(tmp_path.iterdir()) == [data]
 
 
 @pytest.mark.parametrize("latents", ["shuffled", "mean"])
 def test_one_question_has_no_other_rows(latents: str) -> None:
-    result = CliRunner().invoke(app, ["generate", "--model", "none", "--prompt", "?", "--latents", latents])
+    result = CliRunner().invoke(app, ["generate", "--model", "some/model", "--prompt", "?", "--latents", latents])
     assert result.exit_code == 2
     assert re.search(r"'fed',\W+'zeroed'", result.output)
