@@ -1,10 +1,10 @@
-# make install | demo | test | test-all | lint        VENV=.venv PYTHON=python3 by default
+# make install | demo | test | test-all | lint | docs        VENV=.venv PYTHON=python3 by default
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: install demo test test-all lint
+.PHONY: install demo test test-all lint docs
 
 install: $(VENV)/installed
 
@@ -26,3 +26,6 @@ lint: install
 	ruff check .
 	ruff format --check .
 	mypy
+
+docs: install
+	python docs/configuration.py

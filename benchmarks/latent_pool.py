@@ -1,23 +1,23 @@
-"""Times latent_pool on a GPU against three ways to do it in torch, and checks the answers of the same run.
+"""Times latent_pool on a GPU against three other ways to pool in torch, and checks the results of the same run.
 
     python benchmarks/latent_pool.py
 
-Compared, each from the same embeddings to inputs and targets (latent_pool makes the targets' inverse norms as well):
+All compute inputs and targets from the same embeddings (latent_pool also computes the targets' inverse norms):
 
-    loop        split / mean / cat, image by image, as the reference implementation does
-    vectorised  one gather, one index_add over segment ids that lie ready on the GPU
+    loop        split / mean / cat, image by image, as the reference does
+    vectorised  one gather, one index_add over segment ids that are already on the GPU
     compiled    torch.compile of `vectorised`
 
-Times are of whole calls. latent_pool's have its checks on the host and the copy of its bounds to the GPU in them, while
-what the other ways index with lies ready on the GPU; with few images that host work is most of its time. Cutting the
-images into segments is in no time.
+Times are of complete calls. Those of latent_pool include its checks on the host and the copy of its bounds to the GPU,
+while the indices of the other ways are already on the GPU; with few images that host work is most of its time. No time
+includes the computation of the segments.
 
 Counted bytes: each pooled patch once, inputs and targets once, and nothing else, whatever a way really moves:
-(patches * D + N * D) * itemsize + N * D * 4. The rate is set against a copy on the same card, read and write counted.
-Times are medians over runs with a cleared L2 cache (triton.testing.do_bench). Before timing, each way is
-compared with the definition in float64, as it is timed and with new memory full of NaN.
+(patches * D + N * D) * itemsize + N * D * 4. The rate is compared with a copy on the same card, reads and writes
+counted. Times are medians over runs with a cleared L2 cache (triton.testing.do_bench). Before it is timed, each way is
+compared with the definition in float64, as it is timed and with new memory filled with NaN.
 
-`--device cpu --small` tries the script itself out; its times mean nothing.
+`--device cpu --small` only tests the script; its times mean nothing.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from importlib.metadata import version
 
 import torch
 
-from mirage_ds.ops import latent_pool_definition as reference
+from mirage_ds.ops import latent_pool_definition as definition
 from mirage_ds.ops.latent_pool import describe_path, latent_pool
-from mirage_ds.ops.segments import Segments, cut_images
+from mirage_ds.ops.segments import Segments, batch_segments
 
 Pool = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Inputs [N, D] and targets [N, D]."""
@@ -43,7 +43,7 @@ COPY_BYTES = 2**31
 
 
 def draw_images(number: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Mixed sizes and K, the same in every run."""
+    """Grids and K of images of mixed sizes, the same in every run."""
     draw = random.Random(number)
     sides = [(draw.randint(*SIDES), draw.randint(*SIDES)) for _ in range(number)]
     return sides, [draw.randint(*LATENT_SIZES) for _ in range(number)]
@@ -59,7 +59,7 @@ def loop(embeds: torch.Tensor, num_patches: list[int], latent_sizes: list[int]) 
 def vectorised(
     embeds: torch.Tensor, rows: torch.Tensor, segments: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows to pool and the segment of each [pooled patches], and the lengths of the segments [N]."""
+    """Pools `rows`, with the segment of each [pooled patches] and the lengths of the segments [N]."""
     sums = embeds.new_zeros((len(lengths), embeds.shape[1]), dtype=torch.float32)
     targets = sums.index_add(0, segments, embeds[rows].float()) / lengths[:, None]
     return targets.to(embeds.dtype), targets
@@ -84,7 +84,7 @@ def copy_rate(device: torch.device, num_bytes: int) -> float:
 
 
 def check(name: str, pool: Pool, exact: torch.Tensor) -> None:
-    """Against float64 targets [N, D], as it is timed and with new memory full of NaN, as deterministic torch does."""
+    """Compares with float64 targets [N, D], as it is timed and with new memory filled with NaN (deterministic mode)."""
     for poisoned in (False, True):
         torch.use_deterministic_algorithms(poisoned, warn_only=True)
         inputs, targets = pool()
@@ -100,7 +100,7 @@ def ways(embeds: torch.Tensor, segments: Segments, num_patches: list[int], laten
     rows = torch.cat([torch.arange(begin, end) for begin, end in bounds.tolist()]).to(device)
     ids = torch.arange(len(bounds)).repeat_interleave(lengths).to(device)
     lengths = lengths.to(device)
-    torch.compiler.reset()  # else the shapes of earlier cases use up its limit of graphs, and it stops compiling
+    torch.compiler.reset()  # otherwise earlier shapes use up the limit of graphs, and it stops compiling
     compiled = torch.compile(vectorised, dynamic=True, backend="eager" if device.type == "cpu" else "inductor")
     return {
         "latent_pool": lambda: latent_pool(embeds, bounds, None, len(bounds), embeds.dtype)[:2],
@@ -113,17 +113,17 @@ def ways(embeds: torch.Tensor, segments: Segments, num_patches: list[int], laten
 def run_case(
     grids: list[tuple[int, int]], latent_sizes: list[int], dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, dict[str, float]]:
-    """Counted bytes, and the time in seconds of each way."""
+    """The counted bytes, and the time of each way in seconds."""
     num_patches = [rows * columns for rows, columns in grids]
-    segments = cut_images(grids, latent_sizes, "average")
+    segments = batch_segments(grids, latent_sizes, "average")
     assert segments is not None
     generator = torch.Generator(device).manual_seed(0)
     embeds = torch.randn(sum(num_patches), dim, generator=generator, device=device, dtype=dtype)
     exact = torch.cat(
         [
-            reference.latent_pool(image.double(), *cut, torch.float64)[1]
+            definition.latent_pool(image.double(), *own, torch.float64)[1]
             for image, grid, size in zip(embeds.split(num_patches), grids, latent_sizes, strict=True)
-            if (cut := cut_images([grid], [size], "average"))
+            if (own := batch_segments([grid], [size], "average"))
         ]
     )
     times = {}
@@ -141,7 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU here; times are taken on one; --device cpu --small tries the script out")
+        parser.error("no GPU found; times are taken on a GPU; --device cpu --small only tests the script")
     numbers, dims, copy_bytes = ((1, 8, 64, 256), (2048, 3584, 5120, 8192), COPY_BYTES)
     if arguments.small:
         numbers, dims, copy_bytes = (2,), (64,), 2**20

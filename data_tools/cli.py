@@ -73,7 +73,7 @@ def build(
     max_rejects: Annotated[int, typer.Option(min=0, help="Number of unusable rows to tolerate.")] = 0,
     part: Annotated[str | None, typer.Option(help="I/N: build only this part, in OUTPUT.part-I-of-N.")] = None,
 ) -> None:
-    """Builds tar shards that plain webdataset reads from rows and images."""
+    """Builds tar shards from rows and images; plain webdataset can read them."""
     with Console(stderr=True).status("building shards"):
         if part is None:
             manifest, rejects = build_shards(rows, output, maxcount=maxcount, maxsize=maxsize, max_rejects=max_rejects)
@@ -121,7 +121,7 @@ def counted(number: int, noun: str) -> str:
 def check(
     shards: Annotated[Path, typer.Argument(help="A folder that `mirage-data build` wrote.")],
 ) -> None:
-    """Reads a folder of shards completely and prints all faults. Exit code 1: there are faults; 2: it has no shards."""
+    """Reads a folder of shards and prints all faults. Exit code 1: there are faults; 2: not a folder of shards."""
     num_faults = 0
     with Console(stderr=True).status("checking shards"):
         for fault in check_shards(shards):

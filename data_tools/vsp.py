@@ -89,8 +89,8 @@ def make_vsp(
         DataError: more maps are requested than exist, or `output` already exists.
     """
     painter = Painter(cell_px)
-    wanted = {"train": num_train, "test": num_test}
-    shares = {side: share_out(wanted[side], levels, side) for side in SIDES}
+    requested = {"train": num_train, "test": num_test}
+    shares = {side: share_out(requested[side], levels, side) for side in SIDES}
     with new_folder(output) as folder:
         for level in levels:
             (folder / "images" / f"level_{level}").mkdir(parents=True)
@@ -117,22 +117,22 @@ def parse_levels(text: str) -> range:
     return range(first, last + 1)
 
 
-def share_out(wanted: int, levels: range, side: Side) -> dict[int, int]:
+def share_out(requested: int, levels: range, side: Side) -> dict[int, int]:
     """Number of maps from each level: equal shares, and the rest from the levels that have more maps.
 
     Raises:
         DataError: the levels together have too few maps.
     """
     available = {level: num_available(level, side) for level in levels}
-    if wanted > sum(available.values()):
+    if requested > sum(available.values()):
         raise DataError(
-            f"too many maps requested (--num-{side} {wanted}); levels {levels[0]}-{levels[-1]} have "
+            f"too many maps requested (--num-{side} {requested}); levels {levels[0]}-{levels[-1]} have "
             f"{sum(available.values())} different ones for {side}; request fewer maps, or more levels"
         )
     shares = {}
     for number, level in enumerate(sorted(levels, key=lambda level: available[level])):
-        shares[level] = min(available[level], wanted // (len(levels) - number))
-        wanted -= shares[level]
+        shares[level] = min(available[level], requested // (len(levels) - number))
+        requested -= shares[level]
     return shares
 
 

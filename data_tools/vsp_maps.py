@@ -63,7 +63,7 @@ def shortest_path(map_desc: MapDesc) -> list[str] | None:
 
 
 def walk(map_desc: MapDesc, moves: list[str]) -> list[Cell]:
-    """The cells on the way of the moves, the start first."""
+    """The cells visited by the moves, from the start on."""
     cells = [find_start(map_desc)]
     for move in moves:
         cells.append(step(map_desc, cells[-1], move))

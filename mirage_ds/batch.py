@@ -1,4 +1,4 @@
-"""Batch: every tensor that crosses from data to model. The two sides meet only here.
+"""Batch: all tensors that the data side passes to the model; the only interface between the two.
 
 Shape legend: B rows, L columns, P patches, N images, T supervised tokens, K latents per block, M latents in all.
 """
@@ -15,7 +15,7 @@ class Batch:
     """One micro-batch of one rank.
 
     Rows are padded left so that their latent blocks start in one column (stage 2) and right to one length. Positions
-    in the flattened [B * L] sequence say where images, latents and targets sit; the model needs no token ids for that.
+    in the flattened [B * L] sequence locate images, latents and targets, so the model needs no token ids for that.
     """
 
     input_ids: torch.Tensor  # [B, L] int64
@@ -23,22 +23,22 @@ class Batch:
     attention_mask: torch.Tensor  # [B, L] bool: False at padding
     latent_mask: torch.Tensor  # [B, L] bool: True at <|latent_pad|>
     latent_columns: list[int]  # columns in which any row has a latent, ascending
-    image_rows: torch.Tensor  # [merged patches of input images] int64: flat places of their embeddings, in order
-    latent_rows: torch.Tensor  # [M] int64: flat places of the latents
+    image_rows: torch.Tensor  # [merged patches of input images] int64: flat positions of their embeddings, in order
+    latent_rows: torch.Tensor  # [M] int64: flat positions of the latents
     latent_weights: torch.Tensor  # [M] float32: 1 / (latents of the sample)
-    target_rows: torch.Tensor  # [T] int64: flat places whose output predicts a supervised token; T >= 1
+    target_rows: torch.Tensor  # [T] int64: flat positions whose output predicts a supervised token; T >= 1
     target_ids: torch.Tensor  # [T] int64: that token
     target_weights: torch.Tensor  # [T] float32: 1 / (supervised tokens of the sample); 0 for a dummy
     pixel_values: torch.Tensor  # [P, 1176] float32: patches of all input images, then of all helper images; P >= 4
     image_grid_thw: torch.Tensor  # [N, 3] int64, input images first
     helper_grids: list[tuple[int, int]]  # rows and columns of merged patches of each helper image (stage 1), else empty
     latent_sizes: list[int]  # K of each helper image (stage 1), else empty
-    num_grounded_samples: int  # rows with a latent loss: those whose helper images are encoded
-    num_tokens: int  # columns that are not padding, over all rows
-    keys: list[str]  # [B] where each row came from, for messages
+    num_grounded_samples: int  # rows with a latent loss: those with encoded helper images
+    num_tokens: int  # tokens of all rows, without padding
+    keys: list[str]  # [B] the sample's key of each row, for messages
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Moves every tensor; copies are asynchronous where the memory is pinned."""
+        """Moves every tensor; copies from pinned memory are asynchronous."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":

@@ -1,6 +1,6 @@
-"""The whole configuration of a run: every key with its meaning, default and limits; makes docs/configuration.md.
+"""The configuration of a run: every key with its meaning, default and limits; `make docs` makes a page of it.
 
-Every number has one owner. What DeepSpeed alone decides stands in `ds_configs/*.json`; everything else stands here.
+Every number has one owner. What DeepSpeed alone decides is set in `ds_configs/*.json`; everything else is set here.
 """
 
 import math
@@ -19,7 +19,10 @@ TaskName = Literal["vsp-spatial-planning", "vsp-spatial-reasoning"]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values cannot change after the start."""
+    """A part of the configuration: unknown keys are errors, values cannot change after the start.
+
+    The docstring below each key is its entry in docs/configuration.md.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,94 +31,104 @@ class RunConfig(Section):
     """Where the run writes, and what it starts from."""
 
     dir: Path
-    """Checkpoints, metrics.jsonl, TensorBoard's files and the resolved configuration go here."""
+    """The run's folder: checkpoints, `metrics.jsonl`, TensorBoard files and the resolved configuration."""
     seed: int = 42
-    """Seeds the order of the samples and torch."""
+    """Seed of the order of the samples, and of torch."""
     init_from: Path | None = None
-    """Folder of another run: its last checkpoint's weights replace those of `model.path` (stage 2 from stage 1)."""
+    """Folder of another run, whose last checkpoint's weights replace those of `model.path` (stage 2 from stage 1)."""
     resume: Literal["never", "auto"] = "never"
-    """`auto`: go on from the last checkpoint in `dir`, if there is one; `never`: `dir` must not hold a run."""
+    """`auto`: resume from the last complete checkpoint in `run.dir`, if there is one; `never`: `run.dir` must not
+    hold a run."""
     save_before_end_s: int = Field(default=120, ge=0)
-    """In a SLURM job: so many seconds before its time limit the run saves and ends, to be continued."""
+    """In a SLURM job, the run saves and ends this many seconds before the job's time limit, so that it can resume."""
 
 
 class ModelConfig(Section):
-    """Which model, and how it is computed."""
+    """Which model is trained, and how it is computed."""
 
     path: str
-    """A Hugging Face folder or hub id of a Qwen2.5-VL whose vocabulary has the latent tokens."""
+    """Hugging Face folder or hub id of a Qwen2.5-VL whose embeddings have rows for the latent tokens (else see
+    `mirage init --from`)."""
     cache_dir: Path | None = None
-    """Where a hub id is downloaded to."""
+    """Folder for downloads from the hub; unset: the Hugging Face default."""
     latent_size: PositiveInt = 4
     """K: latent tokens per helper image."""
     compress_strategy: CompressStrategy = "average"
-    """How a helper image's patch embeddings become K targets. `average`: means of equal runs, the remainder dropped, as
-    the reference does; `average_all`: means of runs that drop nothing; `grid`: means of the cells of a grid over the
-    image, whose rows times columns are K (segments.py)."""
+    """How a helper image's patch embeddings are pooled to K targets. `average`: means of K equal segments, the
+    remainder dropped, as in the reference; `average_all`: means of K segments, no patch dropped; `grid`: means of the
+    cells of a grid over the image, whose rows times columns are K."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
-    """`auto`: flash_attention_2 on a GPU in bf16 where it is installed, else sdpa."""
+    """Attention kernels. `auto`: `flash_attention_2` on a GPU in bf16 where it is installed, else `sdpa`."""
     gather: Literal["auto", "layer", "rollout"] = "auto"
-    """ZeRO-3 gathers the decoder layer by layer, or the whole rollout once; `auto`: rollout in stage 2, else layer."""
+    """What ZeRO-3 gathers at a time. `layer`: one decoder layer; `rollout`: the complete decoder, once for all passes;
+    `auto`: `rollout` in stage 2, else `layer`."""
     activation_checkpointing: Literal["full", "none"] = "full"
-    """`full`: each decoder layer is computed again in backward instead of being stored."""
+    """`full`: the activations of each decoder layer are recomputed in backward; `none`: they are stored."""
     train_tower: bool = False
     """Train the vision tower too; the method keeps it frozen."""
 
 
 class DataConfig(Section):
-    """What is read, and by how many processes."""
+    """The training data, and the processes that read it."""
 
     shards: Path
-    """A folder that `mirage-data build` wrote."""
+    """Folder that `mirage-data build` wrote."""
     num_workers: int = Field(default=2, ge=0)
-    """Processes per rank that read and encode; 0: in the trainer itself."""
+    """Processes per rank that read and encode; 0: the trainer's own process does."""
     min_pixels: PositiveInt | None = None
-    """Smaller images are scaled up to so many pixels; unset: what the model folder says."""
+    """Smaller images are scaled up to this many pixels; unset: the limit in the model folder."""
     max_pixels: PositiveInt | None = None
-    """Larger images are scaled down to so many pixels; unset: what the model folder says."""
+    """Larger images are scaled down to this many pixels; unset: the limit in the model folder."""
     system_turn: bool = True
-    """Begin with the system turn that the chat template writes by itself ("You are a helpful assistant.")."""
+    """Begin with the chat template's default system turn ("You are a helpful assistant.")."""
     max_length: PositiveInt | None = None
-    """Tokens that a sample may have; a longer one is an error with its key, never cut. Unset: no limit."""
+    """Most tokens of a sample; a longer sample is an error that names it, and is never truncated. Unset: no limit."""
 
 
 class TrainConfig(Section):
-    """The mathematics of the run. Steps are optimizer steps."""
+    """Stage, length, batch, optimizer and losses. Steps are optimizer steps."""
 
     stage: Stage
+    """`text`: no latents, the baseline; `stage1`: latents are learned from helper images; `stage2`: the model's own
+    hidden states are the latents."""
     max_steps: PositiveInt | None = None
-    """Set this or `epochs`."""
+    """Length of the run in steps. Set either this or `train.epochs`."""
     epochs: float | None = Field(default=None, gt=0)
-    """Passes over the data; the last step may reach into the next one."""
+    """Length of the run in passes over the data; the last step may reach into the next pass."""
     micro_batch_size_per_gpu: PositiveInt = 1
+    """Samples that a rank computes at a time."""
     gradient_accumulation_steps: PositiveInt | None = None
-    """Micro-batches of each rank per step; unset: as many as make `global_batch_size`, or 1."""
+    """Micro-batches of each rank per step; unset: as many as `train.global_batch_size` needs, or 1."""
     global_batch_size: PositiveInt | None = None
-    """Samples per step over all ranks, whatever their number; unset: what the other two make of it."""
+    """Samples per step over all ranks; unset: micro-batch size x accumulation steps x ranks."""
     lr: float = Field(default=1e-5, gt=0)
     """Peak learning rate."""
     warmup_steps: int = Field(default=10, ge=0)
+    """Steps over which the learning rate rises to `train.lr`; must be fewer than the steps of the run."""
     lr_decay: Literal["linear", "constant"] = "linear"
+    """After the warm-up: `linear`: falls linearly towards 0 at the end of the run; `constant`: stays at `train.lr`."""
     warmup_from_zero: bool = False
-    """The reference's schedule, whose first step has lr 0; by default the first step has lr / warmup_steps."""
+    """`true`: the reference's schedule, whose first step has lr 0; `false`: the first step has lr / warmup_steps."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Not applied to norms and biases."""
+    """AdamW's weight decay; not applied to norms and biases."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and the second moment."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon, added to the root of the second moment."""
     gradient_clipping: float = Field(default=1.0, ge=0)
-    """Limit of the global gradient norm; 0: no clipping."""
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     dtype: Dtype = "bf16"
-    """What the model computes in; masters and optimizer states are float32 either way."""
+    """What the model computes in; master weights and optimizer states are always float32."""
     ce_loss_weight: float | None = Field(default=None, ge=0)
-    """Weight of the text loss; unset: the method's 0.1 in stage 1, 1 in stage 2 and text."""
+    """Weight of the text loss; unset: 0.1 in stage 1 as in the paper, 1 in stage 2 and text."""
     latent_loss_weight: float = Field(default=1.0, ge=0)
     """Weight of the latent loss (stage 1)."""
     log_freq: PositiveInt = 1
-    """Steps between two lines on the console and two points in TensorBoard; metrics.jsonl has every step."""
+    """Steps between two lines on the console and two points in TensorBoard; `metrics.jsonl` has every step."""
     deterministic: bool = False
-    """On GPUs, only kernels that give the same bits every time; slower. On CPUs a run is deterministic anyway."""
+    """`true`: on GPUs, use only kernels that give the same bits every time (slower). Runs on CPUs always do."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
-    """First and last step of which torch's profiler writes a trace into `run.dir`/profile, one file per rank."""
+    """First and last step that torch's profiler traces into `RUN/profile`, one file per rank; unset: no trace."""
 
     @model_validator(mode="after")
     def _length_is_set_once(self) -> "TrainConfig":
@@ -125,12 +138,12 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "TrainConfig":
-        """As far as it can be told without the number of ranks; `accumulation_steps` knows that."""
+        """Checks what does not depend on the number of ranks; `accumulation_steps` checks the rest."""
         share = self.micro_batch_size_per_gpu * (self.gradient_accumulation_steps or 1)
         if self.global_batch_size is not None and self.global_batch_size % share:
             raise ValueError(
-                f"global_batch_size is {self.global_batch_size}, no multiple of the {share} samples that each rank "
-                "gives (micro_batch_size_per_gpu x gradient_accumulation_steps); set train.global_batch_size to a "
+                f"global_batch_size is {self.global_batch_size}, not a multiple of the {share} samples of each rank "
+                "(micro_batch_size_per_gpu x gradient_accumulation_steps); set train.global_batch_size to a "
                 "multiple, or train.micro_batch_size_per_gpu to a divisor and leave "
                 "train.gradient_accumulation_steps unset"
             )
@@ -139,21 +152,21 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _profile_goes_forward(self) -> "TrainConfig":
         if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
-            raise ValueError(f"profile_steps {self.profile_steps} end before they begin; set the first step first")
+            raise ValueError(f"profile_steps {self.profile_steps} end before they begin; write the smaller step first")
         return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainConfig":
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             raise ValueError(
-                f"warmup_steps is {self.warmup_steps}, which leaves nothing of max_steps={self.max_steps}; "
+                f"warmup_steps is {self.warmup_steps}, which is not below max_steps={self.max_steps}; "
                 "set train.warmup_steps below train.max_steps"
             )
         return self
 
     @property
     def text_weight(self) -> float:
-        """The weight of the text loss in force."""
+        """The effective weight of the text loss."""
         if self.ce_loss_weight is not None:
             return self.ce_loss_weight
         return 0.1 if self.stage == "stage1" else 1.0
@@ -162,7 +175,7 @@ class TrainConfig(Section):
         """Micro-batches of each rank per optimizer step.
 
         Raises:
-            ConfigError: this many ranks cannot make `global_batch_size`.
+            ConfigError: `global_batch_size` is not possible with this many ranks.
         """
         if self.global_batch_size is None:
             return self.gradient_accumulation_steps or 1
@@ -189,62 +202,64 @@ class TrainConfig(Section):
         return self.micro_batch_size_per_gpu * self.accumulation_steps(world_size) * world_size
 
     def num_steps(self, num_samples: int, world_size: int) -> int:
-        """Steps of the whole run over a data set of `num_samples`.
+        """Optimizer steps of the run over a data set of `num_samples`.
 
         Raises:
-            ConfigError: the epochs are over before the warm-up is.
+            ConfigError: the run ends before its warm-up.
         """
         if self.epochs is None:
             return cast(int, self.max_steps)
         steps = math.ceil(self.epochs * num_samples / self.samples_per_step(world_size))
         if self.warmup_steps >= steps:
             raise ConfigError(
-                f"train.warmup_steps is {self.warmup_steps}, and train.epochs={self.epochs} of {num_samples} samples "
-                f"make {steps} steps; the warm-up must be shorter; set train.warmup_steps or train.epochs"
+                f"train.warmup_steps is {self.warmup_steps}, but the run has {steps} in total (train.epochs="
+                f"{self.epochs}, samples: {num_samples}); the warm-up must be shorter; set train.warmup_steps or "
+                "train.epochs"
             )
         return steps
 
 
 class CheckpointConfig(Section):
-    """When the run is saved."""
+    """When checkpoints are saved, and how many are kept."""
 
     interval: int = Field(default=0, ge=0)
-    """Steps between two checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: only at the end."""
     keep_latest_k: PositiveInt = 2
-    """Older checkpoints are deleted after a newer one is complete."""
+    """Checkpoints to keep; older ones are deleted after a newer one is complete."""
     copy_to: Path | None = None
-    """A second place, for example another file system, to which each checkpoint is copied in the background."""
+    """A second folder, for example on another file system, to which each checkpoint is copied in the background;
+    unset: no copies."""
 
 
 class EvaluationConfig(Section):
-    """The validation loss, on samples that are not trained on."""
+    """Validation loss on samples that are not used for training."""
 
     shards: Path | None = None
-    """A folder that `mirage-data build` wrote; unset: no validation."""
+    """Folder that `mirage-data build` wrote; unset: no validation."""
     interval: PositiveInt = 100
-    """Steps between two validations; one more comes after the last step."""
+    """Steps between two validations; there is one more after the last step."""
     max_samples: PositiveInt = 256
-    """At most so many samples, evenly from the whole folder."""
+    """Most samples of a validation, taken evenly from all of the folder."""
 
 
 class DistributedConfig(Section):
     """DeepSpeed and the process group."""
 
     deepspeed_config: str = "zero3.json"
-    """A path, or the name of a file in `ds_configs/`."""
+    """DeepSpeed's JSON: a path (with a `/`), or the name of a file in `ds_configs/`."""
     timeout_s: PositiveInt = 1800
-    """A collective that waits longer than this ends the run with an error."""
+    """Seconds that a collective may wait before the run ends with an error."""
 
 
 class LaunchConfig(Section):
-    """What a cluster job does about failures (`mirage-launch slurm`)."""
+    """How a cluster job handles failures (`mirage-launch slurm`)."""
 
     max_restarts: int = Field(default=3, ge=0)
-    """How often a job that failed starts again. Preemptions and time limits are not failures."""
+    """How often a job that failed is restarted. Preemptions and time limits are not failures."""
 
 
 class Config(Section):
-    """A whole run."""
+    """The complete configuration of a run."""
 
     run: RunConfig
     model: ModelConfig

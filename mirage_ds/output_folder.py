@@ -1,4 +1,4 @@
-"""A folder of output that is there complete, or not at all."""
+"""An output folder that is either complete or does not exist."""
 
 import os
 import shutil
@@ -11,15 +11,15 @@ from mirage_ds.errors import DataError, name_full_disk, name_unwritable
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `output` that takes its place at the end: all of it is there, or nothing.
+    """Yields a temporary folder beside `output` and renames it to `output` at the end, or deletes it on an error.
 
     Raises:
-        DataError: `output` is there and not an empty folder.
-        DiskFullError: there is no room for it.
+        DataError: `output` exists and is not an empty folder, or cannot be created.
+        DiskFullError: there is no space for it.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise DataError(
-            f"the output is there already ({output}); allowed is a new or an empty folder; name another or remove it"
+            f"the output already exists ({output}); expected a new or empty folder; name another or remove it"
         )
     temporary = output.absolute().parent / f".{output.name}.{os.getpid()}.tmp"
     with name_unwritable(output, "name another"):

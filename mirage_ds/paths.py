@@ -39,6 +39,6 @@ def check_model(name: str, where: str) -> None:
     """
     if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
         raise ConfigError(
-            f"the model's folder is not there ({where}); allowed is a Hugging Face folder (on a cluster: one that "
+            f"the model folder does not exist ({where}); allowed: a Hugging Face folder (on a cluster: one that "
             "every node sees) or a hub id, OWNER/NAME; correct it"
         )

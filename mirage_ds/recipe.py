@@ -1,4 +1,4 @@
-"""A YAML recipe plus dotted overrides -> the checked configuration.
+"""Loads a YAML recipe with dotted overrides as a validated configuration.
 
 config = load_config("recipe.yaml", ["train.lr=1e-4", "run.dir=runs/a"])
 """
@@ -17,10 +17,10 @@ from mirage_ds.errors import ConfigError
 
 
 def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Config:
-    """Reads a recipe, applies `section.key=value` overrides (values in YAML) and checks everything.
+    """Reads a recipe, applies `section.key=value` overrides (values in YAML) and validates the result.
 
     Raises:
-        ConfigError: the file, an override, a key or a value is wrong; the message says which and what is allowed.
+        ConfigError: the file, an override, a key or a value is wrong; the message names it, and what is allowed.
     """
     path = Path(recipe)
     tree = _read_yaml(path)
@@ -31,7 +31,7 @@ def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Confi
     except ValidationError as error:
         problems = "\n".join(f"  - {_describe(details)}" for details in error.errors())
         raise ConfigError(
-            f"the configuration is wrong ({path} and its overrides):\n{problems}\n"
+            f"the configuration is invalid ({path} and its overrides):\n{problems}\n"
             "correct each in the recipe, or with section.key=value on the command line"
         ) from error
 
@@ -41,14 +41,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"the recipe cannot be read ({path}): {error}; a recipe is a YAML file; "
+            f"the recipe cannot be read ({path}): {error}; expected a YAML file; "
             "give the path of one, for example one of launch/recipes/"
         ) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"the recipe is not YAML ({path}): {error}; mend the line it names") from error
+        raise ConfigError(f"the recipe is not valid YAML ({path}): {error}; fix that line") from error
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"the recipe holds no sections ({path}); allowed are {', '.join(Config.model_fields)}, each with its keys; "
+            f"the recipe has no sections ({path}); allowed: {', '.join(Config.model_fields)}, each with its keys; "
             "start from one of launch/recipes/"
         )
     return tree
@@ -59,15 +59,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     parts = key.split(".")
     if not equals or not all(parts):
         raise ConfigError(
-            f"an override is not understood (on the command line: {override!r}); allowed is section.key=value, "
+            f"an override cannot be parsed (on the command line: {override!r}); expected section.key=value, "
             "for example train.lr=1e-4; correct it"
         )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"the value of an override is not YAML (on the command line: {override!r}); allowed is what a recipe may "
-            "say; quote it"
+            f"the value of an override is not valid YAML (on the command line: {override!r}); expected a value as in a "
+            "recipe; quote it"
         ) from error
     node = tree
     for part in parts[:-1]:
@@ -79,7 +79,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _describe(details: ErrorDetails) -> str:
-    """One problem in one line: the key, what is wrong, what is allowed."""
+    """One problem as one line: the key, what is wrong, what is allowed."""
     location = [str(part) for part in details["loc"]]
     key = ".".join(location)
     if details["type"] == "extra_forbidden":
@@ -92,14 +92,14 @@ def _describe(details: ErrorDetails) -> str:
 
 
 def hint(name: str, allowed: Iterable[str]) -> str:
-    """The nearest of the allowed names, and all of them."""
+    """The most similar of the allowed names, if any, and all of them."""
     names = list(allowed)
     near = difflib.get_close_matches(name, names, n=1)
     return (f"did you mean {near[0]!r}? " if near else "") + f"allowed here: {', '.join(names)}"
 
 
 def _keys_at(location: list[str]) -> list[str]:
-    """The keys that the section at `location` knows."""
+    """The keys of the section at `location`."""
     section: type[BaseModel] = Config
     for part in location:
         section = section.model_fields[part].annotation  # type: ignore[assignment]

@@ -20,7 +20,7 @@ LATENT_START = "<|latent_start|>"
 LATENT_END = "<|latent_end|>"
 LATENT_TOKENS = (LATENT_PAD, LATENT_START, LATENT_END)
 
-# The prompt ends here: everything up to and including it is unsupervised, the newline after it is supervised.
+# The end of the prompt: everything up to and including it is unsupervised; the newline after it is supervised.
 ASSISTANT_MARKER = IM_START + "assistant"
 
 
@@ -67,8 +67,8 @@ class TokenIds:
         if missing:
             where = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
             raise ConfigError(
-                f"the vocabulary lacks {', '.join(missing)} (in {where}); a model folder for mirage_ds has all of "
-                f"{', '.join(names.values())}; use a folder whose tokenizer has them, for example one that "
+                f"the vocabulary lacks {', '.join(missing)} (in {where}); a model folder for mirage_ds must have all "
+                f"of {', '.join(names.values())}; use a folder whose tokenizer has them, for example one that "
                 "`mirage init` wrote"
             )
         return cls(**{name: vocabulary[token] for name, token in names.items()})

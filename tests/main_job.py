@@ -1,18 +1,15 @@
 """The README's main job, its commands as written."""
 
-import re
 import subprocess
 from pathlib import Path
 
 import launching
+from markdown_blocks import ROOT, Block, blocks
 
-ROOT = Path(__file__).parents[1]
 
-
-def readme_commands(heading: str, level: str = "##") -> list[str]:
-    """The blocks of commands under a heading of the README."""
-    section = (ROOT / "README.md").read_text().split(f"\n{level} {heading}\n")[1].split(f"\n{level} ")[0]
-    return re.findall(r"```(?:bash)?\n(.*?)```", section, re.DOTALL)
+def main_job_blocks() -> list[Block]:
+    """Its three blocks: rows that are drawn, the reference's own rows instead, and the job."""
+    return [block for block in blocks(ROOT / "README.md") if block.heading.endswith(" / The main job")]
 
 
 def run(script: str, folder: Path) -> str:
@@ -32,7 +29,11 @@ def run(script: str, folder: Path) -> str:
 
 
 def run_main_job(folder: Path, *, drawn: bool) -> Path:
-    """On rows that are drawn, or on the reference's own; the output goes to `folder`/log. Returns the folder."""
-    drawn_rows, real_rows, job, *_ = readme_commands("The main job")
+    """On rows that are drawn, or on the reference's own. Returns the folder.
+
+    The output goes to `folder`/log, the names of what was written into `folder`/runs to `folder`/left.
+    """
+    drawn_rows, real_rows, job = (block.text for block in main_job_blocks())
     (folder / "log").write_text(run((drawn_rows if drawn else real_rows) + job, folder))
+    (folder / "left").write_text("\n".join(sorted(path.name for path in (folder / "runs").iterdir())))
     return folder

@@ -126,25 +126,25 @@ def find_advice(
 ) -> tuple[str, ...]:
     """Changes, each of which makes the run fit: single ones; else settings combined, if needed with more nodes."""
 
-    def fits(changed: Config, wanted_nodes: int) -> bool:
+    def fits(changed: Config, num_nodes: int) -> bool:
         deepspeed_config = resolve_deepspeed_config(changed)
-        memory = estimate_memory(sizes, changed, deepspeed_config, rows.largest, wanted_nodes * gpus_per_node)
+        memory = estimate_memory(sizes, changed, deepspeed_config, rows.largest, num_nodes * gpus_per_node)
         return memory.peak <= limit_bytes
 
     changes = list(savings(config, nodes * gpus_per_node))
-    found = [words for words, changed in changes if fits(changed, nodes)]
+    found = [setting for setting, changed in changes if fits(changed, nodes)]
     found += more_nodes(config, fits, nodes, gpus_per_node)
     if found:
         return tuple(found)
-    words, together = [], config
-    for word, _ in changes:
-        words.append(word)
-        together = dict(savings(together, nodes * gpus_per_node))[word]
-        if fits(together, nodes):
-            return (" and ".join(words),)
-    several = more_nodes(together, fits, nodes, gpus_per_node)
-    if several:
-        return (" and ".join([*words, several[0]]),)
+    settings, combined = [], config
+    for setting, _ in changes:
+        settings.append(setting)
+        combined = dict(savings(combined, nodes * gpus_per_node))[setting]
+        if fits(combined, nodes):
+            return (" and ".join(settings),)
+    with_more_nodes = more_nodes(combined, fits, nodes, gpus_per_node)
+    if with_more_nodes:
+        return (" and ".join([*settings, with_more_nodes[0]]),)
     return (
         f"another GPU or a smaller model: {MAX_NODES} nodes of this GPU are too few even with all of these settings",
     )
@@ -152,14 +152,14 @@ def find_advice(
 
 def savings(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
     """Settings that save memory and are not in use yet, the cheapest first."""
-    train, words = config.train, "train.micro_batch_size_per_gpu=1"
+    train, setting = config.train, "train.micro_batch_size_per_gpu=1"
     if config.model.activation_checkpointing == "none":
         yield "model.activation_checkpointing=full", _change(config, "model", activation_checkpointing="full")
     if train.micro_batch_size_per_gpu > 1:
         steps = train.accumulation_steps(world_size) * train.micro_batch_size_per_gpu
         if train.gradient_accumulation_steps or train.global_batch_size is None:
-            words += f" with train.gradient_accumulation_steps={steps}"
-        yield words, _change(config, "train", micro_batch_size_per_gpu=1, gradient_accumulation_steps=steps)
+            setting += f" with train.gradient_accumulation_steps={steps}"
+        yield setting, _change(config, "train", micro_batch_size_per_gpu=1, gradient_accumulation_steps=steps)
     if config.model.gather == "rollout" or (config.model.gather == "auto" and train.stage == "stage2"):
         yield "model.gather=layer", _change(config, "model", gather="layer")
     if config.distributed.deepspeed_config == "zero3.json":
@@ -169,15 +169,15 @@ def savings(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
 
 def more_nodes(config: Config, fits: Any, nodes: int, gpus_per_node: int) -> list[str]:
     """The smallest doubling of the nodes that fits, with the global batch size that it needs."""
-    wanted = 2 * nodes
-    while wanted <= MAX_NODES:
-        if fits(config, wanted):
-            return [f"--nodes {wanted}" + _batch_words(config, wanted * gpus_per_node)]
-        wanted *= 2
+    more = 2 * nodes
+    while more <= MAX_NODES:
+        if fits(config, more):
+            return [f"--nodes {more}" + _batch_setting(config, more * gpus_per_node)]
+        more *= 2
     return []
 
 
-def _batch_words(config: Config, world_size: int) -> str:
+def _batch_setting(config: Config, world_size: int) -> str:
     share = world_size * config.train.micro_batch_size_per_gpu
     size = config.train.global_batch_size
     if size is None or size % share == 0:

@@ -1,6 +1,6 @@
-"""Copies of checkpoints in a second place, made in the background: COPY_TO/NAME OF THE RUN'S FOLDER/global_stepN.
+"""Copies checkpoints to a second folder in the background: COPY_TO/NAME_OF_RUN_FOLDER/global_stepN.
 
-To go on from one, copy it back: cp -r COPY_TO/NAME/global_stepN RUN/checkpoints/, and start with run.resume=auto.
+To resume from a copy: cp -r COPY_TO/NAME/global_stepN RUN/checkpoints/, then start with run.resume=auto.
 """
 
 import shutil
@@ -13,18 +13,19 @@ from mirage_ds.checkpoint import complete
 
 
 class Copies:
-    """One thread that copies checkpoint after checkpoint. An error there is printed; the run goes on."""
+    """Copies checkpoints one at a time in a background thread. An error is printed, and the run continues."""
 
     def __init__(self, folder: Path, keep_latest_k: int) -> None:
         """
         Args:
-            folder: of this run's copies alone; as many are kept as of the checkpoints themselves.
+            folder: for this run's copies only.
+            keep_latest_k: complete copies to keep, as many as the run keeps checkpoints.
         """
         self.folder, self.keep_latest_k = folder, keep_latest_k
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copy of a checkpoint")
 
     def add(self, checkpoint: Path) -> None:
-        """Has a complete checkpoint copied, after those that were added before."""
+        """Queues a complete checkpoint for copying."""
         self.thread.submit(self.copy, checkpoint)
 
     def copy(self, checkpoint: Path) -> None:
@@ -36,18 +37,18 @@ class Copies:
             shutil.copytree(checkpoint, part)
             final = complete.publish(part)
             complete.prune(self.folder, complete.step_of(final) or 0, self.keep_latest_k)
-        except OSError as error:  # shutil.Error, too: the second place must not end the run
+        except OSError as error:  # shutil.Error, too: a failed copy must not end the run
             shutil.rmtree(part, ignore_errors=True)
             print(
-                f"WARNING: {checkpoint} was not copied ({part.parent}): {error}; the checkpoint itself is whole and "
-                "the run goes on; make room there, or see that checkpoint.copy_to may be written and is faster than "
-                "checkpoint.interval",
+                f"WARNING: {checkpoint} was not copied ({part.parent}): {error}; the checkpoint itself is complete and "
+                "the run continues; free some space there, or check that checkpoint.copy_to is writable and that a "
+                "copy takes less time than checkpoint.interval",
                 file=sys.stderr,
                 flush=True,
             )
             return
-        print(f"copied {checkpoint} to {self.folder} in {time.monotonic() - started_s:.1f} s", flush=True)
+        print(f"Copied {checkpoint} to {self.folder} in {time.monotonic() - started_s:.1f} s", flush=True)
 
     def wait(self) -> None:
-        """Ends with the last copy."""
+        """Waits for the last copy."""
         self.thread.shutdown()

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run: RUN/checkpoints/global_stepN/run.json."""
+"""The facts of a run that are stored in each checkpoint: RUN/checkpoints/global_stepN/run.json."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ FACTS_NAME = "run.json"
 def describe_run(
     config: Config, deepspeed_config: dict[str, Any], manifest_digest: str, max_steps: int
 ) -> dict[str, Any]:
-    """What a checkpoint says of its run; compared when a run goes on."""
+    """The facts of this run that a checkpoint stores; compared on resume."""
     world_size = distributed.world_size()
     return {
         "world_size": world_size,
@@ -27,16 +27,16 @@ def describe_run(
 
 
 def read_facts(file: Path) -> dict[str, Any]:
-    """What a checkpoint, or a run without one, says of its run.
+    """Reads run.json of a checkpoint, or start.json of a run.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     try:
         facts: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file.name} cannot be read ({file.parent}): {error}; allowed is what the run wrote there; "
-            "put it back, or take another checkpoint, or a new run.dir"
+            f"{file.name} cannot be read ({file.parent}): {error}; expected the file that the run wrote; "
+            "restore it, use another checkpoint, or set a new run.dir"
         ) from error
     return facts

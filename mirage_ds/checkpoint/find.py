@@ -1,4 +1,4 @@
-"""Which checkpoint is meant: the newest complete one of a run, or the one that a user names."""
+"""Finds a checkpoint: the newest complete one of a run, or the one that a user names."""
 
 from pathlib import Path
 
@@ -10,17 +10,17 @@ from mirage_ds.zero3 import distributed
 
 
 def newest_complete(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that is complete by names and sizes, if it has one."""
+    """The newest checkpoint of a run that is complete by file names and sizes, or None."""
     return next((path for path in complete.tags(run_dir / FOLDER) if complete.wrong_size(path) is None), None)
 
 
 def find_undamaged(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None if it never saved one; damaged ones are named and passed over.
+    """The newest undamaged checkpoint of a run, or None if it never saved one; skips damaged ones with a warning.
 
-    Every rank calls it, and all get the same answer, whatever their number: they share the reading of the files.
+    Every rank must call it, and all get the same answer. Each rank verifies its share of the files.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole.
+        CheckpointError: there are checkpoints, and all are damaged.
     """
     found = distributed.gather(complete.tags(run_dir / FOLDER))[0]  # as rank 0 sees the folder
     for checkpoint in found:
@@ -28,61 +28,63 @@ def find_undamaged(run_dir: Path) -> Path | None:
         if damage is None:
             return checkpoint
         if distributed.is_main():
-            print(f"WARNING: {checkpoint} is damaged and passed over: {damage}", flush=True)
+            print(f"WARNING: {checkpoint} is damaged and skipped: {damage}", flush=True)
     if found:
         raise CheckpointError(
-            f"no checkpoint of the run is whole ({run_dir / FOLDER}): {', '.join(path.name for path in found)} are "
-            "damaged; a run goes on from a whole one; copy one there again (from checkpoint.copy_to, if it was set), "
-            "or start anew with another run.dir"
+            f"all checkpoints of the run are damaged ({run_dir / FOLDER}): {', '.join(path.name for path in found)}; "
+            "a run can only resume from an undamaged one; copy one there again (from checkpoint.copy_to, if it was "
+            "set), or start from scratch with another run.dir"
         )
     return None
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, by names, sizes and sha256; every rank calls it, and all get the same answer."""
+    """What is wrong with a checkpoint, by file names, sizes and sha256, or None; a collective call of all ranks."""
     own = slice(distributed.rank(), None, distributed.world_size())
     damages = distributed.gather(complete.wrong_size(checkpoint) or complete.wrong_content(checkpoint, own))
     return next((damage for damage in damages if damage), None)
 
 
 def require_latest(run_dir: Path) -> Path:
-    """The last checkpoint of a run that must have one; it is complete by names and sizes.
+    """The last checkpoint of a run that must have one; complete by file names and sizes.
 
     Raises:
-        CheckpointError: there is none, or it is damaged: an earlier one has other weights than the user means.
+        CheckpointError: there is none, or it is damaged: an earlier one would have other weights than the user expects.
     """
     found = complete.tags(run_dir / FOLDER)
     if not found:
         raise CheckpointError(
-            f"there is no complete checkpoint ({run_dir / FOLDER}); allowed is the folder of a run that has saved one; "
-            "give that run's run.dir, or run it first"
+            f"no complete checkpoint ({run_dir / FOLDER}); expected the folder of a run that has saved one; give that "
+            "run's run.dir, or train it first"
         )
     refuse_damaged(found[0], complete.wrong_size(found[0]))
     return found[0]
 
 
 def refuse_damaged(checkpoint: Path, damage: str | None) -> None:
-    """Raises:
-    CheckpointError: a checkpoint that a user named has a damage.
+    """Refuses a damaged checkpoint that a user named.
+
+    Raises:
+        CheckpointError: `damage` is not None.
     """
     if damage is not None:
         raise CheckpointError(
-            f"the checkpoint is damaged ({checkpoint}): {damage}; allowed is what the run wrote; copy it there again, "
-            "name another one, or delete it to have the one before it taken"
+            f"the checkpoint is damaged ({checkpoint}): {damage}; expected the files that the run wrote; copy it "
+            "there again, name another one, or delete it to use the one before it"
         )
 
 
 def find_named(path: Path) -> Path:
-    """The checkpoint that a user names: itself, or by its run's folder, whose last one it then is. It is whole.
+    """The checkpoint that a user names by its own folder, or by its run's folder as the run's last one; undamaged.
 
     Raises:
-        CheckpointError: neither is there, or a file of it is missing or not what the run wrote.
+        CheckpointError: neither exists, or a file of it is missing or differs from what the run wrote.
     """
     found = [path] if (path / FACTS_NAME).is_file() else complete.tags(path / FOLDER)
     if not found:
         raise CheckpointError(
-            f"no complete checkpoint ({path}); allowed is a run's folder that has saved one, or one checkpoint "
-            f"there, {FOLDER}/global_stepN with its run.json; name one of these"
+            f"no complete checkpoint ({path}); expected the folder of a run that has saved one, or one checkpoint in "
+            f"it, {FOLDER}/global_stepN with its run.json; name one of these"
         )
     refuse_damaged(found[0], complete.wrong_size(found[0]) or complete.wrong_content(found[0]))
     return found[0]

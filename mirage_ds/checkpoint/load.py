@@ -1,4 +1,4 @@
-"""A checkpoint -> this run's engine: everything to resume, or the weights alone to start from."""
+"""Loads a checkpoint into this run's engine: everything to resume, or only the weights to start from."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mirage_ds.zero3 import distributed
 
 
 def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
-    """Loads everything; the next step is the one that would have come. The number of ranks may be another one."""
+    """Loads everything, so that the run continues with its next step. The number of ranks may have changed."""
     facts = read_facts(checkpoint / FACTS_NAME)
     state = TrainState(step=facts["step"], position=facts["position"])
     if facts["world_size"] == distributed.world_size():
@@ -25,7 +25,7 @@ def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
         if "cuda" in client_state["random"]:
             torch.cuda.set_rng_state(client_state["random"]["cuda"])
         return state
-    # Each rank's random state stays as its seed made it: nothing that a step computes is drawn at random.
+    # Each rank keeps the random state of its seed: a step draws no random numbers.
     reshard.load_weights(engine, checkpoint, facts["world_size"])
     updates = reshard.load_optimizer(engine, checkpoint, facts["world_size"])
     engine.global_steps, engine.global_samples = state.step, state.position
@@ -34,10 +34,10 @@ def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
 
 
 def check_start(run_dir: Path, config: Config) -> None:
-    """Refuses to start from weights of another kind.
+    """Refuses to start from weights that were trained with another latent_size.
 
     Raises:
-        CheckpointError: no checkpoint, or another latent_size.
+        CheckpointError: the run has no checkpoint, or another latent_size.
     """
     checkpoint = require_latest(run_dir)
     facts = read_facts(checkpoint / FACTS_NAME)
@@ -51,7 +51,7 @@ def check_start(run_dir: Path, config: Config) -> None:
 
 
 def load_weights(engine: DeepSpeedEngine, run_dir: Path) -> None:
-    """Loads the weights of a run's last checkpoint, trained and frozen ones, and nothing else of it."""
+    """Loads only the weights of a run's last checkpoint, trained and frozen ones."""
     checkpoint = require_latest(run_dir)
     reshard.load_weights(engine, checkpoint, read_facts(checkpoint / FACTS_NAME)["world_size"])
 
@@ -60,7 +60,6 @@ def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
     loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise CheckpointError(
-            f"the checkpoint cannot be loaded ({checkpoint}); its files must be those that the run wrote; "
-            "start from another one"
+            f"the checkpoint cannot be loaded ({checkpoint}); expected the files that the run wrote; use another one"
         )
     return client_state

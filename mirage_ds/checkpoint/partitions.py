@@ -1,10 +1,11 @@
 """The weights in a ZeRO-3 checkpoint, read from every rank's files one parameter at a time; needs no process group.
 
 zero_pp_rank_R_mp_rank_00_model_states.pt    names and shapes; the frozen parameters' partitions, in the model's dtype
-*zero_pp_rank_R_mp_rank_00_optim_states.pt   float32 masters of the trained ones, end to end, in several sub-groups
+*zero_pp_rank_R_mp_rank_00_optim_states.pt   float32 masters of the trained ones, concatenated, in several sub-groups
 
-A parameter's partition is 1 / world_size of its elements, the last ones padded. DeepSpeed's own zero_to_fp32 holds the
-frozen parameters of all ranks at once, and unpickles; here only the places of tensors are unpickled, as data.
+A partition has 1 / world_size of a parameter's elements; the last one is padded. DeepSpeed's own zero_to_fp32 holds
+the frozen parameters of all ranks in memory at once, and unpickles arbitrary objects. Here torch.load reads only data
+(weights_only), and of the tensors only where they are in the file.
 """
 
 import math
@@ -29,11 +30,11 @@ class Piece:
     """Consecutive elements in a file."""
 
     file: Path
-    offset: int  # bytes from the file's beginning
+    offset: int  # bytes from the start of the file
     numel: int
 
     def read(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """The first `numel` of them, [numel].
+        """Reads the first `numel` elements, [numel].
 
         Raises:
             CheckpointError: the file cannot be read, or is too short.
@@ -52,14 +53,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """Where a parameter's elements lie: rank by rank, at the end perhaps more of them than it has."""
+    """Where a parameter's elements are, rank by rank; the last piece may end with padding."""
 
     shape: torch.Size
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
 
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The parameter in a dtype, or as it is stored. Besides it only one rank's part is in memory.
+        """Reads the parameter, in `dtype` or as it is stored. Besides the result, only one rank's part is in memory.
 
         Raises:
             CheckpointError: a file cannot be read, or is too short.
@@ -69,11 +70,11 @@ class StoredParameter:
             part, rest = rest[: piece.numel], rest[piece.numel :]
             part.copy_(piece.read(len(part), self.dtype))
         if len(rest):
-            raise _damaged(self.pieces[-1].file, f"{len(rest)} elements are missing of shape {tuple(self.shape)}")
+            raise _damaged(self.pieces[-1].file, f"{len(rest)} of {len(flat)} elements are missing")
         return flat.view(self.shape)
 
     def read_part(self, begin: int, numel: int) -> torch.Tensor:
-        """Elements [begin, begin + numel) of the flat parameter, [numel]; zeros beyond its end.
+        """Reads elements [begin, begin + numel) of the flat parameter, [numel]; zeros beyond its end.
 
         Raises:
             CheckpointError: a file cannot be read, or is too short.
@@ -92,13 +93,13 @@ class StoredParameter:
 
 
 def stored_parameters(checkpoint: Path, world_size: int) -> dict[str, StoredParameter]:
-    """All parameters of a checkpoint by transformers' names, trained and frozen ones. Reads no weights.
+    """Locates all parameters of a checkpoint, trained and frozen, by transformers' names. Reads no weights.
 
     Raises:
         CheckpointError: a rank's file is missing or damaged.
     """
     models = _model_files(checkpoint, world_size)
-    contents = [_read_places(file) for file in models]
+    contents = [_load_meta(file) for file in models]
     try:
         trained = {name: shape for group in contents[0]["param_shapes"] for name, shape in group.items()}
         frozen = contents[0]["frozen_param_shapes"] or {}
@@ -114,17 +115,17 @@ def stored_parameters(checkpoint: Path, world_size: int) -> dict[str, StoredPara
 
 
 def stored_moments(checkpoint: Path, world_size: int) -> tuple[dict[str, dict[str, StoredParameter]], int]:
-    """AdamW's moments, {"exp_avg": {name: ...}, "exp_avg_sq": ...} by the module's own names, and its step.
+    """Locates AdamW's moments, {"exp_avg": {name: ...}, "exp_avg_sq": ...} by the module's own names; reads its step.
 
     Raises:
-        CheckpointError: a rank's file is missing or damaged, or the run had not made a step.
+        CheckpointError: a rank's file is missing or damaged, or the run had made no step.
     """
     model = _model_files(checkpoint, world_size)[0]
     files = _optimizer_files(checkpoint, world_size)
-    states = [_read_places(file)["optimizer_state_dict"]["optimizer_state_dict"]["state"] for file in files]
+    states = [_load_meta(file)["optimizer_state_dict"]["optimizer_state_dict"]["state"] for file in files]
     if not all(states):
-        raise _damaged(files[0], "it holds no optimizer state")
-    trained = {name: shape for group in _read_places(model)["param_shapes"] for name, shape in group.items()}
+        raise _damaged(files[0], "it has no optimizer state")
+    trained = {name: shape for group in _load_meta(model)["param_shapes"] for name, shape in group.items()}
     moments = {
         key: _of_all_ranks(
             [
@@ -135,25 +136,25 @@ def stored_moments(checkpoint: Path, world_size: int) -> tuple[dict[str, dict[st
         )
         for key in MOMENTS
     }
-    step = states[0][0]["step"]  # a tensor of torch's AdamW, a number of DeepSpeed's; each sub-group has the same
+    step = states[0][0]["step"]  # a tensor in torch's AdamW, a number in DeepSpeed's; the same in each sub-group
     if isinstance(step, torch.Tensor):
         step = _piece(files[0], step).read(1, step.dtype).item()
     return moments, int(step)
 
 
 def check_fit(stored: Mapping[str, StoredParameter], model: torch.nn.Module, checkpoint: Path) -> None:
-    """Refuses a model of transformers that has not the very parameters of a checkpoint.
+    """Refuses a transformers model whose parameters differ from those of a checkpoint.
 
     Raises:
-        CheckpointError: names those that only one of them has, or that have another shape.
+        CheckpointError: the message names the parameters that only one of them has, or whose shapes differ.
     """
     found = {name: tuple(parameter.shape) for name, parameter in stored.items()}
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied head once
     if found != expected:
         other = ", ".join(sorted({name for name, _ in found.items() ^ expected.items()}))
         raise CheckpointError(
-            f"the checkpoint has other parameters than the model ({checkpoint}): {other[:400]}; "
-            "both must be of one model; give the model that the run was started with (model.path in its config.yaml)"
+            f"the parameters of the checkpoint and the model differ ({checkpoint}): {other[:400]}; both must belong to "
+            "one model; give the model that the run was started with (model.path in its config.yaml)"
         )
 
 
@@ -169,33 +170,33 @@ def _find(checkpoint: Path, pattern: str) -> Path:
     found = sorted(checkpoint.glob(pattern))
     if len(found) != 1:
         raise CheckpointError(
-            f"{len(found)} files {pattern} ({checkpoint}); a checkpoint has one of every rank; copy the whole folder "
-            "again, from all nodes, or take another checkpoint"
+            f"{len(found)} files match {pattern} ({checkpoint}); a checkpoint has one per rank; copy the complete "
+            "folder again, from all nodes, or use another checkpoint"
         )
     return found[0]
 
 
 def _zero_stage(kind: type, name: str) -> ZeroStageEnum:
-    """Stands in for getattr, as which Python before 3.11.4 pickles a member of an enumeration."""
+    """Replaces getattr, by which Python before 3.11.4 pickles a member of an enumeration."""
     return ZeroStageEnum[name]
 
 
-def _read_places(file: Path) -> dict[str, Any]:
-    """A file of torch.save, whose tensors have no data but know where it lies."""
+def _load_meta(file: Path) -> dict[str, Any]:
+    """A file of torch.save; its tensors have no data, only their offset in the file."""
     try:
         with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, (_zero_stage, "builtins.getattr")]):
             content: dict[str, Any] = torch.load(file, map_location="meta", weights_only=True)
     except UnpicklingError as error:
-        raise _damaged(file, "it holds other things than DeepSpeed writes") from error
+        raise _damaged(file, "it contains objects that DeepSpeed does not write") from error
     except (OSError, RuntimeError, EOFError) as error:
         raise _damaged(file, repr(error).split(".")[0]) from error
     return content
 
 
 def _flat_groups(file: Path) -> tuple[Path, list[Piece]]:
-    """This rank's float32 masters: its sub-groups, each one flat tensor."""
+    """A rank's float32 masters: its sub-groups, each one flat tensor."""
     try:
-        return file, [_piece(file, tensor) for tensor in _read_places(file)["optimizer_state_dict"]["fp32_flat_groups"]]
+        return file, [_piece(file, tensor) for tensor in _load_meta(file)["optimizer_state_dict"]["fp32_flat_groups"]]
     except KeyError as error:
         raise _damaged(file, f"it has no {error}") from error
 
@@ -203,16 +204,18 @@ def _flat_groups(file: Path) -> tuple[Path, list[Piece]]:
 def _of_all_ranks(
     ranks: Sequence[tuple[Path, list[Piece]]], shapes: Mapping[str, torch.Size]
 ) -> dict[str, StoredParameter]:
-    """Parameter by parameter, from every rank's file and sub-groups."""
-    partitions = [_cut(file, groups, shapes, len(ranks)) for file, groups in ranks]
+    """Locates each parameter in every rank's file and sub-groups."""
+    partitions = [_partition(file, groups, shapes, len(ranks)) for file, groups in ranks]
     return {
-        name: StoredParameter(shape, torch.float32, tuple(piece for places in partitions for piece in places[name]))
+        name: StoredParameter(shape, torch.float32, tuple(piece for pieces in partitions for piece in pieces[name]))
         for name, shape in shapes.items()
     }
 
 
-def _cut(file: Path, groups: list[Piece], shapes: Mapping[str, torch.Size], world_size: int) -> dict[str, list[Piece]]:
-    """This rank's part of every trained parameter, from the sub-groups one after the other."""
+def _partition(
+    file: Path, groups: list[Piece], shapes: Mapping[str, torch.Size], world_size: int
+) -> dict[str, list[Piece]]:
+    """A rank's partition of every trained parameter; they fill its sub-groups in order."""
     sizes = {name: math.ceil(shape.numel() / world_size) for name, shape in shapes.items()}
     stored, wanted = sum(group.numel for group in groups), sum(sizes.values())
     if stored != wanted:
@@ -233,13 +236,13 @@ def _cut(file: Path, groups: list[Piece], shapes: Mapping[str, torch.Size], worl
 
 def _piece(file: Path, tensor: torch.Tensor) -> Piece:
     # torch documents this attribute: "torch.load with FakeTensorMode" in its notes on serialization.
-    beginning = tensor.untyped_storage()._checkpoint_offset
-    assert beginning is not None  # it came from torch.load
-    return Piece(file, beginning + int(tensor.storage_offset()) * tensor.itemsize, tensor.numel())
+    start = tensor.untyped_storage()._checkpoint_offset
+    assert start is not None  # it came from torch.load
+    return Piece(file, start + int(tensor.storage_offset()) * tensor.itemsize, tensor.numel())
 
 
 def _damaged(file: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"the file cannot be read ({file}): {what}; allowed is what the run wrote; copy it again, or take another "
-        "checkpoint"
+        f"the file cannot be read ({file}): {what}; expected the file that the run wrote; copy it again, or use "
+        "another checkpoint"
     )

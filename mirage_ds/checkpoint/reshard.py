@@ -1,8 +1,8 @@
-"""A checkpoint of any number of ranks -> this run's engine: each rank reads its slices from all the old ranks' files.
+"""Loads a checkpoint of any number of ranks into this run's engine: each rank reads its slices from all old files.
 
-No conversion comes before it and no second copy on the disk. DeepSpeed's universal checkpoints need both, and 0.19.8
-loads them wrongly without a word: the first group's weight decay on all groups, one Adam step for all sub-groups,
-advanced by each, and no frozen parameters.
+Needs no conversion and no second copy on disk. DeepSpeed's universal checkpoints need both, and DeepSpeed 0.19.8
+silently loads them incorrectly: it gives all groups the first group's weight decay, shares one Adam step among all
+sub-groups, each of which advances it, and leaves out frozen parameters.
 """
 
 from pathlib import Path
@@ -18,13 +18,13 @@ from mirage_ds.zero3 import distributed
 
 
 def load_weights(engine: DeepSpeedEngine, checkpoint: Path, saved_ranks: int) -> None:
-    """Float32 masters, what is computed with, and what is frozen; the optimizer's state stays as it is.
+    """Loads float32 masters, the weights to compute with, and frozen parameters; leaves the optimizer state as it is.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
     stored = stored_parameters(checkpoint, saved_ranks)
-    # What DeepSpeed does around a load of its own: small parameters, which every rank holds whole, are cut and joined.
+    # As around DeepSpeed's own loading: small parameters, which every rank holds in full, are partitioned for it.
     engine.optimizer.checkpoint_event_prologue()
     for name, parameter in engine.module.named_parameters():
         part = read_own_part(stored[hf_name(name)], parameter)
@@ -35,7 +35,7 @@ def load_weights(engine: DeepSpeedEngine, checkpoint: Path, saved_ranks: int) ->
 
 
 def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path, saved_ranks: int) -> int:
-    """AdamW's moments and its step, which is returned; the groups keep their own learning rate and weight decay.
+    """Loads AdamW's moments and its step, and returns the step; groups keep their own learning rate and weight decay.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -43,7 +43,7 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path, saved_ranks: int) 
     moments, step = stored_moments(checkpoint, saved_ranks)
     adam = engine.optimizer.optimizer
     for master in engine.optimizer.fp32_partitioned_groups_flat:
-        # Each sub-group has a step of its own: a shared one would be advanced by every sub-group.
+        # Each sub-group needs its own step: every sub-group would advance a shared one.
         adam.state[master] = {key: torch.zeros_like(master) for key in MOMENTS} | {"step": step_for(adam, step, master)}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
@@ -54,13 +54,13 @@ def load_optimizer(engine: DeepSpeedEngine, checkpoint: Path, saved_ranks: int) 
 
 
 def step_for(adam: torch.optim.Optimizer, step: int, master: torch.Tensor) -> int | torch.Tensor:
-    """The step as an optimizer keeps it: DeepSpeed's as a number, torch's as a tensor, on the GPU if it is fused."""
+    """The step in the optimizer's form: a number for DeepSpeed's, a tensor for torch's, on the GPU if it is fused."""
     if isinstance(adam, DeepSpeedCPUAdam):
         return step
     return torch.tensor(float(step), device=master.device if adam.defaults["fused"] else "cpu")
 
 
 def read_own_part(stored: StoredParameter, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's slice of a parameter's elements, the last ones padded with zeros, as ZeRO-3 cuts them."""
+    """Reads this rank's partition of a parameter, as ZeRO-3 makes it: the last rank's is padded with zeros."""
     numel = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # ZeRO-3 adds it
     return stored.read_part(distributed.rank() * numel, numel)

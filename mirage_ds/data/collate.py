@@ -1,4 +1,4 @@
-"""Encoded samples -> Batch: padding, the alignment of latents, and where everything sits."""
+"""Collates encoded samples to a Batch: padding, alignment of latents, positions of images, latents and targets."""
 
 from collections.abc import Sequence
 
@@ -8,18 +8,18 @@ from mirage_ds.batch import Batch
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.tokens import IGNORE_INDEX
 
-# A micro-batch without any image still enters the tower: with one merged patch of nothing, used nowhere.
+# A micro-batch without any image still enters the tower, with one all-zero merged patch that is not used.
 DUMMY_GRID = torch.tensor([[1, 2, 2]])
 
 
 def collate(samples: Sequence[EncodedSample], *, align_latents: bool, merge_size: int = 2) -> Batch:
-    """Lays the rows of one micro-batch side by side.
+    """Pads the samples of one micro-batch to the rows of a Batch.
 
     Args:
         samples: B of them.
         align_latents: pad on the left so that all latent blocks start in one column, which keeps the passes of stage 2
-            at K + 1; otherwise rows start at column 0 and only the right is padded.
-        merge_size: the tower merges this squared many patches into one embedding.
+            at K + 1; otherwise rows start at column 0 and are padded only on the right.
+        merge_size: the tower merges merge_size squared patches into one embedding.
     """
     leads = [_lead(sample) if align_latents else 0 for sample in samples]
     starts = [max(leads) - lead for lead in leads]
@@ -33,12 +33,12 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool, merge_size
 
     latent_mask = lay_out([sample.latent_mask for sample in samples], False)
     labels = lay_out([sample.labels for sample in samples], IGNORE_INDEX)
-    # The output one position before predicts a token; nothing predicts the first column.
+    # A token is predicted by the output one position before it, so the first column has no prediction.
     supervised = labels[:, 1:] != IGNORE_INDEX
     target_rows = _flat(torch.nn.functional.pad(supervised, (0, 1)))
     target_ids = labels[:, 1:][supervised]
     target_weights = _row_means(supervised)
-    if not len(target_rows):  # the loss head is entered all the same, with weight 0
+    if not len(target_rows):  # the loss head is still entered, with weight 0
         target_rows, target_ids, target_weights = torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1)
 
     grids = [sample.image_grid_thw for sample in samples] + [sample.image_grid_thw_latent for sample in samples]
@@ -72,13 +72,13 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool, merge_size
 
 
 def _lead(sample: EncodedSample) -> int:
-    """Columns of a row before its latents; a row without latents is lined up by the end of its prompt."""
+    """Columns of a row before its latents, or the prompt's length for a row without latents."""
     latents = sample.latent_mask.nonzero()
     return int(latents[0]) if len(latents) else sample.prompt_length
 
 
 def _flat(mask: torch.Tensor) -> torch.Tensor:
-    """[B, L] -> places of the True entries in the flattened sequence."""
+    """[B, L] -> positions of the True entries in the flattened sequence."""
     return mask.flatten().nonzero().flatten()
 
 

@@ -1,4 +1,4 @@
-"""A sample's texts -> the conversation as Qwen2.5-VL's chat template writes it, and the tokenizer that has it."""
+"""Renders a sample's texts as a conversation in Qwen2.5-VL's chat template; loads the tokenizer that has it."""
 
 import re
 from pathlib import Path
@@ -26,8 +26,8 @@ LATENT_BLOCK = LATENT_START + IMAGE_PAD + LATENT_END  # the pad becomes K latent
 def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id, with the latent tokens.
 
-    A hub model has none: they are added behind its last token, in the reference's order, here and in `mirage init
-    --from` alike. Whether the model has rows for their ids is for whoever loads the model to check.
+    A hub model has none: they are added after its last token, in the reference's order, here and in `mirage init
+    --from`. Whoever loads the model must check that it has embeddings for their ids.
 
     Raises:
         ConfigError: there is no tokenizer, or it has no chat template.
@@ -42,21 +42,21 @@ def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrained
 
 
 def read_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id as it is.
+    """The unmodified tokenizer of a model folder or hub id.
 
     Raises:
         ConfigError: there is none.
     """
     remedy = (
-        f"a model folder has one; name one that `mirage init` wrote, or take it from another folder with `mirage init "
+        f"a model folder has one; name one that `mirage init` wrote, or add it from another folder with `mirage init "
         f"--from {model_path} --processor-from FOLDER`"
     )
     try:
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model_path, cache_dir=cache_dir))
     except (OSError, ValueError) as error:
         raise ConfigError(f"no tokenizer ({model_path}): {error}; {remedy}") from error
-    if IM_START not in tokenizer.get_vocab():  # where the files are missing, transformers makes an empty one
-        raise ConfigError(f"no tokenizer of Qwen2.5-VL, as {IM_START} is not in it ({model_path}); {remedy}")
+    if IM_START not in tokenizer.get_vocab():  # if the files are missing, transformers makes an empty tokenizer
+        raise ConfigError(f"not a tokenizer of Qwen2.5-VL: it lacks {IM_START} ({model_path}); {remedy}")
     return tokenizer
 
 
@@ -70,7 +70,7 @@ def train_text(
     latents: bool = True,
     system_turn: bool = True,
 ) -> str:
-    """The whole conversation, with one <|image_pad|> for each image and each latent block."""
+    """The full conversation, with one <|image_pad|> for each image and each latent block."""
     if not latents:
         answer = answer.replace(OUTPUT_IMAGE_TAG, "")
     elif OUTPUT_IMAGE_TAG in answer:
@@ -84,34 +84,34 @@ def train_text(
 def prompt_text(
     tokenizer: PreTrainedTokenizerBase, question: str, *, num_input_images: int, system_turn: bool = True
 ) -> str:
-    """The conversation as decoding starts it: `train_text` up to and including <|im_start|>assistant."""
+    """The prompt for decoding: `train_text` up to and including <|im_start|>assistant."""
     return _render(tokenizer, [_user_turn(question, num_input_images)], system_turn) + ASSISTANT_MARKER
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], system_turn: bool) -> str:
-    """The messages in the template's words, with or without the system turn that it writes before the first one.
+    """The messages rendered by the template, with or without the system turn that it adds before the first one.
 
-    The template has no switch for it; but what follows another conversation has none. So that is put in front and
-    taken away again.
+    The template has no option for it, but adds none to messages that follow others. To leave it out, a conversation is
+    put in front, and its text is removed again.
 
     Raises:
-        ConfigError: the template writes earlier turns otherwise when later ones follow.
+        ConfigError: the template renders earlier turns differently when others follow.
     """
     if system_turn:
         return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
     other = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     before = cast(str, tokenizer.apply_chat_template(other, tokenize=False))
-    whole = cast(str, tokenizer.apply_chat_template(other + messages, tokenize=False))
-    if not whole.startswith(before):
+    both = cast(str, tokenizer.apply_chat_template(other + messages, tokenize=False))
+    if not both.startswith(before):
         raise ConfigError(
-            f"the chat template cannot leave out its system turn ({tokenizer.name_or_path}): it must write earlier "
-            "turns alike whatever follows; set data.system_turn=true, or use Qwen2.5-VL's template"
+            f"the chat template cannot leave out its system turn ({tokenizer.name_or_path}): its earlier turns must "
+            "not depend on later ones; set data.system_turn=true, or use Qwen2.5-VL's template"
         )
-    return whole.removeprefix(before)
+    return both.removeprefix(before)
 
 
 def _user_turn(question: str, num_images: int) -> dict[str, Any]:
-    """Images stand where the question has slots; without an <image>, in front of it."""
+    """A user turn with its images at the question's slots, or in front of it if there is no <image>."""
     image = {"type": "image"}
     in_front = 0 if IMAGE_TAG in question else num_images
     parts = re.split(f"({IMAGE_TAG}|{OUTPUT_IMAGE_TAG})", question)

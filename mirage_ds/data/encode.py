@@ -1,4 +1,4 @@
-"""The conversation of ONE sample -> token ids, labels, latent spans, positions.
+"""Encodes the conversation of one sample: token ids, labels, latent spans, positions.
 
 Shape legend: L tokens, P patches, N images, K latents per block.
 """
@@ -19,7 +19,7 @@ from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import ConfigError, DataError
-from mirage_ds.ops.segments import cut_image
+from mirage_ds.ops.segments import image_segments
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
     IGNORE_INDEX,
@@ -29,7 +29,7 @@ from mirage_ds.tokens import (
 
 @dataclass
 class EncodedSample:
-    """A sample as the model takes it, before padding. Helper images are there only in stage 1."""
+    """A sample as the model takes it, before padding. Helper images are only encoded in stage 1."""
 
     key: str
     input_ids: torch.Tensor  # [L] int64
@@ -74,9 +74,9 @@ def load_encoder(
 
 
 def expand_pads(input_ids: torch.Tensor, num_merged: Sequence[int], latent_size: int, ids: TokenIds) -> torch.Tensor:
-    """Repeats the one pad of each block: an image's becomes its merged tokens, a latent block's K latent pads.
+    """Repeats the one pad of each block: once per merged token for an image, as K latent pads for a latent block.
 
-    On ids, not on the text: special tokens split the text, so the result is the same, without tokenising the pads.
+    Works on ids instead of text: special tokens split the text, so the result is the same, without tokenizing the pads.
 
     Args:
         input_ids: [short L], with one <|image_pad|> per block.
@@ -102,7 +102,7 @@ def find_prompt_length(input_ids: torch.Tensor, marker: torch.Tensor) -> int:
 def supervised_labels(input_ids: torch.Tensor, prompt_length: int, ids: TokenIds) -> torch.Tensor:
     """Labels [L] of ids [L], not shifted: the answer's tokens, the newline before and after it, and its markers.
 
-    IGNORE_INDEX at the prompt, at <|endoftext|> and at latent pads, which the latent loss answers for.
+    IGNORE_INDEX at the prompt, at <|endoftext|>, and at latent pads, which have the latent loss.
     """
     labels = input_ids.clone()
     labels[:prompt_length] = IGNORE_INDEX
@@ -111,9 +111,9 @@ def supervised_labels(input_ids: torch.Tensor, prompt_length: int, ids: TokenIds
 
 
 def mrope_positions(image_mask: torch.Tensor, grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
-    """Positions [3, L]: an image's tokens count as a grid, every other token, latents too, as text.
+    """M-RoPE positions [3, L]: grid coordinates for an image's tokens; text positions for all others, also for latents.
 
-    After an image the next position is max(height, width) of its merged grid further, whatever its token count.
+    After an image the position advances by max(height, width) of its merged grid, whatever its number of tokens.
 
     Args:
         image_mask: [L] bool, True at image pads; images are runs of pads with a token between them.
@@ -151,9 +151,9 @@ class Encoder:
     ) -> None:
         """
         Args:
-            system_turn: begin with the system turn that the chat template writes by itself.
-            max_length: tokens that a sample may have; None: any number.
-            compress_strategy: how helper images will be cut into latents, which each must be large enough for.
+            system_turn: start with the chat template's default system turn.
+            max_length: maximum tokens of a sample; None: no limit.
+            compress_strategy: how the model will pool helper images; each must have enough patches for it.
         """
         self.ids = TokenIds.of(tokenizer)
         self.tokenizer = tokenizer
@@ -170,7 +170,7 @@ class Encoder:
         """Encodes one sample.
 
         Raises:
-            DataError: the sample cannot be used in this stage; it names the sample's key.
+            DataError: the sample cannot be used in this stage; the message names its key.
         """
         check_sample(sample, sample.key)
         self._check_blocks(num_latent_blocks(sample.text_output, len(sample.helper_images)), sample.key)
@@ -198,10 +198,10 @@ class Encoder:
         )
 
     def prompt(self, sample: Sample) -> EncodedSample:
-        """Encodes a sample's question, with its input images, as decoding starts it.
+        """Encodes a sample's question and input images as a prompt for decoding.
 
         Raises:
-            DataError: the question and its images do not fit together; it names the sample's key.
+            DataError: the question and its images do not match; the message names the sample's key.
         """
         check_question(sample, sample.key)
         pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
@@ -214,7 +214,7 @@ class Encoder:
         num_merged = self._image_processor.num_merged(grid_thw)
         input_ids = expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
         image_mask = input_ids == self.ids.image_pad
-        nothing, no_grid = self._patches((), "")
+        no_patches, no_grid = self._patches((), "")
         return EncodedSample(
             key=sample.key,
             input_ids=input_ids,
@@ -225,16 +225,16 @@ class Encoder:
             prompt_length=len(input_ids),
             pixel_values=pixel_values,
             image_grid_thw=grid_thw,
-            pixel_values_latent=nothing,
+            pixel_values_latent=no_patches,
             image_grid_thw_latent=no_grid,
             latent_size=self._latent_size,
         )
 
     def check_index(self, folder: ShardFolder) -> None:
-        """Finds what `__call__` would refuse in this stage, as far as the index tells it, before a run begins.
+        """Checks before a run, from the index alone, what `__call__` would refuse in this stage.
 
         Raises:
-            DataError: it names the shard and the sample's key.
+            DataError: a sample would be refused; the message names its shard and key.
         """
         for entry in load_index(folder):
             key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
@@ -248,7 +248,7 @@ class Encoder:
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _check_template(self) -> None:
-        """A template for text alone would drop the images without a word."""
+        """A text-only template would silently drop the images."""
         text = self._train_text(IMAGE_TAG, OUTPUT_IMAGE_TAG, 1, 1, latents=True)
         if [text.count(part) for part in (IMAGE_BLOCK, ASSISTANT_MARKER, LATENT_BLOCK)] != [1, 1, 1]:
             raise ConfigError(
@@ -259,20 +259,20 @@ class Encoder:
     def _check_blocks(self, num_blocks: int, key: str) -> None:
         if self._stage == "stage2" and num_blocks > 1:
             raise DataError(
-                f"{num_blocks} latent blocks in one row ({key}); stage 2 supports at most one; leave such rows "
+                f"the sample has {num_blocks} latent blocks ({key}); stage 2 supports at most one; leave such samples "
                 "out of the stage 2 data"
             )
 
     def _check_helpers(self, grids: Sequence[tuple[int, int]], key: str) -> None:
-        """Helper images of so many rows and columns of merged patches."""
+        """Refuses helper images, given by their rows and columns of merged patches, that cannot be pooled."""
         for number, (rows, columns) in enumerate(grids):
             try:
-                cut_image(rows, columns, self._latent_size, self._compress_strategy)
+                image_segments(rows, columns, self._latent_size, self._compress_strategy)
             except ValueError as error:
                 raise DataError(
-                    f"{error} ({key}.helper_{number}); allowed is model.latent_size <= merged patches, and with "
-                    "model.compress_strategy=grid two factors of it that fit into their rows and columns; use a larger "
-                    "image or data.min_pixels, or set another model.latent_size"
+                    f"{error} ({key}.helper_{number}); expected model.latent_size <= merged patches, and with "
+                    "model.compress_strategy=grid a product of two factors that fit into their rows and columns; use a "
+                    "larger image or data.min_pixels, or set another model.latent_size"
                 ) from error
 
     def _check_length(self, length: int, key: str) -> None:

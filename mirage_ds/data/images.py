@@ -1,4 +1,4 @@
-"""The bytes of an image file -> RGB, decoded safely: known formats, limited sizes. Needs no torch."""
+"""Decodes the bytes of an image file to RGB, safely: known formats, limited sizes. Needs no torch."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ from mirage_ds.errors import DataError
 
 
 def decode(data: bytes, where: str) -> Image.Image:
-    """Decodes to RGB; what is transparent becomes white, as in the reference.
+    """Decodes to RGB; transparent pixels become white, as in the reference.
 
     Raises:
         DataError: see `open_image`.
@@ -27,19 +27,19 @@ MAX_ASPECT_RATIO = 200  # the image processor refuses more
 
 
 def open_image(data: bytes, where: str) -> Image.Image:
-    """Decodes an image whole, so that nothing can fail later.
+    """Decodes all pixels of an image, so that nothing can fail later.
 
     Raises:
-        DataError: not one of IMAGE_FORMATS, damaged, too large or too narrow; it names `where`.
+        DataError: not one of IMAGE_FORMATS, damaged, too large or too narrow; the message names `where`.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         _check_size(*image.size, where)
         image.load()
-    # What Pillow's decoders raise on damaged files.
+    # The errors of Pillow's decoders on damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(
-            f"the image cannot be decoded: {error} ({where}); allowed are {', '.join(IMAGE_FORMATS)} of at most "
+            f"the image cannot be decoded: {error} ({where}); allowed: {', '.join(IMAGE_FORMATS)} of at most "
             f"{MAX_IMAGE_PIXELS} pixels; replace the image"
         ) from error
     return image
@@ -48,6 +48,6 @@ def open_image(data: bytes, where: str) -> Image.Image:
 def _check_size(width: int, height: int, where: str) -> None:
     if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise DataError(
-            f"the image has {width} x {height} pixels ({where}); allowed are {MAX_IMAGE_PIXELS} pixels in all and "
-            f"sides at most {MAX_ASPECT_RATIO} : 1; scale or crop the image"
+            f"the image has {width} x {height} pixels ({where}); allowed: at most {MAX_IMAGE_PIXELS} pixels and an "
+            f"aspect ratio of at most {MAX_ASPECT_RATIO} : 1; scale or crop the image"
         )

@@ -1,4 +1,4 @@
-"""index.jsonl of a folder of shards: each sample's place, and facts of it that hold for every model. Needs no torch."""
+"""index.jsonl of a folder of shards: each sample's location and model-independent facts. Needs no torch."""
 
 import hashlib
 import json
@@ -30,14 +30,14 @@ def load_index(folder: ShardFolder) -> list[IndexEntry]:
     """Reads index.jsonl: one entry per sample, in the order of their keys.
 
     Raises:
-        DataError: it is missing, or is not the one that the manifest names.
+        DataError: it is missing, or does not match the manifest.
     """
     path = folder.path / INDEX_NAME
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != folder.manifest.index_sha256:
         raise DataError(
-            f"{INDEX_NAME} is missing or is not the one that the manifest names ({path}); both come from one build; "
-            "copy it again, or build again"
+            f"{INDEX_NAME} is missing or does not match the manifest ({path}); both must come from one build; copy it "
+            "again, or build again"
         )
-    # The digest vouches for the contents.
+    # The digest matches, so the contents need no further checks.
     return [IndexEntry(**json.loads(line)) for line in data.splitlines()]

@@ -1,4 +1,4 @@
-"""RGB images -> patches, by one image processor, so that pixels do not depend on what else is installed.
+"""RGB images -> patches, always by the same image processor, so that pixels do not depend on installed packages.
 
 Shape legend: P patches, N images.
 """
@@ -14,7 +14,7 @@ from mirage_ds.errors import ConfigError
 
 
 class ImageProcessor:
-    """Resizes images to the patch grid and cuts them into patches, in the order of the merged tokens."""
+    """Resizes images to the patch grid and splits them into patches, in the order of the merged tokens."""
 
     def __init__(self, processor: Qwen2VLImageProcessorPil) -> None:
         self._processor = processor
@@ -33,8 +33,8 @@ class ImageProcessor:
         """Reads preprocessor_config.json of a model folder or hub id.
 
         Args:
-            min_pixels: smaller images are scaled up to it, instead of to the folder's limit.
-            max_pixels: larger images are scaled down to it, instead of to the folder's limit.
+            min_pixels: smaller images are scaled up to it; None: the folder's limit.
+            max_pixels: larger images are scaled down to it; None: the folder's limit.
         Raises:
             ConfigError: there is none, or the limits contradict each other.
         """
@@ -43,15 +43,15 @@ class ImageProcessor:
         except OSError as error:
             raise ConfigError(
                 f"no image processor ({model_path}): {error}; a model folder has preprocessor_config.json; name "
-                "one that `mirage init` wrote, or take it from another folder with `mirage init "
+                "one that `mirage init` wrote, or add it from another folder with `mirage init "
                 f"--from {model_path} --processor-from FOLDER`"
             ) from error
         smallest = min_pixels or processor.size["shortest_edge"]
         largest = max_pixels or processor.size["longest_edge"]
         if smallest > largest:
             raise ConfigError(
-                f"images must have at least {smallest} and at most {largest} pixels (data.min_pixels, data.max_pixels, "
-                f"or where they are unset {model_path}); the first may not be above the second; set both"
+                f"images must have at least {smallest} and at most {largest} pixels (data.min_pixels, data.max_pixels; "
+                f"where unset, from {model_path}); the first must not be above the second; set both"
             )
         processor.size = {"shortest_edge": smallest, "longest_edge": largest}
         return cls(processor)
@@ -64,14 +64,14 @@ class ImageProcessor:
         return features["pixel_values"], features["image_grid_thw"]
 
     def merged_grid_of(self, width: int, height: int) -> tuple[int, int]:
-        """What `merged_grids` will say of an image of this size in the user's file."""
+        """What `merged_grids` will return for an image whose file has this size."""
         side = self._processor.patch_size * self.merge_size
         limits = self._processor.size
         rows, columns = smart_resize(height, width, side, limits["shortest_edge"], limits["longest_edge"])
         return rows // side, columns // side
 
     def save(self, folder: Path) -> None:
-        """Writes preprocessor_config.json, with the limits in force."""
+        """Writes preprocessor_config.json, with the limits that are used."""
         self._processor.save_pretrained(folder)
 
     def num_merged(self, grid_thw: torch.Tensor) -> list[int]:

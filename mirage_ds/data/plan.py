@@ -20,7 +20,7 @@ class Plan:
         self._digest = digest
         self._seed = seed
         self._epoch = -1
-        self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)  # of the one epoch that is being read
+        self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)  # of the current epoch
 
     def samples(self, start: int, count: int) -> list[int]:
         """Sample numbers at positions [start, start + count); they may cross into the next epochs."""
@@ -36,7 +36,7 @@ class Plan:
 def epoch_order(num_samples: int, digest: str, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """A permutation of [0, num_samples): samples sorted by a hash of their number.
 
-    Own arithmetic, so that no library's random generator can change the order of a run that is resumed years later.
+    Uses its own arithmetic, so that no change in a library's random generator can change the order of a resumed run.
     """
     key = hashlib.sha256(f"{digest}/{seed}/{epoch}".encode()).digest()[:8]
     base = np.frombuffer(key, dtype="<u8").astype(np.uint64)
@@ -46,7 +46,7 @@ def epoch_order(num_samples: int, digest: str, seed: int, epoch: int) -> npt.NDA
 
 
 def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), modulo 2**64, elementwise."""
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014), modulo 2**64, elementwise."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -56,6 +56,6 @@ def micro_batch_start(start: int, number: int, rank: int, world_size: int, micro
     """First position of a rank's micro-batch `number`, counted from position `start`.
 
     A step is gradient_accumulation_steps micro-steps of world_size * micro_batch_size samples, so micro-steps follow
-    each other without a gap from step to step, and the accumulation does not show here.
+    each other without a gap across steps, and the accumulation does not enter the formula.
     """
     return start + (number * world_size + rank) * micro_batch_size

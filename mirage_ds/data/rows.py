@@ -1,4 +1,4 @@
-"""A row of a JSONL file -> a sample: a question with its images, an answer with its helper images. Needs no torch.
+"""Reads rows of JSONL files as samples: a question with images, an answer with helper images. Needs no torch.
 
 {"text_input": str, "text_output": str, "image_input": path or list, "image_output": path or list, ...}
 """
@@ -16,7 +16,7 @@ from mirage_ds.errors import DataError
 IMAGE_TAG = "<image>"
 OUTPUT_IMAGE_TAG = "<output_image>"
 
-# Written into a text by a user, one of these would open a turn, an image or a latent block where there is none.
+# In a user's text, one of these would start a turn, an image or a latent block that does not exist.
 RESERVED_TOKENS = (
     tokens.IM_START,
     tokens.IM_END,
@@ -29,7 +29,7 @@ RESERVED_TOKENS = (
 )
 _ROW_FIELDS = ("text_input", "text_output", "image_input", "image_output")
 
-# Takes a bad row's file:line, its own id (None if it has none) and what is wrong with it.
+# Called with a bad row's file:line, its id field (None if it has none) and the error.
 Reject = Callable[[str, Any, DataError], None]
 
 
@@ -42,17 +42,17 @@ class Sample:
     text_output: str
     input_images: tuple[bytes, ...] = ()
     helper_images: tuple[bytes, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict)  # the row's other fields, the user's own id among them
+    extra: dict[str, Any] = field(default_factory=dict)  # the row's other fields, including the user's id
 
 
 def read_rows(path: Path, reject: Reject | None = None, numbers: range | None = None) -> Iterator[tuple[str, Sample]]:
-    """Yields (file:line, sample) of a JSONL file; keys number the rows. Empty lines are passed over.
+    """Yields (file:line, sample) of a JSONL file; keys number the rows. Empty lines are skipped.
 
     Args:
-        reject: told of each row that cannot be used, which is then passed over; without it the first one is an error.
-        numbers: reads only these rows, counted from 0 on.
+        reject: called for each row that cannot be used, which is then skipped; None: the first one is an error.
+        numbers: reads only these rows, counted from 0.
     Raises:
-        DataError: the file cannot be read or holds no row, or a row is not as `read_row` wants it.
+        DataError: the file cannot be read or has no row, or `read_row` refuses a row.
     """
     for number, (where, line) in enumerate(_read_lines(path)):
         if numbers is not None and number not in numbers:
@@ -70,16 +70,16 @@ def read_rows(path: Path, reject: Reject | None = None, numbers: range | None = 
 
 
 def count_rows(path: Path) -> int:
-    """Rows of a JSONL file, good or bad; at least one.
+    """Counts the rows of a JSONL file, usable or not; at least one.
 
     Raises:
-        DataError: the file cannot be read or holds no row.
+        DataError: the file cannot be read or has no row.
     """
     return sum(1 for _ in _read_lines(path))
 
 
 def read_questions(path: Path) -> Iterator[tuple[str, Sample]]:
-    """As `read_rows`, for rows that are to be answered; see `read_question`."""
+    """As `read_rows`, for questions that will be answered by decoding; see `read_question`."""
     for number, (where, row) in enumerate(read_json_lines(path)):
         yield where, read_question(row, key=f"{number:09d}", where=where, folder=path.parent)
 
@@ -88,7 +88,7 @@ def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path) ->
     """As `read_row`, but text_output may be missing, and helper images are not read.
 
     Raises:
-        DataError: the question and its images do not fit together, or an image cannot be decoded.
+        DataError: the question and its images do not match, or an image cannot be decoded.
     """
     sample = Sample(
         key=key,
@@ -107,7 +107,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (file:line, object) of a JSONL file, at least one.
 
     Raises:
-        DataError: the file cannot be read, holds no line, or a line is not a JSON object in UTF-8.
+        DataError: the file cannot be read, has no line, or a line is not a JSON object in UTF-8.
     """
     for where, line in _read_lines(path):
         yield where, parse_row(line, where)
@@ -124,7 +124,9 @@ def _read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     except OSError as error:
         raise DataError(f"cannot read the rows: {error.strerror} ({path}); name an existing JSONL file") from error
     if empty:
-        raise DataError(f"no rows ({path}); the file needs at least one JSON object, one a line; write some rows to it")
+        raise DataError(
+            f"no rows ({path}); the file needs at least one JSON object, one per line; write some rows to it"
+        )
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
@@ -132,18 +134,20 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"malformed JSON: {error} ({where}); every line is one JSON object in UTF-8; mend the line"
+            f"malformed JSON: {error} ({where}); every line must be one JSON object in UTF-8; fix the line"
         ) from error
     if not isinstance(row, dict):
-        raise DataError(f"the row is a {type(row).__name__} ({where}); every line is one JSON object; mend the line")
+        raise DataError(
+            f"the row is a {type(row).__name__} ({where}); every line must be one JSON object; fix the line"
+        )
     return row
 
 
 def read_row(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Sample:
-    """Reads a row's images from `folder` and checks that texts and images fit together.
+    """Reads a row's images from `folder` and checks that texts and images match.
 
     Raises:
-        DataError: a field of the wrong kind, a missing image file, or what `check_sample` refuses.
+        DataError: a field of the wrong type, a missing image file, or what `check_sample` refuses.
     """
     sample = Sample(
         key=key,
@@ -164,7 +168,7 @@ def _extra(row: Mapping[str, Any]) -> dict[str, Any]:
 def read_text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value:
-        raise DataError(f"{name} is {value!r:.80} ({where}); a row needs a text that is not empty; fill it in")
+        raise DataError(f"{name} is {value!r:.80} ({where}); expected a non-empty text; fill it in")
     return value
 
 
@@ -176,57 +180,59 @@ def _images(row: Mapping[str, Any], name: str, where: str, folder: Path) -> tupl
 
 def _read_image(path: Any, name: str, where: str, folder: Path) -> bytes:
     if not isinstance(path, str) or not path:
-        raise DataError(f"{name} names {path!r:.80} ({where}); allowed is a path or a list of paths; mend the field")
+        raise DataError(
+            f"{name}: {path!r:.80} is not a path ({where}); expected a path or a list of paths; fix the field"
+        )
     try:
         return (folder / path).read_bytes()
     except (OSError, ValueError) as error:
         raise DataError(
             f"{name} cannot be read: {path!r} ({where}); paths are relative to the folder of the JSONL file, {folder}; "
-            "put the image there or mend the path"
+            "put the image there or fix the path"
         ) from error
 
 
 def check_sample(sample: Sample, where: str) -> None:
-    """Refuses texts that would break the labels, and slots that do not fit the images.
+    """Refuses texts that would break the labels, and slots that do not match the images.
 
     Raises:
-        DataError: it names `where`.
+        DataError: the sample is refused; the message names `where`.
     """
     check_question(sample, where)
     _check_text(sample.text_output, "text_output", where)
     num_slots, num_helpers = sample.text_output.count(OUTPUT_IMAGE_TAG), len(sample.helper_images)
     if num_slots != num_helpers and (num_slots, num_helpers) != (0, 1):
         raise DataError(
-            f"text_output has {num_slots} {OUTPUT_IMAGE_TAG} for {num_helpers} helper images ({where}); allowed is one "
-            "for each, or none with one helper image, which then comes first; add or remove slots or images"
+            f"{OUTPUT_IMAGE_TAG} slots in text_output: {num_slots}, helper images: {num_helpers} ({where}); allowed: "
+            "one slot per image, or none for one image, whose latents then come first; add or remove slots or images"
         )
 
 
 def check_question(sample: Sample, where: str) -> None:
-    """What `check_sample` asks of a question, which is all that decoding takes of a sample.
+    """The checks of `check_sample` on the question, the only part of a sample that decoding uses.
 
     Raises:
-        DataError: it names `where`.
+        DataError: the sample is refused; the message names `where`.
     """
     _check_text(sample.text_input, "text_input", where)
     num_blocks = num_image_blocks(sample.text_input, len(sample.input_images))
     if num_blocks != len(sample.input_images):
         raise DataError(
-            f"text_input has {num_blocks} image slots for {len(sample.input_images)} input images ({where}); allowed "
-            f"is one {IMAGE_TAG} for each image, or none, which puts all images in front; add or remove slots or images"
+            f"image slots in text_input: {num_blocks}, input images: {len(sample.input_images)} ({where}); allowed: "
+            f"one {IMAGE_TAG} per image, or none, which puts all images in front; add or remove slots or images"
         )
 
 
 def num_image_blocks(question: str, num_images: int) -> int:
-    """Image blocks that a question gets: the images stand in front of it, unless it has <image> slots.
+    """Number of image blocks of a question: its <image> slots, or one per image, in front, if it has none.
 
-    The reference turns <output_image> in a question into an image block as well.
+    As in the reference, an <output_image> in a question also becomes an image block.
     """
     return (question.count(IMAGE_TAG) or num_images) + question.count(OUTPUT_IMAGE_TAG)
 
 
 def num_latent_blocks(answer: str, num_helpers: int) -> int:
-    """Latent blocks that an answer gets: one for each <output_image>, or without any one in front for the helper."""
+    """Number of latent blocks of an answer: its <output_image> slots, or one in front for a helper image."""
     return answer.count(OUTPUT_IMAGE_TAG) or min(num_helpers, 1)
 
 
@@ -234,13 +240,13 @@ def _check_text(text: str, name: str, where: str) -> None:
     reserved = [token for token in RESERVED_TOKENS if token in text]
     if reserved:
         raise DataError(
-            f"{name} contains {', '.join(reserved)} ({where}); special tokens are set by the chat template alone; "
+            f"{name} contains {', '.join(reserved)} ({where}); only the chat template may write special tokens; "
             f"remove them, and mark images by {IMAGE_TAG} and {OUTPUT_IMAGE_TAG}"
         )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{name} contains half of a surrogate pair at character {error.start} ({where}); a text is valid Unicode; "
-            "write the character whole"
+            f"{name} contains half of a surrogate pair at character {error.start} ({where}); a text must be valid "
+            "Unicode; write the complete character"
         ) from error

@@ -1,6 +1,6 @@
-"""A sample as the members of a tar shard: KEY.json, KEY.input_0.png, KEY.helper_0.png, one after the other.
+"""A sample as consecutive members of a tar shard: KEY.json, KEY.input_0.png, KEY.helper_0.png.
 
-The one place that knows this format; it writes and reads it. Needs no torch.
+Writes and reads this format; no other file depends on it. Needs no torch.
 """
 
 import io
@@ -22,10 +22,10 @@ _MEMBER = re.compile(r"(input|helper)_(0|[1-9]\d*)\.\w+")
 def to_members(sample: Sample) -> dict[str, bytes]:
     """The sample as webdataset names it: {"json": ..., "input_0.png": ..., "helper_0.jpg": ...}.
 
-    The extension tells what the bytes are, whatever the user's file was called.
+    The extension follows the image's bytes, whatever the user's file was called.
 
     Raises:
-        DataError: an image that is not one of IMAGE_FORMATS.
+        DataError: an image is not in one of IMAGE_FORMATS.
     """
     texts = {"text_input": sample.text_input, "text_output": sample.text_output}
     members = {"json": json.dumps({**texts, **sample.extra}).encode("ascii")}
@@ -39,14 +39,14 @@ def _extension(data: bytes, where: str) -> str:
     for signature, extension in _SIGNATURES.items():
         if data.startswith(signature):
             return extension
-    raise DataError(f"unknown image format ({where}); allowed are {', '.join(IMAGE_FORMATS)}; convert the image")
+    raise DataError(f"unknown image format ({where}); allowed: {', '.join(IMAGE_FORMATS)}; convert the image")
 
 
 def from_members(key: str, members: Mapping[str, bytes]) -> Sample:
-    """The inverse of `to_members`. Images stay bytes; slots are checked by whoever encodes.
+    """The inverse of `to_members`. Images stay bytes; slots are checked when the sample is encoded.
 
     Raises:
-        DataError: members that are missing, unknown or not as `to_members` writes them; it names `key`.
+        DataError: members are missing, unknown, or not as `to_members` writes them; the message names `key`.
     """
     if "json" not in members:
         raise DataError(f"{key}.json is missing; a sample needs it; build the shards again")
@@ -57,7 +57,7 @@ def from_members(key: str, members: Mapping[str, bytes]) -> Sample:
             images[match[1]][int(match[2])] = data
         elif name != "json":
             raise DataError(
-                f"unknown member {key}.{name}; a sample has .json, .input_N.EXT and .helper_N.EXT; remove it or build "
+                f"unknown member {key}.{name}; a sample has .json, .input_N.EXT and .helper_N.EXT; remove it, or build "
                 "the shards again"
             )
     return Sample(
@@ -73,26 +73,26 @@ def from_members(key: str, members: Mapping[str, bytes]) -> Sample:
 def _numbered(images: Mapping[int, bytes], where: str) -> tuple[bytes, ...]:
     if sorted(images) != list(range(len(images))):
         raise DataError(
-            f"{where} images are numbered {sorted(images)}; allowed is 0, 1, 2 without a gap; build the shards again"
+            f"{where} images are numbered {sorted(images)}; expected 0, 1, 2, ... without a gap; build the shards again"
         )
     return tuple(images[number] for number in range(len(images)))
 
 
 def read_range(path: Path, offset: int, size: int, where: str) -> bytes:
-    """The bytes of one sample in a shard, headers and padding included.
+    """Reads the bytes of one sample in a shard, including headers and padding.
 
     Raises:
-        DataError: the shard cannot be read or is too short; it names `where`.
+        DataError: the shard cannot be read or is too short; the message names `where`.
     """
     try:
         with path.open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), size, offset)
     except OSError as error:
-        raise DataError(f"cannot read the shard: {error.strerror} ({where}); put {path} back in its place") from error
+        raise DataError(f"cannot read the shard: {error.strerror} ({where}); restore {path}") from error
     if len(data) != size:
         raise DataError(
-            f"{len(data)} of {size} bytes from byte {offset} ({where}); the index wants them all; the shard changed "
-            "after the start: copy it again, or build again"
+            f"only {len(data)} of {size} bytes from byte {offset} can be read ({where}); the index needs them all; the "
+            "shard changed after the start: copy it again, or build again"
         )
     return data
 
@@ -103,7 +103,7 @@ def parse_members(data: bytes, key: str, where: str) -> dict[str, bytes]:
     As plain bytes: webdataset's decoders unpickle, which would run code from a data set.
 
     Raises:
-        DataError: the range holds anything but regular files of this key, one after the other to its end.
+        DataError: the range has anything but consecutive regular files of this key up to its end.
     """
     members = {}
     try:
@@ -114,12 +114,12 @@ def parse_members(data: bytes, key: str, where: str) -> dict[str, bytes]:
                     raise tarfile.TarError(f"unexpected member {info.name}")
                 # A regular member always has a stream.
                 members[name] = tar.extractfile(info).read()  # type: ignore[union-attr]
-            # tarfile takes a damaged header behind a good member for the end.
+            # tarfile treats a damaged header after a good member as the end.
             if tar.offset != len(data):
                 raise tarfile.TarError(f"damaged header at byte {tar.offset}")
     except tarfile.TarError as error:
         raise DataError(
-            f"damaged shard: {error} ({where}); the range holds the members of this key alone; copy the shard again, "
-            "or build again"
+            f"damaged shard: {error} ({where}); the range must have only the members of this key; copy the shard "
+            "again, or build again"
         ) from error
     return members

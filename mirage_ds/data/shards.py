@@ -1,6 +1,6 @@
-"""A folder of shards: tar files and manifest.json. Reads them; data_tools writes them. Needs no torch.
+"""Reads a folder of shards: tar files and manifest.json, which data_tools writes. Needs no torch.
 
-manifest.json says what the folder holds, shard by shard, with sha256. Its own sha256, the digest, names the data set.
+manifest.json lists the shards with their sha256. Its own sha256, the digest, identifies the data set.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says."""
+    """The contents of manifest.json."""
 
     format_version: int
     num_samples: int
@@ -37,7 +37,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """A folder whose manifest was read."""
+    """A folder of shards with its manifest."""
 
     path: Path
     manifest: Manifest
@@ -49,10 +49,10 @@ class ShardFolder:
 
 
 def load_manifest(folder: Path) -> ShardFolder:
-    """Reads manifest.json and checks that the shards are there, in their full size.
+    """Reads manifest.json and checks that all shards exist with their full size.
 
     Raises:
-        DataError: no manifest, one of another version, a shard that is missing or of another size.
+        DataError: there is no manifest, or it has another version, or a shard is missing or of another size.
     """
     shards = read_manifest(folder)
     for shard in shards.manifest.shards:
@@ -61,18 +61,18 @@ def load_manifest(folder: Path) -> ShardFolder:
 
 
 def read_manifest(folder: Path) -> ShardFolder:
-    """Reads manifest.json and looks at nothing else.
+    """Reads manifest.json alone.
 
     Raises:
-        DataError: no manifest, a damaged one or one of another version.
+        DataError: there is no manifest, or it is damaged or has another version.
     """
     path = folder / MANIFEST_NAME
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"no {MANIFEST_NAME}: {error.strerror} ({path}); a data folder is what `mirage-data build` wrote; name "
-            "such a folder or build one"
+            f"no {MANIFEST_NAME}: {error.strerror} ({path}); expected a folder that `mirage-data build` wrote; name "
+            "such a folder, or build one"
         ) from error
     return ShardFolder(folder, _parse_manifest(data, path), hashlib.sha256(data).hexdigest())
 
@@ -89,25 +89,27 @@ def _parse_manifest(data: bytes, path: Path) -> Manifest:
         manifest = Manifest(**fields, shards=shards)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
-            f"damaged manifest: {error!r} ({path}); allowed is what `mirage-data build` writes; build the shards again"
+            f"damaged manifest: {error!r} ({path}); expected what `mirage-data build` writes; build the shards again"
         ) from error
-    if manifest.num_samples < 1 or sum(shard.samples for shard in shards) != manifest.num_samples:
+    found = sum(shard.samples for shard in shards)
+    if manifest.num_samples < 1 or found != manifest.num_samples:
         raise DataError(
-            f"{manifest.num_samples} samples in all do not fit the shards' counts ({path}); they must add up, to 1 or "
-            "more; build the shards again"
+            f"num_samples is {manifest.num_samples}, the samples of the shards add up to {found} ({path}); both must "
+            "be equal, and at least 1; build the shards again"
         )
     return manifest
 
 
 def check_shard_size(folder: Path, shard: Shard) -> None:
-    """Refuses a shard that was not copied whole.
+    """Refuses a shard that was not copied completely.
 
     Raises:
-        DataError: it is missing or of another size than the manifest says.
+        DataError: it is missing, or its size differs from the manifest.
     """
     path = folder / shard.name
-    found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
-    if found != f"{shard.bytes} bytes":
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard.bytes:
+        problem = "is missing" if size is None else f"has size {size}"
         raise DataError(
-            f"the shard is {found} ({path}); the manifest says {shard.bytes} bytes; copy it again, or build again"
+            f"the shard {problem} ({path}); the manifest says {shard.bytes} bytes; copy it again, or build again"
         )

@@ -1,4 +1,4 @@
-"""Reads the byte ranges that the plan names from tar shards, in worker processes; endless."""
+"""Streams micro-batches without end: reads byte ranges of tar shards in the plan's order, in worker processes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ T = TypeVar("T")
 
 
 class SampleReader:
-    """Reads single samples of a shard folder, by their number."""
+    """Reads samples of a shard folder by their number."""
 
     def __init__(self, folder: ShardFolder) -> None:
         index = load_index(folder)
         self._paths = [folder.path / shard.name for shard in folder.manifest.shards]
-        # Arrays, not objects: worker processes share them until somebody counts a reference.
-        self._places = np.array([(entry.shard, entry.offset, entry.size) for entry in index], dtype=np.int64)
+        # Arrays instead of objects: forked workers share their memory, as no reference counts are written.
+        self._locations = np.array([(entry.shard, entry.offset, entry.size) for entry in index], dtype=np.int64)
         self._keys = np.array([entry.key for entry in index])
 
     def __call__(self, number: int) -> Sample:
-        """Reads and parses one sample; its key becomes SHARD/KEY, so that every later message names both.
+        """Reads and parses one sample; its key becomes SHARD/KEY, so that every later message has both.
 
         Raises:
-            DataError: the bytes are not there or are not this sample.
+            DataError: the bytes cannot be read or are not this sample.
         """
-        shard, offset, size = self._places[number].tolist()
+        shard, offset, size = self._locations[number].tolist()
         path, key = self._paths[shard], str(self._keys[number])
         where = f"{path.name}/{key}"
         return from_members(where, parse_members(read_range(path, offset, size, where), key, where))
@@ -42,31 +42,31 @@ class SampleReader:
 
 @dataclass(frozen=True)
 class Share:
-    """Which micro-batches one rank takes, from which position on."""
+    """Which micro-batches one rank takes, starting from which position."""
 
     rank: int
     world_size: int
     micro_batch_size: int  # per GPU
     gradient_accumulation_steps: int = 1
-    start: int = 0  # samples of all ranks consumed before: a multiple of the global batch size
+    start: int = 0  # samples that all ranks have consumed before: a multiple of the global batch size
 
     def __post_init__(self) -> None:
         global_batch_size = self.world_size * self.micro_batch_size * self.gradient_accumulation_steps
         if self.start % global_batch_size:
             raise ConfigError(
                 f"the data position is {self.start} samples (in the checkpoint), but a global batch has "
-                f"{global_batch_size}; a run goes on at the border of two global batches; set micro_batch_size_per_gpu "
+                f"{global_batch_size}; a run can only resume between two global batches; set micro_batch_size_per_gpu "
                 "or gradient_accumulation_steps so that the global batch size divides the position"
             )
 
 
 class MicroBatches(IterableDataset[T | DataError], Generic[T]):
-    """One rank's micro-batches, endless.
+    """One rank's micro-batches, without end.
 
-    Worker w of W yields every W-th of them, from the w-th on; the DataLoader takes from its workers in turn, which
-    restores the order: it is the same for any number of workers.
+    Worker w of W yields every W-th of them, starting with the w-th. The DataLoader takes from its workers in turn, so
+    that the order is the same for any number of workers.
 
-    An error is yielded, not raised: the DataLoader would wrap a raised one in a worker's traceback.
+    An error is yielded instead of raised, as the DataLoader would wrap a raised one in a worker's traceback.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
 
 
 class Loader(DataLoader[Any], Generic[T]):
-    """A DataLoader that raises the error which a dataset yields in place of a batch, when its turn comes."""
+    """A DataLoader that raises an error which the dataset yielded in place of a batch, at its turn."""
 
     def __iter__(self) -> Iterator[T]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -123,15 +123,15 @@ def make_loader(
     prefetch_factor: int = 2,
     pin_memory: bool = False,
 ) -> Loader[T]:
-    """The endless micro-batches of one rank, in the plan's order.
+    """The micro-batches of one rank in the plan's order, without end.
 
     Args:
-        num_workers: processes that read and encode, each with one thread (torch's DataLoader sees to that); 0 does it
-            in this process.
+        num_workers: processes that read and encode, each with one thread (torch's DataLoader sets it); 0: in this
+            process.
         prefetch_factor: micro-batches that each worker prepares ahead.
         pin_memory: calls pin_memory() of each batch, for asynchronous copies to a GPU.
     Raises:
-        DataError: the index does not fit the manifest; while iterating, a sample that cannot be used.
+        DataError: the index does not match the manifest; while iterating: a sample cannot be used.
     """
     plan = Plan(folder.num_samples, folder.digest, seed)
     return Loader(
@@ -145,5 +145,5 @@ def make_loader(
 
 
 def _as_is(batch: T) -> T:
-    """In place of the DataLoader's own conversion; a function, so that workers can be spawned as well as forked."""
+    """Replaces the DataLoader's own conversion; a module-level function, so that workers can also be spawned."""
     return batch

@@ -1,9 +1,9 @@
-"""A checkpoint as a complete Hugging Face folder, which plain transformers loads; never the whole model in memory.
+"""Exports a checkpoint as a complete Hugging Face folder for plain transformers; never holds the full model in memory.
 
 mirage export --checkpoint RUN --output FOLDER
 
-Weights, frozen ones too, come from the checkpoint alone: they are what the run computed with. From the model that it
-started from come configuration, tokenizer, chat template, image processor and generation defaults.
+All weights, also frozen ones, come from the checkpoint: the run computed with them. Configuration, tokenizer, chat
+template, image processor and generation defaults come from the model that the run started from.
 """
 
 import json
@@ -40,19 +40,19 @@ MB = 10**6
 def export_checkpoint(
     path: Path, output: Path, *, dtype: Dtype | None = None, max_shard_size: str = "5GB", model: str | None = None
 ) -> str:
-    """Writes the folder, and says in a few words what it holds.
+    """Writes the folder and returns a short description of its contents.
 
     Args:
-        path: a run's folder, whose last complete checkpoint is taken, or one checkpoint in it.
-        dtype: bf16 or fp32, of the weights; None: the run's train.dtype. Of a bf16 run, bf16 is the very weights that
+        path: a run's folder, for its last checkpoint, or one checkpoint in it.
+        dtype: bf16 or fp32, of the weights; None: the run's train.dtype. For a bf16 run, bf16 gives the weights that
             it computed with, and fp32 its masters.
-        max_shard_size: of a file of weights, like 5GB (10**9 bytes each); a larger parameter has a file of its own.
+        max_shard_size: of a file of weights, such as 5GB (1 GB = 10**9 bytes); a larger parameter gets its own file.
         model: folder or hub id of the model that the run started from; None: the run's model.path.
 
     Raises:
-        CheckpointError: there is no such checkpoint, a rank's file is missing or damaged, or the model is another.
-        ConfigError: the model that the run started from is not there, or `max_shard_size` is no size.
-        DataError: `output` is there already, or cannot be written.
+        CheckpointError: there is no such checkpoint, a rank's file is missing or damaged, or the model does not match.
+        ConfigError: the model that the run started from is missing, or `max_shard_size` is not a size.
+        DataError: `output` already exists, or cannot be written.
     """
     checkpoint = find_named(path)
     facts = read_facts(checkpoint / FACTS_NAME)
@@ -79,8 +79,8 @@ def export_checkpoint(
             _write_weights(parameters, files, DTYPES[dtype], folder)
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"the export cannot be written ({output}): {error}; it needs {size} on a disk where you may write; make "
-            "room there, or name another folder"
+            f"the export cannot be written ({output}): {error}; it needs {size} in a writable folder; free some "
+            "space there, or name another folder"
         ) from error
     return f"step {facts['step']} of {config.run.dir} ({config.train.stage}) as {size} of {dtype} weights"
 
@@ -90,8 +90,8 @@ def _run_config(facts: Mapping[str, Any], checkpoint: Path) -> Config:
         return Config.model_validate(facts["config"])
     except (KeyError, ValidationError) as error:
         raise CheckpointError(
-            f"run.json holds no configuration of this version ({checkpoint}): {error}; allowed is what the run wrote; "
-            "put it back, or export with the version that trained it"
+            f"run.json has no configuration of this version ({checkpoint}): {error}; expected the file that the run "
+            "wrote; restore it, or export with the version that trained it"
         ) from error
 
 
@@ -101,8 +101,8 @@ def _model_of(source: str, config: Config, checkpoint: Path) -> PreTrainedModel:
         return empty_model(source, config.model.cache_dir)
     except ConfigError as error:
         raise ConfigError(
-            f"{error} (the run in {checkpoint} started from model.path={config.model.path}; if that is elsewhere now, "
-            "say where with --model)"
+            f"{error} (the run in {checkpoint} started from model.path={config.model.path}; if it has moved, name "
+            "its folder with --model)"
         ) from error
 
 
@@ -116,27 +116,27 @@ def _latent_settings(config: Config, ids: TokenIds) -> LatentSettings:
 
 
 def _set_config(hf: PreTrainedModel, dtype: torch.dtype, settings: LatentSettings) -> None:
-    """What differs from the configuration of the model that the run started from."""
+    """Sets what differs from the configuration of the model that the run started from."""
     hf.config.dtype = dtype
     hf.config.architectures = [type(hf).__name__]
     setattr(hf.config, latent_settings.KEY, settings.model_dump())
 
 
 def _generation_config(source: str, cache_dir: Path | None, hf: PreTrainedModel) -> GenerationConfig:
-    """That of the model that the run started from; of a checkpoint of the reference, what its configuration says."""
+    """The generation defaults of the model that the run started from, or of its configuration if it has none."""
     if not has_file(source, GENERATION_CONFIG_NAME, cache_dir):
         return GenerationConfig.from_model_config(hf.config)
     try:
         return GenerationConfig.from_pretrained(source, cache_dir=cache_dir)
     except OSError as error:
         raise ConfigError(
-            f"{GENERATION_CONFIG_NAME} cannot be read ({source}): {error}; allowed is JSON as transformers writes it; "
-            "mend the file or remove it"
+            f"{GENERATION_CONFIG_NAME} cannot be read ({source}): {error}; expected JSON as transformers writes it; "
+            "fix or remove the file"
         ) from error
 
 
 def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:
-    """Which parameters go into which file."""
+    """Decides which parameters go into which file."""
     sizes = {name: torch.empty(stored.shape, dtype=dtype, device="meta") for name, stored in parameters.items()}
     try:
         return split_torch_state_dict_into_shards(
@@ -144,7 +144,7 @@ def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_s
         )
     except ValueError as error:
         raise ConfigError(
-            f"no size is {max_shard_size!r} (--max-shard-size): {error}; allowed is a number with KB, MB, GB or TB; "
+            f"{max_shard_size!r} is not a size (--max-shard-size): {error}; expected a number with KB, MB, GB or TB; "
             "write for example 5GB"
         ) from error
 
@@ -152,11 +152,11 @@ def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_s
 def _write_weights(
     parameters: Mapping[str, StoredParameter], files: StateDictSplit, dtype: torch.dtype, folder: Path
 ) -> None:
-    """One file after the other: no more than one of them and a part of a parameter are in memory."""
+    """Writes one file at a time: at most one file and a part of a parameter are in memory."""
     for name, members in files.filename_to_tensors.items():
-        # transformers takes a file for torch's only with this mark.
+        # transformers only accepts files with this entry as torch's.
         save_file({m: parameters[m].read(dtype) for m in members}, folder / name, metadata={"format": "pt"})
-        # safetensors lets nobody else read its files, whatever the umask.
+        # safetensors makes its files readable for the owner only, whatever the umask.
         shutil.copymode(folder / "config.json", folder / name)
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}

@@ -1,4 +1,4 @@
-"""What decoding must know of how a model was trained: `mirage export` writes it into config.json, decoding reads it.
+"""The training settings that decoding needs: `mirage export` writes them to config.json, decoding reads them.
 
 config.json: {"mirage": {"latent_size": 4, "stage": "stage2", "system_turn": true,
                          "latent_token_ids": {"pad": 151665, "start": 151666, "end": 151667}}, ...}
@@ -29,23 +29,23 @@ class LatentSettings(Section):
     latent_size: PositiveInt
     """K: latent tokens per helper image."""
     stage: Stage
-    """The last stage that was trained; after `text` the model emits no latents."""
+    """The last trained stage; after `text` the model emits no latents."""
     system_turn: bool
-    """Prompts begin with the system turn that the chat template writes by itself."""
+    """Whether prompts start with the chat template's default system turn."""
     latent_token_ids: LatentTokenIds
 
 
 def read_latent_settings(model: str | Path, cache_dir: Path | None = None) -> LatentSettings | None:
-    """The settings in config.json of a folder or hub id; None of a model that `mirage export` did not write.
+    """The settings in config.json of a folder or hub id; None for a model that `mirage export` did not write.
 
     Raises:
-        ConfigError: there is no config.json, or its entry is a wrong one.
+        ConfigError: there is no config.json, or its entry is invalid.
     """
     try:
         config, _ = PreTrainedConfig.get_config_dict(model, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"config.json cannot be read ({model}): {error}; allowed is a Hugging Face folder or hub id; name one that "
+            f"config.json cannot be read ({model}): {error}; expected a Hugging Face folder or hub id; name one that "
             "`mirage export` wrote"
         ) from error
     if KEY not in config:
@@ -55,6 +55,6 @@ def read_latent_settings(model: str | Path, cache_dir: Path | None = None) -> La
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
         raise ConfigError(
-            f"wrong latent settings in config.json ({model}, entry {KEY!r}): {problems}; allowed is what `mirage "
+            f"invalid latent settings in config.json ({model}, entry {KEY!r}): {problems}; expected what `mirage "
             "export` writes; export the run again"
         ) from error

@@ -1,4 +1,4 @@
-"""Writes a complete small Qwen2.5-VL folder without a network: the trainer then needs no special case for trials.
+"""Writes a complete small random Qwen2.5-VL folder offline, so that the trainer needs no special case for tests.
 
 mirage init --preset tiny --text rows.jsonl --output models/tiny
 """
@@ -15,7 +15,7 @@ from mirage_ds.model.backbone import ROW_MULTIPLE, random_model
 from mirage_ds.output_folder import new_folder
 from mirage_ds.tokens import END_OF_TEXT, IM_END, LATENT_TOKENS, TokenIds
 
-# In the order of the real vocabulary, where they are 151643 to 151664.
+# In the order of the real vocabulary, where their ids are 151643 to 151664.
 QWEN_SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -41,7 +41,7 @@ QWEN_SPECIAL_TOKENS = (
     "<|file_sep|>",
 )
 
-# Qwen2.5-VL's public chat template: a default system turn, images and videos as one pad between their markers.
+# Qwen2.5-VL's public chat template: a default system turn; images and videos as one pad between their markers.
 CHAT_TEMPLATE = (
     "{% set images = namespace(count=0) %}{% set videos = namespace(count=0) %}"
     "{% for message in messages %}"
@@ -73,7 +73,7 @@ def write_tiny(text: Path, output: Path, seed: int) -> None:
     """Writes tokenizer, chat template, image processor, generation defaults and a random model to `output`.
 
     Raises:
-        DataError: the rows cannot be read, or `output` is not empty.
+        DataError: the rows cannot be read, or `output` exists and is not empty.
     """
     tokenizer = train_tokenizer(_row_texts(text))
     ids = TokenIds.of(tokenizer)
@@ -90,14 +90,14 @@ def write_tiny(text: Path, output: Path, seed: int) -> None:
 
 
 def _row_texts(path: Path) -> Iterator[str]:
-    """Each row as the words of its conversation, so that those of the template become short as well."""
+    """The conversation of each row as text, so that the tokenizer also learns the words of the template."""
     for _, row in read_json_lines(path):
         question, answer = (str(row.get(name, "")) for name in ("text_input", "text_output"))
         yield f"system\nYou are a helpful assistant.\nuser\n{question}\nassistant\n{answer}"
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer that cuts text as Qwen2's does; Qwen2.5's special tokens, then the latent tokens."""
+    """A byte-level BPE tokenizer that splits text like Qwen2's, with Qwen2.5's special tokens and the latent tokens."""
     qwen = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = qwen.normalizer, qwen.pre_tokenizer, qwen.decoder

@@ -1,4 +1,4 @@
-"""Makes a complete model folder from any Qwen2.5-VL, without a network if that one is a folder.
+"""Makes a complete model folder from any Qwen2.5-VL; needs no network if that is a folder.
 
 mirage init --from MODEL --output models/a [--processor-from OTHER]
 """
@@ -22,16 +22,16 @@ def copy_pretrained(source: str, output: Path, processor_from: str | None = None
     """Writes config, weights, tokenizer with the latent tokens, chat template and image processor to `output`.
 
     Args:
-        source: a Qwen2.5-VL, as a folder or hub id; of any version, so also what the reference's trainer saves.
-        processor_from: where the tokenizer, its chat template and the image processor are read if `source` lacks them.
+        source: folder or hub id of a Qwen2.5-VL of any version, including checkpoints of the reference.
+        processor_from: source of the tokenizer, its chat template and the image processor if `source` lacks them.
     Raises:
-        ConfigError: `source` is no Qwen2.5-VL, or something is missing in both places.
-        DataError: `output` is there already.
+        ConfigError: `source` is not a Qwen2.5-VL, or something is missing in both sources.
+        DataError: `output` already exists.
     """
     check_config(source)
     tokenizer = _tokenizer(source, processor_from)
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(
-        _place_of(PROCESSOR_FILES, "image processor", source, processor_from)
+        _source_of(PROCESSOR_FILES, "image processor", source, processor_from)
     )
     tokenizer.add_tokens(list(LATENT_TOKENS), special_tokens=True)
     num_ids = max(tokenizer.get_vocab().values()) + 1
@@ -42,7 +42,7 @@ def copy_pretrained(source: str, output: Path, processor_from: str | None = None
 
 
 def _tokenizer(source: str, processor_from: str | None) -> PreTrainedTokenizerBase:
-    tokenizer = read_tokenizer(_place_of(TOKENIZER_FILES, "tokenizer", source, processor_from))
+    tokenizer = read_tokenizer(_source_of(TOKENIZER_FILES, "tokenizer", source, processor_from))
     if not tokenizer.chat_template and processor_from is not None:
         tokenizer.chat_template = read_tokenizer(processor_from).chat_template
     if not tokenizer.chat_template:
@@ -50,11 +50,11 @@ def _tokenizer(source: str, processor_from: str | None) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def _place_of(names: tuple[str, ...], what: str, source: str, processor_from: str | None) -> str:
-    """The first of the two places that has one of the files."""
-    for place in filter(None, (source, processor_from)):
-        if any(has_file(place, name) for name in names):
-            return place
+def _source_of(names: tuple[str, ...], what: str, source: str, processor_from: str | None) -> str:
+    """The first of the two sources that has one of the files."""
+    for candidate in filter(None, (source, processor_from)):
+        if any(has_file(candidate, name) for name in names):
+            return candidate
     raise _missing(what, source, processor_from)
 
 

@@ -1,4 +1,4 @@
-"""Loads Qwen2.5-VL, unmodified, and takes it apart into the units that MirageModel is made of.
+"""Loads an unmodified Qwen2.5-VL and gives access to the parts that MirageModel is built from.
 
 The only file that names transformers' Qwen model classes.
 """
@@ -17,11 +17,11 @@ from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
 from mirage_ds.tokens import TokenIds
 
-# transformers' names of parameters -> those in files, as on the hub: what every version of transformers reads.
+# transformers' names of parameters -> their names in files, as on the hub, which every version of transformers reads.
 FILE_NAMES = {"model.visual.": "visual.", "model.language_model.": "model.", "lm_head.": "lm_head."}
 
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ROW_MULTIPLE = 64  # of embeddings and head: matrix products like it, and the real models have spare rows too
+ROW_MULTIPLE = 64  # of embeddings and head: efficient for matrix products; the real models also have spare rows
 
 
 @dataclass
@@ -65,11 +65,11 @@ class Backbone:
         return self.embed_tokens.weight.device
 
     def to(self, device: str) -> None:
-        """Moves the whole model."""
+        """Moves the model."""
         torch.nn.Module.to(self.hf, device)
 
     def describe(self) -> str:
-        """How it is computed, in a few words."""
+        """Dtype, device and attention, for the log."""
         return f"{self.embed_tokens.weight.dtype} on {self.device}, attention {self.attention}".removeprefix("torch.")
 
     @property
@@ -81,7 +81,7 @@ def choose_attention(wanted: str, dtype: torch.dtype) -> str:
     """Resolves `model.attention`: flash_attention_2 for bf16 on a GPU where it is installed, else sdpa.
 
     Raises:
-        ConfigError: flash_attention_2 was named and cannot run.
+        ConfigError: flash_attention_2 was requested and cannot run.
     """
     flash = torch.cuda.is_available() and dtype == torch.bfloat16 and find_spec("flash_attn") is not None
     if wanted == "flash_attention_2" and not flash:
@@ -105,11 +105,11 @@ def load_backbone(
 
     Args:
         deepspeed_config: under ZeRO-3 the weights are sharded while they are loaded, so that no rank ever holds the
-            whole model; the process group must be there.
+            full model; the process group must be initialized.
 
     Raises:
-        ConfigError: it is not a Qwen2.5-VL, cannot be found or is not whole, or has settings that the rollout does
-            not compute.
+        ConfigError: the model is not a Qwen2.5-VL, cannot be found, is incomplete, or has settings that the rollout
+            does not support.
     """
     check_config(path, cache_dir)
     implementation = choose_attention(attention, dtype)
@@ -117,7 +117,7 @@ def load_backbone(
     if deepspeed_config is not None:
         from transformers.integrations import HfDeepSpeedConfig  # imports DeepSpeed, which decoding does not need
 
-        zero3 = HfDeepSpeedConfig(deepspeed_config)  # transformers shards while loading only while it is alive
+        zero3 = HfDeepSpeedConfig(deepspeed_config)  # transformers shards while loading only as long as it exists
     hf = _load_weights(path, dtype=dtype, attn_implementation=implementation, cache_dir=cache_dir)
     del zero3
     hf.model.visual.requires_grad_(train_tower)
@@ -129,7 +129,7 @@ def _load_weights(path: str, **settings: Any) -> Any:
     """The model with all its weights.
 
     Raises:
-        ConfigError: a weight is missing, for which transformers would draw a random one, or a file is damaged.
+        ConfigError: a weight is missing, which transformers would initialize randomly, or a file is damaged.
     """
     load: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained
     remedy = "copy the folder again"
@@ -137,36 +137,36 @@ def _load_weights(path: str, **settings: Any) -> Any:
         model, loading = load(path, output_loading_info=True, **settings)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"the weights cannot be loaded ({path}): {error}; a model folder has the files that its config.json and "
-            f"its index name, whole; {remedy}"
+            f"the weights cannot be loaded ({path}): {error}; a model folder must have the files that its "
+            f"config.json and its index name, complete; {remedy}"
         ) from error
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(
-            f"{len(missing)} weights are missing, {missing[0]} for one ({path}); a model has all that its config.json "
-            f"tells of; {remedy}"
+            f"missing weights: {len(missing)}, for example {missing[0]} ({path}); a model must have all weights that "
+            f"its config.json describes; {remedy}"
         )
     return model
 
 
 def check_config(path: str, cache_dir: Path | None = None) -> None:
-    """Refuses what is not a Qwen2.5-VL that the rollout computes exactly.
+    """Refuses a model that is not a Qwen2.5-VL, or that the rollout would not compute exactly.
 
     Raises:
-        ConfigError: says what is wrong.
+        ConfigError: it cannot be loaded, or is another model, or uses sliding-window attention.
     """
     remedy = "name a Qwen2.5-VL"
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the model cannot be loaded ({path}): {error}; allowed is a Hugging Face folder or hub id; {remedy}"
+            f"the model cannot be loaded ({path}): {error}; expected a Hugging Face folder or hub id; {remedy}"
         ) from error
     if not isinstance(config, Qwen2_5_VLConfig):
         raise ConfigError(f"the model is a {config.model_type} ({path}); only qwen2_5_vl can be trained; {remedy}")
     if "sliding_attention" in config.get_text_config().layer_types:
         raise ConfigError(
             f"the model uses sliding-window attention (use_sliding_window in {path}/config.json); only full attention "
-            "is computed; set use_sliding_window to false there, as Qwen2.5-VL's own checkpoints have it"
+            "is supported; set use_sliding_window to false there, as in Qwen2.5-VL's own checkpoints"
         )
 
 
@@ -181,7 +181,7 @@ def empty_model(path: str, cache_dir: Path | None = None) -> PreTrainedModel:
 
 
 def described_model(text: dict[str, Any], vision: dict[str, Any], *, tied: bool) -> PreTrainedModel:
-    """The same of a model whose config.json is not here, from what that says of its two parts."""
+    """As `empty_model`, from the text and vision sections of a config.json that is not available."""
     return _without_weights(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied))
 
 
@@ -200,12 +200,12 @@ def has_file(path: str, name: str, cache_dir: Path | None = None) -> bool:
     """Whether a folder or hub id has a file of this name."""
     try:
         return cached_file(path, name, cache_dir=cache_dir) is not None
-    except OSError:  # how transformers says that there is no such file
+    except OSError:  # transformers raises it if there is no such file
         return False
 
 
 def check_latent_ids(ids: TokenIds, backbone: Backbone, path: str) -> None:
-    """Refuses a vocabulary whose latent tokens have no row in the embeddings.
+    """Refuses a tokenizer whose latent tokens have no row in the embeddings.
 
     Raises:
         ConfigError: an id is too large.
@@ -214,7 +214,7 @@ def check_latent_ids(ids: TokenIds, backbone: Backbone, path: str) -> None:
     if largest >= backbone.vocab_size:
         raise ConfigError(
             f"the latent token id {largest} has no embedding ({path}): the model has {backbone.vocab_size} rows; every "
-            "id of the tokenizer must be below that; name a folder with more of them, which "
+            "id of the tokenizer must be below that; use a folder with more rows, which "
             f"`mirage init --from {path} --output FOLDER` writes"
         )
 
@@ -224,8 +224,8 @@ def copy_model(path: str, folder: Path, ids: TokenIds, num_ids: int) -> None:
 
     Args:
         ids: of the tokenizer that the copy will have.
-        num_ids: one more than that tokenizer's largest id; only if the model has fewer rows some are added, each the
-            mean of those that it has.
+        num_ids: one more than that tokenizer's largest id; if the model has fewer rows, rows are added, each the mean
+            of the existing ones.
 
     Raises:
         ConfigError: weights are missing, or the tokenizer is another model's.
@@ -235,7 +235,7 @@ def copy_model(path: str, folder: Path, ids: TokenIds, num_ids: int) -> None:
     if wanted != found:
         raise ConfigError(
             f"the tokenizer has the ids {wanted} for image pads and starts, the model {found} ({path}); they must be "
-            "the same; take the tokenizer of this very model"
+            "the same; use this model's own tokenizer"
         )
     if num_ids > model.config.get_text_config().vocab_size:
         _add_rows(model, num_ids)
@@ -243,7 +243,7 @@ def copy_model(path: str, folder: Path, ids: TokenIds, num_ids: int) -> None:
 
 
 def _add_rows(model: Any, num_rows: int) -> None:
-    """Brings embeddings and head to a multiple of ROW_MULTIPLE rows."""
+    """Extends embeddings and head to at least `num_rows` rows, a multiple of ROW_MULTIPLE."""
     old = model.config.get_text_config().vocab_size
     model.resize_token_embeddings(num_rows, pad_to_multiple_of=ROW_MULTIPLE, mean_resizing=False)
     with torch.no_grad():

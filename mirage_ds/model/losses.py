@@ -1,8 +1,8 @@
 """Text loss and latent loss: per token and per latent, in float32.
 
-How they are averaged is in the weights that collate puts into a Batch: 1 / (tokens of the sample) for each supervised
-token, 1 / (latents of the sample) for each latent. A weighted sum is then the sum over samples of each sample's own
-mean, whatever the padding.
+A Batch has the weights of the averages: 1 / (supervised tokens of the sample) for each supervised token,
+1 / (latents of the sample) for each latent. The weighted sum is then the sum over samples of each sample's own mean,
+whatever the padding.
 """
 
 import torch
@@ -19,8 +19,8 @@ LOGIT_BLOCK_ELEMENTS = 2**25
 class LossHead(torch.nn.Module):
     """The language-model head and the cross-entropy of its logits, one block of rows at a time.
 
-    The logits of a block are computed again in backward, so that never more than one block of them exists. Under
-    ZeRO-3 it is one unit: ranks may have different numbers of blocks.
+    The logits of a block are recomputed in backward, so that only one block of them exists at a time. Under ZeRO-3 the
+    head is one leaf module: ranks may have different numbers of blocks.
     """
 
     def __init__(self, weight: torch.nn.Parameter, vocab_size: int, *, shared: bool) -> None:
@@ -28,13 +28,13 @@ class LossHead(torch.nn.Module):
         Args:
             weight: [V, D] of the language-model head; under ZeRO-3 its shard.
             vocab_size: V.
-            shared: it is the embedding's weight too (tied), and belongs to the embedding alone. ZeRO-3 reduces the
-                gradients that a leaf module owns when backward leaves it; the embedding's part comes only later.
+            shared: the weight is also the embedding's (tied), which owns it. ZeRO-3 reduces the gradients of the
+                parameters that a leaf module owns when backward leaves it, before the embedding's part is added.
         """
         super().__init__()
         self.shared = shared
         self.own_weight = None if shared else weight
-        self.weights = (weight,)  # a tuple is no submodule: the parameter is used here, not owned
+        self.weights = (weight,)  # in a tuple, so that this module does not register the parameter
         self.block_rows = max(1, LOGIT_BLOCK_ELEMENTS // vocab_size)
 
     def forward(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""MirageModel: the losses of a micro-batch. It reads like the method:
+"""MirageModel: the losses of a micro-batch, by stage of the method:
 
 - stage 1: helper images -> latent targets, which are also the inputs; text loss + cosine loss
 - stage 2: latents are fed back by the rollout; text loss
@@ -16,7 +16,7 @@ from mirage_ds.model.losses import LossHead, latent_losses
 from mirage_ds.model.rollout import Rollout
 from mirage_ds.model.targets import LatentTargets, Tower, build_inputs_embeds, latent_targets
 
-# MirageModel's names of parameters -> transformers', by their beginnings.
+# Prefixes of MirageModel's parameter names -> those of transformers.
 HF_NAMES = {
     "tower.visual.": "model.visual.",
     "embed_tokens.": "model.language_model.embed_tokens.",
@@ -33,9 +33,9 @@ def hf_name(name: str) -> str:
 
 
 class Losses(NamedTuple):
-    """Sums over the samples of a micro-batch of each sample's own mean, so that any cut of a global batch adds up."""
+    """Sums over the samples of a micro-batch of each sample's mean; they add up however a global batch is split."""
 
-    loss: torch.Tensor  # [] float32, weighted: what is trained
+    loss: torch.Tensor  # [] float32, weighted sum of the two: the training objective
     ce_loss: torch.Tensor  # [] float32
     latent_loss: torch.Tensor  # [] float32; 0 outside stage 1
 
@@ -99,6 +99,6 @@ class MirageModel(torch.nn.Module):
         if self.stage != "stage1":
             return hidden.new_zeros((), dtype=torch.float32)
         latent_pred = hidden.flatten(0, 1)[batch.latent_rows - 1]
-        # A trained tower must not be able to lower the loss by moving the targets towards each other.
+        # Otherwise a trained tower could lower the loss by moving the targets towards each other.
         targets, inverse_norms = latents.targets.detach(), latents.inverse_norms.detach()
         return (latent_losses(latent_pred, targets, inverse_norms) * batch.latent_weights).sum()

@@ -1,12 +1,12 @@
 """The rollout: decoder stack, final norm and loss head as one module; one pass over a sequence, or several.
 
-A recurrent rollout (stage 2) feeds back: the input of a latent is the final-normed hidden state of the position before
-it. The columns of a micro-batch are therefore cut in front of every column in which any row has a latent, and each
-piece is one pass over the keys and values of all pieces before it:
+A recurrent rollout (stage 2) feeds hidden states back: the input of a latent is the final-normed hidden state of the
+position before it. The columns of a micro-batch are therefore split before every column in which any row has a latent,
+and each part is one pass that attends to the keys and values of all earlier parts:
 
     columns   0 ........ s | s+1 | s+2 | s+3 ...... L      K = 3 latents at s+1, s+2, s+3: K + 1 = 4 passes
 
-A column that is a latent in one row and text in another takes each row's own input, so rows may differ in K.
+In a column with a latent in one row and text in another, each row has its own input, so rows may differ in K.
 
 Shape legend: B rows, L columns, Q columns of one pass, D hidden, H key-value heads, T supervised tokens.
 """
@@ -23,10 +23,10 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]  # each [B, H, Q, head dimension]
 
 
 class PartsCache:
-    """What a decoder layer of transformers needs of a cache, for one layer and one pass.
+    """The part of transformers' cache interface that a decoder layer uses, for one layer and one pass.
 
-    Past keys and values stay the parts that the passes made. They are joined only inside the layer, which activation
-    checkpointing computes again, so that a joined copy is never stored for backward.
+    Past keys and values stay separate parts, one per pass. They are concatenated only inside the layer, which
+    activation checkpointing recomputes, so that a concatenated copy is never stored for backward.
     """
 
     def __init__(self, past: Sequence[KeyValue]) -> None:
@@ -43,7 +43,7 @@ class PartsCache:
 class Rollout(torch.nn.Module):
     """Inputs -> hidden states and the cross-entropy of the supervised tokens.
 
-    Under ZeRO-3 it is either one leaf module (gathered once, whatever the number of passes, which may then differ
+    Under ZeRO-3 it is either one leaf module (gathered as one, whatever the number of passes, which may then differ
     between ranks) or gathered layer by layer.
     """
 
@@ -62,7 +62,7 @@ class Rollout(torch.nn.Module):
         Args:
             layers, norm, rotary_emb: transformers' own modules.
             recurrent: feed hidden states back at the latents (stage 2).
-            recompute: activation checkpointing, each layer of each pass by itself.
+            recompute: activation checkpointing, separately for each layer of each pass.
             attention: "sdpa" or "flash_attention_2".
         """
         super().__init__()
@@ -92,20 +92,20 @@ class Rollout(torch.nn.Module):
             latent_columns: ascending columns of latents, none of them 0.
             target_rows, target_ids: [T], see Batch.
             num_passes: make this many passes (at least `self.num_passes(latent_columns)`, at most L); for ZeRO-3
-                ranks that gather layer by layer and must agree. The extra cuts are at the end and change nothing.
+                ranks that gather layer by layer and must agree. The extra splits are at the end and change nothing.
 
         Returns:
             Hidden states after the final norm [B, L, D], and cross-entropies [T] float32.
         """
         length = inputs_embeds.shape[1]
-        cuts = set(latent_columns) if self.recurrent else set()
-        spare = (column for column in range(length - 1, 0, -1) if column not in cuts)
-        cuts |= {next(spare) for _ in range((num_passes or 0) - 1 - len(cuts))}
+        splits = set(latent_columns) if self.recurrent else set()
+        spare = (column for column in range(length - 1, 0, -1) if column not in splits)
+        splits |= {next(spare) for _ in range((num_passes or 0) - 1 - len(splits))}
 
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)
         past: list[list[KeyValue]] = [[] for _ in self.layers]
         hidden: list[torch.Tensor] = []
-        for start, end in pairwise([0, *sorted(cuts), length]):
+        for start, end in pairwise([0, *sorted(splits), length]):
             inputs = inputs_embeds[:, start:end]
             if hidden:
                 first = torch.where(latent_mask[:, start, None, None], hidden[-1][:, -1:], inputs[:, :1])
@@ -135,16 +135,16 @@ class Rollout(torch.nn.Module):
         return self.norm(hidden)
 
     def check_cache(self, past: list[list[KeyValue]], columns: int) -> None:
-        """A pass that does not see what came before it computes something else without any error."""
+        """Raises if the cache lacks columns: a pass that does not see all earlier ones would be silently wrong."""
         for index, parts in enumerate(past):
             held = sum(key.shape[2] for key, _ in parts)
             if held != columns:
                 raise RuntimeError(f"the KV cache of layer {index} holds {held} of {columns} columns")
 
     def pass_mask(self, attention_mask: torch.Tensor, start: int, end: int) -> torch.Tensor | None:
-        """What the columns [start, end) may attend to, in the form that the attention wants.
+        """What the columns [start, end) may attend to, in the form that the attention implementation expects.
 
-        Without left padding a single pass needs no mask: it is causal, and padding on the right is never seen.
+        Without left padding a single pass needs no mask: it is causal, and nothing attends to padding on the right.
         """
         if not self.recurrent:
             return None
@@ -152,7 +152,7 @@ class Rollout(torch.nn.Module):
             return attention_mask[:, :end]
         columns = torch.arange(end, device=attention_mask.device)
         queries = columns[start:, None]
-        # Padding attends to itself: a row of the softmax without any entry would be NaN.
+        # Padding attends to itself: a softmax over no entries would be NaN.
         seen = ((columns <= queries) & attention_mask[:, None, :end]) | (columns == queries)
         return seen[:, None]  # [B, 1, Q, end]
 

@@ -1,4 +1,4 @@
-"""From a micro-batch to the rollout's inputs: images through the tower, latent targets, inputs_embeds."""
+"""Builds the rollout's inputs from a micro-batch: image embeddings, latent targets, inputs_embeds."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,14 @@ import torch
 from mirage_ds.batch import Batch
 from mirage_ds.config import CompressStrategy
 from mirage_ds.ops.latent_pool import latent_pool
-from mirage_ds.ops.segments import cut_images
+from mirage_ds.ops.segments import batch_segments
 
 
 class Tower(torch.nn.Module):
     """The vision tower with its merger; one ZeRO-3 leaf module, entered once per micro-step.
 
-    Frozen, it keeps no activations. Trained, its input has to require grad: ZeRO-3 releases a leaf module when the
-    gradient of its input is there.
+    A frozen tower stores no activations. The input of a trained one must require grad: ZeRO-3 releases a leaf module
+    when the gradient of its input is computed.
     """
 
     def __init__(self, visual: torch.nn.Module, *, trained: bool) -> None:
@@ -31,8 +31,8 @@ class Tower(torch.nn.Module):
     def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Input images' embeddings [image_rows, D] and helper images' embeddings [their patches, D].
 
-        Both kinds go through together: one entry into the tower on every rank. What is left over is the dummy of a
-        micro-batch without any image.
+        Both kinds are encoded together, so that every rank enters the tower once. Remaining embeddings are those of the
+        dummy image of a micro-batch without images.
         """
         pixel_values = batch.pixel_values.requires_grad_(self.trained)
         patch_embeds = self(pixel_values, batch.image_grid_thw)
@@ -42,9 +42,9 @@ class Tower(torch.nn.Module):
 
 
 class LatentTargets(NamedTuple):
-    """What the helper images of a micro-batch become; M is 0 where there are none."""
+    """The pooled helper images of a micro-batch; M is 0 if there are none."""
 
-    inputs: torch.Tensor  # [M, D] in the embeddings' dtype: fed at the latents
+    inputs: torch.Tensor  # [M, D] in the embeddings' dtype: the inputs at the latents
     targets: torch.Tensor  # [M, D] float32
     inverse_norms: torch.Tensor  # [M] float32: 1 / ||target||
 
@@ -52,20 +52,20 @@ class LatentTargets(NamedTuple):
 def latent_targets(
     helper_embeds: torch.Tensor, batch: Batch, strategy: CompressStrategy, dtype: torch.dtype
 ) -> LatentTargets:
-    """Pools the helper images' embeddings [their patches, D] to what their latents are fed and compared with."""
-    segments = cut_images(batch.helper_grids, batch.latent_sizes, strategy)
+    """Pools the helper images' embeddings [their patches, D] to the inputs and targets of their latents."""
+    segments = batch_segments(batch.helper_grids, batch.latent_sizes, strategy)
     if segments is None:
-        nothing = helper_embeds.new_zeros((0, helper_embeds.shape[1]), dtype=torch.float32)
-        return LatentTargets(nothing.to(dtype), nothing, nothing[:, 0])
+        empty = helper_embeds.new_zeros((0, helper_embeds.shape[1]), dtype=torch.float32)
+        return LatentTargets(empty.to(dtype), empty, empty[:, 0])
     return LatentTargets(*latent_pool(helper_embeds, *segments, len(batch.latent_rows), dtype))
 
 
 def build_inputs_embeds(
     text_embeds: torch.Tensor, image_embeds: torch.Tensor, latent_inputs: torch.Tensor, batch: Batch
 ) -> torch.Tensor:
-    """Puts image and latent rows into the text embeddings, once and out of place.
+    """Replaces rows of the text embeddings by image and latent rows, in one out-of-place operation.
 
-    Out of place, so that the replaced rows, <|latent_pad|>'s among them, get exactly zero gradient.
+    Out of place, so that the replaced rows, including those of <|latent_pad|>, get exactly zero gradient.
 
     Args:
         text_embeds: [B, L, D].

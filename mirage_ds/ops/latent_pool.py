@@ -1,12 +1,12 @@
-"""Helper-image patch embeddings to latents, as one functional op: ragged segments of any images in one pass.
+"""Pools helper-image patch embeddings to latents, as one functional op: ragged segments of many images in one call.
 
-What it computes is defined in reference.py, which segments there are in segments.py. CUDA tensors take the Triton
-kernels (latent_pool_kernel.py), CPU tensors the definition; TRITON_INTERPRET=1, set before the start, makes CPU
-tensors take the kernels too, interpreted.
+latent_pool_definition.py defines what it computes, segments.py makes the segments. CUDA tensors use the Triton kernels
+(latent_pool_kernel.py), CPU tensors the definition. With TRITON_INTERPRET=1, set before the start, CPU tensors use the
+kernels too, interpreted.
 
-Segments and index stay on the host until they were checked, so that a wrong number is an error before anything is
-launched, and no check waits for the device. The op returns new tensors: an op that wrote into inputs_embeds could not
-register a gradient, and would leak one to the row of <|latent_pad|>.
+Bounds and index stay on the host until they are checked, so that a wrong number is an error before any launch, and no
+check waits for the device. The op returns new tensors: an op that wrote into inputs_embeds could not register a
+gradient, and would pass one on to the row of <|latent_pad|>.
 
 Shape legend: P patches, D hidden, N segments, M entries of the index.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mirage_ds.errors import ConfigError
-from mirage_ds.ops import latent_pool_definition as reference
+from mirage_ds.ops import latent_pool_definition as definition
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TESTED_TRITON = "triton==3.7.1"  # what torch 2.13.0 for CUDA requires
@@ -40,7 +40,7 @@ def latent_pool(
         bounds: [N, 2] int64 on the CPU: begin and end of each segment, in `index`, or without it in patch_embeds.
             Segments may overlap and need not cover everything.
         index: [M] int64 on the CPU: rows of patch_embeds in the order in which segments read them; None: as they are.
-        num_latents: N as the caller counts its latents.
+        num_latents: N, as the caller counts its latents.
         out_dtype: of the inputs; one of DTYPES.
 
     Returns:
@@ -49,19 +49,19 @@ def latent_pool(
 
     Raises:
         ValueError: the arguments do not fit together; nothing was launched.
-        ConfigError: a CUDA tensor without the package triton.
+        ConfigError: patch_embeds is a CUDA tensor, and the package triton is missing.
     """
     _check(patch_embeds, bounds, index, num_latents, out_dtype)
     if takes_kernel(patch_embeds.device):
-        return _kernels().pool(patch_embeds, bounds, index, out_dtype, reference.EPS)
-    return reference.latent_pool(patch_embeds, bounds, index, out_dtype)
+        return _kernels().pool(patch_embeds, bounds, index, out_dtype, definition.EPS)
+    return definition.latent_pool(patch_embeds, bounds, index, out_dtype)
 
 
 @torch.library.custom_op("mirage_ds::latent_pool_backward", mutates_args=())
 def latent_pool_backward(
     mean_grads: torch.Tensor, bounds: torch.Tensor, index: torch.Tensor | None, num_rows: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Gradients of the segments' means -> the gradient of patch_embeds; called by the op's autograd alone.
+    """Gradients of the segments' means -> the gradient of patch_embeds; called only by the op's autograd.
 
     Args:
         mean_grads: [N, D] float32.
@@ -74,7 +74,7 @@ def latent_pool_backward(
     """
     if takes_kernel(mean_grads.device):
         return _kernels().mean_backward(mean_grads, bounds, index, num_rows, dtype)
-    return reference.mean_backward(mean_grads, bounds, index, num_rows).to(dtype)
+    return definition.mean_backward(mean_grads, bounds, index, num_rows).to(dtype)
 
 
 @latent_pool.register_fake
@@ -110,9 +110,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _backward(
     ctx: Any, grad_inputs: torch.Tensor, grad_targets: torch.Tensor, grad_inverse_norms: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
-    """d (1 / ||t||) = -t / ||t||^3, and 0 where EPS stands for the norm."""
+    """d (1 / ||t||) = -t / ||t||^3, and 0 where the norm is clamped to EPS."""
     bounds, index, targets, inverse_norms = ctx.saved_tensors
-    slopes = torch.where(inverse_norms < 1 / reference.EPS, grad_inverse_norms * inverse_norms**3, 0)
+    slopes = torch.where(inverse_norms < 1 / definition.EPS, grad_inverse_norms * inverse_norms**3, 0)
     mean_grads = grad_targets + grad_inputs.float() - slopes[:, None] * targets
     return latent_pool_backward(mean_grads, bounds, index, ctx.num_rows, ctx.dtype), None, None, None, None
 
@@ -121,20 +121,20 @@ latent_pool.register_autograd(_backward, setup_context=_setup_context)
 
 
 def takes_kernel(device: torch.device) -> bool:
-    """Whether tensors on `device` take the kernels."""
+    """Whether tensors on `device` use the kernels."""
     return device.type == "cuda" or interprets()
 
 
 def interprets() -> bool:
-    """Whether Triton interprets: its own reading of the variable."""
+    """Whether Triton interprets kernels, by the same values of the variable as Triton."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def describe_path(device: torch.device) -> str:
-    """Which path `latent_pool` takes on `device`, for the start of the log.
+    """The implementation that `latent_pool` uses on `device`, for the start of the log.
 
     Raises:
-        ConfigError: it takes the kernels, and triton is not installed.
+        ConfigError: it uses the kernels, and triton is not installed.
     """
     if not takes_kernel(device):
         return f"latent_pool: plain torch on {device.type}"
@@ -143,11 +143,11 @@ def describe_path(device: torch.device) -> str:
 
 
 def _kernels() -> ModuleType:
-    """Triton comes with torch for CUDA, so that its absence is a fault there and none elsewhere."""
+    """The module of kernels, imported late: triton comes with torch for CUDA and is not needed elsewhere."""
     if find_spec("triton") is None:
         raise ConfigError(
-            "the package triton is missing (latent_pool, on GPU tensors or with TRITON_INTERPRET=1); allowed is the "
-            f"version that torch for CUDA brings; install that torch, or `pip install {TESTED_TRITON}`"
+            "the package triton is missing (latent_pool, on GPU tensors or with TRITON_INTERPRET=1); expected the "
+            f"version that torch for CUDA requires; install that torch, or `pip install {TESTED_TRITON}`"
         )
     from mirage_ds.ops import latent_pool_kernel
 
@@ -163,7 +163,7 @@ def _check(
 ) -> None:
     """Raises ValueError for arguments that do not fit together."""
     if patch_embeds.device.type not in ("cpu", "cuda"):
-        raise _error(f"patch_embeds lie on {patch_embeds.device}", "the CPU or a CUDA GPU", "move them there")
+        raise _error(f"patch_embeds are on {patch_embeds.device}", "the CPU or a CUDA GPU", "move them there")
     if patch_embeds.dim() != 2 or not patch_embeds.is_contiguous():
         raise _error(
             f"patch_embeds have shape {list(patch_embeds.shape)} and strides {list(patch_embeds.stride())}",
@@ -171,7 +171,7 @@ def _check(
             "call .contiguous()",
         )
     if patch_embeds.dtype not in DTYPES or out_dtype not in DTYPES:
-        raise _error(f"the dtypes are {patch_embeds.dtype} and {out_dtype}", f"each of {DTYPES}", "convert before")
+        raise _error(f"the dtypes are {patch_embeds.dtype} and {out_dtype}", f"each of {DTYPES}", "convert them before")
     for name, tensor in (("bounds", bounds), ("index", index)):
         if tensor is None:
             continue
@@ -179,7 +179,7 @@ def _check(
             raise _error(
                 f"{name} is {tensor.dtype} on {tensor.device} with strides {list(tensor.stride())}",
                 "contiguous int64 on the CPU, where it can be checked without waiting for the device",
-                "leave it there as segments.py makes it",
+                "keep it on the CPU, as ops/segments.py makes it",
             )
     if bounds.shape != (num_latents, 2) or num_latents == 0:
         raise _error(
@@ -191,9 +191,9 @@ def _check(
     if index is not None:
         if index.dim() != 1 or ((index < 0) | (index >= num_rows)).any():
             raise _error(
-                f"index has shape {list(index.shape)} or a row that is not there",
+                f"index has shape {list(index.shape)} or a row that does not exist",
                 f"[M] of rows 0 .. {num_rows - 1}",
-                "make it of the images that the patches are of",
+                "make it for the images of these patches",
             )
         num_rows = len(index)
     begins, ends = bounds.unbind(1)
@@ -202,9 +202,9 @@ def _check(
         raise _error(
             f"the bounds of a segment are {bounds[wrong][0].tolist()}",
             f"0 <= begin < end <= {num_rows}",
-            "give every latent at least one of the rows that there are",
+            "give every latent at least one existing row",
         )
 
 
 def _error(what: str, allowed: str, remedy: str) -> ValueError:
-    return ValueError(f"{what} (latent_pool); allowed is {allowed}; {remedy}")
+    return ValueError(f"{what} (latent_pool); expected {allowed}; {remedy}")

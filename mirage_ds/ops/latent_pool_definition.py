@@ -1,4 +1,4 @@
-"""Helper-image patch embeddings to latents, in plain torch: the definition, which tests and benchmarks share.
+"""Pools helper-image patch embeddings to latents, in plain torch: the definition that tests and benchmarks share.
 
 For segment s with the rows R_s = index[begin_s : end_s] of patch_embeds (without an index: the rows begin_s .. end_s),
 
@@ -6,13 +6,13 @@ For segment s with the rows R_s = index[begin_s : end_s] of patch_embeds (withou
     input_s = target_s in out_dtype
     inverse_norm_s = 1 / max(||target_s||, EPS)                        float32
 
-It sums in float32, and in float64 where patch_embeds is float64, which makes it its own yardstick.
+It sums in float32, or in float64 if patch_embeds is float64, so that tests can compare with exact sums.
 """
 
 import torch
 
 EPS = 1e-8
-"""The smallest norm of a target that its inverse counts, as in torch.nn.functional.cosine_similarity."""
+"""Lower bound of a target's norm in its inverse, as in torch.nn.functional.cosine_similarity."""
 
 
 def latent_pool(
@@ -38,7 +38,7 @@ def latent_pool(
 def mean_backward(
     mean_grads: torch.Tensor, bounds: torch.Tensor, index: torch.Tensor | None, num_rows: int
 ) -> torch.Tensor:
-    """Gradients [N, D] of each segment's mean -> those of the rows [num_rows, D], added up over a row's segments."""
+    """Gradients [N, D] of each segment's mean -> those of the rows [num_rows, D], summed over a row's segments."""
     grad = mean_grads.new_zeros((num_rows, mean_grads.shape[1]))
     for mean_grad, (begin, end) in zip(mean_grads, bounds.tolist(), strict=True):
         rows = torch.arange(begin, end) if index is None else index[begin:end]

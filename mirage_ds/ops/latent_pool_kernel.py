@@ -1,7 +1,7 @@
-"""The Triton kernels of latent_pool, and their launches. The definition is reference.py; who calls is latent_pool.py.
+"""The Triton kernels of latent_pool.py and their launchers. latent_pool_definition.py defines what they compute.
 
-Triton decides when it is imported whether it compiles or, with TRITON_INTERPRET=1, interprets in numpy. Its compiler
-looks up annotations, of which it knows only its own: every argument is annotated as a tl.tensor, scalars too.
+When it is imported, Triton decides whether it compiles or, with TRITON_INTERPRET=1, interprets in numpy. Its compiler
+evaluates annotations and knows only its own types: every argument is annotated as a tl.tensor, even scalars.
 
 Shape legend: P patches, D hidden, N segments, M entries of the index, S segments' entries over all patches.
 """
@@ -22,8 +22,8 @@ class LaunchShape(NamedTuple):
 
 
 # (bytes of an element, largest D) -> tile. A tile is 16 KiB where D allows it: 128 bytes for each of 128 threads, so
-# that every thread has eight 16-byte loads under way; D is cut so that few segments still make many programs. Chosen
-# by this reckoning, not yet timed.
+# that every thread has eight 16-byte loads in flight; D is split so that few segments still make many programs. Chosen
+# by this estimate, not yet timed.
 LAUNCH_SHAPES = (
     (2, 256, LaunchShape(block_rows=32, block_dim=128, num_warps=4)),
     (2, 2**31, LaunchShape(block_rows=16, block_dim=512, num_warps=4)),
@@ -49,11 +49,11 @@ def _pool_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    """One segment, BLOCK_DIM columns: every patch is read once, both outputs are written from registers.
+    """One segment, BLOCK_DIM columns: reads every patch once, writes both outputs from registers.
 
-    Rows and segments are int64, so offsets are: P * D passes 2^31 at 600 thousand patches of D = 3584. What lies past
-    the end of a segment or of D is not loaded and counts as 0. Sums are float32: BLOCK_ROWS of them side by side, then
-    added up.
+    Rows and segments are int64, and so are offsets: P * D exceeds 2^31 at 600 thousand patches of D = 3584. Elements
+    past the end of a segment or of D are not loaded and count as 0. Sums are float32: BLOCK_ROWS partial sums in
+    parallel, then their sum.
     """
     segment = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
@@ -83,11 +83,11 @@ def _inverse_norm_kernel(
     eps: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """1 / max(sqrt(sum of squares), eps) of one segment, its parts always added in the same order."""
+    """1 / max(sqrt(sum of squares), eps) of one segment; its parts are always added in the same order."""
     segment = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, BLOCK)
     square = tl.sum(tl.load(squares + segment * num_parts + parts, mask=parts < num_parts, other=0.0), axis=0)
-    # Rounded to nearest, as in torch: of a norm of eps or less the backward pass must find exactly 1 / eps.
+    # Rounded to nearest, as in torch: for a norm of at most eps, the backward pass must find exactly 1 / eps.
     norm = tl.maximum(tl.sqrt_rn(square), eps, propagate_nan=tl.PropagateNan.ALL)
     tl.store(inverse_norms + segment, tl.div_rn(1.0, norm))
 
@@ -100,14 +100,14 @@ def _mean_backward_kernel(
     grad: tl.tensor,  # [P, D], written
     num_patches: tl.tensor,
     dim: tl.tensor,
-    most_segments: tl.tensor,  # that any patch is in
+    most_segments: tl.tensor,  # largest number of segments of a patch
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
     """BLOCK_ROWS patches, BLOCK_DIM columns of grad[p] = sum of row_grads[s] over the segments s that p is in.
 
-    Each patch gathers, so nothing is added atomically and the bits are the same every time; patches in no segment
-    get 0.
+    Each patch gathers its segments, so there are no atomic additions and the result is deterministic. Patches in no
+    segment get 0.
     """
     patches = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
@@ -127,8 +127,8 @@ def _mean_backward_kernel(
 def pool(
     patch_embeds: torch.Tensor, bounds: torch.Tensor, index: torch.Tensor | None, out_dtype: torch.dtype, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The forward pass of checked arguments: two launches, of which the first reads the patches and the second only N
-    rows of partial sums. Bounds and index come from the host; neither the copies nor the launches wait for the device.
+    """The forward pass, for checked arguments, in two launches: the first reads the patches, the second only N rows of
+    partial sums. Bounds and index come from the host; neither the copies nor the launches wait for the device.
     """
     device, dim = patch_embeds.device, patch_embeds.shape[1]
     num_segments, shape = len(bounds), launch_shape(dim, patch_embeds.dtype)
@@ -161,9 +161,9 @@ def pool(
 def mean_backward(
     mean_grads: torch.Tensor, bounds: torch.Tensor, index: torch.Tensor | None, num_rows: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """reference.mean_backward of float32 gradients [N, D] -> [num_rows, D] in `dtype`."""
+    """mean_backward of the definition, for float32 gradients [N, D] -> [num_rows, D] in `dtype`."""
     device, dim = mean_grads.device, mean_grads.shape[1]
-    row_grads = (mean_grads / _to_device(bounds.diff(dim=1), device)).contiguous()  # autograd gives any strides
+    row_grads = (mean_grads / _to_device(bounds.diff(dim=1), device)).contiguous()  # autograd may pass any strides
     patch_bounds, segments = transpose(bounds, index, num_rows)
     most_segments = int(patch_bounds.diff().max())
     grad = torch.empty((num_rows, dim), dtype=dtype, device=device)
@@ -188,7 +188,7 @@ def transpose(bounds: torch.Tensor, index: torch.Tensor | None, num_rows: int) -
     """The segments of each row instead of the rows of each segment, on the host.
 
     Returns:
-        Where each row's segments begin [num_rows + 1], and the segments, those of one row in ascending order.
+        Where each row's segments start [num_rows + 1], and the segments, in ascending order for each row.
     """
     lengths = bounds[:, 1] - bounds[:, 0]
     segments = torch.arange(len(bounds)).repeat_interleave(lengths)
@@ -198,10 +198,10 @@ def transpose(bounds: torch.Tensor, index: torch.Tensor | None, num_rows: int) -
         rows = index[rows]
     counts = torch.bincount(rows, minlength=num_rows)
     begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    in_order = bool((rows.diff() >= 0).all())  # as of segments that do not overlap; sorting takes milliseconds
+    in_order = bool((rows.diff() >= 0).all())  # true if segments do not overlap; sorting takes milliseconds
     return begins, segments if in_order else segments[rows.argsort(stable=True)]
 
 
 def _to_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies from pinned memory, which alone does not make the host wait."""
+    """Copies from pinned memory; otherwise the host would wait for the copy."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers

@@ -40,7 +40,7 @@ def check_inputs(config: Config) -> None:
     resumes = config.run.resume == "auto" and complete.tags(config.run.dir / complete.FOLDER)
     if config.run.init_from is not None and not resumes and not config.run.init_from.is_dir():
         raise DataError(
-            f"the run to start from is not there (run.init_from={config.run.init_from}); allowed is the folder of a "
+            f"the run to start from does not exist (run.init_from={config.run.init_from}); allowed: the folder of a "
             "run with a checkpoint; set run.init_from"
         )
 

@@ -1,7 +1,7 @@
-"""ds_configs/*.json + the run's configuration -> DeepSpeed's configuration. Every number has one owner.
+"""Makes DeepSpeed's configuration from ds_configs/*.json and the run's configuration. Every number has one owner.
 
-A DeepSpeed JSON says what DeepSpeed alone decides (ZeRO's buckets and thresholds, offload, the dtypes of gradient
-accumulation and communication) and "auto" where the run decides.
+A DeepSpeed JSON sets what only DeepSpeed uses (ZeRO's buckets and thresholds, offload, the dtypes of gradient
+accumulation and communication) and has "auto" where the run's configuration decides.
 """
 
 import json
@@ -17,8 +17,8 @@ from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError
 from mirage_ds.recipe import hint
 
-# What a DeepSpeed JSON may hold. DeepSpeed passes over names that it does not know, and knows more than the method
-# allows: another precision, its own learning rates or batch arithmetic.
+# Allowed keys of a DeepSpeed JSON. DeepSpeed ignores unknown keys, and has keys that contradict the method: other
+# precisions, its own learning rates and batch arithmetic.
 DEEPSPEED_KEYS = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
@@ -33,10 +33,10 @@ DEEPSPEED_KEYS = (
     "dump_state",
     "comms_logger",
 )
-# The two sections on precision may say only this: masters are float32.
+# The only keys of the two precision sections: masters are float32.
 PRECISION_KEYS = {"bf16": ("enabled",), "data_types": ("grad_accum_dtype",)}
 REDUCTION_DTYPES = ("fp32", "bf16")
-# Sections with DeepSpeed's own definition of their keys.
+# Sections whose keys are checked by DeepSpeed's own definitions.
 DEEPSPEED_SECTIONS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
     "comms_logger": CommsLoggerConfig,
@@ -51,13 +51,13 @@ OWNED_BY_THE_RUN = {
 
 
 def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
-    """Reads the DeepSpeed JSON and fills in what the run decides.
+    """Reads the DeepSpeed JSON and fills in the values of the run's configuration.
 
-    DeepSpeed sees one accumulation step: the trainer sets the boundary, so that a loss is scaled in one place only.
+    DeepSpeed gets one accumulation step: the trainer sets the boundary, so that a loss is scaled in one place only.
 
     Raises:
-        ConfigError: the file is missing or not JSON, has an unknown key, is not ZeRO-3, or says something else than
-            the run's configuration.
+        ConfigError: the file is missing or not JSON, has an unknown key, is not ZeRO-3, or contradicts the run's
+            configuration.
     """
     name = config.distributed.deepspeed_config
     path = Path(name) if "/" in name else Path(ds_configs.__path__[0]) / name
@@ -66,7 +66,7 @@ def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
         resolved = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the DeepSpeed configuration cannot be read ({where}): {error}; allowed is a path, or the name of a file "
+            f"the DeepSpeed configuration cannot be read ({where}): {error}; expected a path, or the name of a file "
             "in ds_configs/; correct it"
         ) from error
     _check_keys(resolved, where)
@@ -82,8 +82,8 @@ def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
     for keys in (["data_types", "grad_accum_dtype"], ["communication_data_type"]):
         if _get(resolved, keys) not in REDUCTION_DTYPES:
             raise ConfigError(
-                f"{'.'.join(keys)} is {_get(resolved, keys)!r} ({where}); allowed is one of "
-                f"{', '.join(REDUCTION_DTYPES)}, written out, as DeepSpeed's own default would change results; "
+                f"{'.'.join(keys)} is {_get(resolved, keys)!r} ({where}); allowed: "
+                f"{', '.join(REDUCTION_DTYPES)}, set explicitly, as DeepSpeed's default would change results; "
                 'write "fp32" as in zero3.json'
             )
     _check_sections(resolved, where)
@@ -91,21 +91,19 @@ def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def _check_keys(tree: Any, where: str) -> None:
-    """Refuses names that DeepSpeed would pass over, and what the run's configuration owns."""
+    """Refuses keys that DeepSpeed would ignore, and keys that the run's configuration owns."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"the file holds no JSON object ({where}); allowed is one as in zero3.json; start from that")
+        raise ConfigError(f"the file is not a JSON object ({where}); expected one as in zero3.json; start from that")
     for key, value in tree.items():
         if key in OWNED_BY_THE_RUN:
             raise ConfigError(
-                f"{key} stands there ({where}); the run's configuration owns it; delete it there and set "
+                f"{key} must not be set ({where}); the run's configuration owns it; delete it there and set "
                 f"{OWNED_BY_THE_RUN[key]} in the recipe"
             )
         if key not in DEEPSPEED_KEYS:
             raise ConfigError(f"unknown key {key} ({where}): {hint(key, DEEPSPEED_KEYS)}; rename or delete it")
         if key in (*DEEPSPEED_SECTIONS, *PRECISION_KEYS) and not isinstance(value, dict):
-            raise ConfigError(
-                f"{key} is {value!r} ({where}); allowed is a section in braces; write it as in zero3.json"
-            )
+            raise ConfigError(f"{key} is {value!r} ({where}); expected a section in braces; write it as in zero3.json")
         for name in value if key in PRECISION_KEYS else ():
             if name not in PRECISION_KEYS[key]:
                 raise ConfigError(
@@ -114,13 +112,13 @@ def _check_keys(tree: Any, where: str) -> None:
 
 
 def _check_sections(resolved: dict[str, Any], where: str) -> None:
-    """Holds each section against DeepSpeed's own definition of it; no "auto" may be left."""
+    """Checks each section with DeepSpeed's own definition; no "auto" may remain."""
     for name, definition in DEEPSPEED_SECTIONS.items():
         section = resolved.get(name, {})
         for key, value in section.items():
-            if value == "auto":  # DeepSpeed passes over it as well
+            if value == "auto":  # DeepSpeed would ignore it
                 raise ConfigError(
-                    f'{name}.{key} is "auto" ({where}); the run decides nothing there; write a value or delete the key'
+                    f'{name}.{key} is "auto" ({where}); the run does not set this key; write a value or delete the key'
                 )
         try:
             definition(**section)
@@ -136,7 +134,7 @@ def _check_sections(resolved: dict[str, Any], where: str) -> None:
 
 
 def _names_in(definition: type[BaseModel], parents: list[str]) -> list[str]:
-    """The keys that DeepSpeed knows in a section's sub-section; stage3_... are aliases there."""
+    """The keys that DeepSpeed defines in a subsection, by their aliases (such as stage3_...) if they have one."""
     for parent in parents:
         annotation = definition.model_fields[parent].annotation
         definition = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
@@ -155,7 +153,7 @@ def _fill(tree: dict[str, Any], keys: list[str], value: Any, where: str) -> None
         tree = tree.setdefault(key, {})
     if tree.get(last, "auto") not in ("auto", value):
         raise ConfigError(
-            f"{'.'.join(keys)} is {tree[last]!r} there, but the run's configuration makes it {value!r} ({where}); "
-            'the run owns this number; write "auto" there and set it in the recipe'
+            f"{'.'.join(keys)} is {tree[last]!r} in the file, but {value!r} in the run's configuration ({where}); "
+            'the run owns this value; write "auto" there and set it in the recipe'
         )
     tree[last] = value

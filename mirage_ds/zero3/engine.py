@@ -1,4 +1,4 @@
-"""The model -> a DeepSpeed engine: what ZeRO-3 gathers at a time, which parameters decay, the learning rate."""
+"""Makes the DeepSpeed engine: what ZeRO-3 gathers as one unit, which parameters decay, the learning rate."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ GIB = 2**30
 
 
 def choose_gather(model: ModelConfig, stage: Stage) -> str:
-    """What ZeRO-3 gathers at a time: `layer` for one pass (overlaps with computing), `rollout` for K + 1 passes."""
+    """What ZeRO-3 gathers as one unit: `layer` for one pass (overlaps with computation), `rollout` for K + 1 passes."""
     if model.gather != "auto":
         return model.gather
     return "rollout" if stage == "stage2" else "layer"
 
 
 def mark_gather_units(model: MirageModel, gather: str) -> None:
-    """Tells ZeRO-3 what it gathers as one: always the tower and the loss head, and for `rollout` the whole rollout.
+    """Marks ZeRO-3's leaf modules: always the tower and the loss head; for `rollout`, also the rollout.
 
-    Inside such a unit there is no collective, so ranks may do different work there.
+    Inside a leaf module there are no collectives, so ranks may do different work there.
     """
     head = model.rollout.head
     for module in (model.tower, head):
@@ -36,30 +36,32 @@ def mark_gather_units(model: MirageModel, gather: str) -> None:
 
 
 def whole_numel(parameter: torch.nn.Parameter) -> int:
-    """Elements of a parameter, of which ZeRO-3 leaves this rank a shard."""
+    """Elements of the full parameter; under ZeRO-3 this rank holds only a shard."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def describe_gather(model: MirageModel, gather: str, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> str:
-    """The choice and its memory, for the start of the log."""
-    # A set: a head of its own is both among the parameters and the weight that the head uses.
+    """What ZeRO-3 gathers and the memory for it, for the start of the log."""
+    # A set: an untied head's weight is both among the parameters and in `head.weights`.
     rollout = sum(whole_numel(parameter) for parameter in {*model.rollout.parameters(), *model.rollout.head.weights})
     tower = sum(whole_numel(parameter) for parameter in model.tower.parameters())
     if gather == "rollout":
-        held = rollout
-        note = "the rollout once per forward and once per backward; up to twice this while gathering"
+        size = rollout * dtype.itemsize / GIB
+        how = "at most once for forward and once for backward, whatever K"
+        memory = f"about {size:.2f} GiB, up to {2 * size:.2f} GiB while gathering"
     else:
-        # DeepSpeed's own default where the file does not say
+        # 1e9 is DeepSpeed's default
         held = min(rollout, deepspeed_config["zero_optimization"].get("stage3_max_live_parameters", 1_000_000_000))
-        note = "layer by layer with prefetch"
+        how = "layer by layer, with prefetch"
+        memory = f"about {held * dtype.itemsize / GIB:.2f} GiB"
     return (
-        f"gather {gather}: {note}; about {held * dtype.itemsize / GIB:.2f} GiB of gathered weights, before that the "
-        f"tower's {tower * dtype.itemsize / GIB:.2f} GiB"
+        f"Gathers the decoder {how} (model.gather={gather}): {memory}; before it the tower: "
+        f"{tower * dtype.itemsize / GIB:.2f} GiB"
     )
 
 
 def whole_dim(parameter: torch.nn.Parameter) -> int:
-    """Dimensions of a parameter; under ZeRO-3 its own shape is that of a flat shard."""
+    """Number of dimensions of the full parameter; under ZeRO-3 it has the shape of a flat shard."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -86,10 +88,10 @@ def initialize(
 
 
 def learning_rate(step: int, max_steps: int, train: TrainConfig) -> float:
-    """The rate of optimizer step `step` (1-based).
+    """The learning rate of optimizer step `step` (1-based).
 
-    By default both ends count: the first step has lr / warmup_steps and the last one is above 0. `warmup_from_zero` is
-    the reference's schedule, one step behind: the first step has lr 0.
+    By default the first step has lr / warmup_steps and the last one is above 0. `warmup_from_zero` is the reference's
+    schedule, one step behind: the first step has lr 0.
     """
     done = step - 1 if train.warmup_from_zero else step
     end = max_steps if train.warmup_from_zero else max_steps + 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import launching
 import pytest
 from cluster import Cluster, wait_until
-from main_job import ROOT, readme_commands
+from markdown_blocks import ROOT, blocks
 from runs import START_S, Ground, Run, mirage_launch, read, submit
 
 
@@ -34,8 +34,9 @@ def test_trains_as_on_one_machine(cluster: Cluster, drawn_job: Path, stage: str)
 
 @pytest.mark.slow
 def test_deepspeed_s_own_launcher(cluster: Cluster, drawn_job: Path) -> None:
-    """The README's commands inside an allocation."""
-    (commands,) = [block for block in readme_commands("A SLURM cluster", "###") if "deepspeed --launcher" in block]
+    """The commands of docs/cluster.md inside an allocation."""
+    page = blocks(ROOT / "docs" / "cluster.md")
+    (commands,) = [block.text for block in page if "deepspeed --launcher" in block.text]
     commands = commands.replace("=8", "=1").replace("mirage_ds/train.py", str(ROOT / "mirage_ds" / "train.py"))
     commands = commands.replace("RECIPE", "launch/recipes/tiny-stage1.yaml run.dir=runs/deepspeed")
     script, log = drawn_job / "deepspeed.sh", drawn_job / "deepspeed.log"

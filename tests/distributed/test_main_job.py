@@ -54,8 +54,11 @@ def test_tensorboard_has_the_same_numbers(job: Path, stage: str) -> None:
 def test_the_log_says_what_is_gathered_and_how_latents_are_pooled(job: Path) -> None:
     log = (job / "log").read_text()
     assert "latent_pool: plain torch on cpu" in log
-    assert "gather layer: layer by layer with prefetch; about" in log
-    assert "gather rollout: the rollout once per forward and once per backward" in log
+    assert "Gathers the decoder layer by layer, with prefetch (model.gather=layer): about" in log
+    assert (
+        "Gathers the decoder at most once for forward and once for backward, whatever K (model.gather=rollout): about"
+        in log
+    )
 
 
 def test_the_trained_model_answers(job: Path) -> None:

@@ -13,6 +13,7 @@ import launching
 import plain_loop
 import pytest
 from cases import CUTS, FIXED, GATHER_SIZES, VARYING, Outcome, read_outcome, start_cases
+from deviations import check
 from random_samples import ragged_batch
 
 from mirage_ds.config import TrainConfig
@@ -117,13 +118,14 @@ def test_training_trace_of_the_reference(outcome: Outcomes, stage: str) -> None:
     """Our trainer reproduces 12 micro-batches and 6 updates of the reference's own trainer."""
     trace = golden_set.numbers("trace")[stage]
     result = outcome(f"{stage}-trace")
-    accumulation = trace["gradient_accumulation_steps"]
-    assert result.report["micro_losses"] == pytest.approx(trace["micro_losses"], rel=1e-3)
-    micro = trace["micro_losses"]
+    accumulation, micro = trace["gradient_accumulation_steps"], trace["micro_losses"]
+    check(f"{stage} trace: losses of micro-batches", result.report["micro_losses"], micro, 1e-3, "relative")
     means = [sum(micro[i : i + accumulation]) / accumulation for i in range(0, len(micro), accumulation)]
-    assert result.losses == pytest.approx(means, rel=1e-3)
-    assert [r["grad_norm"] for r in result.records] == pytest.approx([s["grad_norm"] for s in trace["steps"]], rel=1e-3)
+    check(f"{stage} trace: losses of steps", result.losses, means, 1e-3, "relative")
+    grad_norms = [step["grad_norm"] for step in trace["steps"]]
+    ours = [record["grad_norm"] for record in result.records]
+    check(f"{stage} trace: gradient norms", ours, grad_norms, 1e-3, "relative")
     norms = result.report["final_param_norm"]
     for name, norm in trace["final_param_norm"].items():
         new_name = name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
-        assert norms[new_name] == pytest.approx(norm, rel=1e-3), name
+        check(f"{stage} trace: norms of the trained parameters", norms[new_name], norm, 1e-3, "relative", name)

@@ -1,4 +1,4 @@
-"""The compiled kernels on a GPU: the checks of tests/interpreted, on inputs drawn anew each time."""
+"""The compiled kernels on a GPU: the checks of tests/interpreted, on other random inputs in each run."""
 
 import random
 
@@ -6,7 +6,7 @@ import pooling_checks as checks
 import pytest
 import torch
 
-from mirage_ds.ops import latent_pool_definition as reference
+from mirage_ds.ops import latent_pool_definition as definition
 from mirage_ds.ops.latent_pool import DTYPES, describe_path, latent_pool
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the kernels run interpreted here")
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.fixture
 def seed() -> int:
-    """Another one each time; pytest shows it when a test fails."""
+    """Different in each run; pytest shows it when a test fails."""
     drawn = random.SystemRandom().randrange(2**31)
     print(f"seed {drawn}")
     return drawn
@@ -29,7 +29,7 @@ def test_the_start_message_says_compiled() -> None:
 @pytest.mark.parametrize("name", checks.CASES)
 def test_forward_and_backward(name: str, strategy: str, dtype: torch.dtype, seed: int) -> None:
     grids, latent_sizes, dim = checks.CASES[name]
-    case = checks.cut(grids, latent_sizes, strategy)
+    case = checks.patches_and_segments(grids, latent_sizes, strategy)
     checks.check_forward("cuda", *case, dim, dtype, dtype, seed)
     checks.check_backward("cuda", *case, dim, dtype, dtype, seed)
 
@@ -39,19 +39,19 @@ def test_forward_and_backward(name: str, strategy: str, dtype: torch.dtype, seed
 def test_real_sizes(strategy: str, dim: int, seed: int) -> None:
     draw = random.Random(seed)
     grids = [(draw.randint(8, 36), draw.randint(8, 36)) for _ in range(20)]
-    case = checks.cut(grids, [draw.choice((2, 4, 8, 16)) for _ in grids], strategy)
+    case = checks.patches_and_segments(grids, [draw.choice((2, 4, 8, 16)) for _ in grids], strategy)
     checks.check_forward("cuda", *case, dim, torch.bfloat16, torch.bfloat16, seed)
     checks.check_backward("cuda", *case, dim, torch.bfloat16, torch.bfloat16, seed)
 
 
 @pytest.mark.parametrize("strategy", checks.STRATEGIES)
 def test_300_images(strategy: str, seed: int) -> None:
-    case = checks.cut([(1 + n % 3, 1 + n % 2) for n in range(300)], [1] * 300, strategy)
+    case = checks.patches_and_segments([(1 + n % 3, 1 + n % 2) for n in range(300)], [1] * 300, strategy)
     checks.check_forward("cuda", *case, 64, torch.float32, torch.bfloat16, seed)
 
 
 def test_offsets_beyond_31_bits() -> None:
-    """4.3 GB of embeddings, of which the last rows count."""
+    """4.3 GB of embeddings, with one segment in the last rows."""
     dim, num_patches = 8192, 2**18 + 8
     patch_embeds = torch.zeros(num_patches, dim, dtype=torch.bfloat16, device="cuda")
     patch_embeds[-8:] = torch.arange(8, device="cuda")[:, None]
@@ -79,8 +79,8 @@ def test_bounds_on_the_gpu_are_refused() -> None:
 
 
 def test_no_wait_for_the_device() -> None:
-    """Neither the checks nor the copies of bounds and index synchronise."""
-    num_patches, segments = checks.cut([(18, 18)] * 4, [4] * 4, "grid")
+    """Neither the checks nor the copies of bounds and index synchronize."""
+    num_patches, segments = checks.patches_and_segments([(18, 18)] * 4, [4] * 4, "grid")
     patch_embeds = torch.randn(num_patches, 256, device="cuda", requires_grad=True)
     latent_pool(patch_embeds, *segments, 16, torch.bfloat16)[1].sum().backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -89,5 +89,5 @@ def test_no_wait_for_the_device() -> None:
         outputs[1].sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    expected = reference.latent_pool(patch_embeds.detach().cpu(), *segments, torch.bfloat16)
+    expected = definition.latent_pool(patch_embeds.detach().cpu(), *segments, torch.bfloat16)
     torch.testing.assert_close(outputs[1].cpu(), expected[1])

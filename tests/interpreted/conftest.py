@@ -1,9 +1,9 @@
-"""These tests run the Triton kernels on the CPU, interpreted:
+"""Tests of the Triton kernels on the CPU, interpreted:
 
 TRITON_INTERPRET=1 pytest tests/interpreted
 
-Triton reads the variable when it is imported, and whatever else a pytest process tests may have imported it already.
-So they have a process of their own, which tests/unit/ops/test_interpreted.py starts; elsewhere they are not collected.
+Triton reads the variable when it is imported, which other tests in the same pytest process may have done already. So
+tests/unit/ops/test_interpreted.py runs them in a separate process; without the variable they are not collected.
 """
 
 import os

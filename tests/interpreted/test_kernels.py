@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted: against the definition in float64, and on the reference's own targets."""
+"""The Triton kernels, interpreted: against the definition in float64, and against the reference's own targets."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mirage_ds.data.collate import collate
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.model.targets import Tower, latent_targets
-from mirage_ds.ops import latent_pool_definition as reference
+from mirage_ds.ops import latent_pool_definition as definition
 from mirage_ds.ops import latent_pool_kernel
 from mirage_ds.ops.latent_pool import DTYPES, describe_path, takes_kernel
 from mirage_ds.ops.segments import Segments
@@ -23,7 +23,7 @@ dtypes = st.sampled_from(DTYPES)
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels' launchers that a test has come through; every test here must have come through one."""
+    """The kernels' launchers that a test has called."""
     seen: list[str] = []
 
     def watched(name: str) -> Callable[..., object]:
@@ -49,9 +49,9 @@ def test_the_start_message_says_interpreted() -> None:
 @pytest.mark.parametrize("strategy", ["average", "grid"])
 @pytest.mark.parametrize("name", checks.CASES)
 def test_forward_and_backward(launches: list[str], name: str, strategy: str, dtype: torch.dtype) -> None:
-    """Without an index and with one; every strategy is drawn below."""
+    """Without an index and with one; the test below draws every strategy."""
     grids, latent_sizes, dim = checks.CASES[name]
-    case = checks.cut(grids, latent_sizes, strategy)
+    case = checks.patches_and_segments(grids, latent_sizes, strategy)
     checks.check_forward("cpu", *case, dim, dtype, dtype, seed=0)
     checks.check_backward("cpu", *case, dim, dtype, dtype, seed=0)
     assert launches == ["pool", "pool", "mean_backward"]
@@ -59,14 +59,14 @@ def test_forward_and_backward(launches: list[str], name: str, strategy: str, dty
 
 @pytest.mark.parametrize("strategy", ["average", "grid"])
 def test_300_images(strategy: str) -> None:
-    segments = checks.cut([(1 + n % 3, 1 + n % 2) for n in range(300)], [1] * 300, strategy)
+    segments = checks.patches_and_segments([(1 + n % 3, 1 + n % 2) for n in range(300)], [1] * 300, strategy)
     checks.check_forward("cpu", *segments, 3, torch.float32, torch.bfloat16, seed=0)
 
 
 @settings(max_examples=25, deadline=None)
 @given(case=checks.images(), strategy=st.sampled_from(checks.STRATEGIES), dim=st.integers(1, 20), dtype=dtypes)
 def test_forward_of_any_images(case: Images, strategy: str, dim: int, dtype: torch.dtype) -> None:
-    checks.check_forward("cpu", *checks.cut(*case, strategy), dim, dtype, torch.bfloat16, seed=1)
+    checks.check_forward("cpu", *checks.patches_and_segments(*case, strategy), dim, dtype, torch.bfloat16, seed=1)
 
 
 @settings(max_examples=25, deadline=None)
@@ -94,7 +94,7 @@ def test_compile() -> None:
 
 
 def test_targets_of_the_reference(launches: list[str]) -> None:
-    """The parity set's targets, to its tolerance; and to 1e-6 what the torch path makes of the same embeddings."""
+    """The golden set's targets, to its tolerance; and to 1e-6 the definition on the same embeddings."""
     tower = Tower(load_backbone(golden_set.MODEL, dtype=torch.float32).visual, trained=False)
     for sample in golden_set.samples():
         index = sample["index"]
@@ -103,8 +103,8 @@ def test_targets_of_the_reference(launches: list[str]) -> None:
         latents = latent_targets(helper_embeds, batch, "average", torch.float32)
         stored = golden_set.tensors("golden")[f"{index}.stage1.targets"]
         assert (latents.targets - stored).abs().max() < 1e-4 * stored.abs().max()
-        bounds = checks.cut(batch.helper_grids, batch.latent_sizes, "average")[1].bounds
-        expected = reference.latent_pool(helper_embeds, bounds, None, torch.float32)
+        bounds = checks.patches_and_segments(batch.helper_grids, batch.latent_sizes, "average")[1].bounds
+        expected = definition.latent_pool(helper_embeds, bounds, None, torch.float32)
         for ours, theirs in zip(latents, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert len(launches) == len(golden_set.samples())

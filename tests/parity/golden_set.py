@@ -1,6 +1,6 @@
 """The reference's numbers, read from tests/parity/golden or from the folder that MIRAGE_GOLDEN_DIR names.
 
-Shapes, ids and sizes come from the set, so that another set of the same format can be run.
+Shapes, ids and sizes are read from the set, so that another set of the same format can be used.
 """
 
 import json
@@ -33,7 +33,7 @@ def samples() -> list[dict[str, Any]]:
 
 
 def encoded(index: int, stage: str) -> EncodedSample:
-    """Sample `index` of the set as our encoder would give it."""
+    """Sample `index` of the set as our encoder would return it."""
     inputs, facts = tensors("inputs"), samples()[index]
     own = {name.split(".", 1)[1]: value for name, value in inputs.items() if name.startswith(f"{index}.")}
     input_ids = own["input_ids"][0].long()

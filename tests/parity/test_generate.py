@@ -1,4 +1,4 @@
-"""Greedy decoding with the reference's rule (own end token, limit 8): the same ids and the same latents.
+"""Greedy decoding with the reference's rule (the model emits the end token, limit 8): the same ids and latents.
 
 One row at a time, as the reference decodes, and all rows of the set in one batch, which it does not support: each row
 enters and leaves latent mode by itself.
@@ -9,6 +9,7 @@ from dataclasses import replace
 import golden_set
 import pytest
 import torch
+from deviations import check, check_equal
 
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
@@ -39,13 +40,13 @@ def token_ids() -> TokenIds:
 def prompt(index: int) -> EncodedSample:
     """The set's prompt of sample `index`, with its user images."""
     input_ids = golden_set.tensors("golden")[f"gen{index}.prompt_ids"][0].long()
-    sample = golden_set.encoded(index, "stage2")
+    row = golden_set.encoded(index, "stage2")
     length = len(input_ids)
     return replace(
-        sample,
+        row,
         input_ids=input_ids,
         labels=torch.full((length,), -100),
-        position_ids=sample.position_ids[:, :length],
+        position_ids=row.position_ids[:, :length],
         image_mask=input_ids == token_ids().image_pad,
         latent_mask=torch.zeros(length).bool(),
         prompt_length=length,
@@ -63,29 +64,28 @@ def decode(indices: list[int], max_new_tokens: int, **settings: object) -> list[
     return decoder.generate(collate([prompt(index) for index in indices], align_latents=True))
 
 
-def check(row: Generation, expected: dict) -> None:
-    assert row.ids == expected["new_ids"]
+def check_row(row: Generation, expected: dict) -> None:
+    check_equal("decoding: ids", row.ids, expected["new_ids"])
     latents = golden_set.tensors("golden")[f"gen{expected['sample']}.latents_fed"]
     assert len(row.latents) == expected["n_latent_pads"]
-    difference = (torch.stack(row.latents) - latents).abs().max() / latents.abs().max()
-    assert difference < 1e-4
+    check("decoding: latents fed back", torch.stack(row.latents), latents, 1e-4, "relative to the largest")
 
 
 @pytest.mark.parametrize("expected", expectations(), ids=lambda expected: str(expected["sample"]))
 def test_one_by_one(expected: dict) -> None:
     (row,) = decode([expected["sample"]], expected["max_new_tokens"])
-    check(row, expected)
+    check_row(row, expected)
 
 
 def test_in_one_batch() -> None:
     rows = decode([expected["sample"] for expected in expectations()], expectations()[0]["max_new_tokens"])
     for row, expected in zip(rows, expectations(), strict=True):
-        check(row, expected)
+        check_row(row, expected)
 
 
 @pytest.mark.parametrize("size", [1, 5])
 def test_a_block_of_fixed_length(size: int) -> None:
-    """Exactly K states, whatever the model would choose; then <|latent_end|> and text again."""
+    """Exactly K states, whatever the model would emit; then <|latent_end|> and text again."""
     ids = token_ids()
     for row in decode([expected["sample"] for expected in expectations()], 24, latent_end="fixed", latent_size=size):
         start = row.ids.index(ids.latent_start)

@@ -1,7 +1,7 @@
 """The model against the reference's numbers: every sample, both stages, with and without activation checkpointing.
 
-Tolerances are those that the set's README suggests; ids and masks are exact. Gradients matter most: a latent that is
-detached leaves the loss as it is.
+Tolerances are those that the set's README suggests; ids and masks are exact. Gradients matter most: detaching a latent
+does not change the loss.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import golden_set
 import pytest
 import torch
+from deviations import check
 
 from mirage_ds.data.collate import collate
 from mirage_ds.model.backbone import load_backbone
@@ -22,7 +23,7 @@ STORED_ROWS = ("latent_pad", "latent_start", "latent_end", "nl", "im_end")
 
 
 class Result:
-    """One sample through the model, with everything that is compared."""
+    """The outputs of the model for one sample, with everything that is compared."""
 
     def __init__(self, index: int, stage: str, recompute: bool) -> None:
         backbone = load_backbone(golden_set.MODEL, dtype=torch.float32)
@@ -40,6 +41,10 @@ class Result:
         self.model = model
         self.grads = {old_name(name): p.grad for name, p in backbone.hf.named_parameters() if p.requires_grad}
 
+    def named(self, quantity: str) -> str:
+        """The quantity's name in the table of deviations."""
+        return f"{self.stage}: {quantity}"
+
     def stored(self, name: str) -> torch.Tensor:
         return golden_set.tensors("golden")[f"{self.index}.{self.stage}.{name}"]
 
@@ -47,11 +52,6 @@ class Result:
 def old_name(name: str) -> str:
     """transformers 5's parameter name -> the reference's."""
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-
-
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest difference over the reference's largest value."""
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
 @pytest.fixture(
@@ -69,59 +69,68 @@ def result(request: pytest.FixtureRequest) -> Result:
 
 def test_losses(result: Result) -> None:
     reference = result.facts[result.stage]
-    assert result.losses.loss.item() == pytest.approx(reference["total"], rel=LOSS)
-    assert result.losses.ce_loss.item() == pytest.approx(reference["ce"], rel=LOSS)
-    assert result.losses.latent_loss.item() == pytest.approx(reference.get("sim", 0.0), rel=LOSS)
+    check(result.named("loss"), result.losses.loss, reference["total"], LOSS, "relative")
+    check(result.named("text loss"), result.losses.ce_loss, reference["ce"], LOSS, "relative")
+    if result.stage == "stage1":
+        check(result.named("latent loss"), result.losses.latent_loss, reference["sim"], LOSS, "relative")
+    else:
+        assert result.losses.latent_loss == 0
 
 
 def test_logits(result: Result) -> None:
-    """Label log-probabilities of every sample, the whole logits where the set has them, and their sums."""
-    places, ids = result.stored("label_pos").long(), result.stored("label_id").long()
-    logprobs = result.logits.log_softmax(-1)[places, ids]
-    assert (logprobs - result.stored("label_logprob")).abs().max() < LOGPROB
-    torch.testing.assert_close(result.inputs.target_rows, places)
+    """Label log-probabilities of every sample, all logits where the set has them, and their sums."""
+    positions, ids = result.stored("label_pos").long(), result.stored("label_id").long()
+    logprobs = result.logits.log_softmax(-1)[positions, ids]
+    check(result.named("label log-probabilities"), logprobs, result.stored("label_logprob"), LOGPROB, "absolute")
+    torch.testing.assert_close(result.inputs.target_rows, positions)
     torch.testing.assert_close(result.inputs.target_ids, ids)
     if f"{result.index}.{result.stage}.logits" in golden_set.tensors("golden"):
-        assert (result.logits - result.stored("logits").reshape_as(result.logits)).abs().max() < LOGIT
+        stored = result.stored("logits").reshape_as(result.logits)
+        check(result.named("logits"), result.logits, stored, LOGIT, "absolute")
     sums = result.facts[result.stage]["logits"]
-    assert result.logits.double().square().sum().item() == pytest.approx(sums["sq_sum"], rel=1e-5)
-    assert result.logits.double().abs().sum().item() == pytest.approx(sums["abs_sum"], rel=1e-5)
+    name = result.named("sums of logits (squares, absolutes)")
+    logits = result.logits.double()
+    check(name, [logits.square().sum(), logits.abs().sum()], [sums["sq_sum"], sums["abs_sum"]], 1e-5, "relative")
 
 
 def test_latents(result: Result) -> None:
-    """Stage 1: the pooled targets and what predicts them. Stage 2: the states that are fed back."""
-    places = torch.tensor(result.facts["latent_positions"])
-    before = result.hidden[places - 1]
+    """Stage 1: the pooled targets and their predictions. Stage 2: the states that are fed back."""
+    positions = torch.tensor(result.facts["latent_positions"])
+    before = result.hidden[positions - 1]
     if result.stage == "stage2":
-        assert relative(before, result.stored("latents")) < TENSOR
+        check(result.named("latents fed back"), before, result.stored("latents"), TENSOR, "relative to the largest")
         return
     with torch.no_grad():
         _, helper = result.model.tower.encode(result.inputs)
         targets = latent_targets(helper, result.inputs, "average", torch.float32).targets
-    assert relative(targets, result.stored("targets")) < TENSOR
-    assert relative(before, result.stored("predictions")) < TENSOR
+    check(result.named("latent targets"), targets, result.stored("targets"), TENSOR, "relative to the largest")
+    check(result.named("latent predictions"), before, result.stored("predictions"), TENSOR, "relative to the largest")
 
 
 def test_gradient_norms(result: Result) -> None:
-    """Every parameter's, the total, and none for the frozen tower."""
+    """Of every parameter and in total; the frozen tower has none."""
     reference = result.facts[result.stage]["grad_norm"]
     assert set(result.grads) == set(reference)
+    norms = {name: result.grads[name].norm() for name in reference}
     for name, norm in reference.items():
-        assert result.grads[name].norm().item() == pytest.approx(norm, rel=NORM), name
-    total = torch.stack([grad.norm() for grad in result.grads.values()]).norm().item()
-    assert total == pytest.approx(result.facts[result.stage]["grad_norm_total"], rel=NORM)
+        check(result.named("gradient norm of each parameter"), norms[name], norm, NORM, "relative", name)
+    total, expected = torch.stack(list(norms.values())).norm(), result.facts[result.stage]["grad_norm_total"]
+    check(result.named("gradient norm, total"), total, expected, NORM, "relative")
 
 
 def test_stored_gradients(result: Result) -> None:
     prefix = f"{result.index}.{result.stage}.grad."
     names = [name.removeprefix(prefix) for name in golden_set.tensors("golden") if name.startswith(prefix)]
     assert names
+    quantity = result.named("gradients")
     for name in names:
-        assert relative(result.grads[name], result.stored(f"grad.{name}")) < TENSOR, name
+        check(quantity, result.grads[name], result.stored(f"grad.{name}"), TENSOR, "relative to the largest", name)
     ids = golden_set.numbers("golden")["ids"]
     rows = torch.tensor([ids[token] for token in STORED_ROWS])
+    quantity = result.named("gradient rows of the embedding and the head")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert relative(result.grads[name][rows], result.stored(f"grad_rows.{name}")) < TENSOR, name
+        stored = result.stored(f"grad_rows.{name}")
+        check(quantity, result.grads[name][rows], stored, TENSOR, "relative to the largest", name)
 
 
 def test_latent_pad_row_gets_exactly_no_gradient(result: Result) -> None:

@@ -1,12 +1,12 @@
 """Strings, labels, masks and positions against the reference's: the text cases and the samples of the golden set.
 
-Where we differ on purpose, the expected string is made from the reference's by the rule of the difference, and
-`differences` says from the case's data which rules apply:
-- one block per slot: the reference gives an answer with <output_image> that does not start with <think> a second
-  block in front; and where <output_image> stands in the question alone, an answer that starts with <think> gets none
+Where mirage_ds differs on purpose, the expected string is derived from the reference's by a rule, and `differences`
+finds from the case's data which rules apply:
+- one block per slot: the reference adds a second block in front of an answer with <output_image> that does not start
+  with <think>; and if <output_image> is only in the question, an answer that starts with <think> gets no block
 - one prompt: in the reference's test prompt a question without <image> loses its images, and an <output_image> in the
-  question stays text; ours begins training and decoding with the same words
-Rows whose image or latent blocks do not fit their images are refused, although the strings agree.
+  question stays text; ours is the same text in training and decoding
+Rows whose image or latent blocks do not match their images are refused, although the strings agree.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 import golden_set
 import pytest
 import torch
+from deviations import check_equal
 from generated_rows import image_bytes
 from real_vocabulary import real_tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ def reserved(case: dict[str, Any]) -> bool:
 
 
 def differences(case: dict[str, Any]) -> set[str]:
-    """Which deliberate differences of ours this case meets."""
+    """Which of our deliberate differences apply to this case."""
     question, answer = case["text_input"], case["text_output"]
     found = set()
     if "<output_image>" in answer and not answer.startswith("<think>"):
@@ -57,7 +58,7 @@ def differences(case: dict[str, Any]) -> set[str]:
 
 
 def refused(case: dict[str, Any]) -> bool:
-    """Whether the row's blocks do not fit its images; every case has one helper image."""
+    """Whether the row's blocks do not match its images; every case has one helper image."""
     image_blocks = (case["text_input"].count("<image>") or case["n_images"]) + case["text_input"].count(
         "<output_image>"
     )
@@ -105,7 +106,7 @@ each_sample = pytest.mark.parametrize("index", SAMPLES)
 @each_case
 def test_training_text(tiny_tokenizer: PreTrainedTokenizerBase, case: dict[str, Any]) -> None:
     if case["error"] is None and not reserved(case):
-        assert our_train_text(tiny_tokenizer, case) == expected_train_text(case)
+        check_equal("training text", our_train_text(tiny_tokenizer, case), expected_train_text(case))
 
 
 @each_case
@@ -113,12 +114,12 @@ def test_prompt(tiny_tokenizer: PreTrainedTokenizerBase, case: dict[str, Any]) -
     prompt = prompt_text(tiny_tokenizer, case["text_input"], num_input_images=case["n_images"])
     assert our_train_text(tiny_tokenizer, case).startswith(prompt)
     if case["error"] is None and not reserved(case):
-        assert prompt == expected_train_text(case).partition(MARKER)[0] + MARKER
+        check_equal("prompt", prompt, expected_train_text(case).partition(MARKER)[0] + MARKER)
         assert (prompt == case["test_prompt"]) == ("prompt" not in differences(case))
 
 
 @each_case
-def test_rows_whose_blocks_do_not_fit_are_refused(case: dict[str, Any]) -> None:
+def test_rows_whose_blocks_do_not_match_are_refused(case: dict[str, Any]) -> None:
     sample = make_sample(case)
     if refused(case) or case["error"] is not None:
         with pytest.raises(DataError, match="case"):
@@ -131,7 +132,7 @@ def test_rows_whose_blocks_do_not_fit_are_refused(case: dict[str, Any]) -> None:
 def test_a_row_that_is_not_refused_has_a_block_for_each_image(
     tiny_tokenizer: PreTrainedTokenizerBase, case: dict[str, Any]
 ) -> None:
-    """And the reference agrees, but for the blocks that the differences speak of."""
+    """The reference agrees, except for the blocks that `differences` finds."""
     text = our_train_text(tiny_tokenizer, case)
     assert text.count(IMAGE_BLOCK) == case["n_images"] == case["n_user_image_blocks"]
     assert text.count(LATENT_BLOCK) == 1
@@ -141,7 +142,7 @@ def test_a_row_that_is_not_refused_has_a_block_for_each_image(
 @pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])
 @each_usable_case
 def test_labels_and_masks(tokenizer: PreTrainedTokenizerBase, case: dict[str, Any], stage: str) -> None:
-    """Against the token strings and characters of the whole text, pads written out."""
+    """Against the token strings and characters of the full text with all pads."""
     processor = ImageProcessor(Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056))
     encoded = Encoder(tokenizer, processor, stage=stage, latent_size=K)(make_sample(case))
     text = expected_train_text(case).replace("" if stage != "text" else LATENT_BLOCK, "")
@@ -150,18 +151,18 @@ def test_labels_and_masks(tokenizer: PreTrainedTokenizerBase, case: dict[str, An
     text = re.sub(re.escape("<|image_pad|>"), lambda match: match[0] * next(sizes), text)
     prompt_chars = text.index(MARKER) + len(MARKER)
 
-    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    strings = tokenizer.convert_ids_to_tokens(whole["input_ids"])
+    full = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    strings = tokenizer.convert_ids_to_tokens(full["input_ids"])
     unsupervised = ("<|latent_pad|>", "<|endoftext|>")
     expected = [
         -100 if start < prompt_chars or string in unsupervised else token
-        for token, string, (start, _) in zip(whole["input_ids"], strings, whole["offset_mapping"], strict=True)
+        for token, string, (start, _) in zip(full["input_ids"], strings, full["offset_mapping"], strict=True)
     ]
-    assert encoded.input_ids.tolist() == whole["input_ids"]
+    assert encoded.input_ids.tolist() == full["input_ids"]
     assert encoded.labels.tolist() == expected
     assert encoded.latent_mask.tolist() == [string == "<|latent_pad|>" for string in strings]
     assert encoded.image_mask.tolist() == [string == "<|image_pad|>" for string in strings]
-    assert encoded.prompt_length == sum(start < prompt_chars for start, _ in whole["offset_mapping"])
+    assert encoded.prompt_length == sum(start < prompt_chars for start, _ in full["offset_mapping"])
 
 
 def conversations() -> list[list[dict[str, Any]]]:
@@ -190,7 +191,7 @@ def test_our_chat_template_renders_the_cases(tiny_tokenizer: PreTrainedTokenizer
         {"role": "user", "content": [image] * case["n_images"] + [question]},
         {"role": "assistant", "content": [image, answer]},
     ]
-    assert tiny_tokenizer.apply_chat_template(messages, tokenize=False) == case["template"]
+    check_equal("chat template", tiny_tokenizer.apply_chat_template(messages, tokenize=False), case["template"])
 
 
 def golden_ids() -> TokenIds:
@@ -211,21 +212,23 @@ def test_golden_labels_and_mask(index: int) -> None:
     sample, ids = golden_set.encoded(index, "stage1"), golden_set.numbers("golden")["ids"]
     marker = torch.tensor([ids["im_start"], ids["assistant"]])
     assert find_prompt_length(sample.input_ids, marker) == sample.prompt_length
-    assert torch.equal(supervised_labels(sample.input_ids, sample.prompt_length, golden_ids()), sample.labels)
-    assert torch.equal(sample.input_ids == golden_ids().latent_pad, sample.latent_mask)
+    check_equal("labels", supervised_labels(sample.input_ids, sample.prompt_length, golden_ids()), sample.labels)
+    check_equal("latent masks", sample.input_ids == golden_ids().latent_pad, sample.latent_mask)
 
 
 @each_sample
 def test_golden_positions(index: int) -> None:
     sample = golden_set.encoded(index, "stage1")
-    assert torch.equal(mrope_positions(sample.image_mask, sample.image_grid_thw, merge_size()), sample.position_ids)
+    positions = mrope_positions(sample.image_mask, sample.image_grid_thw, merge_size())
+    check_equal("positions", positions, sample.position_ids)
 
 
 @each_sample
 def test_golden_pads(index: int) -> None:
-    """From one pad for each block, as our texts have it, to the ids that the reference's collation made."""
+    """From one pad per block, as in our texts, to the ids that the reference's collation made."""
     sample, ids = golden_set.encoded(index, "stage1"), golden_ids()
     raw = golden_set.tensors("inputs")[f"{index}.raw_input_ids"][0].long()
     repeated = (raw == ids.image_pad) & (raw.roll(1) == ids.image_pad)
     num_merged = (sample.image_grid_thw.prod(dim=1) // merge_size() ** 2).tolist()
-    assert torch.equal(expand_pads(raw[~repeated], num_merged, sample.latent_size, ids), sample.input_ids)
+    ours = expand_pads(raw[~repeated], num_merged, sample.latent_size, ids)
+    check_equal("ids with images and latents", ours, sample.input_ids)

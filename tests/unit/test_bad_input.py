@@ -1,8 +1,7 @@
-"""Every wrong input, at the command that a user gives it to: exit code 2, one message, no traceback, nothing written.
+"""Every wrong input, given to its command: exit code 2, one message, no traceback, nothing written.
 
-Each case names the parts that its message must have: what is wrong and where, what is allowed, what to do. The tests
-of the single modules know more ways to be wrong. Elsewhere: versions (test_versions.py), a full disk
-(test_full_disk.py).
+Each case lists the parts that its message must have: what is wrong and where, what is allowed, what to do. The tests
+of the single modules have more wrong inputs. Elsewhere: versions (test_versions.py), a full disk (test_full_disk.py).
 """
 
 import hashlib
@@ -37,7 +36,7 @@ RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
 class Case:
     says: tuple[str, ...]  # regular expressions: what and where, what is allowed, what to do
     overrides: tuple[str, ...] = ()
-    prepare: Callable[[Path], None] = lambda folder: None  # gets the folder that the command is started in
+    prepare: Callable[[Path], None] = lambda folder: None  # gets the working directory of the command
 
 
 def deepspeed_json(**changes: Any) -> Callable[[Path], None]:
@@ -66,14 +65,14 @@ def other_model(folder: Path) -> None:
 
 
 def model_without_latents(folder: Path) -> None:
-    """The tokenizer knows 3 tokens too many for the embeddings, as the latent tokens are in a hub's small model."""
+    """The tokenizer has 3 tokens more than the embeddings, like the latent tokens with a small model from the hub."""
     hf = load_backbone(str(folder / "model"), dtype=None).hf
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     hf.resize_token_embeddings(len(tokenizer) - 3)
     hf.save_pretrained(folder / "model")
 
 
-def cut_weights(folder: Path) -> None:
+def truncate_weights(folder: Path) -> None:
     path = folder / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
 
@@ -86,7 +85,7 @@ def drop_a_weight(folder: Path) -> None:
 
 
 def run_of(**changes: Any) -> Callable[[Path], None]:
-    """A run with a checkpoint, as far as it is looked at: the configuration of these tests but for `changes`."""
+    """A run with the parts of a checkpoint that are read: the configuration of these tests with `changes`."""
 
     def write(folder: Path) -> None:
         overrides = [*OVERRIDES, *changes.pop("overrides", ())]
@@ -121,7 +120,7 @@ TRAIN = {
     "wrong choice": Case((r"train\.stage: .*'text', 'stage1' or 'stage2'", "correct each"), ("train.stage=stage3",)),
     # batch arithmetic that does not divide
     "batch and micro-batch": Case(
-        (r"global_batch_size is 7, no multiple of the 2 samples", r"set train\.global_batch_size to a multiple"),
+        (r"global_batch_size is 7, not a multiple of the 2 samples", r"set train\.global_batch_size to a multiple"),
         ("train.global_batch_size=7",),
     ),
     "batch and ranks": Case(
@@ -132,9 +131,12 @@ TRAIN = {
         ),
         ("train.global_batch_size=8",),
     ),
-    # a DeepSpeed JSON that disagrees, has a misspelt key, or an optimizer section
-    "deepspeed disagrees": Case(
-        (r"gradient_clipping is 3 there, .* makes it 1\.0 \(distributed\.deepspeed_config=\./ds\.json", 'write "auto"'),
+    # a DeepSpeed JSON that contradicts the run, has a misspelt key, or an optimizer section
+    "deepspeed contradicts": Case(
+        (
+            r"gradient_clipping is 3 in the file, but 1\.0 in .* \(distributed\.deepspeed_config=\./ds\.json",
+            'write "auto"',
+        ),
         OWN_JSON,
         deepspeed_json(gradient_clipping=3),
     ),
@@ -149,33 +151,37 @@ TRAIN = {
         deepspeed_json(zero_optimization={"stage": 3, "overlap_com": True}),
     ),
     "deepspeed optimizer": Case(
-        (r"optimizer stands there \(.*ds\.json\)", "configuration owns it", r"delete it there and set train\.lr"),
+        (r"optimizer must not be set \(.*ds\.json\)", "configuration owns it", r"delete it there and set train\.lr"),
         OWN_JSON,
         deepspeed_json(optimizer={"type": "AdamW"}),
     ),
-    # flash_attention_2 named but not installed
+    # flash_attention_2 requested but not installed
     "flash attention": Case(
         (r"model\.attention is flash_attention_2, which cannot run", "needs a GPU", "install flash-attn, or set"),
         ("model.attention=flash_attention_2",),
     ),
     # missing or empty shards
     "shards missing": Case(
-        (r"no manifest\.json.*\(nowhere/manifest\.json\)", "what `mirage-data build` wrote", "name such a folder or"),
+        (r"no manifest\.json.*\(nowhere/manifest\.json\)", "folder that `mirage-data build` wrote", "or build one"),
         ("data.shards=nowhere",),
     ),
     "validation shards missing": Case(
         (r"no manifest\.json.*\(nowhere/manifest\.json\)",), ("evaluation.shards=nowhere",)
     ),
     "shard missing": Case(
-        (r"the shard is no file \(shards/shard-000001\.tar\)", "manifest says", "copy it again, or build again"),
+        (r"the shard is missing \(shards/shard-000001\.tar\)", "the manifest says", "copy it again, or build again"),
         prepare=shards_spoiled_by(lambda shards: (shards / "shard-000001.tar").unlink()),
     ),
     "shard empty": Case(
-        (r"the shard is 0 bytes \(shards/shard-000001\.tar\)", r"manifest says \d+ bytes", "copy it again"),
+        (
+            r"the shard has size 0 \(shards/shard-000001\.tar\)",
+            r"the manifest says \d+ bytes",
+            "copy it again",
+        ),
         prepare=shards_spoiled_by(lambda shards: (shards / "shard-000001.tar").write_bytes(b"")),
     ),
     "no samples": Case(
-        (r"0 samples .*\(shards/manifest\.json\)", "to 1 or more", "build the shards again"),
+        (r"num_samples is 0, .*\(shards/manifest\.json\)", "at least 1", "build the shards again"),
         prepare=shards_spoiled_by(manifest_without_samples),
     ),
     # latent_size larger than a helper image's patches
@@ -190,7 +196,7 @@ TRAIN = {
     # a model folder that is not Qwen2.5-VL or lacks the latent tokens
     "no model": Case(
         (
-            r"the model's folder is not there \(model\.path=nowhere\)",
+            r"the model folder does not exist \(model\.path=nowhere\)",
             "a Hugging Face folder .* a hub id",
             "correct it",
         ),
@@ -208,14 +214,14 @@ TRAIN = {
         prepare=model_without_latents,
     ),
     "model without weights": Case(
-        (r"the weights cannot be loaded \(model\): ", "a model folder has the files", "copy the folder again"),
+        (r"the weights cannot be loaded \(model\): ", "a model folder must have the files", "copy the folder again"),
         prepare=lambda folder: (folder / "model" / "model.safetensors").unlink(),
     ),
-    "model cut short": Case(
-        (r"the weights cannot be loaded \(model\): ", "whole", "copy the folder again"), prepare=cut_weights
+    "model truncated": Case(
+        (r"the weights cannot be loaded \(model\): ", "complete", "copy the folder again"), prepare=truncate_weights
     ),
     "model without one weight": Case(
-        (r"1 weights are missing, .*norm\.weight for one \(model\)", "copy the folder again"), prepare=drop_a_weight
+        (r"missing weights: 1, for example .*norm\.weight \(model\)", "copy the folder again"), prepare=drop_a_weight
     ),
     # a checkpoint of another latent_size or another manifest
     "checkpoint, latent_size": Case(
@@ -235,16 +241,16 @@ TRAIN = {
     ),
     "the only checkpoint, damaged": Case(
         (
-            r"WARNING: run/.*global_step2 is damaged and passed over: run\.json has 1 bytes",
-            r"no checkpoint .* is whole",
+            r"WARNING: run/.*global_step2 is damaged and skipped: run\.json has size 1, expected \d+ bytes",
+            r"all checkpoints of the run are damaged \(run/checkpoints\): global_step2; .*; copy one there again",
         ),
         ("run.resume=auto",),
         lambda folder: (run_of()(folder), (folder / "run/checkpoints/global_step2/run.json").write_text("{"))[1],
     ),
     "start from a damaged checkpoint": Case(
         (
-            r"is damaged \(run/checkpoints/global_step2\): run\.json has 1 bytes",
-            "what the run wrote",
+            r"is damaged \(run/checkpoints/global_step2\): run\.json has size 1, expected \d+ bytes",
+            "the files that the run wrote",
             "name another one",
         ),
         ("run.init_from=run", "run.dir=next"),
@@ -256,7 +262,11 @@ TRAIN = {
         prepare=run_of(),
     ),
     "run folder without its facts": Case(
-        (r"start\.json cannot be read \(run\): ", "what the run wrote there", r"put it back, or take .* new run\.dir"),
+        (
+            r"start\.json cannot be read \(run\): ",
+            "the file that the run wrote",
+            r"restore it, .*, or set a new run\.dir",
+        ),
         ("run.resume=auto",),
         lambda folder: (run_without_checkpoint(folder), (folder / "run" / "start.json").unlink())[1],
     ),
@@ -284,7 +294,7 @@ def run_without_checkpoint(folder: Path, **changes: Any) -> None:
 
 
 def contents(folder: Path) -> dict[str, str | None]:
-    """Every path under a folder, with what a file holds."""
+    """Every path under a folder, with the sha256 of files."""
     paths = sorted(folder.rglob("*"))
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in paths}
 
@@ -301,7 +311,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def starts(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, bool]]:
-    """Exit code and output of each start, and whether its folder stayed as it was."""
+    """Exit code and output of each start, and whether its folder is unchanged."""
     folder = tmp_path_factory.mktemp("starts")
     started = []
     for name, case in TRAIN.items():
@@ -335,7 +345,7 @@ def test_the_trainer_refuses(starts: dict[str, tuple[int, str, bool]], name: str
 
 
 def row(**changes: Any) -> Callable[[Path], None]:
-    """The second of three rows changed."""
+    """Three rows, the second one with `changes`."""
     return lambda rows: (write_jsonl(rows, [make_row(0), make_row(1) | changes, make_row(2)]), None)[1]
 
 
@@ -344,19 +354,23 @@ def damaged_image(rows: Path) -> None:
 
 
 BUILD = {
-    # a row with no text, a missing or undecodable image, slots that do not fit the images
-    "no text": ((r"text_input is ''", "a row needs a text", "fill it in"), row(text_input="")),
+    # a row with no text, a missing or undecodable image, slots that do not match the images
+    "no text": ((r"text_input is ''", "expected a non-empty text", "fill it in"), row(text_input="")),
     "no such image": (
-        (r"image_input cannot be read: 'no\.png'", "relative to", "mend the path"),
+        (r"image_input cannot be read: 'no\.png'", "relative to", "fix the path"),
         row(image_input="no.png"),
     ),
-    "damaged image": ((r"cannot be decoded: ", "allowed are PNG", "replace the image"), damaged_image),
+    "damaged image": ((r"cannot be decoded: ", "allowed: PNG", "replace the image"), damaged_image),
     "<image>": (
-        ("text_input has 2 image slots for 1 input images", "one <image> for each", "add or remove slots"),
+        ("image slots in text_input: 2, input images: 1", "one <image> per image", "add or remove slots"),
         row(text_input="<image><image> Where?"),
     ),
     "<output_image>": (
-        ("text_output has 0 <output_image> for 2 helper images", "one for each", "add or remove slots or images"),
+        (
+            "<output_image> slots in text_output: 0, helper images: 2",
+            "one slot per image",
+            "add or remove slots or images",
+        ),
         row(text_output="A", image_output=["images/1_1.png", "images/2_1.png"]),
     ),
     "no rows": (("no rows", "at least one JSON object", "write some rows"), lambda rows: rows.write_text("")),

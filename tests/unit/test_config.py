@@ -1,4 +1,4 @@
-"""The configuration: recipes, overrides, and what a user reads after a mistake."""
+"""The configuration: recipes, overrides, and the messages for mistakes."""
 
 from pathlib import Path
 
@@ -42,10 +42,13 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
         ("train.warmup_steps=500", r"warmup_steps is 500.*set train\.warmup_steps below train\.max_steps"),
         ("data.max_pixels=0", r"data\.max_pixels: .*greater than 0"),
         ("data.max_length=-5", r"data\.max_length: .*greater than 0"),
-        ("train", r"override is not understood .*section\.key=value"),
+        ("train", r"override cannot be parsed .*section\.key=value"),
         ("train.lr.peak=1", r"lr is not a section"),
-        ("train.betas=[", r"not YAML"),
-        ("train.global_batch_size=9", r"global_batch_size is 9, no multiple of the 2 .*set train\.global_batch_size"),
+        ("train.betas=[", r"not valid YAML"),
+        (
+            "train.global_batch_size=9",
+            r"global_batch_size is 9, not a multiple of the 2 .*set train\.global_batch_size",
+        ),
         ("train.profile_steps=[5, 3]", r"profile_steps \(5, 3\) end before they begin"),
     ],
 )
@@ -62,7 +65,7 @@ def test_a_missing_key_and_a_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model is missing: set it in the recipe or with model=VALUE"):
         load_config(recipe)
     recipe.write_text("- a\n- b\n")
-    with pytest.raises(ConfigError, match="recipe holds no sections"):
+    with pytest.raises(ConfigError, match="recipe has no sections"):
         load_config(recipe)
 
 
@@ -100,13 +103,13 @@ def test_accumulation_follows_the_global_batch(settings: dict[str, int], world_s
         ),
     ],
 )
-def test_a_global_batch_that_the_ranks_cannot_make(settings: dict[str, int], world_size: int, message: str) -> None:
+def test_a_global_batch_that_does_not_match_the_ranks(settings: dict[str, int], world_size: int, message: str) -> None:
     train = TrainConfig(stage="text", max_steps=20, micro_batch_size_per_gpu=2, **settings)
     with pytest.raises(ConfigError, match=message):
         train.accumulation_steps(world_size)
 
 
-def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"the recipe cannot be read .*recipe\.yaml.*give the path of one"):
         load_config(tmp_path / "recipe.yaml")
@@ -117,7 +120,7 @@ def test_epochs_become_steps() -> None:
     train = TrainConfig(stage="text", epochs=1.5, micro_batch_size_per_gpu=3, warmup_steps=2)
     assert train.num_steps(num_samples=10, world_size=2) == 3
     assert TrainConfig(stage="text", max_steps=20).num_steps(num_samples=10, world_size=2) == 20
-    with pytest.raises(ConfigError, match=r"warmup_steps is 2, .* make 2 steps"):
+    with pytest.raises(ConfigError, match=r"warmup_steps is 2, but the run has 2 in total .*epochs=1\.5, samples: 6"):
         train.num_steps(num_samples=6, world_size=2)
 
 
@@ -127,7 +130,7 @@ def rates(**settings: object) -> list[float]:
 
 
 def test_learning_rates() -> None:
-    """The reference's schedule on request; ours wastes neither the first step nor the last."""
+    """The reference's schedule on request; in ours, the first and the last step also have a rate above 0."""
     assert rates(warmup_from_zero=True) == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
     assert rates() == pytest.approx([5e-4, 1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
     assert rates(lr_decay="constant") == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])

@@ -1,7 +1,7 @@
-"""A disk that is really full, a tmpfs of some MB: the message, and that what was there before is whole.
+"""A full disk, a real tmpfs of some MB: the message, and that earlier output stays complete.
 
-Two starts are told of room that is not there, as with a quota, so that the disk fills up while a checkpoint is written.
-Skips where this user may not mount a tmpfs in a namespace of its own.
+Two starts see more free space than there is, as with a quota, so that the disk fills up while a checkpoint is written.
+Skips where this user may not mount a tmpfs in a namespace.
 """
 
 import json
@@ -37,7 +37,7 @@ def may_mount() -> bool:
 
 
 class Outcome:
-    """What a start left behind."""
+    """The exit code, output and files of a start."""
 
     def __init__(self, place: Path, name: str, code: int) -> None:
         self.code, self.output = code, (place / f"{name}.log").read_text()
@@ -71,7 +71,7 @@ def checkpoint_bytes(place: Path) -> int:
 def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
     """One checkpoint fits on the disk, two do not."""
     if not may_mount():
-        pytest.skip("this user may not mount a tmpfs in a namespace of its own")
+        pytest.skip("this user may not mount a tmpfs in a namespace")
     disk, folder = place / "disk", place / "cwd"
     disk.mkdir()
     folder.mkdir()
@@ -116,11 +116,11 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
     return {name: Outcome(place, name, code) for name, code in json.loads(result.stdout).items()}
 
 
-def check_whole(run: Path, checkpoint_bytes: int) -> None:
-    """`latest` names step 1, and all of it is there."""
+def check_undamaged(run: Path, checkpoint_bytes: int) -> None:
+    """The newest checkpoint is step 1, and it is undamaged."""
     found = newest_complete(run)
     assert found == run / "checkpoints" / "global_step1"
-    assert find_named(run) == found  # by its sha256, too
+    assert find_named(run) == found  # sha256 verified
     assert read_facts(found / "run.json")["step"] == 1
     state = get_fp32_state_dict_from_zero_checkpoint(str(found.parent), tag=found.name)
     assert all(tensor.isfinite().all() for tensor in state.values())
@@ -157,17 +157,17 @@ def test_a_run_whose_checkpoint_has_no_room_does_not_start(outcomes: dict[str, O
 def test_no_room_for_the_next_checkpoint(outcomes: dict[str, Outcome], place: Path, checkpoint_bytes: int) -> None:
     outcome = outcomes["second checkpoint"]
     outcome.check_message(
-        f"no room for a checkpoint ({place}/disk/run/checkpoints): it takes {checkpoint_bytes / 1e6:.1f} MB",
-        "free some space, and go on from global_step1, which is whole, with run.resume=auto",
+        f"no room for a checkpoint ({place}/disk/run/checkpoints): it needs {checkpoint_bytes / 1e6:.1f} MB",
+        "free some space, and resume from global_step1, which is complete, with run.resume=auto",
     )
-    check_whole(outcome.run, checkpoint_bytes)
+    check_undamaged(outcome.run, checkpoint_bytes)
     assert not (outcome.run / "checkpoints" / "global_step2").exists()
 
 
 def test_the_disk_fills_up_while_a_checkpoint_is_written(outcomes: dict[str, Outcome], checkpoint_bytes: int) -> None:
     outcome = outcomes["while writing"]
-    outcome.check_message("Resuming from", "the checkpoint could not be written whole", "go on from global_step1")
-    check_whole(outcome.run, checkpoint_bytes)
+    outcome.check_message("Resuming from", "the checkpoint could not be written (", "resume from global_step1")
+    check_undamaged(outcome.run, checkpoint_bytes)
     assert not list((outcome.run / "checkpoints").glob("global_step2*"))
 
 
@@ -176,7 +176,7 @@ def test_the_disk_fills_up_while_metrics_are_written(
 ) -> None:
     outcome = outcomes["metrics"]
     outcome.check_message(f"the disk is full ({place}/disk/run", "free some space, and start again")
-    check_whole(outcome.run, checkpoint_bytes)
+    check_undamaged(outcome.run, checkpoint_bytes)
     assert (outcome.run / "metrics.jsonl").read_text() == (outcomes["while writing"].run / "metrics.jsonl").read_text()
 
 

@@ -16,8 +16,8 @@ from mirage_ds.zero3 import distributed
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage2.yaml"
 
 
-def test_pruning_counts_complete_ones_and_keeps_what_it_does_not_know(tmp_path: Path) -> None:
-    """A damaged one makes none of the complete ones go; a later one was passed over; another name is the user's."""
+def test_pruning_counts_complete_ones_and_keeps_other_folders(tmp_path: Path) -> None:
+    """Damaged ones do not count; later ones were skipped and are kept; so is a folder of another name."""
     for name in ("global_step100", "global_step500", "global_step550", "global_step600", "global_step1000", "mine"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").touch()
@@ -36,7 +36,7 @@ def test_pruning_counts_complete_ones_and_keeps_what_it_does_not_know(tmp_path: 
         ("model", "latent_size", 8, "trained with latent_size 8, .* set model.latent_size=8"),
     ],
 )
-def test_weights_of_another_kind_are_refused(
+def test_weights_of_another_latent_size_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str | None, key: str, value: Any, message: str
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)

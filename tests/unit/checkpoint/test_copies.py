@@ -1,4 +1,4 @@
-"""Copies of checkpoints in a second place: whole, as many as are kept, and an error there is only printed."""
+"""Copies of checkpoints in a second folder: complete, pruned like the checkpoints, and an error is only printed."""
 
 import shutil
 from pathlib import Path
@@ -19,9 +19,9 @@ def write(folder: Path, step: int) -> Path:
     return path
 
 
-def test_copies_are_whole_and_pruned_and_may_be_taken_back(tmp_path: Path) -> None:
+def test_copies_are_complete_and_pruned_and_can_be_copied_back(tmp_path: Path) -> None:
     run, place = tmp_path / "run", tmp_path / "second" / "run"
-    (place / "global_step7.part").mkdir(parents=True)  # of an attempt that was killed
+    (place / "global_step7.part").mkdir(parents=True)  # of a killed attempt
     copies = Copies(place, keep_latest_k=2)
     for step in (5, 10, 15):
         copies.add(write(run / "checkpoints", step))
@@ -32,7 +32,7 @@ def test_copies_are_whole_and_pruned_and_may_be_taken_back(tmp_path: Path) -> No
     assert find_named(run).name == "global_step15"
 
 
-def test_an_error_of_the_second_place_does_not_end_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_copy_does_not_end_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     copies = Copies(Path("/dev/null/place"), keep_latest_k=2)
     copies.add(write(tmp_path, 5))
     copies.wait()
@@ -42,6 +42,6 @@ def test_an_error_of_the_second_place_does_not_end_the_run(tmp_path: Path, capfd
     (tmp_path / "global_step5" / "run.json").write_text("")  # or pruned meanwhile
     copies.add(tmp_path / "global_step5")
     copies.wait()
-    assert "run.json has 0 bytes instead of 11" in capfd.readouterr().err
+    assert "run.json has size 0, expected 11 bytes" in capfd.readouterr().err
     assert not complete.tags(tmp_path / "place")
     assert not list((tmp_path / "place").iterdir())

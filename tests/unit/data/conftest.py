@@ -1,4 +1,4 @@
-"""What the data tests share: a tokenizer trained on the spot, an image processor, rows and shards."""
+"""Shared fixtures of the data tests: a small trained tokenizer, an image processor, rows and shards."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Where collate puts things: alignment, padding, places and weights, against what each sample says of itself."""
+"""collate: alignment, padding, positions and weights, against the masks and labels of each sample."""
 
 import torch
 from random_samples import ragged_batch, random_sample
@@ -6,8 +6,8 @@ from random_samples import ragged_batch, random_sample
 from mirage_ds.data.collate import collate
 
 
-def test_rows_keep_their_contents_and_their_places() -> None:
-    """Read back through the flat places, every row gives its own images, latents and targets."""
+def test_rows_keep_their_contents_and_their_positions() -> None:
+    """The flat positions of every row point to its own images, latents and targets."""
     samples = ragged_batch(3, 5, stage="stage1")
     for align_latents in (False, True):
         batch = collate(samples, align_latents=align_latents)
@@ -32,7 +32,7 @@ def test_rows_keep_their_contents_and_their_places() -> None:
 
 
 def test_latents_start_in_one_column() -> None:
-    """So that K + 1 passes are enough for rows of any length; other K end in other columns."""
+    """So that K + 1 passes are enough for rows of any length; blocks of another K end in another column."""
     samples = ragged_batch(1, 4, stage="stage2", latent_sizes=[2, 5, 5, 3])
     batch = collate(samples, align_latents=True)
     first = batch.latent_mask.int().argmax(dim=1)

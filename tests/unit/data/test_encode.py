@@ -1,4 +1,4 @@
-"""Encoding one sample: ids, labels, masks, positions, against the tokenizer on the whole text and transformers."""
+"""Encoding one sample: ids, labels, masks, positions, against the tokenizer on the full text, and transformers."""
 
 import copy
 from pathlib import Path
@@ -40,7 +40,7 @@ def make_sample(question: str = QUESTION, answer: str = ANSWER, num_inputs: int 
     return Sample("shard/k", question, answer, tuple(inputs[:num_inputs]), tuple(helpers))
 
 
-def whole_text(tokenizer: PreTrainedTokenizerBase, sample: Sample, stage: Stage) -> str:
+def full_text(tokenizer: PreTrainedTokenizerBase, sample: Sample, stage: Stage) -> str:
     """The conversation with every pad written out."""
     text = train_text(
         tokenizer,
@@ -67,19 +67,19 @@ def whole_text(tokenizer: PreTrainedTokenizerBase, sample: Sample, stage: Stage)
     ],
     ids=["slots", "none", "text", "bare"],
 )
-def test_ids_are_those_of_the_whole_text(
+def test_ids_are_those_of_the_full_text(
     tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor, sample: Sample, stage: Stage
 ) -> None:
     encoded = Encoder(tokenizer, image_processor, stage=stage, latent_size=K)(sample)
-    text = whole_text(tokenizer, sample, stage)
-    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    assert encoded.input_ids.tolist() == whole["input_ids"]
-    # The prompt's end by characters, and the prompt tokenised alone, agree with the end found by ids.
+    text = full_text(tokenizer, sample, stage)
+    expected = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert encoded.input_ids.tolist() == expected["input_ids"]
+    # The prompt's end by characters, and the prompt tokenized alone, agree with the end found by ids.
     end = text.index(ASSISTANT_MARKER) + len(ASSISTANT_MARKER)
-    assert encoded.prompt_length == sum(start < end for start, _ in whole["offset_mapping"])
+    assert encoded.prompt_length == sum(start < end for start, _ in expected["offset_mapping"])
     prompt_ids = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
     assert encoded.input_ids[: encoded.prompt_length].tolist() == prompt_ids
-    # What is supervised reads as the answer with its markers.
+    # The supervised tokens are the answer with its markers.
     supervised = encoded.labels[encoded.labels != IGNORE_INDEX]
     assert tokenizer.decode(supervised) == text[end:].replace(LATENT_PAD, "")
     assert encoded.image_mask.sum() == text.count(IMAGE_PAD) == len(encoded.pixel_values) // 4
@@ -106,11 +106,11 @@ def test_several_blocks_in_stage_1(tiny_tokenizer: PreTrainedTokenizerBase, imag
     encoded = Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=K)(sample)
     assert encoded.latent_mask.sum() == 2 * K
     assert encoded.image_grid_thw_latent.tolist() == [[1, 6, 4]] * 2
-    with pytest.raises(DataError, match=r"2 latent blocks in one row \(shard/k\); stage 2 supports at most one"):
+    with pytest.raises(DataError, match=r"the sample has 2 latent blocks \(shard/k\); stage 2 supports at most one"):
         Encoder(tiny_tokenizer, image_processor, stage="stage2", latent_size=K)(sample)
 
 
-def test_helper_images_are_decoded_in_stage_1_alone(
+def test_helper_images_are_decoded_only_in_stage_1(
     tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
 ) -> None:
     sample = Sample("shard/k", "Q", "A", (), (b"no image",))
@@ -131,14 +131,16 @@ def test_more_latents_than_merged_patches_are_refused(
 def test_a_grid_that_does_not_fit_is_refused(
     tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
 ) -> None:
-    """make_sample's helper image has 6 merged patches in 2 rows of 3, or 3 of 2: five cells in a line do not fit."""
+    """make_sample's helper image has 6 merged patches as 2 x 3 or 3 x 2: five cells in a line do not fit."""
     grid = {"stage": "stage1", "compress_strategy": "grid"}
     assert Encoder(tiny_tokenizer, image_processor, latent_size=6, **grid)(make_sample()).latent_size == 6
-    with pytest.raises(DataError, match=r"no grid of 5 cells fits \(shard/k.helper_0\); allowed is .*grid two factors"):
+    with pytest.raises(
+        DataError, match=r"no grid of 5 cells fits .* merged patches \(shard/k.helper_0\); .*=grid a product of two"
+    ):
         Encoder(tiny_tokenizer, image_processor, latent_size=5, **grid)(make_sample())
 
 
-def test_the_index_tells_it_before_a_run_begins(
+def test_the_index_is_checked_before_a_run(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
 ) -> None:
     """Row 4 has a helper image of 2 x 3 merged patches, the others 3 x 3; row 7 has two latent blocks."""
@@ -156,14 +158,14 @@ def test_the_index_tells_it_before_a_run_begins(
     check("stage1", 6)
     with pytest.raises(DataError, match=r"6 merged patches for 7 latents \(shard-000001\.tar/000000004\.helper_0\)"):
         check("stage1", 7)
-    with pytest.raises(DataError, match=r"2 latent blocks in one row \(shard-000001\.tar/000000007\)"):
+    with pytest.raises(DataError, match=r"the sample has 2 latent blocks \(shard-000001\.tar/000000007\)"):
         check("stage2", 4)
 
 
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (make_sample(num_inputs=1), r"2 image slots for 1 input images \(shard/k\)"),
+        (make_sample(num_inputs=1), r"image slots in text_input: 2, input images: 1 \(shard/k\)"),
         (make_sample(answer="a<|latent_pad|>"), r"text_output contains <\|latent_pad\|> \(shard/k\)"),
         (Sample("shard/k", "Q", "A", (b"no image",)), r"cannot be decoded: .*\(shard/k.input_0\)"),
     ],
@@ -186,7 +188,7 @@ SYSTEM_TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
 @pytest.mark.parametrize("question", [QUESTION, "No slot", "<image><output_image>"])
-def test_without_the_system_turn_the_text_is_the_same_but_for_it(
+def test_without_the_system_turn_the_rest_of_the_text_is_the_same(
     tiny_tokenizer: PreTrainedTokenizerBase, question: str
 ) -> None:
     def texts(system_turn: bool) -> list[str]:
@@ -220,7 +222,7 @@ def test_a_template_without_a_system_turn_of_its_own(tiny_tokenizer: PreTrainedT
     assert prompt_text(tokenizer, "Q", num_input_images=0, system_turn=False) == text
 
 
-def test_a_template_that_writes_earlier_turns_otherwise_is_refused(
+def test_a_template_whose_earlier_turns_depend_on_later_ones_is_refused(
     tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
 ) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -251,7 +253,7 @@ def test_a_template_that_drops_images_is_refused(
         Encoder(tokenizer, image_processor, stage="text", latent_size=K)
 
 
-def test_a_folder_is_loaded_whole(rows: Path, tmp_path: Path) -> None:
+def test_a_complete_folder_loads(rows: Path, tmp_path: Path) -> None:
     write_tiny(rows, tmp_path / "tiny", seed=0)
     encoded = load_encoder(str(tmp_path / "tiny"), stage="stage1", latent_size=K)(make_sample())
     assert encoded.latent_mask.sum() == K
@@ -278,7 +280,7 @@ grids = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=4)
 
 @given(grids, st.lists(st.integers(1, 5), min_size=5, max_size=5))
 def test_positions_are_those_of_transformers(sides: list[tuple[int, int]], texts: list[int]) -> None:
-    """Images of any shape, with text before, between and after them, as the templates always have it."""
+    """Images of any shape, with text before, between and after them, as in the chat template."""
     ids: list[int] = []
     for (height, width), text in zip(sides, texts, strict=False):
         ids += [0] * text + [1] * (height * width)

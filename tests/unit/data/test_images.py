@@ -1,4 +1,4 @@
-"""Pixels against Pillow and numpy alone: what reaches the tower depends on the image bytes and on nothing installed."""
+"""Pixels against Pillow and numpy alone: the tower's input depends only on the image bytes, not on other packages."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert (image.mode, image.size) == ("RGB", (56, 28))
 
 
-def test_what_is_transparent_becomes_white() -> None:
+def test_transparent_pixels_become_white() -> None:
     import io
 
     buffer = io.BytesIO()
@@ -43,7 +43,7 @@ def test_patches_are_the_resized_normalised_pixels(
 
     pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC), dtype=np.float32) / 255
     pixels = (pixels - MEAN) / STD
-    # Rows of patches in the order of the merged tokens: 2 x 2 patches stand together; each patch holds 2 equal frames.
+    # Rows of patches in the order of the merged tokens: 2 x 2 patches are adjacent; each patch has 2 equal frames.
     expected = [
         np.repeat(pixels[y * 14 : y * 14 + 14, x * 14 : x * 14 + 14].transpose(2, 0, 1)[:, None], 2, axis=1).ravel()
         for block_y in range(0, height, 2)
@@ -64,7 +64,7 @@ def test_images_follow_each_other(image_processor: ImageProcessor) -> None:
 
 @pytest.mark.parametrize("size", [(56, 28), (84, 56), (192, 193), (20, 300), (8, 8), (1000, 601)])
 @pytest.mark.parametrize(("smallest", "largest"), [(3136, 12845056), (50176, 100352)])
-def test_the_size_alone_tells_the_merged_tokens(size: tuple[int, int], smallest: int, largest: int) -> None:
+def test_the_size_alone_gives_the_merged_tokens(size: tuple[int, int], smallest: int, largest: int) -> None:
     processor = ImageProcessor(Qwen2VLImageProcessorPil(min_pixels=smallest, max_pixels=largest))
     _, grid_thw = processor([decode(image_bytes(size), "here")])
     assert [processor.merged_grid_of(*size)] == processor.merged_grids(grid_thw)
@@ -84,7 +84,7 @@ def test_a_folder_without_processor_is_named(tmp_path: object) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    """Limits as in Qwen2.5-VL's own folder."""
+    """An image processor with the limits of Qwen2.5-VL's own folder."""
     Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056).save_pretrained(tmp_path)
     return str(tmp_path)
 
@@ -101,7 +101,7 @@ def folder(tmp_path: Path) -> str:
 def test_limits_replace_those_of_the_folder(
     folder: str, limits: dict[str, int], small: tuple[int, int], large: tuple[int, int]
 ) -> None:
-    """Square images whose sides are multiples of 28 are resized to exactly the limit that they break."""
+    """Square images whose sides are multiples of 28 are resized to exactly the limit that they exceed."""
     processor = ImageProcessor.load(folder, **limits)
     for side, (width, height) in ((28, small), (280, large)):
         image = decode(image_bytes((side, side), seed=3), "here")

@@ -1,4 +1,4 @@
-"""The order of samples: a permutation each epoch, a pure function of its inputs, and the same cut into any ranks."""
+"""The order of samples: a permutation per epoch, a pure function of its inputs, the same for any number of ranks."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_splitmix64_gives_the_published_numbers() -> None:
 
 
 def test_the_order_never_changes() -> None:
-    """Frozen: a run that is resumed by a later version must read on in the same order."""
+    """Fixed: a run that is resumed by a later version must continue in the same order."""
     assert epoch_order(12, "digest", 7, 3).tolist() == [7, 10, 8, 3, 9, 2, 11, 0, 5, 1, 4, 6]
 
 
@@ -63,5 +63,5 @@ def test_ranks_and_micro_steps_share_each_global_batch(world: int, micro: int, a
         for offset in range(micro)
     ]
     assert positions == list(range(batch * size, (batch + 1) * size))
-    # The next step's first micro-batch follows without a gap, so it can be counted on from any start.
+    # The next step's first micro-batch follows without a gap, so it can be counted from any start.
     assert micro_batch_start(batch * size, accumulation, 0, world, micro) == (batch + 1) * size

@@ -1,4 +1,4 @@
-"""Rows and shard members: what is kept, and that every fault of a user is a DataError that names the place."""
+"""Rows and shard members: their contents survive, and every user mistake is a DataError that names the location."""
 
 import contextlib
 import io
@@ -63,7 +63,7 @@ def test_images_may_be_absent_null_one_or_a_list(tmp_path: Path) -> None:
     assert read(image_output="0.png").helper_images == (image_bytes(seed=0),)
 
 
-def test_empty_lines_are_passed_over(tmp_path: Path) -> None:
+def test_empty_lines_are_skipped(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "data", count=2)
     path.write_text(path.read_text().replace("\n", "\n\n"))
     assert [where for where, _ in read_rows(path)] == [f"{path}:1", f"{path}:3"]
@@ -75,19 +75,22 @@ def test_empty_lines_are_passed_over(tmp_path: Path) -> None:
         ({"text_input": None}, "text_input is None"),
         ({"text_input": ""}, "text_input is ''"),
         ({"text_output": 5}, "text_output is 5"),
-        ({"image_input": 5}, "image_input names 5"),
-        ({"image_input": ["images/0_0.png", ""]}, "image_input names ''"),
+        ({"image_input": 5}, "image_input: 5 is not a path"),
+        ({"image_input": ["images/0_0.png", ""]}, "image_input: '' is not a path"),
         ({"image_input": "images/none.png"}, "image_input cannot be read: 'images/none.png'"),
         ({"image_output": "images"}, "image_output cannot be read: 'images'"),
         ({"image_output": "a\0b"}, "image_output cannot be read"),
-        ({"image_input": None}, "text_input has 1 image slots for 0 input images"),
-        ({"image_input": ["images/0_0.png"] * 2}, "text_input has 1 image slots for 2 input images"),
-        ({"text_input": "<image><image>"}, "text_input has 2 image slots for 1 input images"),
-        ({"text_input": "<image> <output_image>"}, "text_input has 2 image slots for 1 input images"),
-        ({"text_input": "<output_image>"}, "text_input has 2 image slots for 1 input images"),
-        ({"image_output": None}, "text_output has 1 <output_image> for 0 helper images"),
-        ({"text_output": "<output_image><output_image>"}, "text_output has 2 <output_image> for 1 helper images"),
-        ({"text_output": "x", "image_output": ["images/0_1.png"] * 2}, "text_output has 0 <output_image> for 2"),
+        ({"image_input": None}, "image slots in text_input: 1, input images: 0"),
+        ({"image_input": ["images/0_0.png"] * 2}, "image slots in text_input: 1, input images: 2"),
+        ({"text_input": "<image><image>"}, "image slots in text_input: 2, input images: 1"),
+        ({"text_input": "<image> <output_image>"}, "image slots in text_input: 2, input images: 1"),
+        ({"text_input": "<output_image>"}, "image slots in text_input: 2, input images: 1"),
+        ({"image_output": None}, "<output_image> slots in text_output: 1, helper images: 0"),
+        ({"text_output": "<output_image><output_image>"}, "<output_image> slots in text_output: 2, helper images: 1"),
+        (
+            {"text_output": "x", "image_output": ["images/0_1.png"] * 2},
+            "<output_image> slots in text_output: 0, helper images: 2",
+        ),
         ({"text_output": "\ud800 <output_image>"}, "half of a surrogate pair at character 0"),
     ],
 )
@@ -136,7 +139,7 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
 def test_block_counts() -> None:
     assert num_image_blocks("no slot", 2) == 2
     assert num_image_blocks("<image> and <image>", 1) == 2
-    assert num_image_blocks("<output_image>", 1) == 2  # as in the reference: one in front, one in its place
+    assert num_image_blocks("<output_image>", 1) == 2  # as in the reference: one in front, one at the slot
     assert num_latent_blocks("A", 0) == 0
     assert num_latent_blocks("A", 1) == 1
     assert num_latent_blocks("<output_image> A <output_image>", 2) == 2
@@ -202,7 +205,7 @@ def test_the_allowed_formats_open(image_format: str) -> None:
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A PNG header that promises a size, with the pixels of a small one behind it."""
+    """A PNG whose header claims a size, with the pixels of a small image."""
     data = image_bytes()
     header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
@@ -237,7 +240,7 @@ def test_a_damaged_image_opens_or_is_a_data_error(data: st.DataObject) -> None:
         open_image(bytes(image[: data.draw(st.integers(0, len(image)))]), "here")
 
 
-def test_an_image_is_decoded_whole() -> None:
+def test_all_pixels_of_an_image_are_decoded() -> None:
     image = open_image(image_bytes(), "here")
     with Image.open(io.BytesIO(image_bytes())) as expected:
         assert image.tobytes() == expected.tobytes()

@@ -1,4 +1,4 @@
-"""A damaged shard folder is a DataError that names the file; an output appears whole or not at all."""
+"""A damaged shard folder is a DataError that names the file; an output folder is complete or does not exist."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def test_a_built_folder_loads(shards: ShardFolder) -> None:
 
 
 def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """A damage that changes manifest.json."""
+    """Makes a function that damages manifest.json by `change`."""
 
     def damage(folder: Path) -> None:
         path = folder / "manifest.json"
@@ -45,10 +45,16 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (edit(lambda manifest: manifest.update(format_version=2)), r"format version 2 .*reads 1"),
         (edit(lambda manifest: manifest.pop("format_version")), "damaged manifest: KeyError"),
         (edit(lambda manifest: manifest.update(more=1)), "damaged manifest: TypeError"),
-        (edit(lambda manifest: manifest.update(num_samples=11)), "11 samples in all do not fit"),
-        (edit(lambda manifest: manifest.update(num_samples=0, shards=[])), "0 samples in all do not fit"),
-        (lambda folder: (folder / "shard-000001.tar").unlink(), r"the shard is no file .*shard-000001\.tar"),
-        (lambda folder: (folder / "shard-000002.tar").write_bytes(b"x"), r"the shard is 1 bytes .*shard-000002\.tar"),
+        (
+            edit(lambda manifest: manifest.update(num_samples=11)),
+            "num_samples is 11, the samples of the shards add up to 10",
+        ),
+        (
+            edit(lambda manifest: manifest.update(num_samples=0, shards=[])),
+            "num_samples is 0, the samples of the shards add up to 0",
+        ),
+        (lambda folder: (folder / "shard-000001.tar").unlink(), r"the shard is missing .*shard-000001\.tar"),
+        (lambda folder: (folder / "shard-000002.tar").write_bytes(b"x"), r"the shard has size 1 .*shard-000002\.tar"),
     ],
 )
 def test_a_damaged_folder_is_named(shards: ShardFolder, damage: Callable[[Path], Any], message: str) -> None:
@@ -62,7 +68,7 @@ def test_a_damaged_folder_is_named(shards: ShardFolder, damage: Callable[[Path],
 )
 def test_an_index_of_another_build_is_refused(shards: ShardFolder, damage: Callable[[Path], Any]) -> None:
     damage(shards.path / "index.jsonl")
-    with pytest.raises(DataError, match=r"missing or is not the one that the manifest names .*index\.jsonl"):
+    with pytest.raises(DataError, match=r"missing or does not match the manifest .*index\.jsonl"):
         load_index(shards)
 
 
@@ -91,5 +97,5 @@ def test_an_empty_folder_is_filled_and_a_full_one_refused(tmp_path: Path) -> Non
     with new_folder(tmp_path / "output") as folder:
         (folder / "file").write_text("x")
     for output in (tmp_path / "output", tmp_path / "output" / "file"):
-        with pytest.raises(DataError, match="the output is there already"), new_folder(output):
+        with pytest.raises(DataError, match="the output already exists"), new_folder(output):
             pass

@@ -1,4 +1,4 @@
-"""The stream: the plan's order whatever the number of workers, any start, and faults that name shard and key."""
+"""The stream: the plan's order for any number of workers, any start, and errors that name shard and key."""
 
 import contextlib
 import io
@@ -24,12 +24,12 @@ from mirage_ds.errors import ConfigError, DataError
 
 
 def as_is(sample: Sample) -> Sample:
-    """Stands for the encoder where only the order matters."""
+    """Replaces the encoder where only the order matters."""
     return sample
 
 
 def keys_and_threads(samples: list[Sample]) -> tuple[list[str], int]:
-    """Stands for collate."""
+    """Replaces collate."""
     return [sample.key for sample in samples], torch.get_num_threads()
 
 
@@ -54,7 +54,7 @@ def test_samples_come_back_as_the_rows_gave_them(rows: Path, shards: ShardFolder
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 def test_the_number_of_workers_changes_nothing(shards: ShardFolder, encoder: Encoder) -> None:
-    """Real encoding, over more than an epoch, bit for bit."""
+    """With real encoding, over more than an epoch, bit for bit."""
 
     def batches(num_workers: int) -> list[list[EncodedSample]]:
         loader = make_loader(shards, encoder, list, Share(1, 2, 3), seed=0, num_workers=num_workers)
@@ -78,17 +78,17 @@ def test_the_stream_follows_the_plan_and_can_start_anywhere(shards: ShardFolder)
         assert later == everything[start : start + 8]
 
 
-@pytest.mark.parametrize("cut", [(2, 1, 2), (1, 2, 2), (1, 4, 1), (2, 2, 1), (4, 1, 1)])
-def test_every_cut_gives_the_same_global_batches(shards: ShardFolder, cut: tuple[int, int, int]) -> None:
-    world_size, micro, accumulation = cut
+@pytest.mark.parametrize("split", [(2, 1, 2), (1, 2, 2), (1, 4, 1), (2, 2, 1), (4, 1, 1)])
+def test_every_split_gives_the_same_global_batches(shards: ShardFolder, split: tuple[int, int, int]) -> None:
+    world_size, micro, accumulation = split
     ranks = [
         keys(shards, Share(rank, world_size, micro, accumulation, 8), 4 * accumulation) for rank in range(world_size)
     ]
     share = micro * accumulation
-    whole = keys(shards, Share(0, 1, 4, 1, 8), 4)
+    expected = keys(shards, Share(0, 1, 4, 1, 8), 4)
     for batch in range(4):
         parts = [key for rank in ranks for key in rank[batch * share : (batch + 1) * share]]
-        assert sorted(parts) == sorted(whole[4 * batch : 4 * batch + 4])
+        assert sorted(parts) == sorted(expected[4 * batch : 4 * batch + 4])
 
 
 def test_a_start_inside_a_global_batch_is_refused() -> None:
@@ -102,7 +102,7 @@ def test_workers_use_one_thread(shards: ShardFolder) -> None:
 
 
 def damage(folder: ShardFolder, number: int, at: int, data: bytes) -> None:
-    """Overwrites bytes of a sample in its shard, counted from the sample's first."""
+    """Overwrites bytes of a sample in its shard, at an offset from its first byte."""
     entry = load_index(folder)[number]
     path = folder.path / folder.manifest.shards[entry.shard].name
     with path.open("r+b") as file:
@@ -112,7 +112,7 @@ def damage(folder: ShardFolder, number: int, at: int, data: bytes) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_damaged_sample_is_named_at_its_turn(shards: ShardFolder, encoder: Encoder, num_workers: int) -> None:
-    """Cleanly: the message alone, without a worker's traceback."""
+    """Only the message, without a worker's traceback."""
     order = Plan(10, shards.digest, 3).samples(0, 10)
     damage(shards, order[4], 512 + 8, b"garbage")  # in the helper's PNG
     loader = iter(make_loader(shards, encoder, list, Share(0, 1, 2), seed=3, num_workers=num_workers))
@@ -128,7 +128,7 @@ def test_a_damaged_sample_is_named_at_its_turn(shards: ShardFolder, encoder: Enc
     ("number", "at", "data", "message"),
     [
         (5, 0, b"000000009.helper_0.png", "unexpected member 000000009.helper_0.png"),
-        (5, 156, b"2", "damaged shard"),  # the type of the first member: now a link, by a wrong checksum
+        (5, 156, b"2", "damaged shard"),  # the type of the first member is now a link, with a wrong checksum
         (5, 0, b"\xff" * 512, "damaged shard"),
     ],
 )
@@ -138,11 +138,13 @@ def test_a_damaged_header_is_named(shards: ShardFolder, number: int, at: int, da
         SampleReader(shards)(number)
 
 
-def test_a_shard_that_shrinks_or_goes_is_named(shards: ShardFolder) -> None:
+def test_a_shard_that_shrinks_or_disappears_is_named(shards: ShardFolder) -> None:
     reader = SampleReader(shards)
     path = shards.path / "shard-000002.tar"
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(DataError, match=r"700 of \d+ bytes from byte 0 \(shard-000002.tar/000000008\)"):
+    with pytest.raises(
+        DataError, match=r"only 700 of \d+ bytes from byte 0 can be read \(shard-000002.tar/000000008\)"
+    ):
         reader(8)
     path.unlink()
     with pytest.raises(DataError, match=r"cannot read the shard: No such file .*\(shard-000002.tar/000000008\)"):
@@ -150,7 +152,7 @@ def test_a_shard_that_shrinks_or_goes_is_named(shards: ShardFolder) -> None:
 
 
 def sample_range(*members: tarfile.TarInfo) -> bytes:
-    """The bytes of a tar file up to its end marks."""
+    """The bytes of a tar file without its end marker."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for info in members:
@@ -182,7 +184,7 @@ def test_only_regular_members_of_the_key_are_read(members: list[tarfile.TarInfo]
         parse_members(sample_range(*members), "k", "shard/k")
 
 
-def test_a_damaged_header_between_members_is_not_taken_for_the_end() -> None:
+def test_a_damaged_header_between_members_is_not_taken_as_the_end() -> None:
     data = bytearray(sample_range(member("k.json", size=600), member("k.helper_0.png", size=5)))
     assert parse_members(bytes(data), "k", "shard/k") == {"json": b"x" * 600, "helper_0.png": b"x" * 5}
     data[512 + 1024 + 3] ^= 1

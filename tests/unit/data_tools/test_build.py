@@ -152,7 +152,7 @@ def cut_off(path: Path) -> None:
         (lambda rows: cut_off(rows.parent / "images" / "1_0.png"), "the image cannot be decoded: .*, image_input 0"),
         (lambda rows: cut_off(rows.parent / "images" / "1_1.png"), "the image cannot be decoded: .*, image_output 0"),
         (lambda rows: rows.write_text(rows.read_text().replace("row-1", 'row-1"')), "malformed JSON"),
-        (lambda rows: rows.write_text(rows.read_text().replace("LEFT x 1", "<image>")), "text_input has 2 image slots"),
+        (lambda rows: rows.write_text(rows.read_text().replace("LEFT x 1", "<image>")), "image slots in text_input: 2"),
         (lambda rows: rows.write_text(""), "no rows"),
     ],
 )
@@ -185,7 +185,7 @@ def test_bad_rows_are_rejected_listed_and_counted(tmp_path: Path) -> None:
     assert listed == rejects
     places = [(line["where"], line["id"]) for line in listed]
     assert places == [(f"{rows}:2", "row-1"), (f"{rows}:5", "row-4"), (f"{rows}:7", None), (f"{rows}:9", "row-8")]
-    reasons = ["the image cannot be decoded", "image_input cannot be read", "malformed JSON", "text_output has 2"]
+    reasons = ["the image cannot be decoded", "image_input cannot be read", "malformed JSON", "slots in text_output: 2"]
     for line, reason in zip(listed, reasons, strict=True):
         assert reason in line["reason"]
     # Keys are row numbers, and the good rows are the same as without the bad ones.
@@ -248,7 +248,7 @@ def test_a_user_error_is_one_message_and_exit_code_2(
         run_cli(monkeypatch, "build", "--input", rows, "--output", tmp_path / "rows")
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert f"the output is there already ({tmp_path / 'rows'})" in error
+    assert f"the output already exists ({tmp_path / 'rows'})" in error
     assert "Traceback" not in error
 
 

@@ -72,14 +72,14 @@ def test_an_intact_folder_has_no_faults(folder: Path) -> None:
     ("spoil", "faults"),
     [
         (lambda f: change_bytes(f / "shard-000001.tar", b"step 5", b"step 6"), [r"sha256 .*shard-000001.tar"]),
-        (lambda f: (f / "shard-000001.tar").unlink(), [r"the shard is no file .*shard-000001.tar"]),
+        (lambda f: (f / "shard-000001.tar").unlink(), [r"the shard is missing .*shard-000001.tar"]),
         (
             lambda f: (f / "shard-000002.tar").write_bytes((f / "shard-000002.tar").read_bytes()[:700]),
-            ["the shard is 700 bytes .*shard-000002.tar", "shard-000002.tar/000000008", "shard-000002.tar/000000009"],
+            ["the shard has size 700 .*shard-000002.tar", "shard-000002.tar/000000008", "shard-000002.tar/000000009"],
         ),
-        (lambda f: (f / "index.jsonl").write_text(""), ["index.jsonl is missing or is not the one"]),
+        (lambda f: (f / "index.jsonl").write_text(""), ["index.jsonl is missing or does not match the manifest"]),
         (spoil_image, [r"cannot be decoded.*shard-000001.tar/000000004, image_input 0"]),
-        (spoil_slots, [r"2 image slots for 1 input images .shard-000002.tar/000000008."]),
+        (spoil_slots, [r"image slots in text_input: 2, input images: 1 .shard-000002.tar/000000008."]),
         (
             lambda f: change_index(f, 5, offset=512),
             [

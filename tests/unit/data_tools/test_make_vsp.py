@@ -311,5 +311,5 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert exit_.value.code == code
     output = capsys.readouterr()
     assert output.out.startswith("wrote 8 training rows and 1 test row to ")
-    assert "the output is there already" in output.err
+    assert "the output already exists" in output.err
     assert read(tmp_path / "vsp", "train")[0]["text_input"].startswith("<image> Goal A")

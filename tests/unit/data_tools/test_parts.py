@@ -120,7 +120,7 @@ def test_an_existing_part_is_kept_and_one_of_other_rows_is_refused(tmp_path: Pat
     assert build_part(rows, tmp_path / "out", **options) == first
     assert {path: path.stat().st_mtime_ns for path in first[0].iterdir()} == times
     spoil(rows, 2)
-    with pytest.raises(DataError, match=r"the output is there already .*out.part-00000-of-00002"):
+    with pytest.raises(DataError, match=r"the output already exists .*out.part-00000-of-00002"):
         build_part(rows, tmp_path / "out", **options)
 
 

@@ -1,4 +1,4 @@
-"""Exports, read back by plain transformers, tokenizers and safetensors; checkpoints from zero3_files, no rank started.
+"""Exports, read back by plain transformers, tokenizers and safetensors, of checkpoints written by zero3_files.
 
 Real two-rank checkpoints, and logits against the trainer's: tests/distributed/test_exported_runs.py.
 """
@@ -63,7 +63,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def random_weights(model: Path) -> dict[str, torch.Tensor]:
-    """What training could have made of a model: by transformers' names, a tied head once."""
+    """Random weights of a model by transformers' names, as after training; a tied head once."""
     generator = torch.Generator().manual_seed(7)
     shapes = {name: parameter.shape for name, parameter in empty_model(str(model)).named_parameters()}
     return {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
@@ -97,7 +97,7 @@ def test_plain_transformers_loads_every_weight(
 
 
 def test_names_are_those_that_transformers_saves(base: Path, tmp_path: Path) -> None:
-    """And files can be read by whoever can read the others. (A model that was loaded saves the names that it found.)"""
+    """And all files have the same permissions. (A loaded model keeps the names that it found, so this one is new.)"""
     weights = random_weights(base / "untied")
     write_run(tmp_path / "run", base / "untied", weights)
     export_checkpoint(tmp_path / "run", tmp_path / "out")
@@ -110,7 +110,7 @@ def test_names_are_those_that_transformers_saves(base: Path, tmp_path: Path) -> 
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
-def test_the_index_says_where_each_weight_is(base: Path, tmp_path: Path) -> None:
+def test_the_index_has_the_file_of_each_weight(base: Path, tmp_path: Path) -> None:
     weights = random_weights(base / "tied")
     write_run(tmp_path / "run", base / "tied", weights)
     export_checkpoint(tmp_path / "run", tmp_path / "out", max_shard_size="500KB")
@@ -146,7 +146,7 @@ def test_one_file_has_no_index(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(base: Path, tmp_path: Path) -> None:
-    """However many ranks saved the same weights."""
+    """Whatever the number of ranks that saved the weights."""
     weights = random_weights(base / "untied")
     checkpoint = write_run(tmp_path / "run" / "a", base / "untied", weights, ranks=2)
     write_run(tmp_path / "run" / "b", base / "untied", weights, ranks=5)
@@ -164,10 +164,10 @@ def test_the_same_checkpoint_gives_the_same_bytes(base: Path, tmp_path: Path) ->
         ("bf16", "fp32", torch.float32),
     ],
 )
-def test_dtype_is_the_runs_unless_another_is_named(
+def test_dtype_is_the_runs_by_default(
     base: Path, tmp_path: Path, run_dtype: str, dtype: str | None, stored: torch.dtype
 ) -> None:
-    """A bf16 run's masters are whole in an fp32 export; its frozen tower never was more than bf16."""
+    """An fp32 export of a bf16 run has the full masters; its frozen tower was never more precise than bf16."""
     weights = random_weights(base / "untied")
     write_run(tmp_path / "run", base / "untied", weights, settings={"train": {"dtype": run_dtype}})
     export_checkpoint(tmp_path / "run", tmp_path / "out", dtype=dtype)
@@ -209,8 +209,8 @@ def test_real_ids_are_kept(base: Path, tmp_path: Path, real_tokenizer: PreTraine
     assert load_plain(tmp_path / "out").config.image_token_id == 151655
 
 
-def test_latent_settings_are_in_the_configuration(base: Path, tmp_path: Path) -> None:
-    """Also in what plain transformers reads of it."""
+def test_latent_settings_are_in_config_json(base: Path, tmp_path: Path) -> None:
+    """Also as plain transformers reads it."""
     settings = {
         "model": {"latent_size": 6},
         "data": {"system_turn": False},
@@ -238,7 +238,7 @@ def test_latent_settings_are_in_the_configuration(base: Path, tmp_path: Path) ->
         ({"latents": 4}, r"latents: Extra inputs"),
     ],
 )
-def test_wrong_latent_settings(base: Path, tmp_path: Path, entry: dict[str, Any], message: str) -> None:
+def test_invalid_latent_settings(base: Path, tmp_path: Path, entry: dict[str, Any], message: str) -> None:
     shutil.copytree(base / "untied", tmp_path / "out")
     assert read_latent_settings(tmp_path / "out") is None
     change_config(tmp_path / "out", mirage=entry)
@@ -250,7 +250,7 @@ def test_wrong_latent_settings(base: Path, tmp_path: Path, entry: dict[str, Any]
 
 @pytest.mark.parametrize("limits", [{}, {"min_pixels": 28 * 28 * 20, "max_pixels": 28 * 28 * 30}])
 def test_tokenizer_and_image_processor_are_the_runs(base: Path, tmp_path: Path, limits: dict[str, int]) -> None:
-    """The same patches as the trainer's encoder made, and the same ids, without the run's configuration at hand."""
+    """The same patches and ids as from the trainer's encoder, without the run's configuration."""
     write_run(tmp_path / "run", base / "untied", random_weights(base / "untied"), settings={"data": limits})
     export_checkpoint(tmp_path / "run", tmp_path / "out")
     trainer = load_encoder(str(base / "untied"), stage="stage1", latent_size=4, **limits)
@@ -286,7 +286,7 @@ def test_the_joint_processor(base: Path, tmp_path: Path) -> None:
 
 
 def test_generation_defaults(base: Path, tmp_path: Path) -> None:
-    """Those of the model that the run started from, or where that has none, of its configuration."""
+    """Those of the model that the run started from, or if it has none, of its configuration."""
     weights = random_weights(base / "untied")
     write_run(tmp_path / "run", base / "untied", weights)
     export_checkpoint(tmp_path / "run", tmp_path / "out")
@@ -312,13 +312,15 @@ def refused(tmp_path: Path, error: type[MirageError], message: str, **options: A
 
 
 def test_what_cannot_be_exported(base: Path, tmp_path: Path) -> None:
-    """A message with what, where, what is allowed and what to do; and nothing is written."""
-    refused(tmp_path, CheckpointError, rf"no complete checkpoint \({tmp_path}/run\); allowed is .*; name one")
+    """A message with what is wrong, where, what is allowed and what to do; and nothing is written."""
+    refused(tmp_path, CheckpointError, rf"no complete checkpoint \({tmp_path}/run\); expected .*; name one")
     weights = random_weights(base / "untied")
     checkpoint = write_run(tmp_path / "run", base / "untied", weights)
     for size in ("5", "5 gallons", "GB"):
-        refused(tmp_path, ConfigError, rf"no size is '{size}' \(--max-shard-size\).*5GB", max_shard_size=size)
-    refused(tmp_path, CheckpointError, r"other parameters .*: lm_head.weight; .*model.path", model=str(base / "tied"))
+        refused(tmp_path, ConfigError, rf"'{size}' is not a size \(--max-shard-size\).*5GB", max_shard_size=size)
+    refused(
+        tmp_path, CheckpointError, r"parameters .* differ .*: lm_head.weight; .*model.path", model=str(base / "tied")
+    )
     refused(
         tmp_path,
         ConfigError,
@@ -328,22 +330,22 @@ def test_what_cannot_be_exported(base: Path, tmp_path: Path) -> None:
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    refused(tmp_path, DataError, rf"the output is there already \({tmp_path}/out\).*name another")
+    refused(tmp_path, DataError, rf"the output already exists \({tmp_path}/out\).*name another")
     shutil.rmtree(tmp_path / "out")
 
     file = checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     file.rename(file.with_name("aside"))
     refused(tmp_path, CheckpointError, r"damaged .*zero_pp_rank_1_.* is missing; .*copy it there again")
     complete_by_hand(checkpoint)
-    refused(tmp_path, CheckpointError, r"0 files .*zero_pp_rank_1_.*copy the whole folder again")
+    refused(tmp_path, CheckpointError, r"0 files match .*zero_pp_rank_1_.*copy the complete folder again")
     facts = json.loads((checkpoint / "run.json").read_text())
     facts["config"]["model"]["old_key"] = 1
     (checkpoint / "run.json").write_text(json.dumps(facts))
     complete_by_hand(checkpoint)
-    refused(tmp_path, CheckpointError, r"(?s)run.json holds no configuration of this version .*old_key")
+    refused(tmp_path, CheckpointError, r"(?s)run.json has no configuration of this version .*old_key")
     (checkpoint / "run.json").write_text("{")
     complete_by_hand(checkpoint)
-    refused(tmp_path, CheckpointError, r"run.json cannot be read .*put it back")
+    refused(tmp_path, CheckpointError, r"run.json cannot be read .*restore it")
 
 
 def test_a_relative_model_path_that_is_gone(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,11 +370,11 @@ except DataError as error:
 
 
 def test_a_full_disk(base: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for it."""
+    """Simulated by a limit on the size of files."""
     write_run(tmp_path / "run", base / "untied", random_weights(base / "untied"))
     result = in_child(FULL_DISK, str(tmp_path / "run"), str(tmp_path / "out"))
     assert f"cannot be written ({tmp_path}/out)" in result
-    assert "make room there" in result
+    assert "free some space there" in result
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -389,7 +391,7 @@ def in_child(script: str, *arguments: str) -> str:
     return result.stdout
 
 
-# Not getrusage's ru_maxrss, which a child takes over from the process that started it.
+# Not getrusage's ru_maxrss, which a child inherits from its parent.
 MEMORY = """
 import sys
 from pathlib import Path
@@ -400,7 +402,7 @@ def resident_bytes(name):
     return int(line.split()[1]) * 1024
 
 small, large, folder = (Path(argument) for argument in sys.argv[1:4])
-export_checkpoint(small, folder / "small", dtype=sys.argv[4])  # what starts late, and what every export reads
+export_checkpoint(small, folder / "small", dtype=sys.argv[4])  # late initialization, and what every export reads
 base = resident_bytes("VmRSS")
 export_checkpoint(large, folder / "large", dtype=sys.argv[4], max_shard_size=sys.argv[5])
 print("memory", resident_bytes("VmHWM") - base)
@@ -451,7 +453,7 @@ def test_memory(base: Path, large_run: Path, tmp_path: Path, dtype: str, shard_s
     [
         ([], 0, "wrote step 3 of"),
         (["--dtype", "bf16", "--max-shard-size", "1MB"], 0, "of bf16 weights"),
-        (["--max-shard-size", "much"], 2, "no size is 'much'"),
+        (["--max-shard-size", "much"], 2, "'much' is not a size"),
         (["--dtype", "fp16"], 2, "fp16"),
         (["--model", "no/such/model"], 2, "--model"),
     ],

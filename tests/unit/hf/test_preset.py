@@ -1,4 +1,4 @@
-"""`mirage init`: a complete folder that plain transformers loads, made without a network, the same each time."""
+"""`mirage init`: a complete folder that plain transformers loads, made offline and reproducibly."""
 
 import json
 import sys
@@ -33,18 +33,18 @@ def test_the_tokenizer_has_qwens_special_tokens_with_the_latents_last(folder: Pa
 
 
 @pytest.mark.parametrize("text", ["Here is the map", " caf\u00e9 \u5730\u56fe\U0001f5fa\t\r\n  x", "line\n\n  1234"])
-def test_any_text_comes_back(folder: Path, text: str) -> None:
+def test_any_text_survives_encoding_and_decoding(folder: Path, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_text_is_normalised_and_cut_as_qwen_does(folder: Path) -> None:
+def test_text_is_normalized_and_split_as_in_qwen(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("cafe\u0301")["input_ids"] == tokenizer("caf\u00e9")["input_ids"]  # NFC
-    assert len(tokenizer("111")["input_ids"]) == 3  # digits stand alone
+    assert len(tokenizer("111")["input_ids"]) == 3  # each digit is a token
 
 
-def test_the_words_of_a_turn_are_short(folder: Path) -> None:
+def test_the_words_of_a_turn_are_single_tokens(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.tokenize("<|im_start|>assistant\n")[:2] == ["<|im_start|>", "assistant"]
 
@@ -96,7 +96,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert json.loads((tmp_path / "tiny" / "config.json").read_text())["model_type"] == "qwen2_5_vl"
     capsys.readouterr()
     assert run_cli(monkeypatch, rows, tmp_path / "tiny") == 2
-    assert f"the output is there already ({tmp_path / 'tiny'})" in capsys.readouterr().err
+    assert f"the output already exists ({tmp_path / 'tiny'})" in capsys.readouterr().err
     assert run_cli(monkeypatch, tmp_path / "none.jsonl", tmp_path / "new") == 2
     assert "cannot read the rows" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""`mirage init --from`: what is copied is equal to the source bit for bit, and what is added is where it should be."""
+"""`mirage init --from`: copies are equal to the source bit for bit, and additions are correct."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_latents(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """As Qwen2.5-VL's own, which ends before them."""
+    """A tokenizer without latent tokens, like Qwen2.5-VL's own."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in LATENT_TOKENS]
     for token in LATENT_TOKENS:
@@ -76,8 +76,8 @@ def check_as_the_trainer_does(folder: Path) -> None:
     check_latent_ids(encoder.ids, load_backbone(str(folder), dtype=torch.float32), str(folder))
 
 
-def test_rows_to_spare_are_used(tiny: Path, tmp_path: Path) -> None:
-    """The trainer takes such a model as it is, with the same ids as its copy."""
+def test_spare_rows_are_used(tiny: Path, tmp_path: Path) -> None:
+    """The trainer accepts such a model directly, with the same ids as its copy."""
     first = write_hub_like(tiny, tmp_path / "hub", spare_rows=3)
     copy_pretrained(str(tmp_path / "hub"), tmp_path / "copy")
     before, after = weights(tmp_path / "hub"), weights(tmp_path / "copy")
@@ -150,7 +150,7 @@ def test_a_checkpoint_of_the_reference(tiny: Path, tmp_path: Path, real_tokenize
 
 
 def golden_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer with the golden model's special tokens at its ids."""
+    """A tokenizer with the special tokens at the golden model's ids."""
     names = {"im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"}
     ids = golden_set.numbers("golden")["ids"]
     tokens = {ids["pad"]: "<|endoftext|>"} | {ids[name]: f"<|{name}|>" for name in names}
@@ -166,7 +166,7 @@ def test_the_golden_model_with_everything_from_elsewhere(tiny: Path, tmp_path: P
     other = tmp_path / "other"
     golden_tokenizer().save_pretrained(other)
     shutil.copy(tiny / "preprocessor_config.json", other)
-    with pytest.raises(ConfigError, match=r"no tokenizer of Qwen2\.5-VL"):
+    with pytest.raises(ConfigError, match=r"not a tokenizer of Qwen2\.5-VL"):
         load_tokenizer(golden_set.MODEL)
     with pytest.raises(ConfigError, match="no tokenizer"):
         copy_pretrained(golden_set.MODEL, tmp_path / "copy")
@@ -192,7 +192,7 @@ def test_the_chat_template_alone_from_elsewhere(tiny: Path, tmp_path: Path) -> N
 def test_what_cannot_be_copied(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"cannot be loaded \({tmp_path}/none\)"):
         copy_pretrained(str(tmp_path / "none"), tmp_path / "copy")
-    with pytest.raises(DataError, match="the output is there already"):
+    with pytest.raises(DataError, match="the output already exists"):
         copy_pretrained(str(tiny), tiny)
     with pytest.raises(ConfigError, match=r"the tokenizer has the ids .* for image pads .* the model \(5, 3\)"):
         copy_pretrained(golden_set.MODEL, tmp_path / "copy", str(tiny))
@@ -200,7 +200,7 @@ def test_what_cannot_be_copied(tiny: Path, tmp_path: Path) -> None:
     state = weights(tiny)
     state.pop("model.norm.weight")
     save_file(state, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"1 weights are missing, .*norm\.weight"):
+    with pytest.raises(ConfigError, match=r"missing weights: 1, for example .*norm\.weight"):
         copy_pretrained(str(tmp_path / "partial"), tmp_path / "copy")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["partial"]
 

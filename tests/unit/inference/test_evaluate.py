@@ -123,7 +123,7 @@ def test_the_reference_s_planning_rows(model: str, tmp_path: Path) -> None:
         (REASONING, {"text_input": "A or B?"}, "rows.jsonl:1 is not a row of vsp-spatial-reasoning: text_output ''"),
         (PLANNING, {"map_desc": [[1, 2]]}, "text_input is None (.*rows.jsonl:1)"),
         (PLANNING, {"text_input": "?", "image_input": "no.png"}, "image_input cannot be read: 'no.png'"),
-        (PLANNING, {"text_input": "<image>"}, "1 image slots for 0 input images"),
+        (PLANNING, {"text_input": "<image>"}, "image slots in text_input: 1, input images: 0"),
     ],
 )
 def test_rows_that_cannot_be_asked_or_scored(tmp_path: Path, task: str, row: dict, message: str) -> None:
@@ -151,7 +151,7 @@ def test_existing_results_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(("--model", "none/of/these"), "folder is not there"), (("--top-p", 2, "--temperature", 1), "sampling")],
+    [(("--model", "none/of/these"), "folder does not exist"), (("--top-p", 2, "--temperature", 1), "sampling")],
 )
 def test_refusals_write_nothing(model: str, tmp_path: Path, more: tuple, message: str) -> None:
     data = write_questions(tmp_path / "data", 4)
@@ -230,7 +230,7 @@ def test_generate(model: str, tmp_path: Path) -> None:
     with_images = run(*common, "<image> or <image>: reach?", *images)
     assert with_images.strip()
     assert run(*common, "reach?") != with_images
-    with pytest.raises(DataError, match=r"2 image slots for 1 input images \(--prompt\)"):
+    with pytest.raises(DataError, match=r"image slots in text_input: 2, input images: 1 \(--prompt\)"):
         run(*common, "<image> or <image>", *images[:2])
     with pytest.raises(DataError, match=r"the question is empty \(--prompt\)"):
         run(*common, "")

@@ -1,4 +1,4 @@
-"""The golden set's small model, and the same with tied embeddings."""
+"""A fixture that makes MirageModel from the golden set's small model."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ MakeModel = Callable[..., MirageModel]
 
 @pytest.fixture
 def make_model() -> MakeModel:
-    """A fresh small model for a stage; its transformers model is `model.hf`, outside the module tree."""
+    """Makes a new small model for a stage; its transformers model is `model.hf`, outside the module tree."""
 
     def make(stage: str, *, recompute: bool = True, train_tower: bool = False) -> MirageModel:
         backbone = load_backbone(golden_set.MODEL, dtype=torch.float32, train_tower=train_tower)

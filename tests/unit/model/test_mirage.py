@@ -1,4 +1,4 @@
-"""MirageModel as a whole: names, what is frozen, and that a pass costs no gradient where it must not."""
+"""MirageModel: parameter names, tied and frozen parameters, loss weights, compress strategies."""
 
 import golden_set
 import torch
@@ -19,7 +19,7 @@ def test_names_map_to_those_of_transformers(make_model) -> None:
 
 
 def test_a_tied_head_belongs_to_the_embeddings(tmp_path) -> None:
-    """It would lose the embedding's gradient as a part of a ZeRO-3 leaf module."""
+    """As part of a ZeRO-3 leaf module it would lose the embedding's gradient."""
     backbone = load_backbone(golden_set.MODEL, dtype=torch.float32)
     backbone.hf.lm_head.weight = backbone.hf.model.language_model.embed_tokens.weight
     model = MirageModel(backbone, stage="stage1", ce_loss_weight=1.0)
@@ -27,7 +27,7 @@ def test_a_tied_head_belongs_to_the_embeddings(tmp_path) -> None:
     assert model.rollout.head.weights[0] is backbone.embed_tokens.weight
 
 
-def test_the_tower_is_frozen_unless_told_otherwise(make_model) -> None:
+def test_the_tower_is_frozen_by_default(make_model) -> None:
     samples = [random_sample(1, stage="stage1", images=1)]
     for train_tower in (False, True):
         model = make_model("stage1", train_tower=train_tower)
@@ -36,7 +36,7 @@ def test_the_tower_is_frozen_unless_told_otherwise(make_model) -> None:
         assert all(trained) if train_tower else not any(trained)
 
 
-def test_every_weight_of_the_latent_loss_counts(make_model) -> None:
+def test_the_latent_loss_is_weighted(make_model) -> None:
     batch = collate([random_sample(2, stage="stage1")], align_latents=False)
     model = make_model("stage1")
     losses = model(batch)
@@ -45,8 +45,8 @@ def test_every_weight_of_the_latent_loss_counts(make_model) -> None:
     assert torch.allclose(weighted.loss - losses.loss, 2 * losses.latent_loss, rtol=1e-4)
 
 
-def test_the_strategy_decides_what_latents_are(make_model) -> None:
-    """18 patches for 4 latents: one strategy drops two of them, one none, and one cuts another way."""
+def test_the_strategy_changes_the_latents(make_model) -> None:
+    """18 patches for 4 latents: one strategy drops two patches, one drops none, one pools the cells of a grid."""
     batch = collate([random_sample(3, stage="stage1", latent_size=4)], align_latents=False)
     model = make_model("stage1")
     losses = []

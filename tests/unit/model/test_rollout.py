@@ -1,5 +1,5 @@
-"""The rollout: padded and ragged micro-batches against single samples of the independent loop; the KV cache is used;
-what is stored for backward does not grow with the number of passes."""
+"""The rollout: padded and ragged micro-batches against single samples in an independent loop; the KV cache is used;
+the bytes stored for backward do not grow with the number of passes."""
 
 import plain_loop
 import pytest
@@ -14,7 +14,7 @@ from mirage_ds.model.rollout import KeyValue, Rollout
 
 
 def plain_losses(model, samples, stage: str) -> tuple[float, float]:
-    """The same micro-batch, one sample at a time, without cache and padding."""
+    """The same micro-batch, one sample at a time, without a cache or padding."""
     model.hf.zero_grad()
     total = 0.0
     for sample in samples:
@@ -29,7 +29,7 @@ def plain_losses(model, samples, stage: str) -> tuple[float, float]:
 @pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "stored"])
 @pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])
 def test_a_ragged_micro_batch_is_the_sum_of_its_samples(make_model, stage: str, recompute: bool) -> None:
-    """Rows of other lengths and other K; rows without image, latents or labels among them."""
+    """Rows of different lengths and K, some without images, latents or labels."""
     model = make_model(stage, recompute=recompute)
     for samples in (
         ragged_batch(1, 4, stage=stage, latent_sizes=[4, 4, 4, 4]),
@@ -62,7 +62,7 @@ class ForgetfulRollout(Rollout):
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "stored"])
-def test_a_dropped_kv_cache_is_noticed(make_model, monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+def test_a_dropped_kv_cache_is_an_error(make_model, monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
     model = make_model("stage2", recompute=recompute)
     samples = ragged_batch(1, 2, stage="stage2", latent_sizes=[3, 3])
     right, _ = losses_of(model, samples)
@@ -75,7 +75,7 @@ def test_a_dropped_kv_cache_is_noticed(make_model, monkeypatch: pytest.MonkeyPat
 
 
 class LiveStorage(TorchDispatchMode):
-    """Bytes of the storages made inside it that are still alive, whoever holds them."""
+    """Counts the bytes of storages that were created inside it and are still referenced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class LiveStorage(TorchDispatchMode):
 
 
 def stored_bytes(model, latent_size: int) -> int:
-    """What a forward leaves behind for backward, for one row of the same length whatever K is."""
+    """Bytes that a forward pass stores for backward, for one row of the same length for any K."""
     sample = random_sample(5, stage="stage2", latent_size=latent_size, images=2)
     extra = 300 + 8 - latent_size
     sample.input_ids = torch.cat([sample.input_ids, torch.full((extra,), 20)])
@@ -113,7 +113,7 @@ def stored_bytes(model, latent_size: int) -> int:
 
 
 def test_stored_bytes_do_not_grow_with_the_number_of_passes(make_model) -> None:
-    """Keys and values are kept once. Without recomputing, the joined copies of every pass would be stored."""
+    """Keys and values are stored once. Without recomputation, the concatenated copies of every pass would be stored."""
     model = make_model("stage2")
     few, many = stored_bytes(model, 2), stored_bytes(model, 8)
     assert many <= 1.05 * few, (few, many)

@@ -1,4 +1,4 @@
-"""Starts tests/interpreted in a process of its own: see its conftest.py."""
+"""Runs tests/interpreted in a separate process: see its conftest.py."""
 
 import os
 import subprocess

@@ -1,6 +1,6 @@
-"""The kernels compile for GPUs, which needs none: what the interpreter accepts the compiler may refuse.
+"""The kernels compile for GPUs, without a GPU: the compiler may refuse what the interpreter accepts.
 
-Sizes and pointers are declared divisible by 16, as the real ones are.
+Sizes and pointers are declared divisible by 16, like the real ones.
 """
 
 import os
@@ -24,7 +24,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def ptx_of(kernel: Any, capability: int, num_warps: int, types: dict[str, str], constants: dict[str, Any]) -> str:
-    """The assembly of a kernel whose arguments have these Triton types."""
+    """The assembly of a kernel with arguments of these Triton types."""
     signature = types | dict.fromkeys(constants, "constexpr")
     divisible = [["tt.divisibility", 16]]
     attributes = {(i,): divisible for i, name in enumerate(types) if types[name][0] == "*" or name == "dim"}
@@ -41,7 +41,7 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", NAMES, ids=str)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_pool(capability: int, dtype: torch.dtype, has_index: bool) -> None:
-    """Each thread has eight 16-byte loads of a tile under way, as the table of launch shapes reckons."""
+    """Each thread has eight 16-byte loads of a tile in flight, as the table of launch shapes assumes."""
     shape = kernels.launch_shape(DIM, dtype)
     types = {"patch_embeds": f"*{NAMES[dtype]}", "bounds": "*i64", "index": "*i64"}
     types |= {"inputs": f"*{NAMES[dtype]}", "targets": "*fp32", "squares": "*fp32", "dim": "i32"}

@@ -1,6 +1,6 @@
-"""latent_pool's torch path against the definition in float64, what it refuses, and which path it takes.
+"""latent_pool on the CPU against the definition in float64, its errors, and its choice of implementation.
 
-The kernels: tests/interpreted and tests/gpu.
+The kernels are tested in tests/interpreted and tests/gpu.
 """
 
 import subprocess
@@ -26,7 +26,7 @@ BOUNDS = torch.tensor([[0, 2], [2, 4]])
 @pytest.mark.parametrize("name", checks.CASES)
 def test_forward_and_backward(name: str, strategy: str, dtype: torch.dtype) -> None:
     grids, latent_sizes, dim = checks.CASES[name]
-    case = checks.cut(grids, latent_sizes, strategy)
+    case = checks.patches_and_segments(grids, latent_sizes, strategy)
     checks.check_forward("cpu", *case, dim, dtype, torch.bfloat16, seed=0)
     checks.check_backward("cpu", *case, dim, dtype, torch.bfloat16, seed=0)
 
@@ -47,7 +47,7 @@ def test_op() -> None:
 
 @pytest.fixture
 def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors go to the kernels, and reaching them fails."""
+    """CPU tensors use the kernels, and any launch fails the test."""
 
     def kernels() -> ModuleType:
         raise AssertionError("launched")
@@ -143,9 +143,9 @@ def test_refused_before_launch(
 
 
 def test_a_wrong_device_is_refused() -> None:
-    """By the check itself: a call with a tensor on `meta` would go to the fake, which only knows shapes."""
+    """Calls the check itself: with a tensor on `meta`, the op would only run the fake for shapes."""
     patch_embeds = torch.zeros(4, 2)
-    with pytest.raises(ValueError, match=r"patch_embeds lie on meta .*CUDA GPU; move them there"):
+    with pytest.raises(ValueError, match=r"patch_embeds are on meta .*CUDA GPU; move them there"):
         ops._check(patch_embeds.to("meta"), BOUNDS, None, 2, torch.float32)
     with pytest.raises(ValueError, match=r"bounds is torch.int64 on meta .*int64 on the CPU"):
         ops._check(patch_embeds, BOUNDS.to("meta"), None, 2, torch.float32)
@@ -154,7 +154,7 @@ def test_a_wrong_device_is_refused() -> None:
 
 
 def test_which_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPU tensors need triton; without it nothing falls back in silence."""
+    """GPU tensors need triton; without it there is an error, no silent fallback."""
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert describe_path(CPU) == "latent_pool: plain torch on cpu"
@@ -173,7 +173,7 @@ def test_the_remedy_names_the_tested_triton() -> None:
 
 
 def test_benchmark_runs() -> None:
-    """Small and on the CPU: its answers are checked against float64, its times mean nothing."""
+    """Small and on the CPU: its results are checked against float64, its times mean nothing."""
     script = Path(__file__).parents[3] / "benchmarks" / "latent_pool.py"
     run = subprocess.run([sys.executable, str(script), "--device", "cpu", "--small"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

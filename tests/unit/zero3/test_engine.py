@@ -1,4 +1,4 @@
-"""What is gathered at a time, what decays, and which attention is taken."""
+"""What is gathered as one unit, which parameters decay, and which attention is used."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_norms_and_biases_do_not_decay() -> None:
 
 @pytest.mark.parametrize("wanted", ["auto", "sdpa"])
 def test_attention_without_flash_attn(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
-    """On a GPU in bf16 too; there `auto` takes flash-attn as soon as it is installed."""
+    """Also on a GPU in bf16, where `auto` uses flash-attn if it is installed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backbone, "find_spec", lambda name: None)
     assert backbone.choose_attention(wanted, torch.bfloat16) == "sdpa"

@@ -1,4 +1,4 @@
-"""Which rank this is: the variables of DeepSpeed's launcher and torchrun, of srun, or of nobody."""
+"""The rank of a process: from the variables of DeepSpeed's launcher, torchrun or srun, or without a launcher."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def variables(monkeypatch: pytest.MonkeyPatch):
     return mapped
 
 
-def test_a_launcher_that_sets_ranks_is_obeyed(variables) -> None:
+def test_ranks_that_a_launcher_sets_are_used(variables) -> None:
     given = dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="node1", MASTER_PORT="29500")
     assert variables(**given, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0", SLURM_LOCALID="0") == given
 
@@ -45,7 +45,7 @@ def test_a_task_of_srun_is_a_rank(variables, tmp_path: Path) -> None:
 
 
 def test_without_a_launcher_there_is_one_rank(variables) -> None:
-    """Also in a batch script or an allocation, outside any step of srun."""
+    """Also in a batch script or an allocation, outside of srun."""
     for given in ({}, {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}):
         alone = variables(**given)
         assert (alone["RANK"], alone["WORLD_SIZE"], alone["LOCAL_RANK"]) == ("0", "1", "0")

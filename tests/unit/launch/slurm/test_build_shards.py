@@ -56,15 +56,15 @@ def run_script(script: Path, **variables: str) -> str:
 
 def test_the_scripts_do_what_one_build_does(launch, commands: Path, tmp_path: Path) -> None:
     rows, output = write_rows(tmp_path / "some rows"), tmp_path / "my shards"
-    code, said, error = launch(rows, output, "--tasks", 2, "--maxcount", 3)
+    code, output_text, error = launch(rows, output, "--tasks", 2, "--maxcount", 3)
     assert code == 0, error
     jobs = tmp_path / "my shards.jobs"
     assert commands.read_text().splitlines() == [
         f"--parsable {jobs}/build.sh",
         f"--parsable --dependency=afterok:41 --kill-on-invalid-dep=yes {jobs}/merge.sh",
     ]
-    assert "array 41 (tasks: 2), and job 42" in said
-    assert f"mirage-data check {output}" in said
+    assert "array 41 (tasks: 2), and job 42" in output_text
+    assert f"mirage-data check {output}" in output_text
     # Neither order nor repetition matters: a restarted task finds its part.
     for task in "1", "0", "1":
         run_script(jobs / "build.sh", SLURM_ARRAY_TASK_ID=task)

@@ -1,0 +1,117 @@
+"""Writes docs/configuration.md from mirage_ds/config.py: `make docs`. A test fails when the page is stale.
+
+Docstrings are read from the source: pydantic could (`use_attribute_docstrings`), but would do so in every command.
+"""
+
+import ast
+import inspect
+import textwrap
+from itertools import pairwise
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt
+
+from mirage_ds.config import Config, Section
+
+PAGE = Path(__file__).with_suffix(".md")
+INTRODUCTION = r"""
+# Configuration
+
+Every key of a recipe: which values it may have, its default, and what it does. This page is generated from
+[`mirage_ds/config.py`](../mirage_ds/config.py) by `make docs`; change the docstrings there, not this page.
+
+A recipe is a YAML file with the sections below; [`launch/recipes/`](../launch/recipes) has some to start from. It is
+checked before anything starts: an unknown key or a value that is not allowed is an error that names the key. Every
+command that takes a recipe also takes `section.key=value`, which overrides the recipe. Values are YAML: `null` unsets
+a key, and lists need quotes in the shell.
+
+```bash
+mirage-launch plan launch/recipes/tiny-stage1.yaml --nodes 1 --gpus-per-node 2 --gpu h100-80gb \
+    train.micro_batch_size_per_gpu=2 'train.betas=[0.9, 0.95]' data.max_length=null
+```
+
+What DeepSpeed alone decides (bucket sizes, thresholds, offload, communication) is not in the recipe but in a DeepSpeed
+JSON, which `distributed.deepspeed_config` names: [`zero3.json`](../ds_configs/zero3.json),
+[`zero3_offload.json`](../ds_configs/zero3_offload.json) or a file of your own. A number that the recipe sets is
+`"auto"` there; a file that contradicts the recipe is refused.
+
+"Required" keys have no default. Paths are relative to the folder in which the command runs. `RUN` is `run.dir`.
+"""
+TYPES = {Path: "path", str: "text", int: "integer", float: "number", bool: "`true` or `false`"}
+
+
+def page(config: type[Section] = Config) -> str:
+    """The page in Markdown.
+
+    Raises:
+        ValueError: a key has no docstring, or a type or limit that this page has no words for.
+    """
+    lines = [INTRODUCTION.lstrip()]
+    for name, field in config.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, Section)
+        lines += [f"## {name}", "", section.__doc__ or "", ""]
+        lines += ["| key | values | default | meaning |", "| --- | --- | --- | --- |"]
+        meanings = _meanings(section)
+        for key, setting in section.model_fields.items():
+            if key not in meanings:
+                raise ValueError(f"{name}.{key} has no docstring in {section.__module__}; write one below the key")
+            values = _values(setting.annotation, setting.metadata)
+            default = "required" if setting.is_required() else _default(setting.default)
+            lines.append(f"| `{name}.{key}` | {values} | {default} | {meanings[key]} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _meanings(section: type[Section]) -> dict[str, str]:
+    """The docstring below each key of a section, in one line."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(tree, ast.ClassDef)
+    meanings = {}
+    for key, text in pairwise(tree.body):
+        if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            meanings[ast.unparse(key.target)] = " ".join(str(text.value.value).split()).replace("|", r"\|")
+    return meanings
+
+
+def _values(annotation: Any, limits: Any = ()) -> str:
+    """A type and its limits in words: `PositiveInt | None` -> integer > 0. The default shows what may be unset."""
+    if get_origin(annotation) is Annotated:
+        kind, *more = get_args(annotation)
+        return _values(kind, [*limits, *more])
+    if get_origin(annotation) in (Union, UnionType):
+        (kind,) = (kind for kind in get_args(annotation) if kind is not type(None))
+        return _values(kind, limits)
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"[{', '.join(_values(kind) for kind in get_args(annotation))}]"
+    if annotation not in TYPES:
+        raise ValueError(f"no words for the type {annotation}; add them to docs/configuration.py")
+    return " ".join([TYPES[annotation], *map(_limit, limits)])
+
+
+def _limit(limit: Any) -> str:
+    if isinstance(limit, Gt):
+        return f"> {limit.gt}"
+    if isinstance(limit, Ge):
+        return f">= {limit.ge}"
+    raise ValueError(f"no words for the limit {limit}; add them to docs/configuration.py")
+
+
+def _default(value: Any) -> str:
+    """A default as a recipe would have it."""
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, float):
+        return f"`{value:g}`".replace("e-0", "e-")
+    return f"`{list(value) if isinstance(value, tuple) else value}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
