@@ -197,8 +197,8 @@ def interrupted_at_second_call(function: Callable) -> Callable:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("evaluate", "--model", "none", "--task", PLANNING, "--data", "none.jsonl", "--output", "none"),
-        ("generate", "--model", "none", "--prompt", "?", "--image", "none.png"),
+        ("evaluate", "--model", "some/model", "--task", PLANNING, "--data", "none.jsonl", "--output", "none"),
+        ("generate", "--model", "some/model", "--prompt", "?", "--image", "none.png"),
     ],
 )
 def test_a_wrong_path_is_reported_without_torch(arguments: tuple[str, ...]) -> None:

@@ -14,10 +14,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from typer.testing import CliRunner
 
 from mirage_ds.cli import app
+from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, load_encoder
 from mirage_ds.data.rows import Sample, read_questions
 from mirage_ds.errors import DataError
-from mirage_ds.inference.generate import Decoder, Generation
+from mirage_ds.inference.generate import Decoder, Generation, load_decoder
 from mirage_ds.inference.latents import MeanStates, OwnStates, ShuffledStates, Slot, next_rows
 
 NUM_ROWS, LATENT_SIZE, MAX_NEW_TOKENS, SEED = 14, 4, 20, 5
@@ -244,16 +245,40 @@ def test_recorded_states_are_small_copies() -> None:
     assert torch.equal(state.bfloat16(), batch[3])
 
 
+def test_a_row_that_has_ended_makes_no_states(tmp_path: Path) -> None:
+    """Its batch decodes on, and the row with it, perhaps into new blocks: they are not part of its answer."""
+    head_scales = {"<|latent_start|>": 3.0, "<|im_end|>": 3.0}
+    decoder, encoder = load_decoder(
+        str(write_talkative(tmp_path / "talkative", head_scales)), latent_size=3, max_new_tokens=40, dtype=torch.float32
+    )
+    decoder.feed = own = OwnStates()
+    prompts = [encoder.prompt(sample) for _, sample in read_questions(write_questions(tmp_path / "rows", 32))]
+    in_a_block = []
+    choose = decoder.next_tokens
+
+    def spy(chosen: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        emitted, steps = choose(chosen, steps)
+        in_a_block.append(steps > 0)
+        return emitted, steps
+
+    decoder.next_tokens = spy
+    rows = decoder.generate(collate(prompts, align_latents=True))
+    inside = torch.stack(in_a_block).sum(dim=0).tolist()
+    assert any(steps > len(row.latents) for steps, row in zip(inside, rows, strict=True)), "no row opened one"
+    found = [len(own.by_row.get(prompt.key, {})) for prompt in prompts]
+    assert found == [len(row.latents) for row in rows]
+
+
 def test_one_row_has_no_other_latents(tmp_path: Path) -> None:
     """Refused before a model is loaded or anything is written."""
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text_input": "?", "map_desc": [[1, 0], [0, 2]]}])
     with pytest.raises(DataError, match=r"only 1 row \(.*rows\.jsonl:1\).*--latents shuffled.*at least 2 rows"):
-        evaluate("none", data, tmp_path / "results", "--latents", "shuffled")
+        evaluate("some/model", data, tmp_path / "results", "--latents", "shuffled")
     assert list(tmp_path.iterdir()) == [data]
 
 
 @pytest.mark.parametrize("latents", ["shuffled", "mean"])
 def test_one_question_has_no_other_rows(latents: str) -> None:
-    result = CliRunner().invoke(app, ["generate", "--model", "none", "--prompt", "?", "--latents", latents])
+    result = CliRunner().invoke(app, ["generate", "--model", "some/model", "--prompt", "?", "--latents", latents])
     assert result.exit_code == 2
     assert re.search(r"'fed',\W+'zeroed'", result.output)
