@@ -66,7 +66,7 @@ def init(
         typer.echo(f"wrote {source} with the latent tokens to {output}")
     else:
         raise ConfigError(
-            "the options do not name one model (on the command line); allowed is --preset with --text, or --from with "
+            "the options do not name one model (on the command line); expected --preset with --text, or --from with "
             "or without --processor-from; remove the other options"
         )
 

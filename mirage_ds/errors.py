@@ -63,7 +63,7 @@ def name_unwritable(path: Path, remedy: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DataError(
-            f"the output cannot be written: {error.strerror} ({path}); allowed is a place where you may write; {remedy}"
+            f"the output cannot be written: {error.strerror} ({path}); expected a place where you may write; {remedy}"
         ) from error
 
 

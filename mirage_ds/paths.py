@@ -15,7 +15,7 @@ def check_file(path: Path, option: str, allowed: str) -> None:
         DataError: it names the option.
     """
     if not path.is_file():
-        raise DataError(f"no such file ({option} {path}); allowed is {allowed}; correct the path")
+        raise DataError(f"no such file ({option} {path}); expected {allowed}; correct the path")
 
 
 def check_folder(path: Path, option: str, allowed: str) -> None:
@@ -25,7 +25,7 @@ def check_folder(path: Path, option: str, allowed: str) -> None:
         DataError: it names the option.
     """
     if not path.is_dir():
-        raise DataError(f"no such folder ({option} {path}); allowed is {allowed}; correct the path")
+        raise DataError(f"no such folder ({option} {path}); expected {allowed}; correct the path")
 
 
 def check_model(name: str, where: str) -> None:

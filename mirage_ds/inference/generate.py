@@ -188,7 +188,7 @@ def load_decoder(
     """
     if (Path(model) / "checkpoints").is_dir():
         raise ConfigError(
-            f"this is the folder of a run, not of a model ({model}); allowed is a Hugging Face folder or hub id; "
+            f"this is the folder of a run, not of a model ({model}); expected a Hugging Face folder or hub id; "
             f"export the run with `mirage export --checkpoint {model} --output FOLDER`"
         )
     check_config(model, cache_dir)
@@ -199,7 +199,7 @@ def load_decoder(
     if latent_size is None:
         raise ConfigError(
             f"the number of latents per block is not known ({model}: config.json has no entry `mirage`, which `mirage "
-            "export` writes); allowed is an exported run, or --latent-size; export the run, or set --latent-size"
+            "export` writes); expected an exported run, or --latent-size; export the run, or set --latent-size"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:

@@ -113,7 +113,7 @@ def next_rows(rows: Sequence[tuple[str, Sample]], seed: int) -> dict[str, str]:
     if len(rows) == 1:
         raise DataError(
             f"the file has only 1 row ({rows[0][0]}), so there are no other latents to feed (--latents shuffled); "
-            "allowed is a file of at least 2 rows; add rows, or choose another value of --latents"
+            "expected a file of at least 2 rows; add rows, or choose another value of --latents"
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     keys = [rows[number][1].key for number in order]

@@ -49,7 +49,7 @@ def read_question(prompt: str, images: Sequence[Path]) -> Sample:
         DataError: it is empty, an image cannot be read, or its <image> slots do not match the images.
     """
     if not prompt:
-        raise DataError("the question is empty (--prompt); allowed is any text; enter a question")
+        raise DataError("the question is empty (--prompt); expected any text; enter a question")
     question = Sample(key="prompt", text_input=prompt, text_output="", input_images=tuple(map(_read, images)))
     check_question(question, "--prompt")
     return question
@@ -60,7 +60,7 @@ def _read(path: Path) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"the image cannot be read: {error.strerror} (--image {path}); allowed is a file in one of the formats "
+            f"the image cannot be read: {error.strerror} (--image {path}); expected a file in one of the formats "
             f"{', '.join(IMAGE_FORMATS)}; fix the path"
         ) from error
     open_image(data, f"--image {path}")

@@ -23,7 +23,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ConfigError(
-                f"temperature {self.temperature} with top-p {self.top_p} (sampling); allowed is a finite temperature "
+                f"temperature {self.temperature} with top-p {self.top_p} (sampling); expected a finite temperature "
                 "of at least 0 and 0 < top-p <= 1; for example 0.7 and 0.9, or temperature 0 for greedy decoding"
             )
 

@@ -45,7 +45,7 @@ def is_asked_within(seconds: float) -> bool:
 
 
 class EarlyEnd:
-    """Whether this rank wants to end. Call it once per step, and let all ranks agree."""
+    """Why this rank must end, or None. Call it once per step, and let all ranks agree."""
 
     def __init__(self, end_s: float | None, margin_s: float) -> None:
         """
@@ -87,7 +87,7 @@ def job_end_s(say: Callable[[str], None]) -> float | None:
 
 
 def mark(run_dir: Path, step: int) -> None:
-    """Tells whoever started the run that it is saved but not finished."""
+    """Marks the run as saved but not finished."""
     (run_dir / MARK_NAME).write_text(json.dumps({"step": step}) + "\n")
 
 

@@ -14,11 +14,9 @@ def test_files_and_folders(tmp_path: Path) -> None:
     file.touch()
     check_file(file, "--data", "a file")
     check_folder(tmp_path, "--checkpoint", "a folder")
-    with pytest.raises(
-        DataError, match=rf"no such file \(--data {re.escape(str(tmp_path))}\); allowed is a file; corr"
-    ):
+    with pytest.raises(DataError, match=rf"no such file \(--data {re.escape(str(tmp_path))}\); expected a file; corr"):
         check_file(tmp_path, "--data", "a file")
-    with pytest.raises(DataError, match=r"no such folder \(--checkpoint .*file\); allowed is a folder; correct the"):
+    with pytest.raises(DataError, match=r"no such folder \(--checkpoint .*file\); expected a folder; correct the"):
         check_folder(file, "--checkpoint", "a folder")
 
 
@@ -32,8 +30,6 @@ def test_folders_and_hub_ids_are_models(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["none", "./none", "/none", "../none", "~/none", "none/of/these", "runs/none/"])
 def test_other_names_are_folders_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"the model's folder is not there .*allowed is .*a hub id.*correct it"
-    ) as got:
+    with pytest.raises(ConfigError, match=r"the model folder does not exist .*allowed: .*a hub id.*correct it") as got:
         check_model(name, f"--model {name}")
     assert f"(--model {name})" in str(got.value)

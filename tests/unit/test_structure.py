@@ -1,4 +1,4 @@
-"""The plan of the house holds: the order of its wings, where Qwen is named, how long things are."""
+"""The structure of the code: the order of imports, where Qwen is named, sizes, the way to the loss."""
 
 import ast
 import re
@@ -14,8 +14,8 @@ GROUND = (
     *("batch", "config", "errors", "library_noise", "output_folder", "paths", "recipe", "tokens", "train_state"),
     "versions",
 )
-# A wing may import from itself and from the lines above its own, and from nothing below.
-WINGS = (
+# A folder imports from itself and from the lines above its own, never from those below.
+ORDER = (
     GROUND,
     ("ops",),
     ("data",),
@@ -26,7 +26,7 @@ WINGS = (
     ("inference",),
     ("train", "cli"),
 )
-LAUNCH_WINGS = (("wide_console", "demo_report"), ("planner", "doctor"), ("slurm",), ("local", "demo", "cli"))
+LAUNCH_ORDER = (("wide_console", "demo_report"), ("planner", "doctor"), ("slurm",), ("local", "demo", "cli"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
 
 
@@ -41,25 +41,25 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def wing_of(path: Path, package: Path) -> str:
+def folder_of(path: Path, package: Path) -> str:
     """mirage_ds/data/encode.py -> data; mirage_ds/config.py -> config."""
     return path.relative_to(package).parts[0].removesuffix(".py")
 
 
-def order(wing: str, wings: tuple[tuple[str, ...], ...]) -> int:
-    return next(number for number, names in enumerate(wings) if wing in names)
+def line_of(folder: str, lines: tuple[tuple[str, ...], ...]) -> int:
+    return next(number for number, names in enumerate(lines) if folder in names)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_wings_of_the_trainer(path: Path) -> None:
+def test_imports_of_the_trainer(path: Path) -> None:
     if path.name == "__init__.py":
         assert not path.read_text().strip()
         return
-    own = wing_of(path, PACKAGE)
+    own = folder_of(path, PACKAGE)
     others = {module.split(".")[1] for module in imports(path) if module.startswith("mirage_ds.")} - {own}
     for other in others:
         both_ground = own in GROUND and other in GROUND
-        assert both_ground or order(other, WINGS) < order(own, WINGS), f"{own} imports {other}"
+        assert both_ground or line_of(other, ORDER) < line_of(own, ORDER), f"{own} imports {other}"
         assert {own, other} != {"data", "model"}, "the loss does not know files, the data do not know the model"
     assert not any(module.split(".")[0] in ("data_tools", "launch") for module in imports(path))
 
@@ -67,16 +67,16 @@ def test_wings_of_the_trainer(path: Path) -> None:
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "launch").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT / "launch"))
 )
-def test_wings_of_the_launchers(path: Path) -> None:
+def test_imports_of_the_launchers(path: Path) -> None:
     if path.name == "__init__.py":
         return
-    own = wing_of(path, ROOT / "launch")
+    own = folder_of(path, ROOT / "launch")
     others = {module.split(".")[1] for module in imports(path) if module.startswith("launch.")} - {own}
     for other in others:
-        assert order(other, LAUNCH_WINGS) < order(own, LAUNCH_WINGS) or own == "cli", f"{own} imports {other}"
+        assert line_of(other, LAUNCH_ORDER) < line_of(own, LAUNCH_ORDER) or own == "cli", f"{own} imports {other}"
 
 
-def test_rooms_are_not_in_a_circle() -> None:
+def test_no_circular_imports() -> None:
     """No file imports itself by way of others."""
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
     arrows = {name: imports(path) & modules.keys() for name, path in modules.items()}

@@ -21,7 +21,7 @@ def score(expected: str, answer: str) -> Outcome:
     choice = extract_choice(expected)
     if choice is None:
         raise DataError(
-            f"text_output {expected!r:.80} gives no letter (in a row that is to be scored); allowed is \\boxed{{...}} "
+            f"text_output {expected!r:.80} gives no letter (in a row that is to be scored); expected \\boxed{{...}} "
             f"with one of {', '.join(CHOICES)}; fix the row, or score it as another task"
         )
     given = extract_choice(answer)

@@ -105,7 +105,7 @@ def find_start(map_desc: Any) -> Cell:
     known = [value for value in cells if type(value) is int and value in (SAFE, START, GOAL, HOLE)]
     if len(known) != len(rows) ** 2 or (known.count(START), known.count(GOAL)) != (1, 1):
         raise DataError(
-            f"map_desc is {map_desc!r:.80} (in a row that is to be scored); allowed is a square list of rows of 0, -1, "
+            f"map_desc is {map_desc!r:.80} (in a row that is to be scored); expected a square list of rows of 0, -1, "
             "exactly one 1 (start) and one 2 (goal); fix the row"
         )
     return divmod(known.index(START), len(rows))

@@ -146,7 +146,7 @@ def test_extreme_temperatures(temperature: float) -> None:
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 0.9), (0.7, 0.0), (0.7, 1.1), (math.nan, 1), (math.inf, 1)])
 def test_wrong_sampling_settings_are_refused(temperature: float, top_p: float) -> None:
-    with pytest.raises(ConfigError, match="allowed is a finite temperature of at least 0 and 0 < top-p <= 1"):
+    with pytest.raises(ConfigError, match="expected a finite temperature of at least 0 and 0 < top-p <= 1"):
         Sampling(temperature, top_p)
 
 

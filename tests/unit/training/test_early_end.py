@@ -1,4 +1,4 @@
-"""When a rank wants to end its run: by a signal, by the end of its job."""
+"""When a rank ends its run early: on a signal, or before the end of its job."""
 
 import os
 import subprocess

@@ -225,8 +225,8 @@ def test_findings_of_several_nodes_are_merged(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_to_do_is_the_last_part_of_an_error() -> None:
-    row = findings.failure("shards", DataError("wrong (here); allowed is this; do that"))
-    assert (row.found, row.remedy) == ("wrong (here); allowed is this", "do that")
+    row = findings.failure("shards", DataError("wrong (here); expected this; do that"))
+    assert (row.found, row.remedy) == ("wrong (here); expected this", "do that")
 
 
 def doctor(*arguments: str, **variables: str) -> subprocess.Popen[str]:
