@@ -37,6 +37,8 @@ def run_page(page: str, drawn_job: Path, folder: Path) -> subprocess.CompletedPr
         subprocess.run(["cp", "-r", "--parents", f"runs/{name}", folder], cwd=drawn_job, check=True)
     for name in SOURCES:
         (folder / name).symlink_to(ROOT / name)
+    # No settings of this machine's user; a port of its own for torchrun.
+    environment = {"XDG_CONFIG_HOME": str(folder / "config"), "PET_MASTER_PORT": str(launching.free_port())}
     lines = []
     for block in blocks_to_run(page):
         file = folder / f"line{block.line}"
@@ -45,7 +47,7 @@ def run_page(page: str, drawn_job: Path, folder: Path) -> subprocess.CompletedPr
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
         cwd=folder,
-        env=launching.environment() | {"XDG_CONFIG_HOME": str(folder / "config")},
+        env=launching.environment() | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
