@@ -23,7 +23,7 @@ Every key of a recipe: which values it may have, its default, and what it does. 
 [`mirage_ds/config.py`](../mirage_ds/config.py) by `make docs`; change the docstrings there, not this page.
 
 A recipe is a YAML file with the sections below; [`launch/recipes/`](../launch/recipes) has some to start from. It is
-checked before anything starts: an unknown key or a value that is not expected an error that names the key. Every
+checked before anything starts: an unknown key or a value that is not allowed is an error that names the key. Every
 command that takes a recipe also takes `section.key=value`, which overrides the recipe. Values are YAML: `null` unsets
 a key, and lists need quotes in the shell.
 
