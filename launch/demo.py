@@ -122,7 +122,7 @@ class Demo:
             decoder, encoder = self.load(run)
             own = OwnStates()
             answers[run] = self.decode(run, decoder, encoder, rows, own)
-        # Decoder and own states are now those of the stage 2 model.
+        assert run == "stage2", "decoder and own states are those of the stage 2 model from here on"
         replacements: dict[str, Feed] = {
             "stage2_shuffled": ShuffledStates(own, next_rows(rows, SHUFFLE_SEED)),
             "stage2_mean": MeanStates(own),

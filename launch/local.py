@@ -18,7 +18,7 @@ from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_folder_is_free, check_inputs
 from mirage_ds.versions import check_versions
 
-GRACE_S = 10  # from SIGTERM to SIGKILL, for the other ranks when one has failed: they cannot save without it
+GRACE_S = 30  # from SIGTERM to SIGKILL, for the other ranks when one has failed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What the ranks get for a signal to the launcher. After SIGTERM, SIGUSR1 and SIGUSR2 the trainer saves and ends.
 FORWARDED = {

@@ -67,7 +67,7 @@ def init(
     else:
         raise ConfigError(
             "the options do not name one model (on the command line); expected --preset with --text, or --from with "
-            "or without --processor-from; remove the other options"
+            "or without --processor-from; add the missing option, or remove those that do not belong"
         )
 
 

@@ -114,5 +114,6 @@ def assumptions(config: Config, found: "Estimate") -> list[str]:
         f"{largest.tokens} and {largest.patches} ({found.rows.source})",
         f"assumed      {COMPUTE_EFFICIENCY:.0%} of the peak rate, {MEMORY_EFFICIENCY:.0%} of the memory bandwidth, "
         f"{LINK_EFFICIENCY:.0%} of NVLink's and the network's, {USABLE:.0%} of the memory (launch/planner/gpus.py)",
-        "accuracy     memory formulas agree with a small run within 10%; no time has been checked on a GPU",
+        "checked      on a small CPU run (10%): parameters, optimizer states, gradients, logits, kept activations",
+        "not checked  gather and reduction buffers, optimizer-step buffer, offload, every time, anything on a GPU",
     ]

@@ -166,7 +166,10 @@ def _extra(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_text(row: Mapping[str, Any], name: str, where: str) -> str:
-    value = row.get(name)
+    if name not in row:
+        fields = ", ".join(map(repr, row)) or "none"
+        raise DataError(f"no field {name} ({where}), fields: {fields:.200}; expected a non-empty text; add the field")
+    value = row[name]
     if not isinstance(value, str) or not value:
         raise DataError(f"{name} is {value!r:.80} ({where}); expected a non-empty text; fill it in")
     return value

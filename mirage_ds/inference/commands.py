@@ -143,7 +143,7 @@ def summarize(answers: Sequence[Answer], fed: Sequence[Answer]) -> dict[str, Any
     """The numbers of the summary; `fed` are the same rows' answers with their own latents, if there was such a pass."""
     summary: dict[str, Any] = {"rates": success_rates(answers)}
     if fed:
-        summary |= {"rates_fed": success_rates(fed), "difference_to_fed": asdict(difference(answers, fed))}
+        summary |= {"rates_fed": success_rates(fed), "fed_minus_replaced": asdict(difference(fed, answers))}
     num_latents, num_replaced = count_latents(answers)
     return summary | {"num_latents": num_latents, "num_replaced": num_replaced}
 
@@ -155,12 +155,12 @@ def report(answers: Sequence[Answer], fed: Sequence[Answer], task: TaskName, lat
     Console().print(table(success_rates(answers), f"{task}, latents {latents}"))
     if fed:
         way = next(iter(answers[0].scores))
-        typer.echo(f"{latents} minus fed ({way}): {difference(answers, fed)}, over the same {len(answers)} rows")
+        typer.echo(f"fed minus {latents} ({way}): {difference(fed, answers)}, over the same {len(answers)} rows")
     if latents != "fed":
         num_latents, num_replaced = count_latents(answers)
         typer.echo(f"{num_replaced} of {num_latents} latents were replaced")
         if kept := num_latents - num_replaced:
-            typer.echo(f"{kept} kept the row's own state, because no other row made a state at their slots")
+            typer.echo(f"{kept} kept the row's own state, because no other row made a state at the same slot")
     if cut_off := sum(not answer.complete for answer in answers):
         were = "answer was" if cut_off == 1 else "answers were"
         typer.echo(f"{cut_off} {were} cut off by --max-new-tokens")

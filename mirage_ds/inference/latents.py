@@ -77,7 +77,7 @@ class ShuffledStates:
 class MeanStates:
     """Feeds every row the mean of all rows' states, slot by slot, over the rows that made a state at the slot.
 
-    If no row did, there is nothing to feed: the row keeps its own state, which counts as not replaced.
+    If no other row did, there is nothing to feed: the row keeps its own state, which counts as not replaced.
     """
 
     def __init__(self, own: OwnStates) -> None:
@@ -86,7 +86,9 @@ class MeanStates:
             for slot, state in states.items():
                 made[slot].append(state)
         self._means = {
-            slot: torch.stack(states).mean(dim=0, dtype=torch.float64).float() for slot, states in made.items()
+            slot: torch.stack(states).mean(dim=0, dtype=torch.float64).float()
+            for slot, states in made.items()
+            if len(states) > 1
         }
 
     def __call__(self, key: str, slot: Slot, own: torch.Tensor) -> torch.Tensor | None:
@@ -115,6 +117,7 @@ def next_rows(rows: Sequence[tuple[str, Sample]], seed: int) -> dict[str, str]:
             f"the file has only 1 row ({rows[0][0]}), so there are no other latents to feed (--latents shuffled); "
             "expected a file of at least 2 rows; add rows, or choose another value of --latents"
         )
+    assert len({sample.key for _, sample in rows}) == len(rows), "keys name the rows"
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     keys = [rows[number][1].key for number in order]
     return dict(zip(keys, keys[1:] + keys[:1], strict=True))

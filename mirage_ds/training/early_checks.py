@@ -13,11 +13,13 @@ from mirage_ds.recipe import load_config
 
 def read_command_line() -> Config:
     """The configuration that this process was started with. After a mistake the process ends with exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m mirage_ds.train", description="Trains one run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mirage_ds.train", description="Trains one run.", allow_abbrev=False
+    )
     parser.add_argument("recipe", type=Path, help="a YAML recipe, for example one of launch/recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values in YAML")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by DeepSpeed's launcher
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     try:
         config = load_config(options.recipe, options.overrides)
         check_inputs(config)

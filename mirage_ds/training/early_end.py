@@ -17,7 +17,7 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 MARK_NAME = "preempted"
 
-_received: list[int] = []
+_received: list[tuple[int, float]] = []  # signals, each with its time on the monotonic clock
 
 
 def listen() -> None:
@@ -33,15 +33,17 @@ def ignore() -> None:
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
-    _received.append(number)
+    _received.append((number, time.monotonic()))
 
 
 def is_asked_within(seconds: float) -> bool:
-    """Whether such a signal has come, or comes within so many seconds."""
-    deadline_s = time.monotonic() + seconds
-    while not _received and time.monotonic() < deadline_s:
+    """Whether such a signal came within the last so many seconds, or comes within the next ones."""
+    now_s = time.monotonic()
+    while time.monotonic() < now_s + seconds:
+        if any(received_s > now_s - seconds for _, received_s in _received):
+            return True
         time.sleep(0.05)
-    return bool(_received)
+    return False
 
 
 class EarlyEnd:
@@ -61,7 +63,7 @@ class EarlyEnd:
         now_s = time.time()
         step_s, self.asked_s = now_s - self.asked_s, now_s
         if _received:
-            return signal.Signals(_received[0]).name
+            return signal.Signals(_received[0][0]).name
         if self.end_s is not None and now_s + step_s + self.margin_s > self.end_s:
             return f"the job ends in {max(0, self.end_s - now_s):.0f} s"
         return None

@@ -5,6 +5,8 @@ import signal
 import sys
 from typing import NoReturn
 
+import torch
+
 from mirage_ds.training import early_end
 
 # What gloo, the TCP store and NCCL say then; and the DataLoader, whose workers some launchers end before their rank.
@@ -16,12 +18,16 @@ LOST_CONNECTION = (
     "remote process exiting",
     "is killed by signal: Terminated",
 )
-PATIENCE_S = 10  # every launcher ends the other ranks within a few seconds
+PATIENCE_S = 5  # every launcher signals the other ranks well within this time
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether another rank's end is the cause. A timeout is not: there the traceback says where this rank waited."""
-    return any(words in str(error) for words in LOST_CONNECTION)
+    """Whether another rank's end is the cause: a collective of several ranks, whose connection is gone.
+
+    A timeout is not: there the traceback says where this rank waited.
+    """
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return several and any(words in str(error) for words in LOST_CONNECTION)
 
 
 def leave(error: RuntimeError, patience_s: float = PATIENCE_S) -> NoReturn:

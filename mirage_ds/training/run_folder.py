@@ -20,6 +20,7 @@ from mirage_ds.checkpoint.find import find_undamaged
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError, name_unwritable
 from mirage_ds.training import early_end
+from mirage_ds.training.early_checks import check_folder_is_free
 from mirage_ds.versions import versions
 from mirage_ds.zero3 import distributed
 
@@ -63,9 +64,11 @@ def find_start(config: Config, facts: dict[str, Any]) -> Path | None:
         The newest intact checkpoint, to resume from, or None for a new run.
 
     Raises:
+        ConfigError: the folder holds a run, and `run.resume` is `never`.
         CheckpointError: the run there has other settings that decide its losses, or all its checkpoints are damaged.
     """
     folder = config.run.dir
+    check_folder_is_free(config.run)  # again: another start may have written since the early check
     found = find_undamaged(folder)
     changed = []
     if found or (folder / "metrics.jsonl").exists():  # a run that ended before its first checkpoint has metrics alone

@@ -3,10 +3,14 @@
 The blocks of a page run from top to bottom as one script in a copy of what the README's main job left behind.
 """
 
+import os
 import shutil
+import signal
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import launching
 import pytest
@@ -17,7 +21,12 @@ from markdown_blocks import ROOT, RUNNABLE, Block, blocks, documents
 SOURCES = ("launch", "ds_configs", "mirage_ds", "data_tools", "benchmarks")
 PAGES = {page.relative_to(ROOT).as_posix(): page for page in documents()}
 
-Outcome = Future[subprocess.CompletedProcess[str]]
+
+class Outcome(NamedTuple):
+    """What became of a page."""
+
+    code: int
+    output: str
 
 
 def blocks_to_run(page: str) -> list[Block]:
@@ -31,7 +40,7 @@ def mark(block: Block) -> str:
     return f"== {block.place} =="
 
 
-def run_page(page: str, drawn_job: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_page(page: str, drawn_job: Path, folder: Path) -> Outcome:
     """Runs the blocks of a page in a copy of what the main job left behind, and of nothing that other tests added."""
     for name in (drawn_job / "left").read_text().splitlines():
         subprocess.run(["cp", "-r", "--parents", f"runs/{name}", folder], cwd=drawn_job, check=True)
@@ -44,7 +53,7 @@ def run_page(page: str, drawn_job: Path, folder: Path) -> subprocess.CompletedPr
         file = folder / f"line{block.line}"
         file.write_text(block.text)
         lines += [f"echo '{mark(block)}'", f"{'source' if block.language == 'bash' else 'python - <'} {file}"]
-    result = subprocess.run(
+    process = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
         cwd=folder,
         env=launching.environment() | environment,
@@ -52,30 +61,36 @@ def run_page(page: str, drawn_job: Path, folder: Path) -> subprocess.CompletedPr
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=1200,
+        start_new_session=True,
     )
+    try:
+        output, _ = process.communicate(timeout=1200)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the launchers that it started, too
     shutil.rmtree(folder)
-    return result
+    return Outcome(process.returncode, output)
 
 
 @pytest.fixture(scope="module")
 def outcomes(
     request: pytest.FixtureRequest, drawn_job: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Outcome]:
+) -> Iterator[dict[str, Future[Outcome]]]:
     """What became of each page whose test was asked for: two pages run at a time, as most commands have one process."""
     wanted = [item for item in request.session.items if item.originalname == test_the_blocks_of_a_page_run.__name__]
     pages = [item.callspec.params["page"] for item in wanted]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        return {page: pool.submit(run_page, page, drawn_job, tmp_path_factory.mktemp("page")) for page in pages}
+    pool = ThreadPoolExecutor(max_workers=2)
+    yield {page: pool.submit(run_page, page, drawn_job, tmp_path_factory.mktemp("page")) for page in pages}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run(outcomes: dict[str, Outcome], page: str) -> None:
-    result = outcomes[page].result()
-    if result.returncode != 0:
-        block = [block for block in blocks_to_run(page) if mark(block) in result.stdout][-1]
-        output = result.stdout.rpartition(mark(block))[2][-6000:]
-        pytest.fail(f"{block.place}: exit code {result.returncode}\n\n{block.text}\n{output}", pytrace=False)
+def test_the_blocks_of_a_page_run(outcomes: dict[str, Future[Outcome]], page: str) -> None:
+    outcome = outcomes[page].result()
+    if outcome.code != 0:
+        block = [block for block in blocks_to_run(page) if mark(block) in outcome.output][-1]
+        output = outcome.output.rpartition(mark(block))[2][-6000:]
+        pytest.fail(f"{block.place}: exit code {outcome.code}\n\n{block.text}\n{output}", pytrace=False)
 
 
 def test_the_main_job_is_what_its_test_runs() -> None:

@@ -61,6 +61,9 @@ def test_imports_of_the_trainer(path: Path) -> None:
         both_ground = own in GROUND and other in GROUND
         assert both_ground or line_of(other, ORDER) < line_of(own, ORDER), f"{own} imports {other}"
         assert {own, other} != {"data", "model"}, "the loss does not know files, the data do not know the model"
+    if own == "data":
+        ops = {module.split(".")[2] for module in imports(path) if module.startswith("mirage_ds.ops.")}
+        assert ops <= {"segments"}, "the data know how many patches a latent needs, not how they are pooled"
     assert not any(module.split(".")[0] in ("data_tools", "launch") for module in imports(path))
 
 

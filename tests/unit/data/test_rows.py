@@ -181,7 +181,7 @@ def test_only_images_become_members() -> None:
     [
         ({"input_0.png": b""}, "k.json is missing"),
         ({"json": b"{"}, "malformed JSON: .*k.json"),
-        ({"json": b'{"text_input": "Q"}'}, "text_output is None .k.json"),
+        ({"json": b'{"text_input": "Q"}'}, "no field text_output .k.json., fields: 'text_input';"),
         ({"json": b'{"text_input": "Q", "text_output": "A"}', "cls": b"1"}, "unknown member k.cls"),
         ({"json": b'{"text_input": "Q", "text_output": "A"}', "input_01.png": b""}, "unknown member k.input_01.png"),
         (

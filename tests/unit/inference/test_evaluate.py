@@ -121,7 +121,7 @@ def test_the_reference_s_planning_rows(model: str, tmp_path: Path) -> None:
     [
         (PLANNING, {"text_input": "Which way?"}, "rows.jsonl:1 is not a row of vsp-spatial-planning: map_desc is None"),
         (REASONING, {"text_input": "A or B?"}, "rows.jsonl:1 is not a row of vsp-spatial-reasoning: text_output ''"),
-        (PLANNING, {"map_desc": [[1, 2]]}, "text_input is None (.*rows.jsonl:1)"),
+        (PLANNING, {"map_desc": [[1, 2]]}, r"no field text_input \(.*rows.jsonl:1\), fields: 'map_desc';"),
         (PLANNING, {"text_input": "?", "image_input": "no.png"}, "image_input cannot be read: 'no.png'"),
         (PLANNING, {"text_input": "<image>"}, "image slots in text_input: 1, input images: 0"),
     ],

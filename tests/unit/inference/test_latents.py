@@ -180,12 +180,12 @@ def test_both_passes_are_reported(by_hand: ByHand, tmp_path: Path) -> None:
     assert shuffled["settings"]["latents"] == "shuffled"
     assert shuffled["settings"]["seed"] == SEED
     assert shuffled["rates_fed"] == fed["rates"]
-    assert set(shuffled["difference_to_fed"]) == {"value", "low", "high"}
+    assert set(shuffled["fed_minus_replaced"]) == {"value", "low", "high"}
     assert "rates_fed" not in fed
     for words in (
         "latents fed",
         "latents shuffled",
-        "shuffled minus fed (strict): ",
+        "fed minus shuffled (strict): ",
         "95% interval",
         "over the same 14",
     ):

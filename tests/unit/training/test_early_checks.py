@@ -41,8 +41,8 @@ def test_inputs_that_are_there(here: Path) -> None:
     [
         ("data.shards=none", DataError, r"no manifest\.json"),
         ("evaluation.shards=none", DataError, r"no manifest\.json"),
-        ("model.path=none", ConfigError, r"folder is not there \(model\.path=none\)"),
-        ("run.init_from=none", DataError, r"the run to start from is not there \(run\.init_from=none\)"),
+        ("model.path=none", ConfigError, r"folder does not exist \(model\.path=none\)"),
+        ("run.init_from=none", DataError, r"the run to start from does not exist \(run\.init_from=none\)"),
     ],
 )
 def test_inputs_that_are_missing(here: Path, override: str, error: type[Exception], words: str) -> None:
@@ -68,6 +68,6 @@ def test_a_folder_with_a_run_is_taken(here: Path, left: str) -> None:
 def test_the_command_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `mirage-launch`, torchrun and srun give it, and as DeepSpeed's launcher does."""
     arguments = [str(RECIPE), "data.shards=shards", "model.path=model", "train.lr=0.5"]
-    for more in ([], ["--local_rank=1"]):
-        monkeypatch.setattr(sys, "argv", ["train", *more, *arguments])
+    for argv in (arguments, ["--local_rank=1", *arguments], [arguments[0], "--local_rank=1", *arguments[1:]]):
+        monkeypatch.setattr(sys, "argv", ["train", *argv])
         assert read_command_line().train.lr == 0.5

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import launching
 import pytest
+import torch
 
 from mirage_ds.training.lost_peer import is_lost_peer
 
@@ -61,7 +62,19 @@ def test_a_real_peer_that_left_is_known(tmp_path: Path) -> None:
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),  # by the system: no memory
     ],
 )
-def test_other_errors_are_not(error: RuntimeError) -> None:
+def test_other_errors_are_not(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert is_lost_peer(RuntimeError("Connection reset by peer"))
+    assert not is_lost_peer(error)
+
+
+def test_a_connection_to_somewhere_else_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed download or build, before the ranks have joined or where there is one rank alone."""
+    error = RuntimeError("Data processing error: Connection reset by peer (os error 104)")
+    assert not is_lost_peer(error)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     assert not is_lost_peer(error)
 
 
@@ -77,6 +90,13 @@ def test_silent_if_the_launcher_ends_it(before: bool) -> None:
         os.kill(process.pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=600)
     assert (process.returncode, output, errors) == (1, "", "")
+
+
+def test_a_signal_of_long_ago_is_not_the_launchers() -> None:
+    """The run was asked to save, and while it saves a connection breaks: that must not end silently."""
+    code = LEAVE.replace("print(", "import os, time; os.kill(os.getpid(), 10); time.sleep(0.4); print(", 1)
+    errors = start(code, "0.2").communicate(timeout=600)[1]
+    assert errors == "error: rank 3 cannot continue: Connection closed by peer [127.0.0.1]:1\n"
 
 
 def test_one_line_if_nobody_ends_it() -> None:
