@@ -98,5 +98,5 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert run_cli(monkeypatch, rows, tmp_path / "tiny") == 2
     assert f"the output already exists ({tmp_path / 'tiny'})" in capsys.readouterr().err
     assert run_cli(monkeypatch, tmp_path / "none.jsonl", tmp_path / "new") == 2
-    assert "cannot read the rows" in capsys.readouterr().err
+    assert f"no such file (--text {tmp_path / 'none.jsonl'})" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
