@@ -28,8 +28,8 @@ command that takes a recipe also takes `section.key=value`, which overrides the 
 a key, and lists need quotes in the shell.
 
 ```bash
-mirage-launch plan launch/recipes/tiny-stage1.yaml --nodes 1 --gpus-per-node 2 --gpu h100-80gb \
-    train.micro_batch_size_per_gpu=2 'train.betas=[0.9, 0.95]' data.max_length=null
+mirage-launch slurm launch/recipes/tiny-stage1.yaml --nodes 1 --ranks-per-node 2 --dry-run \
+    train.lr=1e-4 'train.betas=[0.9, 0.95]' data.max_length=null
 ```
 
 What DeepSpeed alone decides (bucket sizes, thresholds, offload, communication) is not in the recipe but in a DeepSpeed

@@ -3,6 +3,7 @@
 tests/conftest.py prints the table after any session that compared something.
 """
 
+import math
 import platform
 from dataclasses import dataclass
 from datetime import date
@@ -61,7 +62,7 @@ def _record(quantity: str, measure: str, tolerance: float, worst: float, values:
     entry = seen.setdefault(quantity, Deviation(measure, tolerance))
     assert (entry.measure, entry.tolerance) == (measure, tolerance), f"{quantity} is compared in two ways"
     entry.values += values
-    if not worst <= entry.worst:  # so that NaN is kept
+    if not (worst <= entry.worst or math.isnan(entry.worst)):  # NaN is the worst of all
         entry.worst = worst
 
 
