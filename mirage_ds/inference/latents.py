@@ -77,7 +77,8 @@ class ShuffledStates:
 class MeanStates:
     """Feeds every row the mean of all rows' states, slot by slot, over the rows that made a state at the slot.
 
-    If no other row did, there is nothing to feed: the row keeps its own state, which counts as not replaced.
+    If no row did, there is nothing to feed: the row keeps its own state, which counts as not replaced. If one row alone
+    did, its mean is its own state, which counts as replaced.
     """
 
     def __init__(self, own: OwnStates) -> None:
@@ -86,9 +87,7 @@ class MeanStates:
             for slot, state in states.items():
                 made[slot].append(state)
         self._means = {
-            slot: torch.stack(states).mean(dim=0, dtype=torch.float64).float()
-            for slot, states in made.items()
-            if len(states) > 1
+            slot: torch.stack(states).mean(dim=0, dtype=torch.float64).float() for slot, states in made.items()
         }
 
     def __call__(self, key: str, slot: Slot, own: torch.Tensor) -> torch.Tensor | None:
