@@ -70,12 +70,13 @@ def conclusions(answers: dict[str, list[Answer]]) -> list[str]:
         "Differences over the same maps (the intervals do not cover the variation between training runs):",
         f"- own latents minus text only: {from_text}: "
         + verdict(from_text, "better than text only", "worse than text only", "no difference is shown"),
-        "What the content of the latents is worth:",
+        f"What the content of the latents is worth ({malformed['stage2']} answers are malformed with own latents, "
+        f"{malformed['stage2_shuffled']} with shuffled, {malformed['stage2_mean']} with mean, "
+        "and malformed answers count as failed):",
         f"- own minus shuffled latents: {from_shuffled}: " + verdict(from_shuffled, *content),
         f"- own minus mean latents: {from_mean}: " + verdict(from_mean, *content),
         "What zeros do, which the model never saw in training:",
-        f"- own minus zeroed latents: {from_zeroed}; {malformed['stage2_zeroed']} answers are malformed with zeros, "
-        f"{malformed['stage2']} with own latents, {malformed['stage2_shuffled']} with shuffled ones",
+        f"- own minus zeroed latents: {from_zeroed}; {malformed['stage2_zeroed']} answers are malformed with zeros",
         f"- shuffled minus zeroed latents: {zeroed_from_shuffled}: "
         + verdict(
             zeroed_from_shuffled,
