@@ -151,7 +151,11 @@ def test_existing_results_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(("--model", "none/of/these"), "folder does not exist"), (("--top-p", 2, "--temperature", 1), "sampling")],
+    [
+        (("--model", "none/of/these"), "folder does not exist"),
+        (("--model", Path(__file__).parent), "cannot be loaded"),
+        (("--top-p", 2, "--temperature", 1), "sampling"),
+    ],
 )
 def test_refusals_write_nothing(model: str, tmp_path: Path, more: tuple, message: str) -> None:
     data = write_questions(tmp_path / "data", 4)
