@@ -60,7 +60,7 @@ def conclusions(answers: dict[str, list[Answer]]) -> list[str]:
     from_text, from_shuffled, from_mean, from_zeroed = (
         difference(own, answers[name]) for name in ("text", "stage2_shuffled", "stage2_mean", "stage2_zeroed")
     )
-    zeroed_from_shuffled = difference(answers["stage2_shuffled"], answers["stage2_zeroed"])
+    shuffled_minus_zeroed = difference(answers["stage2_shuffled"], answers["stage2_zeroed"])
     with_latents = sum(answer.num_latents > 0 for answer in own)
     kept = sum(one.num_latents - one.num_replaced for name in REPLACED for one in answers[name])
     malformed = {name: count_malformed(answers[name]) for name in LABELS}
@@ -77,9 +77,9 @@ def conclusions(answers: dict[str, list[Answer]]) -> list[str]:
         f"- own minus mean latents: {from_mean}: " + verdict(from_mean, *content),
         "What zeros do, which the model never saw in training:",
         f"- own minus zeroed latents: {from_zeroed}; {malformed['stage2_zeroed']} answers are malformed with zeros",
-        f"- shuffled minus zeroed latents: {zeroed_from_shuffled}: "
+        f"- shuffled minus zeroed latents: {shuffled_minus_zeroed}: "
         + verdict(
-            zeroed_from_shuffled,
+            shuffled_minus_zeroed,
             "zeroing overstates what the content is worth",
             "zeroing understates what the content is worth",
             "no difference between the two is shown",

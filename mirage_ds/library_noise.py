@@ -14,10 +14,10 @@ def silence(devices: Path = Path("/dev")) -> None:
     On a machine with a GPU's driver that warning is worth reading, and stays.
     """
     if not any((devices / name).exists() for name in GPU_DEVICES):
-        logging.getLogger("DeepSpeed").addFilter(_is_news)
+        logging.getLogger("DeepSpeed").addFilter(_is_not_the_cpu_note)
     # DeepSpeed calls torch's collectives by their old names, on every rank and in every step.
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_not_the_cpu_note(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Setting accelerator to CPU.")

@@ -47,7 +47,6 @@ from mirage_ds.training.start import Start, prepare
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import (
-    choose_gather,
     describe_gather,
     initialize,
     mark_gather_units,
@@ -87,13 +86,12 @@ def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
     model = make_model(config, backbone)
     check_room(config.run.dir, model, start.device)
     write_folder(config, start.facts)
-    gather = choose_gather(config.model, config.train.stage)
-    mark_gather_units(model, gather)
+    mark_gather_units(model, start.gather)
     groups = parameter_groups(model, config.train.weight_decay)
     engine = initialize(model, groups, config.train, start.deepspeed_config)
     if distributed.is_main():
         print(describe(config, start, model, backbone))
-        print(describe_gather(model, gather, start.deepspeed_config, DTYPES[config.train.dtype]))
+        print(describe_gather(model, start.gather, start.deepspeed_config, DTYPES[config.train.dtype]))
         print(start.pooling, flush=True)
     return engine
 
@@ -108,7 +106,6 @@ def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: T
         log_freq=config.train.log_freq,
         steps_done=state.step,
     )
-    gather = choose_gather(config.model, config.train.stage)
     return Trainer(
         engine,
         open_stream(config, start, state),
@@ -117,7 +114,7 @@ def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: T
         state,
         max_steps=start.max_steps,
         device=start.device,
-        agree_on_passes=gather == "layer" and config.train.stage == "stage2",
+        agree_on_passes=start.gather == "layer" and config.train.stage == "stage2",
         early_end=watch_end(config),
     )
 

@@ -18,6 +18,7 @@ from mirage_ds.ops.latent_pool import describe_path
 from mirage_ds.training.run_folder import find_start
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
+from mirage_ds.zero3.engine import choose_gather
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Start:
     shards: ShardFolder
     encoder: Encoder
     device: torch.device
+    gather: str  # what ZeRO-3 gathers at a time, `layer` or `rollout`
     pooling: str  # which path `latent_pool` takes there
     max_steps: int
     facts: dict[str, Any]  # what its checkpoints say of it
@@ -54,7 +56,17 @@ def prepare(config: Config) -> Start:
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     check_init_from(config)
     facts = describe_run(config, deepspeed_config, shards.digest, max_steps)
-    return Start(deepspeed_config, shards, encoder, device, pooling, max_steps, facts, find_start(config, facts))
+    return Start(
+        deepspeed_config=deepspeed_config,
+        shards=shards,
+        encoder=encoder,
+        device=device,
+        gather=choose_gather(config.model, config.train.stage),
+        pooling=pooling,
+        max_steps=max_steps,
+        facts=facts,
+        checkpoint=find_start(config, facts),
+    )
 
 
 def open_encoder(config: Config) -> Encoder:
