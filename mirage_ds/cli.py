@@ -16,7 +16,7 @@ from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
 from mirage_ds.inference.commands import evaluate, generate
 from mirage_ds.paths import check_file, check_folder, check_model
-from mirage_ds.versions import check_versions
+from mirage_ds.versions import check_versions, warn_if_newer
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -29,6 +29,7 @@ Preset = Literal["tiny"]
 def root() -> None:
     """Trains Qwen2.5-VL to reason with latent visual tokens."""
     check_versions()
+    warn_if_newer()
 
 
 @app.command()

@@ -12,9 +12,9 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     from mirage_ds import library_noise
     from mirage_ds.training.early_checks import read_command_line
-    from mirage_ds.versions import leave_if_untested
+    from mirage_ds.versions import leave_if_unsuitable
 
-    leave_if_untested()  # another version may lack what the imports name
+    leave_if_unsuitable()  # another version may lack what the imports name
     command_line = read_command_line()
     library_noise.silence()
 
@@ -37,6 +37,7 @@ from mirage_ds.data.stream import Share, make_loader
 from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
+from mirage_ds.self_check import check_training
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end, lost_peer
 from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
@@ -58,6 +59,7 @@ from mirage_ds.zero3.engine import (
 def train(config: Config) -> None:
     """The run, from configuration to last checkpoint."""
     prepare_torch(config)
+    check_training()
     start = prepare(config)
     if start.is_finished:
         end_finished(config, start)

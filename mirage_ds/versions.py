@@ -1,18 +1,25 @@
 """Which versions run, and whether they were tested. Imports neither torch nor transformers: it is called before them.
 
-setup.cfg owns the ranges; a package's own metadata repeats them.
+setup.cfg owns the tested ranges; a package's own metadata repeats them. Older versions, and those known to be wrong,
+are refused. A newer one runs after a line of warning; self_check.py, at every start, compares what it computes.
 """
 
+import os
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from mirage_ds.errors import ConfigError, MirageError, leave
 
 TESTED = ("torch", "deepspeed", "transformers")  # they decide a run's numbers
+# Versions that raise no error and compute something else, and what.
+KNOWN_BAD = {"transformers": {">=5.3,<5.5.4": "gives images wrong positions"}}
+REMEDY = "install tested versions with pip install -c constraints.txt -e ."
 
 
 def versions() -> dict[str, str]:
@@ -46,27 +53,66 @@ def tested_ranges() -> dict[str, SpecifierSet]:
 
 
 def check_versions() -> None:
-    """Refuses untested versions: they may silently compute other numbers.
+    """Refuses versions that are older than the tested ones, and those that are known to compute something else.
 
     Raises:
         ConfigError: it names each of them.
     """
-    wrong = [
-        f"{name} is {version(name)}, tested is {tested}"
-        for name, tested in tested_ranges().items()
-        if not tested.contains(version(name), prereleases=True)
-    ]
+    wrong = [reason for name, tested in tested_ranges().items() if (reason := unsuitable(name, tested))]
     if wrong:
         raise ConfigError(
-            f"untested versions are installed ({'; '.join(wrong)}); they may silently compute other numbers, as "
-            "transformers 5.3.0 to 5.5.3 do, which give images wrong positions; install the tested versions with pip "
-            "install -c constraints.txt -e ."
+            f"unsuitable versions are installed ({sys.prefix}): {'; '.join(wrong)}; allowed are the tested versions, "
+            f"which docs/versions.md lists, and newer ones; {REMEDY}"
         )
 
 
-def leave_if_untested() -> None:
-    """`check_versions` for the first lines of a program, before imports that another version may lack."""
+def unsuitable(name: str, tested: SpecifierSet) -> str | None:
+    """Why the installed version of a package is refused."""
+    installed = version(name)
+    for bad, reason in KNOWN_BAD.get(name, {}).items():
+        if SpecifierSet(bad).contains(installed, prereleases=True):
+            return f"{name} {installed} {reason}, as {bad} does"
+    if not tested.contains(installed, prereleases=True) and not is_newer(installed, tested):
+        return f"{name} is {installed}, tested is {tested}"
+    return None
+
+
+def newest(tested: SpecifierSet) -> Version:
+    """The upper end of a range."""
+    return max(Version(clause.version) for clause in tested if clause.operator == "<=")
+
+
+def is_newer(installed: str, tested: SpecifierSet) -> bool:
+    """Whether a version lies above the range; a local label (+cu130) does not count."""
+    return Version(Version(installed).public) > newest(tested)
+
+
+def newer_than_tested() -> str | None:
+    """Which installed packages are newer than anything that was tested, as a sentence."""
+    newer = [
+        f"{name} {version(name)} (tested up to {newest(tested)})"
+        for name, tested in tested_ranges().items()
+        if is_newer(version(name), tested)
+    ]
+    return f"newer than what was tested: {', '.join(newer)}" if newer else None
+
+
+def warn_if_newer() -> None:
+    """Says so in one line, on the first rank."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank == "0" and (newer := newer_than_tested()):
+        print(
+            f"warning: {newer}; the self-check at the start compares what torch and transformers compute, but nothing "
+            f"of DeepSpeed; if in doubt, {REMEDY}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def leave_if_unsuitable() -> None:
+    """For the first lines of a program, before imports that another version may lack: refuses, or warns."""
     try:
         check_versions()
     except MirageError as error:
         leave(error)
+    warn_if_newer()

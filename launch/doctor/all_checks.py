@@ -20,6 +20,7 @@ def check_node(config: Config | None, deepspeed_config: dict[str, Any]) -> Itera
     A check catches only the errors that it expects; any other exception is a bug and keeps its traceback.
     """
     yield machine.check_packages()
+    yield machine.check_computation()
     yield machine.check_gpus()
     yield from op_checks.check_locks()
     if config is not None:

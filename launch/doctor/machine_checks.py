@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from launch.doctor.findings import Row
+from launch.doctor.findings import Row, failure
 from mirage_ds.config import DataConfig
-from mirage_ds.versions import versions
+from mirage_ds.errors import ConfigError
+from mirage_ds.self_check import check_decoding, check_training
+from mirage_ds.versions import REMEDY, newer_than_tested, versions
 
 GIB = 2**30
 PROBE_BYTES = 2**20  # size of the file that is written to test a folder
@@ -27,7 +29,20 @@ NETWORK_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "smb", "wekaf
 
 def check_packages() -> Row:
     """Versions of the packages that affect a run's numbers; command.py has checked that they are supported."""
-    return Row("versions", ", ".join(f"{name} {version:.12}" for name, version in versions().items()))
+    found = ", ".join(f"{name} {version:.12}" for name, version in versions().items())
+    if newer := newer_than_tested():
+        return Row("versions", f"{found}; {newer}", "warn", REMEDY)
+    return Row("versions", found)
+
+
+def check_computation() -> Row:
+    """Whether the installed packages train and decode a tiny model as they should."""
+    try:
+        check_training()
+        check_decoding()
+    except ConfigError as error:
+        return failure("self-check", error)
+    return Row("self-check", "a tiny model's losses are right, in training and decoding")
 
 
 def check_gpus() -> Row:

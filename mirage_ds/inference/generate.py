@@ -28,6 +28,7 @@ from mirage_ds.inference.latents import Feed, Slot
 from mirage_ds.inference.sampling import GREEDY, Sampling
 from mirage_ds.model.backbone import Backbone, check_config, check_latent_ids, load_backbone
 from mirage_ds.model.targets import Tower, build_inputs_embeds
+from mirage_ds.self_check import check_decoding
 from mirage_ds.tokens import TokenIds
 
 
@@ -93,7 +94,7 @@ class Decoder:
         cache = DynamicCache()
         mask = batch.attention_mask
         position = batch.position_ids.amax(dim=(0, 2)) + 1  # [B]: images count as grids, so not the length
-        hidden = self.step(self.prompt_embeds(batch), batch.position_ids, mask, cache)
+        hidden = self.backbone.step(self.prompt_embeds(batch), batch.position_ids, mask, cache)
         for num_emitted in range(1, self.max_new_tokens + 1):
             chosen = self.sampling.choose(self.backbone.hf.lm_head(hidden), generators)
             emitted, latent_steps = self.next_tokens(chosen, latent_steps)
@@ -114,7 +115,7 @@ class Decoder:
             embeds = self.backbone.embed_tokens(emitted.to(hidden.device))
             embeds = torch.where(feeds_state.to(hidden.device)[:, None], fed, embeds)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            hidden = self.step(embeds[:, None], position.expand(3, -1)[..., None], mask, cache)
+            hidden = self.backbone.step(embeds[:, None], position.expand(3, -1)[..., None], mask, cache)
             position = position + 1
 
     def states_to_feed(
@@ -152,19 +153,6 @@ class Decoder:
         image_embeds, nothing = Tower(self.backbone.visual, trained=False).encode(batch)
         return build_inputs_embeds(self.backbone.embed_tokens(batch.input_ids), image_embeds, nothing, batch)
 
-    def step(
-        self, embeds: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
-    ) -> torch.Tensor:
-        """Inputs [B, Q, D] -> hidden state after the final norm of each row's last column [B, D]."""
-        output = self.backbone.hf.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            attention_mask=mask.long(),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[:, -1]
-
 
 def load_decoder(
     model: str,
@@ -184,7 +172,8 @@ def load_decoder(
         dtype: None: bf16 on a GPU, float32 on the CPU.
 
     Raises:
-        ConfigError: there is no Qwen2.5-VL with latent tokens, K is not known, or the tokenizer is another model's.
+        ConfigError: there is no Qwen2.5-VL with latent tokens, K is not known, the tokenizer is another model's, or the
+            installed packages decode something else.
     """
     if (Path(model) / "checkpoints").is_dir():
         raise ConfigError(
@@ -208,6 +197,7 @@ def load_decoder(
         model, stage="stage2", latent_size=latent_size, system_turn=system_turn is not False, cache_dir=cache_dir
     )
     _check_ids(settings, encoder.ids, model)
+    check_decoding()
     backbone = load_backbone(model, dtype=dtype, cache_dir=cache_dir)
     check_latent_ids(encoder.ids, backbone, model)
     backbone.to(device)

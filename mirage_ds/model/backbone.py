@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    DynamicCache,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.utils.hub import cached_file
 
 from mirage_ds.config import Dtype
@@ -63,6 +69,25 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
+
+    def step(
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """One step of decoding: inputs [B, Q, D] -> hidden state after the final norm of each row's last column [B, D].
+
+        Args:
+            position_ids: [3, B, Q].
+            mask: [B, columns so far and Q more] bool.
+            cache: keys and values of the columns so far; this step adds its own.
+        """
+        output = self.hf.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=mask.long(),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -1]
 
     def to(self, device: str) -> None:
         """Moves the model."""

@@ -20,6 +20,7 @@ ORDER = (
     ("ops",),
     ("data",),
     ("model",),
+    ("self_check",),
     ("zero3",),
     ("checkpoint",),
     ("training", "hf"),

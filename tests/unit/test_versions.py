@@ -1,4 +1,4 @@
-"""Versions outside the tested range are refused, before anything of them is imported."""
+"""Versions that are too old or known to be wrong are refused before anything of them is imported; newer ones warn."""
 
 import configparser
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import launching
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from mirage_ds import versions
 from mirage_ds.errors import ConfigError
@@ -35,33 +36,63 @@ def test_the_ranges_are_those_of_setup_cfg() -> None:
         assert str(versions.tested_ranges()[name]) in (specifier, ",".join(reversed(specifier.split(","))))
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
+    real = versions.version
+    monkeypatch.setattr(versions, "version", lambda package: installed.get(package) or real(package))
+
+
 @pytest.mark.parametrize(
-    ("name", "other", "tested"),
+    ("name", "other", "reason"),
     [
-        ("transformers", "5.5.2", "5.23"),
-        ("transformers", "5.24.0", "5.23"),
-        ("deepspeed", "0.19.9", "0.19.8"),
-        ("torch", "2.12.1+cu130", "2.13"),
-        ("torch", "2.14.0", "2.13"),
+        ("transformers", "5.5.2", "gives images wrong positions"),
+        ("transformers", "5.3.0", "gives images wrong positions"),
+        ("transformers", "4.57.1", "tested is "),
+        ("deepspeed", "0.17.0", "tested is "),
+        ("torch", "2.8.0+cu128", "tested is "),
     ],
 )
-def test_others_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, name: str, other: str, tested: str) -> None:
-    real = versions.version
-    monkeypatch.setattr(versions, "version", lambda package: other if package == name else real(package))
+def test_unsuitable_ones_are_named_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, name: str, other: str, reason: str
+) -> None:
+    pretend(monkeypatch, **{name: other})
     with pytest.raises(ConfigError) as error:
         versions.check_versions()
     message = str(error.value)
-    assert re.search(rf"{name} is {re.escape(other)}, tested is [^;]*{re.escape(tested)}", message)
-    assert message.count("tested is ") == 1  # this package alone
-    assert "5.3.0 to 5.5.3" in message
+    assert re.search(rf"{name} (is )?{re.escape(other)},? {reason}", message)
+    assert not [package for package in versions.TESTED if package != name and f"{package} " in message]
     assert "pip install -c constraints.txt" in message
 
 
-def test_a_local_build_of_a_tested_version_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = versions.version
-    local = {"torch": "2.13.0+cu130", "deepspeed": "0.19.8+abc"}
-    monkeypatch.setattr(versions, "version", lambda package: local.get(package) or real(package))
+def test_known_bad_ones_are_no_tested_ones() -> None:
+    """pip does not install them either."""
+    for name, bad in versions.KNOWN_BAD.items():
+        for text in bad:
+            for clause in SpecifierSet(text):
+                if clause.operator == ">=":
+                    assert not versions.tested_ranges()[name].contains(clause.version)
+
+
+def test_a_newer_one_is_one_line_of_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, transformers="5.99.0", torch="2.99.0.dev20270101+cu130")
     versions.check_versions()
+    versions.warn_if_newer()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"warning: newer than what was tested: torch 2\.99\S* \(tested up to 2\.\S+\), transf", line)
+    monkeypatch.setenv("RANK", "3")
+    versions.warn_if_newer()
+    assert not capsys.readouterr().err
+
+
+def test_a_local_build_of_a_tested_version_passes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = {name: f"{versions.newest(tested)}+cu130" for name, tested in versions.tested_ranges().items()}
+    pretend(monkeypatch, **newest)
+    versions.check_versions()
+    versions.warn_if_newer()
+    assert not capsys.readouterr().err
 
 
 def test_the_trainer_looks_before_it_imports(tmp_path: Path) -> None:
@@ -83,6 +114,7 @@ def test_the_trainer_looks_before_it_imports(tmp_path: Path) -> None:
         timeout=600,
     )
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: untested versions are installed (transformers is 5.5.2")
+    assert result.stderr.startswith("error: unsuitable versions are installed")
+    assert "transformers 5.5.2 gives images wrong positions" in result.stderr
     assert result.stderr.count("\n") == 1
     assert not list((tmp_path / "cwd").iterdir())
