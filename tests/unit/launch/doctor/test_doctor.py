@@ -275,6 +275,7 @@ def test_exit_codes(data: Path) -> None:
     try:
         output, error = good.communicate(timeout=300)
         assert good.returncode == 0, output + error
+        assert "losses are right" in output
         _, error = wrong.communicate(timeout=300)
     finally:
         good.kill()
