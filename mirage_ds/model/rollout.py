@@ -33,8 +33,11 @@ class PartsCache:
         self.past = past
         self.new: KeyValue | None = None
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object) -> KeyValue:
-        """Keeps this pass's part and returns past and new together (transformers' `Cache.update`)."""
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
+        """Keeps this pass's part and returns past and new together (transformers' `Cache.update`).
+
+        Versions of transformers pass different further arguments, which only its own kinds of cache read.
+        """
         self.new = (key, value)
         keys, values = zip(*self.past, self.new, strict=True)
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
