@@ -53,7 +53,7 @@ class Commands:
     def kind(self, command: list[str]) -> str:
         text = " ".join(command)
         kinds = {"venv": "venv", "--editable": "package", "pip install": "install", "junitxml": "tests"}
-        kinds |= {"smoke.py": "losses", "git describe": "commit", "importlib": "list"}
+        kinds |= {"smoke.py": "losses", "git rev-parse": "commit", "importlib": "list"}
         found = next(kind for part, kind in kinds.items() if part in text)
         return "decoding" if "test_generate.py" in text else "parity" if found == "tests" else found
 
