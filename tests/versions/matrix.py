@@ -95,8 +95,8 @@ def package_name(requirement: str) -> str:
     return re.split(r"[^\w-]", requirement, maxsplit=1)[0]
 
 
-def install_command(python: Path, cell: Cell, constraints: Path) -> list[str]:
-    """Installs what mirage_ds requires, with the cell's versions. Writes `constraints`: the other pins."""
+def requirements(cell: Cell, constraints: Path) -> list[str]:
+    """pip's arguments: the cell's versions, and what mirage_ds and the tests require. Writes the other pins."""
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     free = (*VARIED, *FOLLOW)
     constraints.write_text("\n".join(line for line in pins if package_name(line) not in free))
@@ -105,9 +105,7 @@ def install_command(python: Path, cell: Cell, constraints: Path) -> list[str]:
     required = [line for line in setup["options"]["install_requires"].split("\n") if line and line[0] != "#"]
     required = [line for line in required if package_name(line) not in free]
     varied = [f"{package}=={getattr(cell, package)}" for package in VARIED]
-    # Compiling all of torch takes longer than the imports that need a part of it.
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", str(constraints)]
-    return [*pip, *required, *TEST_PACKAGES, *varied]
+    return ["--constraint", str(constraints), *required, *TEST_PACKAGES, *varied]
 
 
 def run_cell(cell: Cell, results: Path, run: Run) -> dict[str, Any]:
@@ -125,11 +123,14 @@ def run_cell(cell: Cell, results: Path, run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="versions-") as name:
         folder = Path(name)
         python = folder / "environment" / "bin" / "python"
+        # The interpreter's own pip, as another would have to be installed. Compiling all of torch takes longer than the
+        # imports that need a part of it.
+        pip = [interpreter, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile"]
         steps = [
-            [interpreter, "-m", "venv", str(folder / "environment")],
-            install_command(python, cell, folder / "constraints.txt"),
+            [interpreter, "-m", "venv", "--without-pip", str(folder / "environment")],
+            [*pip, *requirements(cell, folder / "constraints.txt")],
             # Without its requirements, which exclude what failed before.
-            [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."],
+            [*pip, "--no-deps", "--no-build-isolation", "--editable", "."],
         ]
         checks: dict[str, dict[str, Any]] = {}
         installed: dict[str, str] = {}

@@ -52,7 +52,7 @@ class Commands:
 
     def kind(self, command: list[str]) -> str:
         text = " ".join(command)
-        kinds = {"venv": "venv", "--editable": "package", "pip install": "install", "junitxml": "tests"}
+        kinds = {"venv": "venv", "--editable": "package", "--constraint": "install", "junitxml": "tests"}
         kinds |= {"smoke.py": "losses", "git rev-parse": "commit", "importlib": "list"}
         found = next(kind for part, kind in kinds.items() if part in text)
         return "decoding" if "test_generate.py" in text else "parity" if found == "tests" else found
@@ -151,13 +151,13 @@ def test_a_missing_interpreter_is_named(run, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_is_installed(tmp_path: Path) -> None:
     """The cell's versions; the other pins, but for packages whose versions follow from the cell's."""
-    command = matrix.install_command(Path("python"), OTHER, tmp_path / "constraints.txt")
+    arguments = matrix.requirements(OTHER, tmp_path / "constraints.txt")
     pins = (tmp_path / "constraints.txt").read_text().splitlines()
     names = {matrix.package_name(pin) for pin in pins}
     assert {"numpy", "safetensors", "pillow"} <= names
     assert not names & {*matrix.VARIED, *matrix.FOLLOW}
-    assert {"transformers==5.1.0", f"torch=={PINNED.torch}", "pyyaml>=6", "pytest"} <= set(command)
-    assert not [word for word in command if word.startswith(("#", "tokenizers"))]
+    assert {"transformers==5.1.0", f"torch=={PINNED.torch}", "pyyaml>=6", "pytest"} <= set(arguments)
+    assert not [word for word in arguments if word.startswith(("#", "tokenizers"))]
 
 
 def test_the_matrix_has_no_cell_twice() -> None:
