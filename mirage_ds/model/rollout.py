@@ -105,6 +105,7 @@ class Rollout(torch.nn.Module):
         spare = (column for column in range(length - 1, 0, -1) if column not in splits)
         splits |= {next(spare) for _ in range((num_passes or 0) - 1 - len(splits))}
 
+        # [B, L, head dimension], or with a first dimension of 3 where the layers combine the rows of position_ids.
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)
         past: list[list[KeyValue]] = [[] for _ in self.layers]
         hidden: list[torch.Tensor] = []
@@ -114,7 +115,8 @@ class Rollout(torch.nn.Module):
                 first = torch.where(latent_mask[:, start, None, None], hidden[-1][:, -1:], inputs[:, :1])
                 inputs = torch.cat([first, inputs[:, 1:]], dim=1)
             mask = self.pass_mask(attention_mask, start, end)
-            hidden.append(self.one_pass(inputs, past, (cos[:, start:end], sin[:, start:end]), mask))
+            rotary = (cos[..., start:end, :], sin[..., start:end, :])
+            hidden.append(self.one_pass(inputs, past, rotary, mask))
             self.check_cache(past, end)
 
         hidden_states = torch.cat(hidden, dim=1)
