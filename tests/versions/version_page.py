@@ -11,8 +11,8 @@ This page says which versions of Python, torch, DeepSpeed and transformers were 
 writes it (`tests/versions/matrix.py`); do not edit it. The first row of the table is `constraints.txt`, the exact set \
 that `make install` installs. The other rows change one of its versions, but for two: the oldest and the newest of all.
 
-Each row was installed into an environment of its own, and run without a GPU ({machines}). A build of torch for CUDA \
-(+cu) was run on the CPU, too. What was run:
+Each row was installed into an environment of its own, and run without a GPU ({machines}). A torch without \
+`+cpu` in its version is a build for CUDA, and ran on the CPU, too. What was run:
 
 - **Parity**: the model against the reference's numbers, both stages, with and without activation checkpointing \
 (`tests/parity/test_model.py`), and transformers' own positions of image tokens against ours. The number of tests.
