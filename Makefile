@@ -1,10 +1,10 @@
-# make install | demo | test | test-all | lint | docs        VENV=.venv PYTHON=python3 by default
+# make install | demo | test | test-all | versions | lint | docs        VENV=.venv PYTHON=python3 by default
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: install demo test test-all lint docs
+.PHONY: install demo test test-all versions lint docs
 
 install: $(VENV)/installed
 
@@ -21,6 +21,10 @@ test: install
 
 test-all: install
 	pytest
+
+# Needs nothing installed but interpreters; each row of docs/versions.md gets an environment of its own.
+versions:
+	$(PYTHON) tests/versions/matrix.py
 
 lint: install
 	ruff check .

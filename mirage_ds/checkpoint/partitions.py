@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mirage_ds.errors import CheckpointError
 from mirage_ds.model.mirage import hf_name
@@ -184,8 +185,9 @@ def _zero_stage(kind: type, name: str) -> ZeroStageEnum:
 def _load_meta(file: Path) -> dict[str, Any]:
     """A file of torch.save; its tensors have no data, only their offset in the file."""
     try:
-        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, (_zero_stage, "builtins.getattr")]):
-            content: dict[str, Any] = torch.load(file, map_location="meta", weights_only=True)
+        safe = torch.serialization.safe_globals([ZeroStageEnum, LossScaler, (_zero_stage, "builtins.getattr")])
+        with FakeTensorMode(), safe:
+            content: dict[str, Any] = torch.load(file, weights_only=True)
     except UnpicklingError as error:
         raise _damaged(file, "it contains objects that DeepSpeed does not write") from error
     except (OSError, RuntimeError, EOFError) as error:
@@ -235,7 +237,8 @@ def _partition(
 
 
 def _piece(file: Path, tensor: torch.Tensor) -> Piece:
-    # torch documents this attribute: "torch.load with FakeTensorMode" in its notes on serialization.
+    # torch documents this attribute: "torch.load with FakeTensorMode" in its notes on serialization. With the device
+    # meta instead, torch 2.9 does not set it.
     start = tensor.untyped_storage()._checkpoint_offset
     assert start is not None  # it came from torch.load
     return Piece(file, start + int(tensor.storage_offset()) * tensor.itemsize, tensor.numel())

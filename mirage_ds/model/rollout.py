@@ -33,8 +33,11 @@ class PartsCache:
         self.past = past
         self.new: KeyValue | None = None
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object) -> KeyValue:
-        """Keeps this pass's part and returns past and new together (transformers' `Cache.update`)."""
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
+        """Keeps this pass's part and returns past and new together (transformers' `Cache.update`).
+
+        Versions of transformers pass different further arguments, which only its own kinds of cache read.
+        """
         self.new = (key, value)
         keys, values = zip(*self.past, self.new, strict=True)
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
@@ -102,6 +105,7 @@ class Rollout(torch.nn.Module):
         spare = (column for column in range(length - 1, 0, -1) if column not in splits)
         splits |= {next(spare) for _ in range((num_passes or 0) - 1 - len(splits))}
 
+        # [B, L, head dimension], or with a first dimension of 3 where the layers combine the rows of position_ids.
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)
         past: list[list[KeyValue]] = [[] for _ in self.layers]
         hidden: list[torch.Tensor] = []
@@ -111,7 +115,8 @@ class Rollout(torch.nn.Module):
                 first = torch.where(latent_mask[:, start, None, None], hidden[-1][:, -1:], inputs[:, :1])
                 inputs = torch.cat([first, inputs[:, 1:]], dim=1)
             mask = self.pass_mask(attention_mask, start, end)
-            hidden.append(self.one_pass(inputs, past, (cos[:, start:end], sin[:, start:end]), mask))
+            rotary = (cos[..., start:end, :], sin[..., start:end, :])
+            hidden.append(self.one_pass(inputs, past, rotary, mask))
             self.check_cache(past, end)
 
         hidden_states = torch.cat(hidden, dim=1)

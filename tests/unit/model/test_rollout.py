@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirage_ds.data.collate import collate
-from mirage_ds.model.rollout import KeyValue, Rollout
+from mirage_ds.model.rollout import KeyValue, PartsCache, Rollout
 
 
 def plain_losses(model, samples, stage: str) -> tuple[float, float]:
@@ -59,6 +59,19 @@ class ForgetfulRollout(Rollout):
         output = super().one_pass(hidden, past, position_embeddings, mask)
         self.forgotten = sum(map(len, kept))
         return output
+
+
+@pytest.mark.parametrize(
+    ("further", "keywords"), [((), {}), (({"cache_position": None},), {}), ((), {"kwargs": {}})], ids=str
+)
+def test_the_cache_takes_what_any_version_passes(further: tuple, keywords: dict) -> None:
+    """Earlier versions of transformers pass a fourth argument, 5.24 a keyword."""
+    past, new = (tuple(torch.randn(2, 1, 2, length, 4)) for length in (3, 2))
+    cache = PartsCache([past])
+    keys, values = cache.update(*new, 0, *further, **keywords)
+    torch.testing.assert_close(keys, torch.cat([past[0], new[0]], dim=2))
+    torch.testing.assert_close(values, torch.cat([past[1], new[1]], dim=2))
+    assert cache.new == new
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "stored"])
