@@ -34,8 +34,9 @@ mirage-launch slurm launch/recipes/tiny-stage1.yaml --nodes 1 --ranks-per-node 2
 
 What DeepSpeed alone decides (bucket sizes, thresholds, offload, communication) is not in the recipe but in a DeepSpeed
 JSON, which `distributed.deepspeed_config` names: [`zero3.json`](../ds_configs/zero3.json),
-[`zero3_offload.json`](../ds_configs/zero3_offload.json) or a file of your own. A number that the recipe sets is
-`"auto"` there; a file that contradicts the recipe is refused.
+[`zero3_offload.json`](../ds_configs/zero3_offload.json), [`zero3_tiny.json`](../ds_configs/zero3_tiny.json) (of the
+demo), or a file of your own. A number that the recipe sets is `"auto"` there; a file that contradicts the recipe is
+refused.
 
 "Required" keys have no default. Paths are relative to the folder in which the command runs. `RUN` is `run.dir`.
 """

@@ -75,24 +75,34 @@ class Demo:
 
     def command(self, *arguments: object) -> None:
         """Prints and runs a command; its output goes straight to the terminal."""
-        words = [str(argument) for argument in arguments]
-        self.console.print("$ " + " ".join(words), style="bold", highlight=False, soft_wrap=True)
-        program = str(Path(sys.executable).parent / words[0])
-        code = subprocess.run([program, *words[1:]]).returncode
-        if code:
-            raise SystemExit(f"`{words[0]}` failed with exit code {code}; its message is above")
+        self.side_by_side(arguments)
 
-    def make_data(self) -> None:
+    def side_by_side(self, *commands: tuple[object, ...]) -> None:
+        """Prints commands and runs them at the same time; none may need another's output."""
+        running = []
+        for command in commands:
+            name, *arguments = [str(word) for word in command]
+            self.console.print(f"$ {' '.join([name, *arguments])}", style="bold", highlight=False, soft_wrap=True)
+            running.append((name, subprocess.Popen([str(Path(sys.executable).parent / name), *arguments])))
+        codes = [(name, process.wait()) for name, process in running]
+        for name, code in codes:
+            if code:
+                raise SystemExit(f"`{name}` failed with exit code {code}; its message is above")
+
+    def make_maps(self) -> None:
         rows = self.output / "rows"
         counts = ("--num-train", self.size.num_train, "--num-test", self.size.num_test)
         shape = ("--levels", "3", "--cell-px", "28", "--prompt", "short")
         self.command("mirage-data", "make-vsp", "--output", rows, *counts, *shape)
-        for split in ("train", "test"):
-            self.command("mirage-data", "build", "--input", rows / f"{split}.jsonl", "--output", self.output / split)
 
-    def make_model(self) -> None:
-        rows = self.output / "rows" / "train.jsonl"
-        self.command("mirage", "init", "--preset", "tiny", "--text", rows, "--output", self.output / "model")
+    def make_inputs(self) -> None:
+        """Shards, and a model that has the words of the rows."""
+        rows = self.output / "rows"
+        self.side_by_side(
+            ("mirage-data", "build", "--input", rows / "train.jsonl", "--output", self.output / "train"),
+            ("mirage-data", "build", "--input", rows / "test.jsonl", "--output", self.output / "test"),
+            ("mirage", "init", "--preset", "tiny", "--text", rows / "train.jsonl", "--output", self.output / "model"),
+        )
 
     def train(self, stage: str, steps: int) -> None:
         accelerator = get_accelerator()
@@ -155,15 +165,17 @@ class Demo:
         return self.output / ("model" if run == "untrained" else f"{run}-model")
 
     def export(self) -> None:
-        for run in ("text", "stage1", "stage2"):
-            self.command("mirage", "export", "--checkpoint", self.output / run, "--output", self.trained(run))
+        runs = ("text", "stage1", "stage2")
+        self.side_by_side(
+            *(("mirage", "export", "--checkpoint", self.output / run, "--output", self.trained(run)) for run in runs)
+        )
 
     def run(self) -> None:
         """Runs all parts, and writes the summary and the picture."""
         started_s = time.monotonic()
         size = self.size
-        self.timed("Maps and shards", self.make_data)
-        self.timed("A tiny random model", self.make_model)
+        self.timed("Maps", self.make_maps)
+        self.timed("Shards, and a tiny random model", self.make_inputs)
         self.timed("Text baseline", lambda: self.train("text", size.stage1_steps + size.stage2_steps))
         self.timed("Stage 1: grounded latents", lambda: self.train("stage1", size.stage1_steps))
         self.timed("Stage 2: free latents", lambda: self.train("stage2", size.stage2_steps))

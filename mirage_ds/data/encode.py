@@ -6,7 +6,7 @@ Shape legend: L tokens, P patches, N images, K latents per block.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,20 @@ from mirage_ds.tokens import (
     IGNORE_INDEX,
     TokenIds,
 )
+
+# Texts that an encoder keeps encoded: rows of one task often have the same question and one of a few answers.
+MAX_KEPT_TEXTS = 256
+
+
+class EncodedText(NamedTuple):
+    """What does not depend on a sample's pixels. Samples with the same text share these tensors: never written to."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    image_mask: torch.Tensor
+    latent_mask: torch.Tensor
+    prompt_length: int
 
 
 @dataclass
@@ -164,6 +178,7 @@ class Encoder:
         self._max_length = max_length
         self._compress_strategy = compress_strategy
         self._marker = self._tokenize(ASSISTANT_MARKER)
+        self._kept_texts: dict[tuple[object, ...], EncodedText] = {}
         self._check_template()
 
     def __call__(self, sample: Sample) -> EncodedSample:
@@ -178,18 +193,11 @@ class Encoder:
         helper_images = sample.helper_images if self._stage == "stage1" else ()
         pixel_values_latent, grid_thw_latent = self._patches(helper_images, f"{sample.key}.helper")
         self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sample.key)
-        input_ids = self._input_ids(sample, self._image_processor.num_merged(grid_thw))
-        self._check_length(len(input_ids), sample.key)
-        prompt_length = find_prompt_length(input_ids, self._marker)
-        image_mask = input_ids == self.ids.image_pad
+        text = self._text(sample, grid_thw)
+        self._check_length(len(text.input_ids), sample.key)
         return EncodedSample(
             key=sample.key,
-            input_ids=input_ids,
-            labels=supervised_labels(input_ids, prompt_length, self.ids),
-            position_ids=mrope_positions(image_mask, grid_thw, self._image_processor.merge_size),
-            image_mask=image_mask,
-            latent_mask=input_ids == self.ids.latent_pad,
-            prompt_length=prompt_length,
+            **text._asdict(),
             pixel_values=pixel_values,
             image_grid_thw=grid_thw,
             pixel_values_latent=pixel_values_latent,
@@ -285,15 +293,30 @@ class Encoder:
     def _patches(self, images: Sequence[bytes], where: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self._image_processor([decode(data, f"{where}_{number}") for number, data in enumerate(images)])
 
-    def _input_ids(self, sample: Sample, num_merged: Sequence[int]) -> torch.Tensor:
-        text = self._train_text(
-            sample.text_input,
-            sample.text_output,
-            len(sample.input_images),
-            len(sample.helper_images),
-            latents=self._stage != "text",
+    def _text(self, sample: Sample, grid_thw: torch.Tensor) -> EncodedText:
+        """The text side of a sample whose input images have these grids; encoded once, as long as it is kept."""
+        num_helpers, grids = len(sample.helper_images), tuple(grid_thw.flatten().tolist())
+        key = (sample.text_input, sample.text_output, num_helpers, grids)
+        if key not in self._kept_texts:
+            if len(self._kept_texts) == MAX_KEPT_TEXTS:
+                self._kept_texts.clear()
+            self._kept_texts[key] = self._encode_text(sample.text_input, sample.text_output, num_helpers, grid_thw)
+        return self._kept_texts[key]
+
+    def _encode_text(self, question: str, answer: str, num_helpers: int, grid_thw: torch.Tensor) -> EncodedText:
+        text = self._train_text(question, answer, len(grid_thw), num_helpers, latents=self._stage != "text")
+        num_merged = self._image_processor.num_merged(grid_thw)
+        input_ids = expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
+        prompt_length = find_prompt_length(input_ids, self._marker)
+        image_mask = input_ids == self.ids.image_pad
+        return EncodedText(
+            input_ids=input_ids,
+            labels=supervised_labels(input_ids, prompt_length, self.ids),
+            position_ids=mrope_positions(image_mask, grid_thw, self._image_processor.merge_size),
+            image_mask=image_mask,
+            latent_mask=input_ids == self.ids.latent_pad,
+            prompt_length=prompt_length,
         )
-        return expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
 
     def _train_text(self, question: str, answer: str, num_inputs: int, num_helpers: int, *, latents: bool) -> str:
         return train_text(

@@ -1,6 +1,7 @@
 """Encoding one sample: ids, labels, masks, positions, against the tokenizer on the full text, and transformers."""
 
 import copy
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from data_tools.build import build
 from mirage_ds.config import Stage
+from mirage_ds.data import encode
 from mirage_ds.data.conversation import load_tokenizer, prompt_text, train_text
-from mirage_ds.data.encode import Encoder, load_encoder, mrope_positions
+from mirage_ds.data.encode import EncodedSample, Encoder, load_encoder, mrope_positions
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import load_manifest
@@ -84,6 +86,31 @@ def test_ids_are_those_of_the_full_text(
     assert tokenizer.decode(supervised) == text[end:].replace(LATENT_PAD, "")
     assert encoded.image_mask.sum() == text.count(IMAGE_PAD) == len(encoded.pixel_values) // 4
     assert encoded.latent_mask.sum() == text.count(LATENT_PAD)
+
+
+def resized(sample: Sample, size: tuple[int, int]) -> Sample:
+    return replace(sample, input_images=(image_bytes(size, seed=1), sample.input_images[1]))
+
+
+@pytest.mark.parametrize("kept", [1, 256])
+def test_samples_that_were_encoded_before_change_nothing(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    image_processor: ImageProcessor,
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Texts are kept: equal ones with other images, other numbers of images, and other answers are told apart."""
+    monkeypatch.setattr(encode, "MAX_KEPT_TEXTS", kept)
+    samples = [make_sample(), resized(make_sample(), (112, 56)), resized(make_sample(), (56, 112))]
+    samples += [make_sample(answer="No slot"), make_sample(answer="No slot", num_helpers=0), make_sample("<image> a")]
+    samples[-1] = replace(samples[-1], input_images=samples[-1].input_images[:1])
+    encoder = Encoder(tiny_tokenizer, image_processor, stage="stage2", latent_size=K)
+    for sample in samples + samples[::-1]:
+        found = encoder(sample)
+        fresh = Encoder(tiny_tokenizer, image_processor, stage="stage2", latent_size=K)(sample)
+        for item in fields(EncodedSample):
+            value, expected = getattr(found, item.name), getattr(fresh, item.name)
+            assert torch.equal(value, expected) if isinstance(value, torch.Tensor) else value == expected
 
 
 @pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])

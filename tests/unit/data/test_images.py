@@ -54,6 +54,17 @@ def test_patches_are_the_resized_normalised_pixels(
     torch.testing.assert_close(patches, torch.from_numpy(np.stack(expected)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(84, 84), (56, 28), (192, 193), (20, 300), (8, 8), (250, 601)])
+def test_patches_are_those_of_transformers(size: tuple[int, int]) -> None:
+    """Bit for bit, with and without resizing."""
+    plain = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=100352)
+    image = decode(image_bytes(size, seed=3), "here")
+    expected = plain([image], return_tensors="pt")
+    patches, grid_thw = ImageProcessor(plain)([image])
+    assert torch.equal(patches, expected["pixel_values"])
+    assert torch.equal(grid_thw, expected["image_grid_thw"])
+
+
 def test_images_follow_each_other(image_processor: ImageProcessor) -> None:
     images = [decode(image_bytes(size), "here") for size in ((56, 56), (84, 112))]
     patches, grid_thw = image_processor(images)
@@ -79,6 +90,13 @@ def test_no_images(image_processor: ImageProcessor) -> None:
 
 def test_a_folder_without_processor_is_named(tmp_path: object) -> None:
     with pytest.raises(ConfigError, match=f"no image processor .{tmp_path}"):
+        ImageProcessor.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("step", ["do_resize", "do_rescale", "do_normalize"])
+def test_a_processor_that_leaves_out_a_step_is_refused(tmp_path: Path, step: str) -> None:
+    Qwen2VLImageProcessorPil(**{step: False}).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"{step} is false .*preprocessor_config.json"):
         ImageProcessor.load(str(tmp_path))
 
 

@@ -21,7 +21,7 @@ def config(*overrides: str) -> Config:
     return load_config(RECIPE, list(overrides))
 
 
-@pytest.mark.parametrize("name", ["zero3.json", "zero3_offload.json"])
+@pytest.mark.parametrize("name", ["zero3.json", "zero3_offload.json", "zero3_tiny.json"])
 def test_shipped_files_leave_no_auto_and_no_default_that_changes_results(name: str) -> None:
     overrides = (
         "train.gradient_clipping=0",
