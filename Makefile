@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
+# Three workers on two cores: the tests of SLURM wait most of the time. A torch thread more than cores makes all slower.
+TESTS := OMP_NUM_THREADS=1 pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
+
 .PHONY: install demo test test-all lint docs
 
 install: $(VENV)/installed
@@ -17,10 +20,10 @@ demo: install
 	python -m launch.demo
 
 test: install
-	pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: install
-	pytest
+	$(TESTS)
 
 lint: install
 	ruff check .

@@ -1,15 +1,14 @@
 """The cases of the distributed tests, and how they are launched: see conftest.py."""
 
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import golden_set
 import launching
+import worker
 
-HERE = Path(__file__).parent
 CUTS = {"2x1x2": (2, 1, 2), "1x2x2": (1, 2, 2), "1x4x1": (1, 4, 1)}
 """Ranks x micro-batch x accumulation: three ways to split the same global batch of 4."""
 FIXED = [[4, 4, 4, 4]]
@@ -93,8 +92,9 @@ def read_outcome(folder: Path, name: str) -> Outcome:
     return Outcome(json.loads((folder / f"{name}.json").read_text()), [json.loads(line) for line in records])
 
 
-def start_cases(ranks: int, cases: list[dict[str, Any]], folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """Launches the worker on cases; returns the process and its log."""
-    listing, log = folder / f"{ranks}.ranks", folder / f"{ranks}.log"
-    listing.write_text(json.dumps(cases))
-    return launching.start(ranks, str(HERE / "worker.py"), str(listing), str(folder), log=log), log
+def start_cases(
+    ranks: int, cases: list[dict[str, Any]], folder: Path, variables: dict[str, str] | None = None
+) -> launching.Ranks:
+    """Starts the worker on cases."""
+    log = folder / f"{ranks}.log"
+    return launching.start(ranks, cases, folder, main=worker.main, log=log, variables=variables)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import launching
 import pytest
 from cases import Outcome, all_cases, read_outcome, start_cases
 
@@ -16,13 +15,11 @@ def test_the_same_losses(
     models: dict[str, str],
     deepspeed_configs: dict[str, str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every loss of 20 steps, and of 5 with the trained tower."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     cases = [case for case in all_cases(models, deepspeed_configs)[2] if case["name"] in CASES]
-    process, log = start_cases(2, cases, tmp_path)
-    launching.finish(process, log, timeout_s=1200)
+    with start_cases(2, cases, tmp_path, {"TRITON_INTERPRET": "1"}) as ranks:
+        ranks.finish(timeout_s=1200)
     for name in CASES:
         plain, interpreted = outcome(name), read_outcome(tmp_path, name)
         assert plain.report["pooling"] == "latent_pool: plain torch on cpu"

@@ -1,6 +1,6 @@
 """Training under ZeRO-3, on 2 ranks and on 1, against the independent loop of plain PyTorch and transformers.
 
-Real launcher, real collectives (gloo), small models; every loss and gradient norm of every step is compared.
+Real processes and collectives (gloo), small models; every loss and gradient norm of every step is compared.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import golden_set
-import launching
 import plain_loop
 import pytest
 from cases import CUTS, FIXED, GATHER_SIZES, VARYING, Outcome, read_outcome, start_cases
@@ -92,8 +91,8 @@ def test_offload(models: dict[str, str], deepspeed_configs: dict[str, str], tmp_
     """zero3_offload.json, parameters and DeepSpeedCPUAdam's states on the host: the losses of the plain loop."""
     shape = {"steps": 5, "accumulation": 2, "latent_sizes": FIXED}
     case = {"name": "offload", "stage": "stage2", "model": models["untied"], **shape}
-    process, log = start_cases(2, [case | {"deepspeed_config": deepspeed_configs["offload"]}], tmp_path)
-    launching.finish(process, log, timeout_s=1200)
+    with start_cases(2, [case | {"deepspeed_config": deepspeed_configs["offload"]}], tmp_path) as ranks:
+        ranks.finish(timeout_s=1200)
     expected = plain(models["untied"], "stage2", "fixed", 5, 4, tuple(rates(5)))
     assert read_outcome(tmp_path, "offload").losses == pytest.approx(expected["losses"], rel=1e-4)
 
