@@ -1,7 +1,6 @@
 """Set-up that several folders share, and how the tests are divided over pytest-xdist's workers.
 
-`make test` runs several files at a time: the tests of a file, and of files that share a slow fixture, stay in one
-worker. Those that take longest come first.
+`make test` runs several files at a time; the tests of a file stay in one worker. Those that take longest come first.
 """
 
 import os
@@ -20,16 +19,15 @@ FIRST = (
     "distributed/test_sharding.py",
     "distributed/test_resume.py",
     "docs/test_blocks.py",
+    "unit/ops/test_interpreted.py",
     "distributed",
 )
-TOGETHER = {"distributed/test_kernels.py": "distributed/test_sharding.py"}
-"""Files that use the same runs."""
 
 
 def place(path: Path) -> tuple[int, str]:
     """Where in the order a file's tests run, and the group that runs them."""
     name = path.relative_to(HERE).as_posix()
-    name = "cluster" if name.startswith("cluster/") else TOGETHER.get(name, name)
+    name = "cluster" if name.startswith("cluster/") else name
     order = [number for number, first in enumerate(FIRST) if name.startswith(first)]
     return (order or [len(FIRST)])[0], name
 

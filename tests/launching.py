@@ -24,7 +24,15 @@ GRACE_S = 20  # between SIGTERM to the ranks that are left, after one has failed
 
 held_ports: list[socket.socket] = []
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["pytest", "tensorboard.summary", "torch.utils.tensorboard", "mirage_ds.train"])
+# What a rank imports on its way, some of it late: DeepSpeed imports torch's compiler when it makes an optimizer.
+forks.set_forkserver_preload(
+    [
+        "pytest",
+        "mirage_ds.train",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    ]
+)
 
 
 def free_port() -> int:
@@ -156,6 +164,7 @@ def _enter(
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout.reconfigure(line_buffering=True)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that is not forked, for its own workers
     os.environ.update(variables)
     os.chdir(cwd)
     main(*arguments)

@@ -1,6 +1,7 @@
 """The cases of the distributed tests run in two starts: one of 2 ranks, one of 1 rank, at the same time."""
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +14,8 @@ from cases import Outcome, all_cases, read_outcome, start_cases
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).parents[2]
+# See tests/interpreted/conftest.py.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_kernels.py"]
 
 
 @pytest.fixture(scope="session")

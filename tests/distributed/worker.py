@@ -44,7 +44,7 @@ class Case:
     model: str
     deepspeed_config: str
     stage: str
-    steps: int = 20
+    steps: int
     micro_batch: int = 1
     accumulation: int = 1
     latent_sizes: list[list[int]] | None = None
