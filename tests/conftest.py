@@ -32,6 +32,7 @@ def place(path: Path) -> tuple[int, str]:
     return (order or [len(FIRST)])[0], name
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {item: place(item.path) for item in items}
     items.sort(key=lambda item: places[item][0])  # a stable sort: else as they were

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForImageTextToText
 
 
-@pytest.fixture(scope="module", params=["drawn", "real"])
+@pytest.fixture(scope="module", params=["drawn", pytest.param("real", marks=pytest.mark.slow)])
 def job(request: pytest.FixtureRequest, shared: Path) -> Path:
     """The folder in which the main job ran."""
     if request.param == "real" and "MIRAGE_VSP_DIR" not in os.environ:
