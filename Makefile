@@ -5,7 +5,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
 # Three workers on two cores: the tests of SLURM wait most of the time. A torch thread more than cores makes all slower.
-TESTS := OMP_NUM_THREADS=1 pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
+TESTS := OMP_NUM_THREADS=1 pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 .PHONY: install demo test test-all lint docs
 

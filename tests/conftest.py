@@ -13,32 +13,31 @@ pytest.register_assert_rewrite("deviations")
 import deviations  # noqa: E402
 from main_job import main_job  # noqa: E402
 
-HERE = Path(__file__).parent
+# The slowest first: SLURM, which waits most of the time, then files that train a lot. All others follow.
 FIRST = (
-    "cluster",  # the slowest by far; one SLURM at a time, and most of its time is waiting
-    "distributed/test_sharding.py",
-    "distributed/test_resume.py",
-    "docs/test_blocks.py",
-    "unit/ops/test_interpreted.py",
-    "distributed",
+    "tests/cluster/",
+    "tests/distributed/test_sharding.py",
+    "tests/distributed/test_resume.py",
+    "tests/docs/test_blocks.py",
+    "tests/unit/ops/test_interpreted.py",
+    "tests/distributed/",
 )
 
 
-def place(path: Path) -> tuple[int, str]:
-    """Where in the order a file's tests run, and the group that runs them."""
-    name = path.relative_to(HERE).as_posix()
-    name = "cluster" if name.startswith("cluster/") else name
-    order = [number for number, first in enumerate(FIRST) if name.startswith(first)]
-    return (order or [len(FIRST)])[0], name
+def place(item: pytest.Item) -> int:
+    """Where in the order a test runs; among equals, as they were."""
+    return next((number for number, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {item: place(item.path) for item in items}
-    items.sort(key=lambda item: places[item][0])  # a stable sort: else as they were
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(places[item][1]))
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    import groups  # here, as pytest-xdist is needed for several workers only
+
+    return groups.Groups(config, log)
 
 
 @pytest.fixture(scope="session")

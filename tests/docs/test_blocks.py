@@ -70,8 +70,7 @@ def run_page(page: str, drawn_job: Path, folder: Path) -> Outcome:
     return Outcome(process.returncode, output)
 
 
-# Each page by itself: they share nothing but what the main job left.
-@pytest.mark.parametrize("page", [pytest.param(page, marks=pytest.mark.xdist_group(page)) for page in PAGES])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(drawn_job: Path, tmp_path: Path, page: str) -> None:
     outcome = run_page(page, drawn_job, tmp_path)
     if outcome.code != 0:
