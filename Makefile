@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-# Three workers on two cores: the tests of SLURM wait most of the time. A torch thread more than cores makes all slower.
+# Three workers for two cores, as the tests of SLURM mostly wait; torch with one thread in each. See tests/conftest.py.
 TESTS := OMP_NUM_THREADS=1 pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 .PHONY: install demo test test-all lint docs
