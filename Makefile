@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
+# Three workers for two cores, as the tests of SLURM mostly wait; torch with one thread in each. See tests/conftest.py.
+TESTS := OMP_NUM_THREADS=1 pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
+
 .PHONY: install demo test test-all versions lint docs
 
 install: $(VENV)/installed
@@ -17,10 +20,10 @@ demo: install
 	python -m launch.demo
 
 test: install
-	pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: install
-	pytest
+	$(TESTS)
 
 # Needs nothing installed but interpreters; each row of docs/versions.md gets an environment of its own.
 versions:

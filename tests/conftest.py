@@ -1,5 +1,9 @@
-"""Set-up that several folders share."""
+"""Set-up that several folders share, and how the tests are divided over pytest-xdist's workers.
 
+`make test` runs several files at a time; the tests of a file stay in one worker. Those that take longest come first.
+"""
+
+import os
 from pathlib import Path
 
 import pytest
@@ -7,13 +11,58 @@ import pytest
 pytest.register_assert_rewrite("deviations")
 
 import deviations  # noqa: E402
-from main_job import run_main_job  # noqa: E402
+from main_job import main_job  # noqa: E402
+
+# The slowest first: SLURM, which waits most of the time, then files that train a lot. All others follow.
+FIRST = (
+    "tests/cluster/",
+    "tests/distributed/test_sharding.py",
+    "tests/distributed/test_resume.py",
+    "tests/docs/test_blocks.py",
+    "tests/unit/ops/test_interpreted.py",
+    "tests/distributed/",
+)
+
+
+def place(item: pytest.Item) -> int:
+    """Where in the order a test runs; among equals, as they were."""
+    return next((number for number, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    import groups  # here, as pytest-xdist is needed for several workers only
+
+    return groups.Groups(config, log)
 
 
 @pytest.fixture(scope="session")
-def drawn_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all of xdist's workers see."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def drawn_job(shared: Path) -> Path:
     """The folder in which the README's main job ran, on rows that are drawn."""
-    return run_main_job(tmp_path_factory.mktemp("drawn"), drawn=True)
+    return main_job(shared, drawn=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands its comparisons to the process that prints the table."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deviations"] = deviations.as_lists()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """A worker has ended; one that crashed has no output."""
+    deviations.merge(getattr(node, "workeroutput", {}).get("deviations", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

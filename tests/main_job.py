@@ -1,5 +1,6 @@
 """The README's main job, its commands as written."""
 
+import fcntl
 import subprocess
 from pathlib import Path
 
@@ -28,12 +29,22 @@ def run(script: str, folder: Path) -> str:
     return result.stdout
 
 
-def run_main_job(folder: Path, *, drawn: bool) -> Path:
-    """On rows that are drawn, or on the reference's own. Returns the folder.
+def main_job(shared: Path, *, drawn: bool) -> Path:
+    """The folder in which it ran, on rows that are drawn or on the reference's own; run by the first that asks.
 
-    The output goes to `folder`/log, the names of what was written into `folder`/runs to `folder`/left.
+    Its output is in the folder's `log`, the names of what it wrote into `runs` are in `left`.
+
+    Args:
+        shared: a folder that all processes of the tests see. They run it one at a time, as DeepSpeed's launcher
+            always takes the same port.
     """
-    drawn_rows, real_rows, job = (block.text for block in main_job_blocks())
-    (folder / "log").write_text(run((drawn_rows if drawn else real_rows) + job, folder))
-    (folder / "left").write_text("\n".join(sorted(path.name for path in (folder / "runs").iterdir())))
+    folder = shared / f"main-job-{'drawn' if drawn else 'real'}"
+    with (shared / "main-job.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "left").exists():
+            assert not folder.exists(), "the main job has failed: read the message of the test that came first"
+            folder.mkdir()
+            drawn_rows, real_rows, job = (block.text for block in main_job_blocks())
+            (folder / "log").write_text(run((drawn_rows if drawn else real_rows) + job, folder))
+            (folder / "left").write_text("\n".join(sorted(path.name for path in (folder / "runs").iterdir())))
     return folder

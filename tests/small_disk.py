@@ -1,51 +1,83 @@
-"""Runs commands on a disk that is full: a small tmpfs, in its own mount namespace.
+"""A disk that is full: a small tmpfs in a mount namespace of its own, and starts that see it.
 
-unshare --map-root-user --mount python small_disk.py DISK BYTES < [{"name", "arguments", "folder"}, ...]
-
-Mounts DISK, starts each command in turn, as forked_starts.py does, and copies DISK to FOLDER/../NAME.disk after it, as
-the disk disappears with its namespace. A start may also have "fill": fill the disk first, and "lie": report free space
-that does not exist, as with a quota.
+A process that sleeps keeps the namespace; the disk disappears with it.
 """
 
-import json
+import ctypes
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import NamedTuple
 
-import forked_starts
+import launching
 
 import data_tools.cli
 import mirage_ds.cli
-import mirage_ds.train
 
+NAMESPACE = ("unshare", "--map-root-user", "--mount")
 MAINS = dict.fromkeys(("build", "make-vsp"), data_tools.cli.main)
 MAINS |= dict.fromkeys(("init", "export", "evaluate"), mirage_ds.cli.main)
-SPARE_BYTES = 16 * 1024  # left free, so that writing can start, unless a start has "spare_bytes"
+
+
+def may_mount() -> bool:
+    try:
+        command = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+class SmallDisk:
+    """A tmpfs of so many bytes at `place`, inside the `with` block, for processes that call `enter` with `pid`."""
+
+    def __init__(self, place: Path, size_bytes: int) -> None:
+        script = f"mount -t tmpfs -o size={size_bytes} tmpfs {place} && echo mounted && exec cat"
+        self.keeper = subprocess.Popen(
+            [*NAMESPACE, "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.keeper.stdout.readline() == "mounted\n"
+        self.pid = self.keeper.pid
+        self.outside = Path(f"/proc/{self.pid}/root{place}")
+        """The same disk, for other processes."""
+
+    def __enter__(self) -> "SmallDisk":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.keeper.communicate()  # the end of its input ends it
+
+    def fill(self, spare_bytes: int) -> None:
+        (self.outside / "filler").write_bytes(bytes(max(0, shutil.disk_usage(self.outside).free - spare_bytes)))
+
+    def empty(self) -> None:
+        """Undoes `fill`."""
+        (self.outside / "filler").unlink(missing_ok=True)
+
+
+def enter(pid: int) -> None:
+    """Moves this process into the namespaces of another one. os.setns needs Python 3.12."""
+    here, libc = Path.cwd(), ctypes.CDLL(None, use_errno=True)
+    for kind in ("user", "mnt"):
+        with Path(f"/proc/{pid}/ns/{kind}").open() as namespace:
+            if libc.setns(namespace.fileno(), 0) != 0:
+                raise OSError(ctypes.get_errno(), f"setns: {kind}")
+    os.chdir(here)
 
 
 class Usage(NamedTuple):
     free: int
 
 
-def start(disk: Path, each: dict[str, Any]) -> int:
-    if each.get("fill"):
-        spare_bytes = each.get("spare_bytes", SPARE_BYTES)
-        (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - spare_bytes)))
-
-    def main() -> None:
-        if each.get("lie"):
-            shutil.disk_usage = lambda path: Usage(free=2**40)
-        MAINS.get(each["arguments"][0], forked_starts.train)()
-
-    code = forked_starts.fork(each, main)
-    shutil.copytree(disk, Path(each["folder"]).parent / f"{each['name']}.disk")
-    (disk / "filler").unlink(missing_ok=True)
-    return code
-
-
-if __name__ == "__main__":
-    disk = Path(sys.argv[1])
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sys.argv[2]}", "tmpfs", str(disk)], check=True)
-    print(json.dumps({each["name"]: start(disk, each) for each in json.load(sys.stdin)}))
+def run(pid: int, lie: bool, *arguments: str) -> None:
+    """A command, or the trainer, on the disk; `lie`: it sees free space that does not exist, as with a quota."""
+    enter(pid)
+    if lie:
+        shutil.disk_usage = lambda path: Usage(free=2**40)
+    if arguments[0] in MAINS:
+        sys.argv = ["command", *arguments]
+        MAINS[arguments[0]]()
+    else:
+        launching.train(*arguments)

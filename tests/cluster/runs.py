@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,15 +111,11 @@ class Ground:
     def unbroken(self, stage: str, name: str, *more: str, until: int) -> list[dict[str, Any]]:
         """The records of an uninterrupted run without a cluster, stopped after step `until`."""
         metrics, log = self.folder / name / "metrics.jsonl", self.folder / f"{name}.log"
-        command = [str(launching.BIN / "mirage-launch"), "local", "--ranks", "2", *self.recipe(stage, name, *more)]
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, env=launching.environment(), stdout=output, stderr=subprocess.STDOUT)
-        try:
-            reached = lambda: process.poll() is not None or len(read(metrics)) >= until  # noqa: E731
+        with launching.start(2, *self.recipe(stage, name, *more), log=log) as ranks:
+            reached = lambda: ranks.code is not None or len(read(metrics)) >= until  # noqa: E731
             wait_until(reached, f"step {until}", START_S + 3 * until, log.read_text)
-        finally:
-            process.terminate()
-        assert process.wait(timeout=START_S) == 0, log.read_text()[-3000:]
+            ranks.send_signal(signal.SIGTERM)
+            ranks.finish(timeout_s=START_S)
         return read(metrics)
 
 

@@ -1,20 +1,21 @@
 """The cases of the distributed tests, and how they are launched: see conftest.py."""
 
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import golden_set
 import launching
+import worker
 
-HERE = Path(__file__).parent
 CUTS = {"2x1x2": (2, 1, 2), "1x2x2": (1, 2, 2), "1x4x1": (1, 4, 1)}
 """Ranks x micro-batch x accumulation: three ways to split the same global batch of 4."""
 FIXED = [[4, 4, 4, 4]]
 VARYING = [[4, 2, 3, 8], [1, 6, 2, 2], [5, 5, 5, 5]]
 """K of each sample of a global batch, step by step."""
+CUT_STEPS = 9  # three rounds of VARYING, over warm-up and decay
+RAGGED_STEPS = 40
 GATHER_SIZES = {"K2": [[2, 2]], "K4": [[4, 4]], "K8": [[8, 8]], "alternating": [[2, 8], [8, 8], [4, 2]]}
 
 
@@ -40,13 +41,13 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
         )
 
     for cut, (ranks, micro_batch, accumulation) in CUTS.items():
-        shape = {"micro_batch": micro_batch, "accumulation": accumulation}
+        shape = {"micro_batch": micro_batch, "accumulation": accumulation, "steps": CUT_STEPS}
         for stage in ("text", "stage1", "stage2"):
             add(ranks, f"{stage}-fixed-untied-{cut}", stage, latent_sizes=FIXED, **shape)
             add(ranks, f"{stage}-varying-tied-{cut}", stage, model="tied", latent_sizes=VARYING, **shape)
     slow = {"lr": 1e-5, "lr_decay": "constant"}
     for stage in ("stage1", "stage2"):
-        add(2, f"{stage}-ragged", stage, steps=100, settings={"train": slow})
+        add(2, f"{stage}-ragged", stage, steps=RAGGED_STEPS, settings={"train": slow})
         trace = golden_set.numbers("trace")[stage]
         add(
             1,
@@ -59,8 +60,9 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
         )
     for name, sizes in GATHER_SIZES.items():
         for gather in ("rollout", "layer"):
-            settings = {"model": {"gather": gather}}
-            add(2, f"{gather}-{name}", "stage2", config="logged", steps=3, latent_sizes=sizes, settings=settings)
+            settings = {"model": {"gather": gather}, "train": {"warmup_steps": 1}}
+            steps = max(2, len(sizes))  # in the first step DeepSpeed records the order of modules
+            add(2, f"{gather}-{name}", "stage2", config="logged", steps=steps, latent_sizes=sizes, settings=settings)
     add(2, "tower", "stage1", steps=5, settings={"model": {"train_tower": True}})
     add(
         2,
@@ -93,8 +95,9 @@ def read_outcome(folder: Path, name: str) -> Outcome:
     return Outcome(json.loads((folder / f"{name}.json").read_text()), [json.loads(line) for line in records])
 
 
-def start_cases(ranks: int, cases: list[dict[str, Any]], folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """Launches the worker on cases; returns the process and its log."""
-    listing, log = folder / f"{ranks}.ranks", folder / f"{ranks}.log"
-    listing.write_text(json.dumps(cases))
-    return launching.start(ranks, str(HERE / "worker.py"), str(listing), str(folder), log=log), log
+def start_cases(
+    ranks: int, cases: list[dict[str, Any]], folder: Path, variables: dict[str, str] | None = None
+) -> launching.Ranks:
+    """Starts the worker on cases."""
+    log = folder / f"{ranks}.log"
+    return launching.start(ranks, cases, folder, main=worker.main, log=log, variables=variables)

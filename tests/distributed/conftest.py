@@ -1,18 +1,21 @@
-"""All cases of the distributed tests run in two launches: one of 2 ranks, one of 1 rank, at the same time.
-
-A launch takes 15 s of imports, a case seconds; so cases.py has all cases, and the tests read their results.
-"""
+"""The cases of the distributed tests run in two starts: one of 2 ranks, one of 1 rank, at the same time."""
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import golden_set
-import launching
 import pytest
 import torch
-from cases import HERE, Outcome, all_cases, read_outcome, start_cases
+from cases import Outcome, all_cases, read_outcome, start_cases
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+ROOT = Path(__file__).parents[2]
+# See tests/interpreted/conftest.py.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_kernels.py"]
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +37,7 @@ def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     """
     folder = tmp_path_factory.mktemp("ds_configs")
     shipped, offload = (
-        json.loads((HERE.parents[1] / "ds_configs" / name).read_text()) for name in ("zero3.json", "zero3_offload.json")
+        json.loads((ROOT / "ds_configs" / name).read_text()) for name in ("zero3.json", "zero3_offload.json")
     )
     small = {
         "reduce_bucket_size": 100_000,
@@ -62,7 +65,8 @@ def outcome(
 ) -> Callable[[str], Outcome]:
     """Runs every case once; returns the outcome of each by name."""
     folder = tmp_path_factory.mktemp("cases")
-    launches = [start_cases(ranks, cases, folder) for ranks, cases in all_cases(models, deepspeed_configs).items()]
-    for process, log in launches:
-        launching.finish(process, log, timeout_s=1500)
+    with ExitStack() as stack:
+        starts = all_cases(models, deepspeed_configs).items()
+        for each in [stack.enter_context(start_cases(ranks, cases, folder)) for ranks, cases in starts]:
+            each.finish(timeout_s=1500)
     return partial(read_outcome, folder)

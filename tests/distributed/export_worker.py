@@ -1,13 +1,9 @@
 """One rank of test_exported_runs.py: trains a few steps, saves, and stores the model's weights and outputs.
 
-    deepspeed --num_accelerators 2 tests/distributed/export_worker.py RUNS.json FOLDER
-
 For each run FOLDER/NAME is its folder, and FOLDER/NAME.pt has, from the ZeRO-3 engine itself, every parameter gathered
 by DeepSpeed, and input, hidden states and logits of one forward pass over text and an image.
 """
 
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,14 +98,8 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
     engine.destroy()
 
 
-def main() -> None:
-    listing, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
+def main(runs: list[dict[str, Any]], folder: Path) -> None:
     device = distributed.init(timeout_s=300)
-    for settings in json.loads(listing.read_text()):
+    for settings in runs:
         run(settings, folder, folder / "rows" / "rows.jsonl", device)
     distributed.shut_down()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

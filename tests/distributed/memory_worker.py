@@ -1,14 +1,11 @@
 """One rank of test_plan_memory.py: trains a small model with the real engine and measures the memory of its tensors.
 
-    deepspeed --num_accelerators 2 tests/distributed/memory_worker.py CASES.json FOLDER
-
 Independent of the formulas in launch/planner/memory.py. It measures the engine's own tensors, the weights and gradients
 that are complete at the hooks of each module, and what the allocator still holds after forward.
 """
 
 import gc
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -155,16 +152,10 @@ def kept(config: Config) -> int:
     return sum(size for size in held if size != RANDOM_STATE_BYTES)
 
 
-def main() -> None:
-    cases, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
+def main(cases: dict[str, Config], folder: Path) -> None:
     distributed.init(timeout_s=300)
-    for name, settings in json.loads(cases.read_text()).items():
-        report = run(Config.model_validate(settings))
+    for name, config in cases.items():
+        report = run(config)
         if distributed.is_main():
             (folder / f"{name}.json").write_text(json.dumps(report))
     distributed.shut_down()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

@@ -28,10 +28,7 @@ pytestmark = [
 
 
 def train(folder: Path, stage: str, *more: str) -> None:
-    log = folder / f"{stage}.log"
     arguments = [
-        "--module",
-        "mirage_ds.train",
         str(ROOT / "launch" / "recipes" / "tiny-stage1.yaml"),
         f"train.stage={stage}",
         f"run.dir={folder / stage}",
@@ -48,7 +45,8 @@ def train(folder: Path, stage: str, *more: str) -> None:
         "train.log_freq=10",
         *more,
     ]
-    launching.finish(launching.start(2, *arguments, log=log), log, timeout_s=1500)
+    with launching.start(2, *arguments, log=folder / f"{stage}.log") as ranks:
+        ranks.finish(timeout_s=1500)
 
 
 def test_ten_real_rows_are_learnt_and_answered(tmp_path: Path) -> None:

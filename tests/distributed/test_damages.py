@@ -2,8 +2,9 @@
 
 import json
 import random
-import subprocess
-import sys
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,46 @@ pytestmark = pytest.mark.slow
 KILLS, DAMAGES = 8, 42
 
 
+def run_pair(main: Callable[..., None], *arguments: object, log: Path) -> str:
+    with launching.start(2, *arguments, main=main, log=log) as pair:
+        return pair.finish(timeout_s=300)
+
+
+def kill_while_saving(folder: Path, rng: random.Random) -> None:
+    """SIGKILL to both ranks, one after the other, at random moments from the first save on."""
+    notes, log = folder / "notes", folder / "log"
+    for _ in range(KILLS):
+        (notes / "saving_0").unlink(missing_ok=True)
+        with launching.start(2, folder / "killed", notes, 10**6, 2, main=damages.save_steps, log=log) as pair:
+            while not (notes / "saving_0").exists():
+                assert pair.code is None, log.read_text()[-3000:]
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.6))
+            for rank in rng.sample(pair.processes, 2):
+                rank.kill()
+                rank.join()
+
+
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder of damages.py, and the damages to each copy of a run."""
+    """The folder with what the ranks loaded, and the damages to each copy of a run."""
     folder, seed = tmp_path_factory.mktemp("damages"), random.randrange(10**6)
     print("seed", seed)
-    result = subprocess.run(
-        [sys.executable, damages.__file__, str(folder), str(seed), str(KILLS), str(DAMAGES)],
-        env=launching.environment() | {"TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions")},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    log = (folder / "log").read_text() if (folder / "log").exists() else ""
-    assert result.returncode == 0, f"seed {seed}: {result.stderr[-3000:]} {log[-3000:]}"
-    return folder, json.loads(result.stdout.splitlines()[-1])
+    rng = random.Random(seed)
+    notes, run, log = folder / "notes", folder / "run", folder / "log"
+    notes.mkdir()
+    kill_while_saving(folder, rng)
+    shutil.copytree(notes, folder / "notes_of_killed")
+    run_pair(damages.load_all, [folder / "killed"], folder / "notes_of_killed", log=log)
+    run_pair(damages.save_steps, run, notes, 3, 3, log=log)
+    run_pair(damages.no_room, run, folder, log=log)
+    runs, done = [], []
+    for number in range(DAMAGES):
+        runs.append(folder / f"damaged_{number}")
+        shutil.copytree(run, runs[-1])
+        done.append(damages.damage(runs[-1], rng))
+    run_pair(damages.load_all, runs, notes, log=log)
+    return folder, done
 
 
 def check(notes: Path, found: list[dict[str, Any]]) -> None:

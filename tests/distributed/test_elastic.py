@@ -5,7 +5,6 @@ Several sub-groups, two parameter groups, and a frozen tower trained by another 
 
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -51,30 +50,26 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(ground: Path, name: str, ranks: int, *more: str) -> tuple[subprocess.Popen[bytes], Path]:
-    log = ground / f"{name}.log"
-    command = [str(launching.BIN / "mirage-launch"), "local", str(ROOT / "launch" / "recipes" / "tiny-stage1.yaml")]
-    command += ["--ranks", str(ranks), f"model.path={ground / 'model'}", f"data.shards={ground / 'shards'}"]
+def start(ground: Path, name: str, ranks: int, *more: str) -> launching.Ranks:
+    command = [str(ROOT / "launch" / "recipes" / "tiny-stage1.yaml")]
+    command += [f"model.path={ground / 'model'}", f"data.shards={ground / 'shards'}"]
     command += [f"run.dir={ground / name}", "run.resume=auto", f"train.max_steps={STEPS}", "data.num_workers=0"]
     command += ["train.global_batch_size=4", "train.gradient_accumulation_steps=null", "checkpoint.keep_latest_k=9"]
     command += [f"distributed.deepspeed_config={ground / 'zero3.json'}", *more]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=launching.environment(), stdout=output, stderr=subprocess.STDOUT)
-    return process, log
+    return launching.start(ranks, *command, log=ground / f"{name}.log")
 
 
 def run(ground: Path, name: str, ranks: int, *more: str, until: int | None = None) -> str:
     """Runs to the end, or to SIGTERM after step `until`; returns the output."""
-    process, log = start(ground, name, ranks, *more)
-    deadline_s = time.monotonic() + 600
-    while process.poll() is None:
-        assert time.monotonic() < deadline_s, log.read_text()[-4000:]
-        if until is not None and last_step(ground / name) >= until:
-            process.send_signal(signal.SIGTERM)
-            until = None
-        time.sleep(0.05)
-    assert process.returncode == 0, log.read_text()[-4000:]
-    return log.read_text()
+    with start(ground, name, ranks, *more) as run:
+        deadline_s = time.monotonic() + 600
+        while run.code is None and until is not None:
+            assert time.monotonic() < deadline_s, run.log.read_text()[-4000:]
+            if last_step(ground / name) >= until:
+                run.send_signal(signal.SIGTERM)
+                until = None
+            time.sleep(0.05)
+        return run.finish(timeout_s=600)
 
 
 def weights(run_dir: Path, ranks: int) -> dict[str, torch.Tensor]:
@@ -140,7 +135,7 @@ def test_the_final_state_of_the_optimizer(ground: Path, chain: list[int]) -> Non
 
 
 def test_another_global_batch_is_refused(ground: Path, chain: list[int]) -> None:
-    process, log = start(ground, "chain", 1, "train.global_batch_size=8")
-    assert process.wait(timeout=600) == 2
-    assert "global_batch_size: 4 -> 8" in log.read_text()
-    assert "train.global_batch_size=4 keeps the global batch with any number of ranks" in log.read_text()
+    with start(ground, "chain", 1, "train.global_batch_size=8") as refused:
+        assert refused.wait(timeout_s=600) == 2
+    assert "global_batch_size: 4 -> 8" in refused.log.read_text()
+    assert "train.global_batch_size=4 keeps the global batch with any number of ranks" in refused.log.read_text()

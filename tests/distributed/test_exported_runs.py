@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import export_worker
 import launching
 import pytest
 import torch
-from cases import HERE
 from generated_rows import write_rows
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -27,7 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, deepspeed_configs: dict[str, str]) -> Path:
-    """A folder with every run and what its engine computed, from one launch of two ranks."""
+    """A folder with every run and what its engine computed, from one start of two ranks."""
     folder = tmp_path_factory.mktemp("export")
     write_tiny(write_rows(folder / "rows"), folder / "model", seed=0)
     shutil.copytree(folder / "model", folder / "model-tied")
@@ -38,11 +38,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, deepspeed_configs: dict[str, 
     sub_groups = json.loads(Path(deepspeed_configs["plain"]).read_text())
     sub_groups["zero_optimization"]["sub_group_size"] = 60_000
     (folder / "deepspeed.json").write_text(json.dumps(sub_groups))
-    listing = folder / "runs.json"
-    listing.write_text(json.dumps([settings(folder, name) for name in RUNS]))
-    log = folder / "log"
-    worker = str(HERE / "export_worker.py")
-    launching.finish(launching.start(2, worker, str(listing), str(folder), log=log), log, timeout_s=1200)
+    wanted = [settings(folder, name) for name in RUNS]
+    with launching.start(2, wanted, folder, main=export_worker.main, log=folder / "log") as ranks:
+        ranks.finish(timeout_s=1200)
     return folder
 
 

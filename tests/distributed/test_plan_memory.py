@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import launching
+import memory_worker
 import pytest
 
 from launch.planner.memory import Memory, estimate_memory, kept_bytes
@@ -42,7 +43,7 @@ BOUNDS = {("stage1-layer", "gathered"), ("stage2-layer-stored", "full_gradients"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, dict[str, Any]]]:
-    """The configuration and the measurements of each case; all in one launch."""
+    """The configuration and the measurements of each case; all in one start of two ranks."""
     folder = tmp_path_factory.mktemp("plan")
     ids = TokenIds(**{name: 1000 + place for place, name in enumerate(TokenIds.__dataclass_fields__)})
     random_model(1024, ids, seed=0).save_pretrained(folder / "model")
@@ -64,10 +65,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, di
                 "distributed": {"deepspeed_config": str(folder / f"{name}.zero.json")},
             }
         )
-    listing, log = folder / "cases.json", folder / "log"
-    listing.write_text(json.dumps({name: config.model_dump(mode="json") for name, config in configs.items()}))
-    process = launching.start(2, str(HERE / "memory_worker.py"), str(listing), str(folder), log=log)
-    launching.finish(process, log, timeout_s=600)
+    with launching.start(2, configs, folder, main=memory_worker.main, log=folder / "log") as ranks:
+        ranks.finish(timeout_s=600)
     return {name: (config, json.loads((folder / f"{name}.json").read_text())) for name, config in configs.items()}
 
 

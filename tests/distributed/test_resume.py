@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+import os
 import signal
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import launching
 import plain_loop
-import psutil
 import pytest
 import torch
 from generated_rows import write_rows
@@ -40,8 +41,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(ground: Path, stage: str, name: str, *more: str) -> list[str]:
     return [
-        "--module",
-        "mirage_ds.train",
         str(ROOT / "launch" / "recipes" / "tiny-stage1.yaml"),
         f"train.stage={stage}",
         f"model.path={ground / 'model'}",
@@ -62,21 +61,12 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def wait_for_step(process: Any, metrics: Path, step: int, log: Path) -> None:
+def wait_for_step(ranks: launching.Ranks, metrics: Path, step: int) -> None:
     deadline = time.monotonic() + 600
     while not any(record["step"] >= step for record in records(metrics)):
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        assert ranks.code is None, ranks.log.read_text()[-3000:]
+        assert time.monotonic() < deadline, ranks.log.read_text()[-3000:]
         time.sleep(0.05)
-
-
-def kill_after(process: Any, metrics: Path, step: int, log: Path) -> None:
-    """SIGKILL to the launcher and everything that it started, as soon as `step` is done."""
-    wait_for_step(process, metrics, step, log)
-    launcher = psutil.Process(process.pid)
-    for victim in [launcher, *launcher.children(recursive=True)]:
-        victim.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def final_weights(run_dir: Path) -> str:
@@ -90,58 +80,58 @@ def final_weights(run_dir: Path) -> str:
     return digest.hexdigest()
 
 
+@pytest.fixture(scope="module")
+def whole(ground: Path) -> Callable[[str], Path]:
+    """The folder of the run of a stage that was never stopped."""
+
+    @cache
+    def run(stage: str) -> Path:
+        more = ("train.deterministic=true", "train.profile_steps=[2, 3]")
+        name = f"{stage}-whole"
+        with launching.start(2, *command(ground, stage, name, *more), log=ground / f"{name}.log") as ranks:
+            ranks.finish(timeout_s=800)
+        return ground / name
+
+    return run
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_killed_and_resumed_is_the_run_that_was_never_stopped(ground: Path, stage: str) -> None:
-    whole, killed = f"{stage}-whole", f"{stage}-killed"
+def test_killed_and_resumed_is_the_run_that_was_never_stopped(
+    ground: Path, whole: Callable[[str], Path], stage: str
+) -> None:
+    killed = f"{stage}-killed"
     log = ground / f"{stage}.log"
-    more = ("train.deterministic=true", "train.profile_steps=[2, 3]")
-    straight = launching.start(2, *command(ground, stage, whole, *more), log=ground / f"{whole}.log")
-    stopped = launching.start(2, *command(ground, stage, killed, "run.resume=auto"), log=log)
-    kill_after(stopped, ground / killed / "metrics.jsonl", KILLED_AFTER, log)
-    launching.finish(straight, ground / f"{whole}.log", timeout_s=800)
-    again = launching.start(2, *command(ground, stage, killed, "run.resume=auto", "data.num_workers=0"), log=log)
-    text = launching.finish(again, log, timeout_s=800)
+    with launching.start(2, *command(ground, stage, killed, "run.resume=auto"), log=log) as stopped:
+        wait_for_step(stopped, ground / killed / "metrics.jsonl", KILLED_AFTER)
+        stopped.kill()
+    more = ("run.resume=auto", "data.num_workers=0")
+    with launching.start(2, *command(ground, stage, killed, *more), log=log) as again:
+        text = again.finish(timeout_s=800)
     assert f"Resuming from {ground / killed}/checkpoints/global_step{INTERVAL}" in text
     assert "changed since the last start: data.num_workers: 1 -> 0" in text
 
-    expected, got = (records(ground / name / "metrics.jsonl") for name in (whole, killed))
+    expected, got = (records(run / "metrics.jsonl") for run in (whole(stage), ground / killed))
     assert [record["step"] for record in got] == list(range(1, STEPS + 1))
     for ours, reference in zip(got, expected, strict=True):
         assert (ours["loss_hex"], ours["position"]) == (reference["loss_hex"], reference["position"])
-    for ours, reference in zip(*(records(ground / name / "validation.jsonl") for name in (killed, whole)), strict=True):
-        assert ours == reference
-    assert final_weights(ground / killed) == final_weights(ground / whole)
+    assert records(ground / killed / "validation.jsonl") == records(whole(stage) / "validation.jsonl")
+    assert final_weights(ground / killed) == final_weights(whole(stage))
 
 
-def ranks_of(process: Any) -> list[psutil.Process]:
-    """The trainer's processes by rank, without their workers, which have the same command line."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if child.ppid() != process.pid and "RANK" in child.environ() and child.parent() not in found:
-            found.append(child)
-    return sorted(found, key=lambda rank: int(rank.environ()["RANK"]))
-
-
-def test_a_signal_to_one_rank_saves_all(ground: Path, tmp_path: Path) -> None:
-    """SIGUSR1 to rank 1 alone, SIGTERM to both while they save; the resumed run has the same bits.
-
-    Needs the uninterrupted run of the first test.
-    """
+def test_a_signal_to_one_rank_saves_all(ground: Path, whole: Callable[[str], Path], tmp_path: Path) -> None:
+    """SIGUSR1 to rank 1 alone, SIGTERM to both while they save; the resumed run has the same bits."""
     run_dir, log = ground / "stage1-asked", tmp_path / "log"
     arguments = command(ground, "stage1", "stage1-asked", "run.resume=auto", "checkpoint.interval=0")
-    asked = launching.start(2, *arguments, log=log)
-    wait_for_step(asked, run_dir / "metrics.jsonl", 3, log)
-    ranks = ranks_of(asked)
-    ranks[1].send_signal(signal.SIGUSR1)
-    while "rank 1: SIGUSR1" not in log.read_text():  # else rank 0, which gets SIGTERM below, may be the first
-        assert asked.poll() is None, log.read_text()[-3000:]
-        time.sleep(0.05)
-    while asked.poll() is None:  # repeatedly, until everything is saved and the ranks have ended
-        for rank in ranks:
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
-    text = launching.finish(asked, log, timeout_s=800)
+    with launching.start(2, *arguments, log=log) as asked:
+        wait_for_step(asked, run_dir / "metrics.jsonl", 3)
+        os.kill(asked.processes[1].pid, signal.SIGUSR1)
+        while "rank 1: SIGUSR1" not in log.read_text():  # else rank 0, which gets SIGTERM below, may be the first
+            assert asked.code is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        while asked.code is None:  # repeatedly, until everything is saved and the ranks have ended
+            asked.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        text = asked.finish(timeout_s=800)
     step = json.loads((run_dir / "preempted").read_text())["step"]
     assert 3 <= step < STEPS
     assert f"rank 1: SIGUSR1: saving and ending after step {step}" in text
@@ -150,20 +140,20 @@ def test_a_signal_to_one_rank_saves_all(ground: Path, tmp_path: Path) -> None:
         beat = json.loads((run_dir / "heartbeat" / f"rank_{number}").read_text())
         assert (beat["step"], beat["host"]) == (step, socket.gethostname())
 
-    launching.finish(launching.start(2, *arguments, log=log), log, timeout_s=800)
+    with launching.start(2, *arguments, log=log) as again:
+        again.finish(timeout_s=800)
     assert not (run_dir / "preempted").exists()
-    expected, got = (records(ground / name / "metrics.jsonl") for name in ("stage1-whole", "stage1-asked"))
+    expected, got = (records(run / "metrics.jsonl") for run in (whole("stage1"), run_dir))
     assert [record["loss_hex"] for record in got] == [record["loss_hex"] for record in expected]
-    assert final_weights(run_dir) == final_weights(ground / "stage1-whole")
+    assert final_weights(run_dir) == final_weights(whole("stage1"))
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_the_validation_loss_is_that_of_the_saved_weights(ground: Path, stage: str, tmp_path: Path) -> None:
-    """The weights of the last checkpoint in plain transformers, sample by sample, in the independent loop.
-
-    Needs the runs of the first test.
-    """
-    run_dir = ground / f"{stage}-whole"
+def test_the_validation_loss_is_that_of_the_saved_weights(
+    ground: Path, whole: Callable[[str], Path], stage: str, tmp_path: Path
+) -> None:
+    """The weights of the last checkpoint in plain transformers, sample by sample, in the independent loop."""
+    run_dir = whole(stage)
     export_checkpoint(run_dir, tmp_path / "model")
     backbone = load_backbone(str(tmp_path / "model"), dtype=torch.float32)
     encoder = load_encoder(str(ground / "model"), stage=stage, latent_size=4)
@@ -178,20 +168,19 @@ def test_the_validation_loss_is_that_of_the_saved_weights(ground: Path, stage: s
     assert last["latent_loss"] == pytest.approx(sum(latent.item() for _, latent in losses) / 5, rel=1e-4)
 
 
-def test_the_profiler_writes_the_configured_steps(ground: Path) -> None:
-    """Needs the runs of the first test."""
+def test_the_profiler_writes_the_configured_steps(whole: Callable[[str], Path]) -> None:
     for rank in (0, 1):
-        trace = json.loads((ground / "stage2-whole" / "profile" / f"rank_{rank}.json").read_text())
+        trace = json.loads((whole("stage2") / "profile" / f"rank_{rank}.json").read_text())
         steps = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep#")}
         assert len(steps) == 2
 
 
-def test_a_change_of_the_mathematics_is_refused(ground: Path, tmp_path: Path) -> None:
-    """On every rank, with one message. Needs the first test; more changes: tests/unit/training/test_run_folder.py."""
+def test_a_change_of_the_mathematics_is_refused(ground: Path, whole: Callable[[str], Path], tmp_path: Path) -> None:
+    """On every rank, with one message; more changes: tests/unit/training/test_run_folder.py."""
     log = tmp_path / "log"
     more = ("run.resume=auto", "train.lr=0.5")
-    process = launching.start(2, *command(ground, "stage1", "stage1-whole", *more), log=log)
-    assert process.wait(timeout=600) != 0
+    with launching.start(2, *command(ground, "stage1", whole("stage1").name, *more), log=log) as ranks:
+        assert ranks.wait(timeout_s=600) == 2
     text = log.read_text()
     assert text.count("train.lr: 0.001 -> 0.5") == 1
     assert "Traceback" not in text

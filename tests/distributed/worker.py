@@ -1,12 +1,9 @@
-"""One rank of the distributed tests: runs cases through the real engine and Trainer. Started by the real launcher.
-
-    deepspeed --num_accelerators 2 tests/distributed/worker.py CASES.json FOLDER
+"""One rank of the distributed tests: runs cases through the real engine and Trainer.
 
 Each case trains a small model on random ragged samples; what it reports goes to FOLDER/NAME.json.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,7 +44,7 @@ class Case:
     model: str
     deepspeed_config: str
     stage: str
-    steps: int = 20
+    steps: int
     micro_batch: int = 1
     accumulation: int = 1
     latent_sizes: list[list[int]] | None = None
@@ -160,17 +157,11 @@ def take_gathered_bytes() -> int:
     return total
 
 
-def main() -> None:
-    cases, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
+def main(cases: list[dict[str, Any]], folder: Path) -> None:
     device = distributed.init(timeout_s=300)
-    for settings in json.loads(cases.read_text()):
+    for settings in cases:
         case = Case(**settings)
         report = run(case, folder, device)
         if distributed.is_main():
             (folder / f"{case.name}.json").write_text(json.dumps(asdict(case) | report))
     distributed.shut_down()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,21 +70,9 @@ def run_page(page: str, drawn_job: Path, folder: Path) -> Outcome:
     return Outcome(process.returncode, output)
 
 
-@pytest.fixture(scope="module")
-def outcomes(
-    request: pytest.FixtureRequest, drawn_job: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Outcome]]]:
-    """What became of each page whose test was asked for: two pages run at a time, as most commands have one process."""
-    wanted = [item for item in request.session.items if item.originalname == test_the_blocks_of_a_page_run.__name__]
-    pages = [item.callspec.params["page"] for item in wanted]
-    pool = ThreadPoolExecutor(max_workers=2)
-    yield {page: pool.submit(run_page, page, drawn_job, tmp_path_factory.mktemp("page")) for page in pages}
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run(outcomes: dict[str, Future[Outcome]], page: str) -> None:
-    outcome = outcomes[page].result()
+def test_the_blocks_of_a_page_run(drawn_job: Path, tmp_path: Path, page: str) -> None:
+    outcome = run_page(page, drawn_job, tmp_path)
     if outcome.code != 0:
         block = [block for block in blocks_to_run(page) if mark(block) in outcome.output][-1]
         output = outcome.output.rpartition(mark(block))[2][-6000:]

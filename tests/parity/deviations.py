@@ -5,7 +5,7 @@ tests/conftest.py prints the table after any session that compared something.
 
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import date
 from importlib.metadata import version
 from typing import Any, Literal
@@ -56,6 +56,17 @@ def check_equal(quantity: str, actual: Any, expected: Any) -> None:
         actual, expected = actual.tolist(), expected.tolist()
     _record(quantity, EXACT, 0.0, float(actual != expected), values)
     assert actual == expected
+
+
+def as_lists() -> list[list[Any]]:
+    """All comparisons of this process, for `merge` in another one."""
+    return [[quantity, *astuple(entry)] for quantity, entry in seen.items()]
+
+
+def merge(compared: list[list[Any]]) -> None:
+    """Adds the comparisons of another process."""
+    for quantity, measure, tolerance, values, worst in compared:
+        _record(quantity, measure, tolerance, worst, values)
 
 
 def _record(quantity: str, measure: str, tolerance: float, worst: float, values: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import forked_starts
+import launching
 import pytest
 from generated_rows import image_bytes, make_row, write_jsonl, write_rows
 from safetensors.torch import load_file, save_file
@@ -313,24 +313,17 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def starts(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, bool]]:
     """Exit code and output of each start, and whether its folder is unchanged."""
     folder = tmp_path_factory.mktemp("starts")
-    started = []
+    outcomes = {}
     for name, case in TRAIN.items():
         place = folder / name / "cwd"
         for part in ("model", "shards"):
             shutil.copytree(ground / part, place / part)
         case.prepare(place)
-        arguments = [str(RECIPE), *OVERRIDES, *case.overrides]
-        started.append({"name": name, "arguments": arguments, "folder": str(place)})
-    before = {start["name"]: contents(Path(start["folder"])) for start in started}
-    codes = forked_starts.run(started, timeout_s=1500)
-    return {
-        start["name"]: (
-            codes[start["name"]],
-            forked_starts.log_of(start).read_text(),
-            contents(Path(start["folder"])) == before[start["name"]],
-        )
-        for start in started
-    }
+        before, log = contents(place), folder / name / "log"
+        with launching.start(1, str(RECIPE), *OVERRIDES, *case.overrides, log=log, cwd=place) as trainer:
+            code = trainer.wait(timeout_s=300)
+        outcomes[name] = (code, log.read_text(), contents(place) == before)
+    return outcomes
 
 
 @pytest.mark.parametrize("name", TRAIN)

@@ -54,3 +54,22 @@ def test_the_table_keeps_the_worst() -> None:
         "| y | 2 | exact | 0 | 0 |",
         "| z | 1 | exact | 0 | DIFFERENT |",
     ]
+
+
+def test_comparisons_of_several_processes_are_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pytest-xdist's workers send them."""
+    sent = []
+    for value in (1.25, 1.5, 1.0):
+        monkeypatch.setattr(deviations, "seen", {})
+        check("x", value, 1.0, 1.0, "absolute")
+        check_equal(f"equal to {value}", value, value)
+        sent.append(deviations.as_lists())
+    monkeypatch.setattr(deviations, "seen", {})
+    for compared in sent:
+        deviations.merge(compared)
+    assert deviations.table()[-4:] == [
+        "| x | 3 | absolute | 1e+00 | 5.0e-01 |",
+        "| equal to 1.25 | 1 | exact | 0 | 0 |",
+        "| equal to 1.5 | 1 | exact | 0 | 0 |",
+        "| equal to 1.0 | 1 | exact | 0 | 0 |",
+    ]

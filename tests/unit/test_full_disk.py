@@ -4,14 +4,12 @@ Two starts see more free space than there is, as with a quota, so that the disk 
 Skips where this user may not mount a tmpfs in a namespace.
 """
 
-import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
-import forked_starts
 import launching
 import pytest
+import small_disk
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from generated_rows import write_jsonl, write_rows
@@ -25,15 +23,7 @@ from mirage_ds.hf.preset import write_tiny
 from mirage_ds.model.backbone import load_backbone
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
-NAMESPACE = ["unshare", "--map-root-user", "--mount"]
-
-
-def may_mount() -> bool:
-    try:
-        command = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-        return subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
+SPARE_BYTES = 16 * 1024  # left free on a full disk, so that writing can start
 
 
 class Outcome:
@@ -70,11 +60,27 @@ def checkpoint_bytes(place: Path) -> int:
 @pytest.fixture(scope="module")
 def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
     """One checkpoint fits on the disk, two do not."""
-    if not may_mount():
+    if not small_disk.may_mount():
         pytest.skip("this user may not mount a tmpfs in a namespace")
     disk, folder = place / "disk", place / "cwd"
     disk.mkdir()
     folder.mkdir()
+    found = {}
+    with small_disk.SmallDisk(disk, int(1.6 * checkpoint_bytes)) as small:
+        for name, (arguments, spare_bytes, lie) in starts(place, disk).items():
+            if spare_bytes is not None:
+                small.fill(spare_bytes)
+            log = place / f"{name}.log"
+            with launching.start(1, small.pid, lie, *arguments, main=small_disk.run, log=log, cwd=folder) as start:
+                code = start.wait(timeout_s=300)
+            shutil.copytree(small.outside, place / f"{name}.disk")
+            small.empty()
+            found[name] = Outcome(place, name, code)
+    return found
+
+
+def starts(place: Path, disk: Path) -> dict[str, tuple[list[str], int | None, bool]]:
+    """Arguments; the bytes that are left free on the disk, None: all; whether more free space than that is seen."""
     run = [
         str(RECIPE),
         f"run.dir={disk}/run",
@@ -89,31 +95,18 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
     model = ["--model", f"{place}/model", "--latent-size", "2", "--max-new-tokens", "2", "--batch-size", "5"]
     evaluation = ["--task", "vsp-spatial-planning", "--data", str(questions), "--output", f"{disk}/results"]
     vsp = ["--output", f"{disk}/vsp", "--num-train", "30", "--num-test", "2", "--levels", "3"]
-    starts = [
-        {"name": "build", "arguments": ["build", "--input", f"{place}/rows/rows.jsonl", "--output", f"{disk}/new"]},
-        {"name": "make-vsp", "arguments": ["make-vsp", *vsp]},
-        {"name": "init", "arguments": ["init", "--from", f"{place}/model", "--output", f"{disk}/copy"]},
-        {"name": "no room at the start", "arguments": run},
-        {"name": "second checkpoint", "arguments": run},
-        {"name": "export", "arguments": ["export", "--checkpoint", f"{disk}/run", "--output", f"{disk}/model"]},
-        {"name": "evaluate", "arguments": ["evaluate", *model, *evaluation]},
-        {"name": "while writing", "arguments": run, "lie": True},
-        {"name": "metrics", "arguments": [*run, "checkpoint.interval=0"], "lie": True, "fill": True, "spare_bytes": 0},
-    ]
-    for start in starts:
-        start["folder"] = str(folder)
-        start["fill"] = start.get("fill", start["name"] not in ("second checkpoint", "while writing"))
-    script = str(Path(forked_starts.__file__).parent / "small_disk.py")
-    result = subprocess.run(
-        [*NAMESPACE, sys.executable, script, str(disk), str(int(1.6 * checkpoint_bytes))],
-        input=json.dumps(starts),
-        env=launching.environment(),
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert result.returncode == 0, result.stderr
-    return {name: Outcome(place, name, code) for name, code in json.loads(result.stdout).items()}
+    export = ["--checkpoint", f"{disk}/run", "--output", f"{disk}/model"]
+    return {
+        "build": (["build", "--input", f"{place}/rows/rows.jsonl", "--output", f"{disk}/new"], SPARE_BYTES, False),
+        "make-vsp": (["make-vsp", *vsp], SPARE_BYTES, False),
+        "init": (["init", "--from", f"{place}/model", "--output", f"{disk}/copy"], SPARE_BYTES, False),
+        "no room at the start": (run, SPARE_BYTES, False),
+        "second checkpoint": (run, None, False),
+        "export": (["export", *export], SPARE_BYTES, False),
+        "evaluate": (["evaluate", *model, *evaluation], SPARE_BYTES, False),
+        "while writing": (run, None, True),
+        "metrics": ([*run, "checkpoint.interval=0"], 0, True),
+    }
 
 
 def check_undamaged(run: Path, checkpoint_bytes: int) -> None:

@@ -1,14 +1,18 @@
-"""Runs tests/interpreted in a separate process: see its conftest.py."""
+"""Runs the tests of the interpreted kernels, each in a separate process: see tests/interpreted/conftest.py."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_kernels_interpreted() -> None:
-    folder = Path(__file__).parents[2] / "interpreted"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+TESTS = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("path", ["interpreted", "distributed/test_kernels.py"])
+def test_kernels_interpreted(path: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / path)]
     run = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -2,56 +2,49 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import launching
 import pytest
 import torch
+import torch.distributed
 
-from mirage_ds.training.lost_peer import is_lost_peer
-
-# Rank 1 leaves once both are there; rank 0 waits for it in a collective of gloo's.
-TWO_RANKS = """
-import os, sys
-import torch, torch.distributed as dist
-from mirage_ds.training.lost_peer import is_lost_peer
-
-rank = 0 if os.fork() else 1
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
-dist.barrier()
-if rank == 1:
-    os._exit(2)
-try:
-    dist.all_reduce(torch.zeros(1))
-except RuntimeError as error:
-    print(is_lost_peer(error), error)
-"""
-
-LEAVE = """
-import sys
 from mirage_ds.training import early_end, lost_peer
-early_end.listen()
-print("ready", flush=True)
-lost_peer.leave(RuntimeError("Connection closed by peer [127.0.0.1]:1\\nmore"), patience_s=float(sys.argv[1]))
-"""
+from mirage_ds.training.lost_peer import is_lost_peer
+
+MESSAGE = "error: rank 3 cannot continue: Connection closed by peer [127.0.0.1]:1\n"
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", *arguments],
-        env=launching.environment() | {"RANK": "3"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def wait_for_rank_1() -> None:
+    """Rank 1 leaves once both are there; rank 0 waits for it in a collective of gloo's."""
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    if os.environ["RANK"] == "1":
+        os._exit(0)
+    try:
+        torch.distributed.all_reduce(torch.zeros(1))
+    except RuntimeError as error:
+        print(is_lost_peer(error), error)
+
+
+def leave(patience_s: float, heard: int | None = None, ago_s: float = 0) -> None:
+    """After it has heard a signal, so many seconds ago."""
+    early_end.listen()
+    if heard is not None:
+        os.kill(os.getpid(), heard)
+        time.sleep(ago_s)
+    print("ready")
+    lost_peer.leave(RuntimeError("Connection closed by peer [127.0.0.1]:1\nmore"), patience_s=patience_s)
+
+
+def start(log: Path, *arguments: float) -> launching.Ranks:
+    return launching.start(1, *arguments, main=leave, log=log, variables={"RANK": "3"})
 
 
 def test_a_real_peer_that_left_is_known(tmp_path: Path) -> None:
-    output, errors = start(TWO_RANKS, str(tmp_path / "store")).communicate(timeout=600)
-    assert output.startswith("True "), output + errors
+    with launching.start(2, main=wait_for_rank_1, log=tmp_path / "log") as ranks:
+        assert ranks.finish(timeout_s=600).startswith("True ")
 
 
 @pytest.mark.parametrize(
@@ -79,28 +72,26 @@ def test_a_connection_to_somewhere_else_is_no_peer(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_silent_if_the_launcher_ends_it(before: bool) -> None:
+def test_silent_if_the_launcher_ends_it(tmp_path: Path, before: bool) -> None:
     """The launcher's signal may come before the collective fails, or after."""
-    code = LEAVE.replace("print(", "import os; os.kill(os.getpid(), 15); print(", 1) if before else LEAVE
-    process = start(code, "600")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    if not before:
-        time.sleep(0.2)  # it most likely waits by now; the signal would be heard as well if it did not
-        os.kill(process.pid, signal.SIGTERM)
-    output, errors = process.communicate(timeout=600)
-    assert (process.returncode, output, errors) == (1, "", "")
+    with start(tmp_path / "log", 600, *([signal.SIGTERM] if before else [])) as ranks:
+        while ranks.code is None and "ready" not in ranks.log.read_text():
+            time.sleep(0.05)
+        if not before:
+            time.sleep(0.2)  # it most likely waits by now; the signal would be heard as well if it did not
+            ranks.send_signal(signal.SIGTERM)
+        assert ranks.wait(timeout_s=600) == 1
+    assert ranks.log.read_text() == "ready\n"
 
 
-def test_a_signal_of_long_ago_is_not_the_launchers() -> None:
+def test_a_signal_of_long_ago_is_not_the_launchers(tmp_path: Path) -> None:
     """The run was asked to save, and while it saves a connection breaks: that must not end silently."""
-    code = LEAVE.replace("print(", "import os, time; os.kill(os.getpid(), 10); time.sleep(0.4); print(", 1)
-    errors = start(code, "0.2").communicate(timeout=600)[1]
-    assert errors == "error: rank 3 cannot continue: Connection closed by peer [127.0.0.1]:1\n"
+    with start(tmp_path / "log", 0.2, signal.SIGUSR1, 0.4) as ranks:
+        assert ranks.wait(timeout_s=600) == 1
+    assert ranks.log.read_text() == "ready\n" + MESSAGE
 
 
-def test_one_line_if_nobody_ends_it() -> None:
-    process = start(LEAVE, "0.1")
-    errors = process.communicate(timeout=600)[1]
-    assert process.returncode == 1
-    assert errors == "error: rank 3 cannot continue: Connection closed by peer [127.0.0.1]:1\n"
+def test_one_line_if_nobody_ends_it(tmp_path: Path) -> None:
+    with start(tmp_path / "log", 0.1) as ranks:
+        assert ranks.wait(timeout_s=600) == 1
+    assert ranks.log.read_text() == "ready\n" + MESSAGE
