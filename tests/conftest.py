@@ -13,14 +13,15 @@ pytest.register_assert_rewrite("deviations")
 import deviations  # noqa: E402
 from main_job import main_job  # noqa: E402
 
-# The slowest first: SLURM, which waits most of the time, then files that train a lot. All others follow.
+# The slowest first: SLURM, which waits most of the time, then files that train a lot. All others follow. The README's
+# main job runs first of all, for SLURM; what else needs it comes late enough not to wait.
 FIRST = (
     "tests/cluster/",
     "tests/distributed/test_sharding.py",
     "tests/distributed/test_resume.py",
-    "tests/docs/test_blocks.py",
     "tests/unit/ops/test_interpreted.py",
     "tests/distributed/",
+    "tests/docs/test_blocks.py",
 )
 
 
