@@ -241,8 +241,10 @@ def run_matrix(matrix: list[Cell], results: Path, page: Path, make_run: Callable
             log = results / f"{cell.name}.log"
             log.unlink(missing_ok=True)
             path.write_text(json.dumps(run_cell(cell, results, make_run(log)), indent=1))
-        done = [results / f"{cell.name}.json" for cell in matrix]
-        page.write_text(version_page.page([json.loads(path.read_text()) for path in done if path.exists()]))
+        stored = {each: results / f"{each.name}.json" for each in matrix}
+        done = [json.loads(path.read_text()) for path in stored.values() if path.exists()]
+        missing = [asdict(each) for each, path in stored.items() if not path.exists()]
+        page.write_text(version_page.page(done, missing))
 
 
 if __name__ == "__main__":

@@ -28,14 +28,16 @@ the results of the rows are stored; a row that has a result is not run again. Th
 ```bash
 make versions
 ```
-
 """
 COLUMNS = ("Python", "torch", "DeepSpeed", "transformers", "tokenizers", "huggingface_hub")
 CHECKS = ("parity", "decoding", "two ranks")
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """The page in Markdown. The first result is the one that the losses of the others are compared with."""
+def page(results: list[dict[str, Any]], missing: list[dict[str, Any]]) -> str:
+    """The page in Markdown. The first result is the one that the losses of the others are compared with.
+
+    `missing` are the cells without a result.
+    """
     machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
     lines = [
         INTRODUCTION.format(machines=machines, tolerance=LOSS_TOLERANCE),
@@ -51,8 +53,10 @@ def page(results: list[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join([*versions(result), *shown, result["date"], result["commit"]]) + " |")
         for reason in dict.fromkeys(filter(None, reasons.values())):
             failed = " and ".join(check for check in CHECKS if reasons[check] == reason)
-            failures.append(f"- {describe(result)}; {failed}: {code(reason)}")
+            failures.append(f"- {describe(result['cell'])}; {failed}: {code(reason)}")
     lines += ["", "## What failed", "", *(failures or ["Nothing."]), ""]
+    if missing:
+        lines += ["## What has not run yet", "", *(f"- {describe(cell)}" for cell in missing), ""]
     return "\n".join(lines)
 
 
@@ -62,9 +66,9 @@ def versions(result: dict[str, Any]) -> list[str]:
     return [found.get(column.lower(), "") for column in COLUMNS]
 
 
-def describe(result: dict[str, Any]) -> str:
+def describe(cell: dict[str, str]) -> str:
     """The versions that the matrix varies, in words."""
-    return ", ".join(f"{column} {version}" for column, version in zip(COLUMNS, result["cell"].values(), strict=False))
+    return ", ".join(f"{column} {version}" for column, version in zip(COLUMNS, cell.values(), strict=False))
 
 
 def failure(check: str, result: dict[str, Any], first: dict[str, Any]) -> str:
