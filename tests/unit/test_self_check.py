@@ -23,7 +23,7 @@ def samples(answers=self_check.ANSWERS) -> list[dict]:
 
 
 def test_the_loss_is_that_without_a_cache() -> None:
-    """One row at a time, the growing prefix computed anew for each latent, with transformers' own positions."""
+    """One row at a time, the growing prefix computed again for each latent, with transformers' own positions."""
     model = self_check.tiny_backbone().hf.double()
     loss = sum(plain_loop.sample_losses(model, sample, "stage2")[0] for sample in samples())
     loss.backward()

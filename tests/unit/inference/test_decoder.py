@@ -90,8 +90,8 @@ def test_a_batch_ends_with_its_last_row(model: str, questions: Path, monkeypatch
     everything = decoder.generate(collate(rows, align_latents=True))
     ending = [row for row, found in zip(rows, everything, strict=True) if len(found.ids) < 40]
     calls = []
-    step = decoder.step
-    monkeypatch.setattr(decoder, "step", lambda *inputs: calls.append(inputs) or step(*inputs))
+    step = decoder.backbone.step
+    monkeypatch.setattr(decoder.backbone, "step", lambda *inputs: calls.append(inputs) or step(*inputs))
     found = decoder.generate(collate(ending, align_latents=True))
     assert len({len(row.ids) for row in found}) >= 3
     assert len(calls) == max(len(row.ids) for row in found) < 40
@@ -103,8 +103,8 @@ def test_a_batch_that_is_cut_off_wastes_no_forward(
 ) -> None:
     decoder, encoder = load(model, max_new_tokens=5)
     calls = []
-    step = decoder.step
-    monkeypatch.setattr(decoder, "step", lambda *inputs: calls.append(inputs) or step(*inputs))
+    step = decoder.backbone.step
+    monkeypatch.setattr(decoder.backbone, "step", lambda *inputs: calls.append(inputs) or step(*inputs))
     found = decoder.generate(collate(prompts(encoder, questions), align_latents=True))
     assert max(len(row.ids) for row in found) == len(calls) == 5
 
