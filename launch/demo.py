@@ -84,10 +84,14 @@ class Demo:
             name, *arguments = [str(word) for word in command]
             self.console.print(f"$ {' '.join([name, *arguments])}", style="bold", highlight=False, soft_wrap=True)
             running.append((name, subprocess.Popen([str(Path(sys.executable).parent / name), *arguments])))
-        codes = [(name, process.wait()) for name, process in running]
-        for name, code in codes:
-            if code:
-                raise SystemExit(f"`{name}` failed with exit code {code}; its message is above")
+        try:
+            for name, process in running:
+                if code := process.wait():
+                    raise SystemExit(f"`{name}` failed with exit code {code}; its message is above")
+        finally:
+            for _, process in running:
+                process.terminate()
+                process.wait()
 
     def make_maps(self) -> None:
         rows = self.output / "rows"

@@ -2,7 +2,7 @@
 
 A version that nobody tried, or a patched one, may compute something else and raise no error: other positions, another
 mask, a cache that is not used. What is computed of two rows, with an image, padding and different numbers of latents,
-depends on all of these. The true values were worked out without a cache, without padding and in float64
+depends on all of these. The true values were worked out without a cache and without padding
 (tests/unit/test_self_check.py does so again), with weights that depend on no random generator.
 """
 
@@ -23,6 +23,7 @@ from mirage_ds.model.backbone import Backbone, random_model
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.model.targets import Tower, build_inputs_embeds
 from mirage_ds.tokens import IGNORE_INDEX, TokenIds
+from mirage_ds.versions import TESTED
 
 LOSS, GRAD_NORM, DECODING_LOSS = 10.930518, 22.100545, 8.0762965
 TOLERANCE = 1e-4  # relative; float32 deviates by about 1e-6
@@ -60,7 +61,7 @@ def check_training() -> None:
     Raises:
         ConfigError: they are not what they should be, or cannot be computed.
     """
-    compare("training", stage2_loss, {"loss": LOSS, "gradient norm": GRAD_NORM})
+    refuse_deviations("training", stage2_loss, {"loss": LOSS, "gradient norm": GRAD_NORM})
 
 
 def check_decoding() -> None:
@@ -69,36 +70,44 @@ def check_decoding() -> None:
     Raises:
         ConfigError: their states are not what they should be, or cannot be computed.
     """
-    compare("decoding", decoding_loss, {"loss": DECODING_LOSS})
+    refuse_deviations("decoding", decoding_loss, {"loss": DECODING_LOSS})
 
 
-def compare(what: str, compute: Callable[[], dict[str, float]], true: dict[str, float]) -> None:
+def refuse_deviations(what: str, compute: Callable[[], dict[str, float]], true: dict[str, float]) -> None:
     """Refuses packages with which a tiny model computes other values than the true ones, or none.
 
     Raises:
         ConfigError: it names the versions.
     """
-    installed = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
-    where = f"in the self-check with a tiny model, {installed}"
-    remedy = "install versions that docs/versions.md lists, unmodified: pip install -c constraints.txt -e ."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for matrices this small, threads that share cores with other ranks take seconds
     try:
         found = compute()
-    except Exception as error:
+    except Exception as error:  # whatever a changed interface leads to
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"the installed packages cannot do {what} ({where}): {type(error).__name__}: {error} ({frame.filename}, "
-            f"line {frame.lineno}); their interface must be that of the tested versions; {remedy}"
+        raise refusal(
+            f"cannot do {what}",
+            f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno}); expected the interface of the "
+            "tested versions",
         ) from error
     finally:
         torch.set_num_threads(threads)
     for name, value in true.items():
         if not math.isclose(found[name], value, rel_tol=TOLERANCE):
-            raise ConfigError(
-                f"the installed packages compute something else in {what} ({where}): the {name} is {found[name]:.6f}; "
-                f"expected {value:.6f}, and a relative deviation of at most {TOLERANCE:.0e}; {remedy}"
+            raise refusal(
+                f"compute something else in {what}",
+                f"the {name} is {found[name]:.6f}; expected {value:.6f}, and a relative deviation of at most "
+                f"{TOLERANCE:.0e}",
             )
+
+
+def refusal(problem: str, found: str) -> ConfigError:
+    """The error, with the versions that have this problem."""
+    installed = ", ".join(f"{name} {version(name)}" for name in TESTED)
+    return ConfigError(
+        f"the installed packages {problem} (in the self-check with a tiny model; {installed}): {found}; install "
+        "versions that docs/versions.md lists, unmodified: pip install -c constraints.txt -e ."
+    )
 
 
 def stage2_loss() -> dict[str, float]:

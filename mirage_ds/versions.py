@@ -1,7 +1,8 @@
 """Which versions run, and whether they were tested. Imports neither torch nor transformers: it is called before them.
 
-setup.cfg owns the tested ranges; a package's own metadata repeats them. Older versions, and those known to be wrong,
-are refused. A newer one runs after a line of warning; self_check.py, at every start, compares what it computes.
+docs/versions.md lists what was tested. setup.cfg owns the oldest of these versions, which a package's own metadata
+repeats: older ones are refused, and so are those known to be wrong. A newer one than NEWEST_TESTED runs after a line of
+warning; self_check.py, at every start, compares what it computes.
 """
 
 import os
@@ -17,6 +18,7 @@ from packaging.version import Version
 from mirage_ds.errors import ConfigError, MirageError, leave
 
 TESTED = ("torch", "deepspeed", "transformers")  # they decide a run's numbers
+NEWEST_TESTED = {"torch": Version("2.14.1"), "deepspeed": Version("0.19.8"), "transformers": Version("5.24.0")}
 # Versions that raise no error and compute something else, and what.
 KNOWN_BAD = {"transformers": {">=5.3,<5.5.4": "gives images wrong positions"}}
 REMEDY = "install tested versions with pip install -c constraints.txt -e ."
@@ -37,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def tested_ranges() -> dict[str, SpecifierSet]:
-    """The tested versions of each package of TESTED.
+    """The versions of each package of TESTED that are not too old.
 
     Raises:
         ConfigError: mirage_ds itself is not installed.
@@ -72,27 +74,17 @@ def unsuitable(name: str, tested: SpecifierSet) -> str | None:
     for bad, reason in KNOWN_BAD.get(name, {}).items():
         if SpecifierSet(bad).contains(installed, prereleases=True):
             return f"{name} {installed} {reason}, as {bad} does"
-    if not tested.contains(installed, prereleases=True) and not is_newer(installed, tested):
+    if not tested.contains(installed, prereleases=True):
         return f"{name} is {installed}, tested is {tested}"
     return None
-
-
-def newest(tested: SpecifierSet) -> Version:
-    """The upper end of a range."""
-    return max(Version(clause.version) for clause in tested if clause.operator == "<=")
-
-
-def is_newer(installed: str, tested: SpecifierSet) -> bool:
-    """Whether a version lies above the range; a local label (+cu130) does not count."""
-    return Version(Version(installed).public) > newest(tested)
 
 
 def newer_than_tested() -> str | None:
     """Which installed packages are newer than anything that was tested, as a sentence."""
     newer = [
-        f"{name} {version(name)} (tested up to {newest(tested)})"
-        for name, tested in tested_ranges().items()
-        if is_newer(version(name), tested)
+        f"{name} {version(name)} (tested up to {tested})"
+        for name, tested in NEWEST_TESTED.items()
+        if Version(Version(version(name)).public) > tested  # a local label (+cu130) does not count
     ]
     return f"newer than what was tested: {', '.join(newer)}" if newer else None
 
@@ -103,7 +95,7 @@ def warn_if_newer() -> None:
     if rank == "0" and (newer := newer_than_tested()):
         print(
             f"warning: {newer}; the self-check at the start compares what torch and transformers compute, but nothing "
-            f"of DeepSpeed; if in doubt, {REMEDY}",
+            f"that DeepSpeed shards; if in doubt, {REMEDY}",
             file=sys.stderr,
             flush=True,
         )

@@ -13,8 +13,8 @@ pytest.register_assert_rewrite("deviations")
 import deviations  # noqa: E402
 from main_job import main_job  # noqa: E402
 
-# The slowest first: SLURM, which waits most of the time, then files that train a lot. All others follow. The README's
-# main job runs first of all, for SLURM; what else needs it comes late enough not to wait.
+# The slowest first: SLURM, which waits most of the time, then files that train a lot. All others follow. The first test
+# of SLURM runs the README's main job, to compare with; what else needs it comes late enough not to wait.
 FIRST = (
     "tests/cluster/",
     "tests/distributed/test_sharding.py",

@@ -81,12 +81,11 @@ class Ranks:
                     os.kill(process.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL to every rank that still runs, and to its workers."""
+        """SIGKILL to every rank that still runs, and to the workers of all."""
         for process in self.processes:
-            if process.is_alive():
-                process.kill()
-                with suppress(ProcessLookupError):  # it has just begun or ended
-                    os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            with suppress(ProcessLookupError):  # it has just begun, or has ended and left no worker
+                os.killpg(process.pid, signal.SIGKILL)
             process.join()
 
     def wait(self, timeout_s: float) -> int:
@@ -94,7 +93,8 @@ class Ranks:
         end_s = time.monotonic() + timeout_s
         while self.code is None:
             running = [process.sentinel for process in self.processes if process.exitcode is None]
-            if not wait(running, timeout=end_s - time.monotonic()):
+            # Empty if the last one has just ended; waiting for nothing would last to the end.
+            if running and not wait(running, timeout=end_s - time.monotonic()):
                 raise AssertionError(f"not finished after {timeout_s} s:\n{self.log.read_text()[-4000:]}")
         code = self.code
         if code:
@@ -112,7 +112,7 @@ class Ranks:
 
 
 def train(*arguments: str) -> None:
-    """What `python -m mirage_ds.train ARGUMENTS` does."""
+    """What `python -m mirage_ds.train ARGUMENTS` does, but for the check of versions."""
     from mirage_ds import library_noise
     from mirage_ds.train import run
     from mirage_ds.training import early_end
@@ -146,10 +146,11 @@ def start(
         common |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     log.write_text("")
     started = Ranks([], log)
-    with mock.patch.dict(os.environ, environment()):  # what the preloaded process begins with
+    with mock.patch.dict(os.environ, environment()):  # what the preloaded process imports with
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            process = forks.Process(target=_enter, args=(common | own, log, cwd or Path.cwd(), main, arguments))
+            begin = (os.environ | common | own, log, cwd or Path.cwd(), main, arguments)
+            process = forks.Process(target=_enter, args=begin)
             process.start()
             started.processes.append(process)
     return started
@@ -165,6 +166,7 @@ def _enter(
     os.dup2(output, 2)
     sys.stdout.reconfigure(line_buffering=True)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that is not forked, for its own workers
+    os.environ.clear()  # the preloaded process has that of the first start
     os.environ.update(variables)
     os.chdir(cwd)
     main(*arguments)

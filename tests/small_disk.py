@@ -71,10 +71,10 @@ class Usage(NamedTuple):
     free: int
 
 
-def run(pid: int, lie: bool, *arguments: str) -> None:
-    """A command, or the trainer, on the disk; `lie`: it sees free space that does not exist, as with a quota."""
+def run(pid: int, hides_shortage: bool, *arguments: str) -> None:
+    """A command, or the trainer, on the disk; `hides_shortage`: it sees free space that does not exist."""
     enter(pid)
-    if lie:
+    if hides_shortage:
         shutil.disk_usage = lambda path: Usage(free=2**40)
     if arguments[0] in MAINS:
         sys.argv = ["command", *arguments]

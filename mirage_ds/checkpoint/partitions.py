@@ -187,7 +187,7 @@ def _load_meta(file: Path) -> dict[str, Any]:
     try:
         safe = torch.serialization.safe_globals([ZeroStageEnum, LossScaler, (_zero_stage, "builtins.getattr")])
         with FakeTensorMode(), safe:
-            content: dict[str, Any] = torch.load(file, weights_only=True)
+            content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise _damaged(file, "it contains objects that DeepSpeed does not write") from error
     except (OSError, RuntimeError, EOFError) as error:

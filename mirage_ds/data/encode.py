@@ -26,8 +26,9 @@ from mirage_ds.tokens import (
     TokenIds,
 )
 
-# Texts that an encoder keeps encoded: rows of one task often have the same question and one of a few answers.
-MAX_KEPT_TEXTS = 256
+# Of the texts that an encoder keeps encoded, in all: rows of one task often have the same question and one of a few
+# answers. A token takes 42 bytes.
+MAX_KEPT_TOKENS = 2**16
 
 
 class EncodedText(NamedTuple):
@@ -179,6 +180,7 @@ class Encoder:
         self._compress_strategy = compress_strategy
         self._marker = self._tokenize(ASSISTANT_MARKER)
         self._kept_texts: dict[tuple[object, ...], EncodedText] = {}
+        self._kept_tokens = 0
         self._check_template()
 
     def __call__(self, sample: Sample) -> EncodedSample:
@@ -194,7 +196,6 @@ class Encoder:
         pixel_values_latent, grid_thw_latent = self._patches(helper_images, f"{sample.key}.helper")
         self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sample.key)
         text = self._text(sample, grid_thw)
-        self._check_length(len(text.input_ids), sample.key)
         return EncodedSample(
             key=sample.key,
             **text._asdict(),
@@ -298,15 +299,21 @@ class Encoder:
         num_helpers, grids = len(sample.helper_images), tuple(grid_thw.flatten().tolist())
         key = (sample.text_input, sample.text_output, num_helpers, grids)
         if key not in self._kept_texts:
-            if len(self._kept_texts) == MAX_KEPT_TEXTS:
+            text = self._encode_text(sample, num_helpers, grid_thw)
+            self._kept_tokens += len(text.input_ids)
+            if self._kept_tokens > MAX_KEPT_TOKENS:
                 self._kept_texts.clear()
-            self._kept_texts[key] = self._encode_text(sample.text_input, sample.text_output, num_helpers, grid_thw)
+                self._kept_tokens = len(text.input_ids)
+            self._kept_texts[key] = text
         return self._kept_texts[key]
 
-    def _encode_text(self, question: str, answer: str, num_helpers: int, grid_thw: torch.Tensor) -> EncodedText:
-        text = self._train_text(question, answer, len(grid_thw), num_helpers, latents=self._stage != "text")
+    def _encode_text(self, sample: Sample, num_helpers: int, grid_thw: torch.Tensor) -> EncodedText:
+        text = self._train_text(
+            sample.text_input, sample.text_output, len(grid_thw), num_helpers, latents=self._stage != "text"
+        )
         num_merged = self._image_processor.num_merged(grid_thw)
         input_ids = expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
+        self._check_length(len(input_ids), sample.key)
         prompt_length = find_prompt_length(input_ids, self._marker)
         image_mask = input_ids == self.ids.image_pad
         return EncodedText(

@@ -5,15 +5,17 @@ A Batch has the weights of the averages: 1 / (supervised tokens of the sample) f
 whatever the padding.
 """
 
+import deepspeed
 import torch
+from packaging.version import Version
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.ops.latent_pool_definition import EPS
 
-try:
+if Version(deepspeed.__version__) >= Version("0.19.8"):
     from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy as cross_entropy
-except ModuleNotFoundError:  # DeepSpeed before 0.19.8: the same values, with float32 copies of a block's logits
+else:  # older ones have none; the same values, with float32 copies of a block's logits
 
     def cross_entropy(logits: torch.Tensor, target_ids: torch.Tensor, reduction: str) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits.float(), target_ids, reduction=reduction)

@@ -6,6 +6,7 @@ Skips where this user may not mount a tmpfs in a namespace.
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import launching
 import pytest
@@ -67,11 +68,13 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
     folder.mkdir()
     found = {}
     with small_disk.SmallDisk(disk, int(1.6 * checkpoint_bytes)) as small:
-        for name, (arguments, spare_bytes, lie) in starts(place, disk).items():
+        for name, (arguments, spare_bytes, hides_shortage) in starts(place, disk).items():
             if spare_bytes is not None:
                 small.fill(spare_bytes)
             log = place / f"{name}.log"
-            with launching.start(1, small.pid, lie, *arguments, main=small_disk.run, log=log, cwd=folder) as start:
+            with launching.start(
+                1, small.pid, hides_shortage, *arguments, main=small_disk.run, log=log, cwd=folder
+            ) as start:
                 code = start.wait(timeout_s=300)
             shutil.copytree(small.outside, place / f"{name}.disk")
             small.empty()
@@ -79,8 +82,15 @@ def outcomes(place: Path, checkpoint_bytes: int) -> dict[str, Outcome]:
     return found
 
 
-def starts(place: Path, disk: Path) -> dict[str, tuple[list[str], int | None, bool]]:
-    """Arguments; the bytes that are left free on the disk, None: all; whether more free space than that is seen."""
+class Start(NamedTuple):
+    """A command on the small disk."""
+
+    arguments: list[str]
+    spare_bytes: int | None  # that are left free on the disk; None: all
+    hides_shortage: bool = False  # more free space than that is seen, as with a quota
+
+
+def starts(place: Path, disk: Path) -> dict[str, Start]:
     run = [
         str(RECIPE),
         f"run.dir={disk}/run",
@@ -97,15 +107,15 @@ def starts(place: Path, disk: Path) -> dict[str, tuple[list[str], int | None, bo
     vsp = ["--output", f"{disk}/vsp", "--num-train", "30", "--num-test", "2", "--levels", "3"]
     export = ["--checkpoint", f"{disk}/run", "--output", f"{disk}/model"]
     return {
-        "build": (["build", "--input", f"{place}/rows/rows.jsonl", "--output", f"{disk}/new"], SPARE_BYTES, False),
-        "make-vsp": (["make-vsp", *vsp], SPARE_BYTES, False),
-        "init": (["init", "--from", f"{place}/model", "--output", f"{disk}/copy"], SPARE_BYTES, False),
-        "no room at the start": (run, SPARE_BYTES, False),
-        "second checkpoint": (run, None, False),
-        "export": (["export", *export], SPARE_BYTES, False),
-        "evaluate": (["evaluate", *model, *evaluation], SPARE_BYTES, False),
-        "while writing": (run, None, True),
-        "metrics": ([*run, "checkpoint.interval=0"], 0, True),
+        "build": Start(["build", "--input", f"{place}/rows/rows.jsonl", "--output", f"{disk}/new"], SPARE_BYTES),
+        "make-vsp": Start(["make-vsp", *vsp], SPARE_BYTES),
+        "init": Start(["init", "--from", f"{place}/model", "--output", f"{disk}/copy"], SPARE_BYTES),
+        "no room at the start": Start(run, SPARE_BYTES),
+        "second checkpoint": Start(run, None),
+        "export": Start(["export", *export], SPARE_BYTES),
+        "evaluate": Start(["evaluate", *model, *evaluation], SPARE_BYTES),
+        "while writing": Start(run, None, hides_shortage=True),
+        "metrics": Start([*run, "checkpoint.interval=0"], 0, hides_shortage=True),
     }
 
 

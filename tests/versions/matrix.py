@@ -16,10 +16,12 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -31,6 +33,7 @@ import version_page
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / ".versions"
 TIMEOUT_S = 3600
+TIMEOUT_CODE = 124  # as of the command `timeout`
 
 VARIED = ("torch", "deepspeed", "transformers")
 FOLLOW = ("tokenizers", "huggingface_hub", "triton")  # their versions are decided by those of torch and transformers
@@ -199,23 +202,33 @@ def last_error(output: str) -> str:
     return (errors or lines)[-1]
 
 
-def runner(log: Path, environment: dict[str, str]) -> Run:
-    """Runs commands from the project's root; their output goes to `log` too."""
+def runner(log: Path, environment: dict[str, str], timeout_s: float = TIMEOUT_S) -> Run:
+    """Runs commands from the project's root; their output goes to `log` too. One that hangs fails, with its ranks."""
 
     def run(command: list[str]) -> tuple[int, str]:
-        result = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
+        with tempfile.TemporaryFile("w+") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            late = ""
+            try:
+                code = process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                code, late = TIMEOUT_CODE, f"error: not finished after {timeout_s} s\n"
+            finally:
+                with suppress(ProcessLookupError):  # nothing of it is left
+                    os.killpg(process.pid, signal.SIGKILL)
+            output.seek(0)
+            text = output.read() + late
         with log.open("a") as file:
-            file.write(f"$ {' '.join(command)}\n{result.stdout}exit code {result.returncode}\n\n")
-        return result.returncode, result.stdout
+            file.write(f"$ {' '.join(command)}\n{text}exit code {code}\n\n")
+        return code, text
 
     return run
 

@@ -2,8 +2,10 @@
 
 import configparser
 import json
+import os
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import matrix
 import pytest
 import version_page
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from mirage_ds import versions
 
 PINNED = replace(matrix.pinned(), python=f"{sys.version_info[0]}.{sys.version_info[1]}")
 OTHER = replace(PINNED, transformers="5.1.0")
@@ -120,7 +125,7 @@ def test_the_page_of_cells_that_passed(run) -> None:
         ({"parity": (1, suite(PASSED, FAILED))}, "parity", "1 of 2; b[0]: ValueError: 2 | 3"),
         ({"parity": (0, suite(PASSED, '<testcase name="c"><skipped message="no" /></testcase>'))}, "parity", "c: no"),
         ({"decoding": (-11, "Fatal Python error\n")}, "decoding", "exit code -11: Fatal Python error"),
-        ({"losses": (1, "E.Error: lost (/tmp/x.py)\nend\n")}, "two ranks", "`E.Error: lost`"),
+        ({"losses": (1, "E.Error: lost (/tmp/a/x.py) '/b/c.d/y'\nend\n")}, "two ranks", "`E.Error: lost (x.py) 'y'`"),
         ({"losses": (0, '{"text": [2.0, 1.00003]}')}, "two ranks", "deviates by 3.0e-05 of the first row's"),
         ({"losses": (0, '{"text": [2.0, NaN]}')}, "two ranks", "deviates by inf"),
         ({"install": (1, "a\nERROR: no such version\n")}, "parity and decoding and two ranks", "no such version"),
@@ -163,6 +168,18 @@ def test_a_missing_interpreter_is_named(run, monkeypatch: pytest.MonkeyPatch) ->
         run(Commands())
 
 
+def test_a_command_that_hangs_fails_and_leaves_nothing(tmp_path: Path) -> None:
+    run = matrix.runner(tmp_path / "log", dict(os.environ), timeout_s=1)
+    code, output = run(["bash", "-c", "echo first; sleep 60 & echo $! > " + str(tmp_path / "pid") + "; wait"])
+    assert (code, output) == (matrix.TIMEOUT_CODE, "first\nerror: not finished after 1 s\n")
+    assert "first\nerror" in (tmp_path / "log").read_text()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # until the system has removed it
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            time.sleep(0.1)
+    assert run(["bash", "-c", "echo second; exit 3"]) == (3, "second\n")
+
+
 def test_what_is_installed(tmp_path: Path) -> None:
     """The cell's versions; the other pins, but for packages whose versions follow from the cell's."""
     arguments = matrix.requirements(OTHER, tmp_path / "constraints.txt")
@@ -180,6 +197,11 @@ def test_the_matrix_has_no_cell_twice() -> None:
     assert cells[0] == matrix.pinned()
 
 
+def page_rows() -> list[list[str]]:
+    table = (matrix.ROOT / "docs" / "versions.md").read_text()
+    return [re.split(r"\s*\|\s*", line.strip("| ")) for line in table.splitlines() if re.match(r"\| \d", line)]
+
+
 def test_setup_cfg_follows_the_page() -> None:
     """It accepts each row of docs/versions.md in which everything passed, and no other."""
     setup = configparser.ConfigParser()
@@ -190,9 +212,25 @@ def test_setup_cfg_follows_the_page() -> None:
     }
     ranges = {name: SpecifierSet(required.get(name, "")) for name in ("torch", "deepspeed", "transformers")}
     ranges = {"python": SpecifierSet(setup["options"]["python_requires"])} | ranges
-    table = (matrix.ROOT / "docs" / "versions.md").read_text()
-    rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in table.splitlines() if re.match(r"\| \d", line)]
-    assert rows
-    for row in rows:
+    assert page_rows()
+    for row in page_rows():
         accepted = all(limits.contains(version) for limits, version in zip(ranges.values(), row, strict=False))
         assert accepted == ("**failed**" not in row), row
+
+
+def test_the_newest_versions_without_a_warning_are_the_pages() -> None:
+    passed = [row for row in page_rows() if "**failed**" not in row]
+    for column, name in enumerate(("torch", "deepspeed", "transformers"), start=1):
+        newest = max(Version(Version(row[column]).public) for row in passed)
+        assert newest == versions.NEWEST_TESTED[name]
+
+
+def test_the_page_has_every_cell_once() -> None:
+    page = (matrix.ROOT / "docs" / "versions.md").read_text()
+    rows = [tuple(Version(version).public for version in row[:4]) for row in page_rows()]
+    for cell in matrix.cells():
+        wanted = (cell.torch, cell.deepspeed, cell.transformers)
+        run = [row for row in rows if row[0].startswith(f"{cell.python}.") and row[1:] == wanted]
+        waiting = f"- {version_page.describe({'cell': vars(cell)})}\n" in page
+        assert len(run) + waiting == 1, cell
+    assert len(rows) <= len(matrix.cells())

@@ -98,5 +98,5 @@ def worst_deviation(result: dict[str, Any], first: dict[str, Any]) -> float:
 
 
 def code(reason: str) -> str:
-    """An error as code, without the folders of the environment that it names."""
-    return f"`{re.sub(r' [(]/[^)]*[)]', '', reason)}`"
+    """An error as code; of a path, which would be the environment's, only the file's name."""
+    return f"`{re.sub(r'(/[^/ ]+)+/(?=[^/ ])', '', reason)}`"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def leave(patience_s: float, heard: int | None = None, ago_s: float = 0) -> None
         os.kill(os.getpid(), heard)
         time.sleep(ago_s)
     print("ready")
+    os.close(sys.stdout.fileno())  # the message is for stderr
     lost_peer.leave(RuntimeError("Connection closed by peer [127.0.0.1]:1\nmore"), patience_s=patience_s)
 
 
