@@ -92,7 +92,7 @@ def resized(sample: Sample, size: tuple[int, int]) -> Sample:
     return replace(sample, input_images=(image_bytes(size, seed=1), sample.input_images[1]))
 
 
-@pytest.mark.parametrize("kept", [1, 256])
+@pytest.mark.parametrize("kept", [1, 200, 2**16])
 def test_samples_that_were_encoded_before_change_nothing(
     tiny_tokenizer: PreTrainedTokenizerBase,
     image_processor: ImageProcessor,
@@ -100,7 +100,7 @@ def test_samples_that_were_encoded_before_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Texts are kept: equal ones with other images, other numbers of images, and other answers are told apart."""
-    monkeypatch.setattr(encode, "MAX_KEPT_TEXTS", kept)
+    monkeypatch.setattr(encode, "MAX_KEPT_TOKENS", kept)
     samples = [make_sample(), resized(make_sample(), (112, 56)), resized(make_sample(), (56, 112))]
     samples += [make_sample(answer="No slot"), make_sample(answer="No slot", num_helpers=0), make_sample("<image> a")]
     samples[-1] = replace(samples[-1], input_images=samples[-1].input_images[:1])
