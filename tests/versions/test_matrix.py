@@ -232,6 +232,6 @@ def test_the_page_has_every_cell_once() -> None:
     for cell in matrix.cells():
         wanted = (cell.torch, cell.deepspeed, cell.transformers)
         run = [row for row in rows if row[0].startswith(f"{cell.python}.") and row[1:] == wanted]
-        waiting = f"- {version_page.describe({'cell': vars(cell)})}\n" in page
+        waiting = f"- {version_page.describe(vars(cell))}\n" in page
         assert len(run) + waiting == 1, cell
     assert len(rows) <= len(matrix.cells())
