@@ -1,7 +1,7 @@
 """RGB images -> patches, always by Pillow and numpy, so that pixels do not depend on installed packages.
 
-The patches are those of transformers' image processor, bit for bit. Its own call also checks its arguments and converts:
-0.56 ms for 84 x 84 pixels, against 0.13 ms here (docs/results.md).
+The patches are those of transformers' image processor, bit for bit. Its own call also checks its arguments and
+converts: 0.56 ms for 84 x 84 pixels, against 0.13 ms here (docs/results.md).
 
 Shape legend: P patches, N images.
 """
