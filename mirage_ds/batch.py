@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+MERGE_SIZE = 2  # the tower merges 2 x 2 patches, which follow each other, into one embedding
+CELL_PATCHES = MERGE_SIZE**2
+Grid = tuple[int, int]  # rows and columns of an image's merged patches
+
 
 @dataclass
 class Batch:
@@ -30,8 +34,8 @@ class Batch:
     target_ids: torch.Tensor  # [T] int64: that token
     target_weights: torch.Tensor  # [T] float32: 1 / (supervised tokens of the sample); 0 for a dummy
     pixel_values: torch.Tensor  # [P, 1176] float32: patches of all input images, then of all helper images; P >= 4
-    image_grid_thw: torch.Tensor  # [N, 3] int64, input images first
-    helper_grids: list[tuple[int, int]]  # rows and columns of merged patches of each helper image (stage 1), else empty
+    image_grids: list[Grid]  # [N], input images first
+    helper_grids: list[Grid]  # of the helper images (stage 1), else empty
     latent_sizes: list[int]  # K of each helper image (stage 1), else empty
     num_grounded_samples: int  # rows with a latent loss: those with encoded helper images
     num_tokens: int  # tokens of all rows, without padding

@@ -21,7 +21,8 @@ from mirage_ds.data.encode import EncodedSample, mrope_positions
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.backbone import Backbone, random_model
 from mirage_ds.model.mirage import MirageModel
-from mirage_ds.model.targets import Tower, build_inputs_embeds
+from mirage_ds.model.targets import build_inputs_embeds
+from mirage_ds.model.tower import Tower
 from mirage_ds.tokens import IGNORE_INDEX, TokenIds
 from mirage_ds.versions import TESTED
 
@@ -123,7 +124,7 @@ def stage2_loss() -> dict[str, float]:
 def decoding_loss() -> dict[str, float]:
     """The losses of <|latent_end|> after each row's state was fed back twice, summed."""
     backbone, batch, cache = tiny_backbone(), tiny_batch(answers=([], [])), DynamicCache()
-    image_embeds, nothing = Tower(backbone.visual, trained=False).encode(batch)
+    image_embeds, nothing = Tower(backbone.visual, trained=False, attention=backbone.attention).encode(batch)
     embeds = build_inputs_embeds(backbone.embed_tokens(batch.input_ids), image_embeds, nothing, batch)
     mask, positions = batch.attention_mask, batch.position_ids
     for _ in range(1 + NUM_FED):

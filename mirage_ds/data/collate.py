@@ -4,32 +4,35 @@ from collections.abc import Sequence
 
 import torch
 
-from mirage_ds.batch import Batch
+from mirage_ds.batch import CELL_PATCHES, MERGE_SIZE, Batch, Grid
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.tokens import IGNORE_INDEX
 
 # A micro-batch without any image still enters the tower, with one all-zero merged patch that is not used.
-DUMMY_GRID = torch.tensor([[1, 2, 2]])
+DUMMY_GRID = (1, 1)
 
 
-def collate(samples: Sequence[EncodedSample], *, align_latents: bool, merge_size: int = 2) -> Batch:
+def collate(samples: Sequence[EncodedSample], *, align_latents: bool) -> Batch:
     """Pads the samples of one micro-batch to the rows of a Batch.
 
     Args:
         samples: B of them.
         align_latents: pad on the left so that all latent blocks start in one column, which keeps the passes of stage 2
             at K + 1; otherwise rows start at column 0 and are padded only on the right.
-        merge_size: the tower merges merge_size squared patches into one embedding.
     """
     leads = [_lead(sample) if align_latents else 0 for sample in samples]
     starts = [max(leads) - lead for lead in leads]
-    length = max(start + len(sample.input_ids) for start, sample in zip(starts, samples, strict=True))
+    ends = [start + len(sample.input_ids) for start, sample in zip(starts, samples, strict=True)]
+    shape = (len(samples), max(ends))
+    bounds = enumerate(zip(starts, ends, strict=True))
+    places = torch.cat([torch.arange(row * shape[1] + start, row * shape[1] + end) for row, (start, end) in bounds])
 
     def lay_out(rows: Sequence[torch.Tensor], fill: int | bool) -> torch.Tensor:
-        laid = rows[0].new_full((len(rows), length), fill)
-        for target, start, row in zip(laid, starts, rows, strict=True):
-            target[start : start + len(row)] = row
-        return laid
+        """[..., tokens] of each sample -> [..., B, L]."""
+        tokens = torch.cat(list(rows), dim=-1)
+        laid = tokens.new_full((*tokens.shape[:-1], shape[0] * shape[1]), fill)
+        laid[..., places] = tokens
+        return laid.unflatten(-1, shape)
 
     latent_mask = lay_out([sample.latent_mask for sample in samples], False)
     labels = lay_out([sample.labels for sample in samples], IGNORE_INDEX)
@@ -41,17 +44,18 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool, merge_size
     if not len(target_rows):  # the loss head is still entered, with weight 0
         target_rows, target_ids, target_weights = torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1)
 
-    grids = [sample.image_grid_thw for sample in samples] + [sample.image_grid_thw_latent for sample in samples]
     pixels = [sample.pixel_values for sample in samples] + [sample.pixel_values_latent for sample in samples]
-    image_grid_thw, pixel_values = torch.cat(grids), torch.cat(pixels)
-    if not len(image_grid_thw):
-        image_grid_thw = DUMMY_GRID
-        pixel_values = pixel_values.new_zeros((int(DUMMY_GRID.prod()), pixel_values.shape[1]))
-    helper_grids = torch.cat([sample.image_grid_thw_latent for sample in samples]) // merge_size
+    pixel_values = torch.cat(pixels)
+    input_grids = _merged([sample.image_grid_thw for sample in samples])
+    helper_grids = _merged([sample.image_grid_thw_latent for sample in samples])
+    image_grids = input_grids + helper_grids
+    if not image_grids:
+        image_grids = [DUMMY_GRID]
+        pixel_values = pixel_values.new_zeros((CELL_PATCHES, pixel_values.shape[1]))
 
     return Batch(
         input_ids=lay_out([sample.input_ids for sample in samples], 0),
-        position_ids=torch.stack([lay_out([sample.position_ids[axis] for sample in samples], 0) for axis in range(3)]),
+        position_ids=lay_out([sample.position_ids for sample in samples], 0),
         attention_mask=lay_out([torch.ones_like(sample.latent_mask) for sample in samples], False),
         latent_mask=latent_mask,
         latent_columns=latent_mask.any(dim=0).nonzero().flatten().tolist(),
@@ -62,13 +66,18 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool, merge_size
         target_ids=target_ids,
         target_weights=target_weights,
         pixel_values=pixel_values,
-        image_grid_thw=image_grid_thw,
-        helper_grids=[(rows, columns) for _, rows, columns in helper_grids.tolist()],
+        image_grids=image_grids,
+        helper_grids=helper_grids,
         latent_sizes=[sample.latent_size for sample in samples for _ in sample.image_grid_thw_latent],
         num_grounded_samples=sum(len(sample.image_grid_thw_latent) > 0 for sample in samples),
         num_tokens=sum(len(sample.input_ids) for sample in samples),
         keys=[sample.key for sample in samples],
     )
+
+
+def _merged(grids: list[torch.Tensor]) -> list[Grid]:
+    """Grids [n, 3] of each sample, in patches -> those of all, in merged patches."""
+    return [(rows // MERGE_SIZE, columns // MERGE_SIZE) for _, rows, columns in torch.cat(grids).tolist()]
 
 
 def _lead(sample: EncodedSample) -> int:

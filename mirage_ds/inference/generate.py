@@ -27,7 +27,8 @@ from mirage_ds.hf.latent_settings import LatentSettings, LatentTokenIds, read_la
 from mirage_ds.inference.latents import Feed, Slot
 from mirage_ds.inference.sampling import GREEDY, Sampling
 from mirage_ds.model.backbone import Backbone, check_config, check_latent_ids, load_backbone
-from mirage_ds.model.targets import Tower, build_inputs_embeds
+from mirage_ds.model.targets import build_inputs_embeds
+from mirage_ds.model.tower import Tower
 from mirage_ds.self_check import check_decoding
 from mirage_ds.tokens import TokenIds
 
@@ -150,7 +151,9 @@ class Decoder:
 
     def prompt_embeds(self, batch: Batch) -> torch.Tensor:
         """The inputs [B, L, D] of prompts with their images."""
-        image_embeds, nothing = Tower(self.backbone.visual, trained=False).encode(batch)
+        image_embeds, nothing = Tower(self.backbone.visual, trained=False, attention=self.backbone.attention).encode(
+            batch
+        )
         return build_inputs_embeds(self.backbone.embed_tokens(batch.input_ids), image_embeds, nothing, batch)
 
 

@@ -5,21 +5,12 @@ A Batch has the weights of the averages: 1 / (supervised tokens of the sample) f
 whatever the padding.
 """
 
-import deepspeed
 import torch
-from packaging.version import Version
+from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.ops.latent_pool_definition import EPS
-
-if Version(deepspeed.__version__) >= Version("0.19.8"):
-    from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy as cross_entropy
-else:  # older ones have none; the same values, with float32 copies of a block's logits
-
-    def cross_entropy(logits: torch.Tensor, target_ids: torch.Tensor, reduction: str) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(logits.float(), target_ids, reduction=reduction)
-
 
 # Logits of one block of rows: 2 ** 25 elements are 64 MiB in bf16, whatever the vocabulary.
 LOGIT_BLOCK_ELEMENTS = 2**25
@@ -53,7 +44,7 @@ class LossHead(torch.nn.Module):
         return torch.cat(losses)
 
     def _block_loss(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(torch.nn.functional.linear(hidden, self.weights[0]), target_ids, reduction="none")
+        return chunked_cross_entropy(torch.nn.functional.linear(hidden, self.weights[0]), target_ids, reduction="none")
 
 
 def latent_losses(latent_pred: torch.Tensor, latent_target: torch.Tensor, inverse_norms: torch.Tensor) -> torch.Tensor:

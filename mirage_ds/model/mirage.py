@@ -14,7 +14,8 @@ from mirage_ds.config import CompressStrategy, Stage
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.model.losses import LossHead, latent_losses
 from mirage_ds.model.rollout import Rollout
-from mirage_ds.model.targets import LatentTargets, Tower, build_inputs_embeds, latent_targets
+from mirage_ds.model.targets import LatentTargets, build_inputs_embeds, latent_targets
+from mirage_ds.model.tower import Tower
 
 # Prefixes of MirageModel's parameter names -> those of transformers.
 HF_NAMES = {
@@ -57,7 +58,7 @@ class MirageModel(torch.nn.Module):
         super().__init__()
         self.stage, self.compress_strategy = stage, compress_strategy
         self.ce_loss_weight, self.latent_loss_weight = ce_loss_weight, latent_loss_weight
-        self.tower = Tower(backbone.visual, trained=train_tower)
+        self.tower = Tower(backbone.visual, trained=train_tower, attention=backbone.attention)
         self.embed_tokens = backbone.embed_tokens
         self.rollout = Rollout(
             backbone.layers,

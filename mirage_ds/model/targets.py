@@ -1,4 +1,4 @@
-"""Builds the rollout's inputs from a micro-batch: image embeddings, latent targets, inputs_embeds."""
+"""Builds the rollout's inputs from embeddings of images: latent targets, inputs_embeds."""
 
 from typing import NamedTuple
 
@@ -8,37 +8,6 @@ from mirage_ds.batch import Batch
 from mirage_ds.config import CompressStrategy
 from mirage_ds.ops.latent_pool import latent_pool
 from mirage_ds.ops.segments import batch_segments
-
-
-class Tower(torch.nn.Module):
-    """The vision tower with its merger; one ZeRO-3 leaf module, entered once per micro-step.
-
-    A frozen tower stores no activations. The input of a trained one must require grad: ZeRO-3 releases a leaf module
-    when the gradient of its input is computed.
-    """
-
-    def __init__(self, visual: torch.nn.Module, *, trained: bool) -> None:
-        super().__init__()
-        self.visual = visual
-        self.trained = trained
-        self.dtype = next(visual.parameters()).dtype
-
-    def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        """Patches [P, 1176] and grids [N, 3] -> merged patch embeddings [P / 4, D], images in order, raster order."""
-        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
-            return self.visual(pixel_values.to(self.dtype), grid_thw=image_grid_thw).pooler_output
-
-    def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input images' embeddings [image_rows, D] and helper images' embeddings [their patches, D].
-
-        Both kinds are encoded together, so that every rank enters the tower once. Remaining embeddings are those of the
-        dummy image of a micro-batch without images.
-        """
-        pixel_values = batch.pixel_values.requires_grad_(self.trained)
-        patch_embeds = self(pixel_values, batch.image_grid_thw)
-        num_input = len(batch.image_rows)
-        num_helper = sum(rows * columns for rows, columns in batch.helper_grids)
-        return patch_embeds[:num_input], patch_embeds[num_input : num_input + num_helper]
 
 
 class LatentTargets(NamedTuple):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mirage_ds.data.collate import collate
 from mirage_ds.model.backbone import load_backbone
-from mirage_ds.model.targets import Tower, latent_targets
+from mirage_ds.model.targets import latent_targets
+from mirage_ds.model.tower import Tower
 from mirage_ds.ops import latent_pool_definition as definition
 from mirage_ds.ops import latent_pool_kernel
 from mirage_ds.ops.latent_pool import DTYPES, describe_path, takes_kernel
@@ -95,7 +96,7 @@ def test_compile() -> None:
 
 def test_targets_of_the_reference(launches: list[str]) -> None:
     """The golden set's targets, to its tolerance; and to 1e-6 the definition on the same embeddings."""
-    tower = Tower(load_backbone(golden_set.MODEL, dtype=torch.float32).visual, trained=False)
+    tower = Tower(load_backbone(golden_set.MODEL, dtype=torch.float32).visual, trained=False, attention="sdpa")
     for sample in golden_set.samples():
         index = sample["index"]
         batch = collate([golden_set.encoded(index, "stage1")], align_latents=False)

@@ -89,7 +89,7 @@ TRANSFORMERS = ("5.24.0", "5.20.2", "5.16.1", "5.12.1", "5.5.4", "5.5.3", "5.2.0
 DEEPSPEED = ("0.19.7", "0.18.9")
 TORCH = ("2.9.1", "2.14.1")
 PYTHON = ("3.12", "3.13")
-OLDEST = Cell("3.11", torch="2.9.1", deepspeed="0.18.9", transformers="5.5.4")
+OLDEST = Cell("3.11", torch="2.9.1", deepspeed="0.19.8", transformers="5.5.4")
 NEWEST = Cell("3.13", torch="2.14.1", deepspeed="0.19.8", transformers="5.24.0")
 
 

@@ -1,0 +1,126 @@
+"""The vision tower: patches of images -> patch embeddings.
+
+Runs transformers' own modules, in an order of its own: patches are embedded by a matrix product (a convolution whose
+stride is its kernel), and attention takes one call for all windows of one size instead of one call each.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import linear, scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mirage_ds.batch import CELL_PATCHES, Batch, Grid
+from mirage_ds.model.windows import Sequences, lay_out
+
+ROPE_THETA = 10_000.0
+
+
+class Tower(torch.nn.Module):
+    """The vision tower with its merger; one ZeRO-3 leaf module, entered once per micro-step.
+
+    A frozen tower stores no activations. The input of a trained one must require grad: ZeRO-3 releases a leaf module
+    when the gradient of its input is computed.
+    """
+
+    def __init__(self, visual: Any, *, trained: bool, attention: str) -> None:
+        super().__init__()
+        self.visual = visual
+        self.trained = trained
+        self.attention = attention
+        self.dtype = next(visual.parameters()).dtype
+        config = visual.config
+        self.window_cells = config.window_size // (config.patch_size * config.spatial_merge_size)
+        self.full_blocks = frozenset(config.fullatt_block_indexes)
+        self.num_heads = config.num_heads
+        self.head_dim = config.hidden_size // config.num_heads
+
+    def forward(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
+        """Patches [P, 1176] of images with these grids -> [P / 4, D], images in order, cells in raster order."""
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            layout = lay_out(grids, self.window_cells, pixel_values.device)
+            hidden = linear(pixel_values.to(self.dtype), self.visual.patch_embed.proj.weight.flatten(1))
+            hidden = reorder(hidden, layout.cells)
+            rotary = self.rotary(layout.positions)
+            for number, block in enumerate(self.visual.blocks):
+                sequences = layout.images if number in self.full_blocks else layout.windows
+                hidden = hidden + self.attend(block.attn, block.norm1(hidden), rotary, sequences)
+                hidden = hidden + block.mlp(block.norm2(hidden))
+            return self.visual.merger(hidden)[layout.inverse]
+
+    def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input images' embeddings [image_rows, D] and helper images' embeddings [their patches, D].
+
+        Both kinds are encoded together, so that every rank enters the tower once. Remaining embeddings are those of the
+        dummy image of a micro-batch without images.
+        """
+        pixel_values = batch.pixel_values.requires_grad_(self.trained)
+        patch_embeds = self(pixel_values, batch.image_grids)
+        num_input = len(batch.image_rows)
+        num_helper = sum(rows * columns for rows, columns in batch.helper_grids)
+        return patch_embeds[:num_input], patch_embeds[num_input : num_input + num_helper]
+
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of patches at positions [P, 2]: [P, 1, 1, head_dim / 2] float32, rows' then columns'."""
+        exponents = torch.arange(0, 1, 4 / self.head_dim, device=positions.device)
+        angles = (positions[..., None] * ROPE_THETA**-exponents).flatten(1)[:, None, None]
+        return angles.cos(), angles.sin()
+
+    def attend(
+        self,
+        attn: Any,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        sequences: Sequences,
+    ) -> torch.Tensor:
+        """Attention of [P, hidden size] within each sequence."""
+        qkv = attn.qkv(hidden).view(len(hidden), 3, self.num_heads, self.head_dim)
+        qkv = torch.cat([rotate(qkv[:, :2], *rotary), qkv[:, 2:]], dim=1)
+        if sequences.cells is not None:
+            qkv = reorder(qkv, sequences.cells)
+        attended = self.flash(attn, qkv, sequences) if self.attention == "flash_attention_2" else sdpa(qkv, sequences)
+        if sequences.inverse is not None:
+            attended = reorder(attended, sequences.inverse)
+        return attn.proj(attended.flatten(1))
+
+    def flash(self, attn: Any, qkv: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """[P, 3, H, head_dim] -> [P, H, head_dim], in one call for sequences of any lengths."""
+        query, key, value = qkv.permute(1, 2, 0, 3)[:, None]
+        ends = torch.tensor(sequences.ends(), dtype=torch.int32).to(qkv.device, non_blocking=True)
+        longest = sequences.groups[-1][1]
+        attended, _ = ALL_ATTENTION_FUNCTIONS["flash_attention_2"](
+            attn,
+            query,
+            key,
+            value,
+            attention_mask=None,
+            scaling=attn.scaling,
+            cu_seq_lens_q=ends,
+            cu_seq_lens_k=ends,
+            max_length_q=longest,
+            max_length_k=longest,
+            is_causal=False,
+        )
+        return attended[0]
+
+
+def sdpa(qkv: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """[P, 3, H, head_dim] -> [P, H, head_dim], in one call for all sequences of one length."""
+    parts = qkv.split([number * length for number, length in sequences.groups])
+    attended = []
+    for part, (number, length) in zip(parts, sequences.groups, strict=True):
+        query, key, value = part.unflatten(0, (number, length)).permute(2, 0, 3, 1, 4)
+        attended.append(scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1))
+    return torch.cat(attended)
+
+
+def rotate(query_key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions, in float32: [P, 2, H, head_dim] -> the same."""
+    first, second = query_key.float().chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(query_key.dtype)
+
+
+def reorder(patches: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """[P, ...] in another order of their cells [C]."""
+    return patches.unflatten(0, (-1, CELL_PATCHES))[cells].flatten(0, 1)
