@@ -8,38 +8,29 @@ greedy decoding and strictly parsed moves. The stage 2 model is scored again wit
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from deepspeed.accelerator import get_accelerator
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from launch.demo_report import LABELS, conclusions, count_malformed, draw_picture, rate, results_table
-from mirage_ds.config import TaskName
-from mirage_ds.data.encode import Encoder
-from mirage_ds.data.rows import Sample, read_rows
-from mirage_ds.inference.evaluate import evaluate
-from mirage_ds.inference.generate import Decoder, load_decoder
-from mirage_ds.inference.latents import Feed, MeanStates, OwnStates, ShuffledStates, next_rows, zeroed
-from mirage_ds.inference.questions import read_task
+from launch.local import count_gpus
+from mirage_ds.cli import app as mirage
+from mirage_ds.data.rows import read_rows
 from mirage_ds.inference.results import Answer
 
 RECIPES = Path(__file__).parent / "recipes"
-RANKS, LATENT_SIZE, MAX_NEW_TOKENS = 2, 4, 24
+RANKS, LATENT_SIZE = 2, 4
 GLOBAL_BATCH_SIZE = 64
-TASK: TaskName = "vsp-spatial-planning"
 RUNS = ("untrained", "text", "stage1", "stage2")
-SHUFFLE_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,7 @@ SHORT = Size(num_train=128, num_test=16, stage1_steps=4, stage2_steps=4, warmup_
 
 
 class Demo:
-    """One demo in one folder; every step is a command that a user would type."""
+    """One demo in one folder; every step but the last is a command that a user would type."""
 
     def __init__(self, output: Path, size: Size) -> None:
         self.output, self.size = output, size
@@ -73,51 +64,56 @@ class Demo:
         self.seconds[name] = round(time.monotonic() - started_s, 1)
         return result
 
-    def command(self, *arguments: object) -> None:
-        """Prints and runs a command; its output goes straight to the terminal."""
-        self.side_by_side(arguments)
+    def show(self, command: Sequence[object]) -> list[str]:
+        """Prints a command as a user would type it; returns its words."""
+        words = [str(word) for word in command]
+        self.console.print(f"$ {' '.join(words)}", style="bold", highlight=False, soft_wrap=True)
+        return words
 
-    def side_by_side(self, *commands: tuple[object, ...]) -> None:
-        """Prints commands and runs them at the same time; none may need another's output."""
-        running = []
-        for command in commands:
-            name, *arguments = [str(word) for word in command]
-            self.console.print(f"$ {' '.join([name, *arguments])}", style="bold", highlight=False, soft_wrap=True)
-            running.append((name, subprocess.Popen([str(Path(sys.executable).parent / name), *arguments])))
+    @contextmanager
+    def commands(self, *commands: Sequence[object]) -> Iterator[None]:
+        """Starts commands, all at the same time, and waits for them at the end; none may need another's output."""
+        running: dict[str, subprocess.Popen[bytes]] = {}
         try:
-            for name, process in running:
+            for command in commands:
+                name, *arguments = words = self.show(command)
+                running[" ".join(words)] = subprocess.Popen([str(Path(sys.executable).parent / name), *arguments])
+            yield
+            for line, process in running.items():
                 if code := process.wait():
-                    raise SystemExit(f"`{name}` failed with exit code {code}; its message is above")
+                    raise SystemExit(f"`{line}` failed with exit code {code}; its message is above")
         finally:
-            for _, process in running:
+            for process in running.values():
                 process.terminate()
                 process.wait()
+
+    def mirage(self, *arguments: object) -> None:
+        """Runs the command `mirage` in this process, which then loads torch and transformers once for all of them."""
+        mirage(self.show(("mirage", *arguments))[1:], standalone_mode=False)
 
     def make_maps(self) -> None:
         rows = self.output / "rows"
         counts = ("--num-train", self.size.num_train, "--num-test", self.size.num_test)
         shape = ("--levels", "3", "--cell-px", "28", "--prompt", "short")
-        self.command("mirage-data", "make-vsp", "--output", rows, *counts, *shape)
+        with self.commands(("mirage-data", "make-vsp", "--output", rows, *counts, *shape)):
+            pass
 
     def make_inputs(self) -> None:
         """Shards, and a model that has the words of the rows."""
         rows = self.output / "rows"
-        self.side_by_side(
-            ("mirage-data", "build", "--input", rows / "train.jsonl", "--output", self.output / "train"),
-            ("mirage-data", "build", "--input", rows / "test.jsonl", "--output", self.output / "test"),
-            ("mirage", "init", "--preset", "tiny", "--text", rows / "train.jsonl", "--output", self.output / "model"),
-        )
+        builds = [
+            ("mirage-data", "build", "--input", rows / f"{part}.jsonl", "--output", self.output / part)
+            for part in ("train", "test")
+        ]
+        with self.commands(*builds):
+            text = rows / "train.jsonl"
+            self.mirage("init", "--preset", "tiny", "--text", text, "--output", self.output / "model")
 
     def train(self, stage: str, steps: int) -> None:
-        accelerator = get_accelerator()
-        ranks = RANKS if accelerator.device_name() == "cpu" else min(RANKS, accelerator.device_count())
+        ranks = min(RANKS, count_gpus()) or RANKS
         start = [f"run.init_from={self.output / 'stage1'}"] if stage == "stage2" else []
-        self.command(
-            "mirage-launch",
-            "local",
-            "--ranks",
-            ranks,
-            RECIPES / f"demo-{stage}.yaml",
+        recipe = RECIPES / f"demo-{stage}.yaml"
+        overrides = [
             f"run.dir={self.output / stage}",
             f"model.path={self.output / 'model'}",
             f"data.shards={self.output / 'train'}",
@@ -126,53 +122,24 @@ class Demo:
             f"train.max_steps={steps}",
             f"train.warmup_steps={self.size.warmup_steps}",
             *start,
-        )
+        ]
+        with self.commands(("mirage-launch", "local", "--ranks", ranks, recipe, *overrides)):
+            pass
 
     def test(self) -> dict[str, list[Answer]]:
-        """The answers of every model to the held-out maps, then those of the last one with its latents replaced."""
-        rows = read_task(self.output / "rows" / "test.jsonl", TASK)
-        answers: dict[str, list[Answer]] = {}
-        for run in RUNS:
-            decoder, encoder = self.load(run)
-            own = OwnStates()
-            answers[run] = self.decode(run, decoder, encoder, rows, own)
-        assert run == "stage2", "decoder and own states are those of the stage 2 model from here on"
-        replacements: dict[str, Feed] = {
-            "stage2_shuffled": ShuffledStates(own, next_rows(rows, SHUFFLE_SEED)),
-            "stage2_mean": MeanStates(own),
-            "stage2_zeroed": zeroed,
-        }
-        for name, feed in replacements.items():
-            answers[name] = self.decode(name, decoder, encoder, rows, feed)
-        return answers
+        """The answers of every model to the held-out maps."""
+        from launch.demo_answers import held_out_answers
 
-    def decode(
-        self, name: str, decoder: Decoder, encoder: Encoder, rows: list[tuple[str, Sample]], feed: Feed
-    ) -> list[Answer]:
-        started_s = time.monotonic()
-        decoder.feed = feed
-        answers = list(evaluate(decoder, encoder, rows, TASK, batch_size=50))
-        self.console.print(f"{LABELS[name].strip()}: {time.monotonic() - started_s:.0f} s", highlight=False)
-        return answers
-
-    def load(self, run: str) -> tuple[Decoder, Encoder]:
-        return load_decoder(
-            str(self.trained(run)),
-            latent_size=LATENT_SIZE,
-            system_turn=False,
-            max_new_tokens=MAX_NEW_TOKENS,
-            dtype=torch.float32,
-        )
+        models = {run: self.trained(run) for run in RUNS}
+        return held_out_answers(models, self.output / "rows" / "test.jsonl", LATENT_SIZE, self.console)
 
     def trained(self, run: str) -> Path:
         """The folder of a run's exported model, or of the model that all runs start from."""
         return self.output / ("model" if run == "untrained" else f"{run}-model")
 
     def export(self) -> None:
-        runs = ("text", "stage1", "stage2")
-        self.side_by_side(
-            *(("mirage", "export", "--checkpoint", self.output / run, "--output", self.trained(run)) for run in runs)
-        )
+        for run in RUNS[1:]:
+            self.mirage("export", "--checkpoint", self.output / run, "--output", self.trained(run))
 
     def run(self) -> None:
         """Runs all parts, and writes the summary and the picture."""
@@ -226,9 +193,6 @@ def main(
     """Runs the demo."""
     if output.exists():
         raise SystemExit(f"the folder exists already ({output}); the demo needs a new one; delete it, or set --output")
-    # With two ranks on a few cores, more threads than cores slow each other down.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // RANKS)))
-    transformers_logging.disable_progress_bar()
     Demo(output, SHORT if short else FULL).run()
 
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from packaging.version import Version
 
 from mirage_ds.errors import ConfigError
 from mirage_ds.recipe import load_config
@@ -56,7 +58,7 @@ def local(
 
 def count_gpus() -> int:
     """GPUs that a rank would see. Another process asks torch, whose memory and threads the launcher does not need."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or Version(version("torch")).local == "cpu":
         return 0
     question = "import torch; print(torch.cuda.device_count())"
     return int(subprocess.run([sys.executable, "-c", question], stdout=subprocess.PIPE, check=True).stdout)

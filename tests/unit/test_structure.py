@@ -27,7 +27,12 @@ ORDER = (
     ("inference",),
     ("train", "cli"),
 )
-LAUNCH_ORDER = (("wide_console", "demo_report"), ("planner", "doctor"), ("slurm",), ("local", "demo", "cli"))
+LAUNCH_ORDER = (
+    ("wide_console", "demo_report"),
+    ("planner", "doctor", "demo_answers"),
+    ("slurm", "local"),
+    ("demo", "cli"),
+)
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
 
 

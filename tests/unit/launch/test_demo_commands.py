@@ -14,8 +14,10 @@ FAIL_AFTER_IT = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).
 
 def test_a_command_that_fails_ends_the_others(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
-    with pytest.raises(SystemExit, match="`python` failed with exit code 3"):
-        Demo(tmp_path / "demo", SHORT).side_by_side(
-            ("python", "-c", FAIL_AFTER_IT, pid), ("python", "-c", WRITE_AND_WAIT, pid)
-        )
+    failing, waiting = (("python", "-c", code, pid) for code in (FAIL_AFTER_IT, WRITE_AND_WAIT))
+    with (
+        pytest.raises(SystemExit, match=r"(?s)`python .*` failed with exit code 3"),
+        Demo(tmp_path / "demo", SHORT).commands(failing, waiting),
+    ):
+        pass
     assert not (Path("/proc") / pid.read_text()).exists()
