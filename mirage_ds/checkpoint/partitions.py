@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mirage_ds.errors import CheckpointError
 from mirage_ds.model.mirage import hf_name
@@ -186,7 +187,9 @@ def _load_meta(file: Path) -> dict[str, Any]:
     """A file of torch.save; its tensors have no data, only their offset in the file."""
     try:
         safe = torch.serialization.safe_globals([ZeroStageEnum, LossScaler, (_zero_stage, "builtins.getattr")])
-        with FakeTensorMode(), safe:
+        # A tensor with attributes is unpickled as its own class, Tensor, which a FakeTensor of torch 2.9 cannot become.
+        keep = patch.object(FakeTensor, "as_subclass", lambda fake, kind: fake)
+        with FakeTensorMode(), safe, keep:
             content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise _damaged(file, "it contains objects that DeepSpeed does not write") from error
