@@ -63,7 +63,7 @@ class Tower(torch.nn.Module):
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of patches at positions [P, 2]: [P, 1, 1, head_dim / 2] float32, rows' then columns'."""
         exponents = torch.arange(0, 1, 4 / self.head_dim, device=positions.device)
-        angles = (positions[..., None] * ROPE_THETA**-exponents).flatten(1)[:, None, None]
+        angles = (positions[..., None] * (1 / ROPE_THETA**exponents)).flatten(1)[:, None, None]
         return angles.cos(), angles.sin()
 
     def attend(
