@@ -43,7 +43,7 @@ def test_latents_start_in_one_column() -> None:
 def test_nothing_to_see_or_to_predict_still_enters_every_unit() -> None:
     sample = random_sample(1, stage="stage2", images=0, latents=False, labels=False)
     batch = collate([sample], align_latents=True)
-    assert batch.image_grid_thw.tolist() == [[1, 2, 2]]
+    assert batch.image_grids == [(1, 1)]
     assert batch.pixel_values.shape == (4, 1176)
     assert not batch.pixel_values.any()
     assert not len(batch.image_rows)
