@@ -16,6 +16,7 @@ import typer
 from packaging.version import Version
 
 from mirage_ds.errors import ConfigError
+from mirage_ds.paths import expanded
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_folder_is_free, check_inputs
 from mirage_ds.versions import check_versions
@@ -32,6 +33,7 @@ FORWARDED = {
 }
 
 
+@expanded()
 def local(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, for example one of launch/recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, values in YAML.")] = None,

@@ -15,7 +15,7 @@ from mirage_ds import errors, library_noise
 from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
 from mirage_ds.inference.commands import evaluate, generate
-from mirage_ds.paths import check_file, check_folder, check_model
+from mirage_ds.paths import check_file, check_folder, check_model, expanded
 from mirage_ds.versions import check_versions, warn_if_newer
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -33,6 +33,7 @@ def root() -> None:
 
 
 @app.command()
+@expanded("source", "processor_from")
 def init(
     output: Annotated[Path, typer.Option(help="New folder for the model.")],
     preset: Annotated[Preset | None, typer.Option(help="Make a small random model.")] = None,
@@ -73,6 +74,7 @@ def init(
 
 
 @app.command()
+@expanded("model")
 def export(
     checkpoint: Annotated[
         Path, typer.Option(help="A run's folder (uses its last checkpoint), or one checkpoint in it.")

@@ -12,6 +12,7 @@ from mirage_ds.data.shard_samples import parse_members, read_range
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.model.backbone import DTYPES, check_config, choose_attention
+from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
 
 SAMPLES_READ = 8  # per folder of shards, spread evenly over its index
@@ -38,6 +39,8 @@ def check_kernels() -> Row:
 def check_model(config: Config) -> Row:
     try:
         check_config(config.model.path, config.model.cache_dir)
+        if config.run.init_from is None:
+            check_latent_size(config.model)
     except ConfigError as error:
         return failure("model", error)
     return Row("model", config.model.path)

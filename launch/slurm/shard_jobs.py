@@ -16,10 +16,12 @@ from data_tools.parts import check_no_other_parts, describe_part, rows_of
 from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_settings, run_slurm
 from launch.slurm.submit import Script
 from mirage_ds.errors import DataError, name_full_disk, name_unwritable
+from mirage_ds.paths import expanded
 
 HERE = Path(__file__).parent
 
 
+@expanded("cluster")
 def command(
     rows: Annotated[Path, typer.Argument(help="JSONL rows; image paths are relative to this file.")],
     output: Annotated[Path, typer.Argument(help="New folder for shards, manifest and index.")],

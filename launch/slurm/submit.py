@@ -25,6 +25,7 @@ from launch.slurm.attempts import LOG_NAME, RECIPE_NAME
 from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_settings, run_slurm
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
+from mirage_ds.paths import expanded
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_inputs
 from mirage_ds.versions import versions
@@ -39,6 +40,7 @@ class Script(string.Template):
     delimiter = "@@"
 
 
+@expanded("cluster", "container_image")
 def slurm(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, for example one of launch/recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, values in YAML.")] = None,

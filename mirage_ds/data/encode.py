@@ -16,6 +16,7 @@ from mirage_ds.data.conversation import IMAGE_BLOCK, LATENT_BLOCK, load_tokenize
 from mirage_ds.data.images import decode
 from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
+from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import ConfigError, DataError
@@ -71,6 +72,7 @@ def load_encoder(
     max_pixels: int | None = None,
     cache_dir: Path | None = None,
     compress_strategy: CompressStrategy = "average",
+    exif_orientation: bool = True,
 ) -> "Encoder":
     """The encoder for a model folder or hub id; the arguments are those of `Encoder` and `ImageProcessor.load`.
 
@@ -85,6 +87,7 @@ def load_encoder(
         system_turn=system_turn,
         max_length=max_length,
         compress_strategy=compress_strategy,
+        exif_orientation=exif_orientation,
     )
 
 
@@ -125,31 +128,6 @@ def supervised_labels(input_ids: torch.Tensor, prompt_length: int, ids: TokenIds
     return labels
 
 
-def mrope_positions(image_mask: torch.Tensor, grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
-    """M-RoPE positions [3, L]: grid coordinates for an image's tokens; text positions for all others, also for latents.
-
-    After an image the position advances by max(height, width) of its merged grid, whatever its number of tokens.
-
-    Args:
-        image_mask: [L] bool, True at image pads; images are runs of pads with a token between them.
-        grid_thw: [N, 3] int64, in patches.
-    """
-    position_ids = torch.empty(3, len(image_mask), dtype=torch.int64)
-    run_starts = image_mask & ~torch.cat([image_mask.new_zeros(1), image_mask[:-1]])
-    starts = run_starts.nonzero().flatten().tolist()
-    column = position = 0
-    for start, (time, height, width) in zip(starts, grid_thw.tolist(), strict=True):
-        position_ids[:, column:start] = torch.arange(position, position + start - column)
-        position += start - column
-        sides = [torch.arange(size) for size in (time, height // merge_size, width // merge_size)]
-        grid = torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1)
-        column = start + grid.shape[1]
-        position_ids[:, start:column] = position + grid
-        position += max(height, width) // merge_size
-    position_ids[:, column:] = torch.arange(position, position + len(image_mask) - column)
-    return position_ids
-
-
 class Encoder:
     """Encodes samples for one model and one stage."""
 
@@ -163,12 +141,14 @@ class Encoder:
         system_turn: bool = True,
         max_length: int | None = None,
         compress_strategy: CompressStrategy = "average",
+        exif_orientation: bool = True,
     ) -> None:
         """
         Args:
             system_turn: start with the chat template's default system turn.
             max_length: maximum tokens of a sample; None: no limit.
             compress_strategy: how the model will pool helper images; each must have enough patches for it.
+            exif_orientation: turn images as their EXIF orientation says.
         """
         self.ids = TokenIds.of(tokenizer)
         self.tokenizer = tokenizer
@@ -178,6 +158,7 @@ class Encoder:
         self._system_turn = system_turn
         self._max_length = max_length
         self._compress_strategy = compress_strategy
+        self._exif_orientation = exif_orientation
         self._marker = self._tokenize(ASSISTANT_MARKER)
         self._kept_texts: dict[tuple[object, ...], EncodedText] = {}
         self._kept_tokens = 0
@@ -292,7 +273,10 @@ class Encoder:
             )
 
     def _patches(self, images: Sequence[bytes], where: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._image_processor([decode(data, f"{where}_{number}") for number, data in enumerate(images)])
+        turn = self._exif_orientation
+        return self._image_processor(
+            [decode(data, f"{where}_{number}", exif_orientation=turn) for number, data in enumerate(images)]
+        )
 
     def _text(self, sample: Sample, grid_thw: torch.Tensor) -> EncodedText:
         """The text side of a sample whose input images have these grids; encoded once, as long as it is kept."""

@@ -27,9 +27,9 @@ from mirage_ds.config import Config, Dtype
 from mirage_ds.data.conversation import load_tokenizer
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.errors import CheckpointError, ConfigError, DataError
-from mirage_ds.hf import latent_settings
-from mirage_ds.hf.latent_settings import LatentSettings, LatentTokenIds
+from mirage_ds.model import latent_settings
 from mirage_ds.model.backbone import DTYPES, empty_model, file_name, has_file
+from mirage_ds.model.latent_settings import LatentSettings, LatentTokenIds
 from mirage_ds.output_folder import new_folder
 from mirage_ds.tokens import TokenIds
 
@@ -111,6 +111,7 @@ def _latent_settings(config: Config, ids: TokenIds) -> LatentSettings:
         latent_size=config.model.latent_size,
         stage=config.train.stage,
         system_turn=config.data.system_turn,
+        exif_orientation=config.data.exif_orientation,
         latent_token_ids=LatentTokenIds(pad=ids.latent_pad, start=ids.latent_start, end=ids.latent_end),
     )
 

@@ -1,10 +1,10 @@
 """The results file of an evaluation, while it is written and when it is complete."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mirage_ds import strict_json
 from mirage_ds.errors import DataError, name_unwritable
 from mirage_ds.inference.tasks import vsp
 from mirage_ds.versions import versions
@@ -65,10 +65,10 @@ class Results:
     def add(self, answer: Answer) -> None:
         """Writes one line."""
         self.answers.append(answer)
-        self._file.write(json.dumps(asdict(answer)) + "\n")
+        self._file.write(strict_json.dumps(asdict(answer)) + "\n")
         self._file.flush()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Renames FILE.part to FILE, and writes FILE.summary.json with the versions added."""
-        self.summary.write_text(json.dumps(summary | {"versions": versions()}, indent=2))
+        self.summary.write_text(strict_json.dumps(summary | {"versions": versions()}, indent=2))
         self.part.replace(self.output)

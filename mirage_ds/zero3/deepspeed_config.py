@@ -4,7 +4,6 @@ A DeepSpeed JSON sets what only DeepSpeed uses (ZeRO's buckets and thresholds, o
 accumulation and communication) and has "auto" where the run's configuration decides.
 """
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
 import ds_configs
+from mirage_ds import strict_json
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError
 from mirage_ds.recipe import hint
@@ -63,7 +63,7 @@ def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
     path = Path(name) if "/" in name else Path(ds_configs.__path__[0]) / name
     where = f"distributed.deepspeed_config={name}"
     try:
-        resolved = json.loads(path.read_text())
+        resolved = strict_json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the DeepSpeed configuration cannot be read ({where}): {error}; expected a path, or the name of a file "

@@ -18,8 +18,9 @@ from data_tools.build import build
 from mirage_ds.config import Stage
 from mirage_ds.data import encode
 from mirage_ds.data.conversation import load_tokenizer, prompt_text, train_text
-from mirage_ds.data.encode import EncodedSample, Encoder, load_encoder, mrope_positions
+from mirage_ds.data.encode import EncodedSample, Encoder, load_encoder
 from mirage_ds.data.patches import ImageProcessor
+from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError
