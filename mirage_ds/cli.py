@@ -15,7 +15,8 @@ from mirage_ds import errors, library_noise
 from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
 from mirage_ds.inference.commands import evaluate, generate
-from mirage_ds.paths import check_file, check_folder, check_model, expanded
+from mirage_ds.model_folder import check_exists, check_model
+from mirage_ds.paths import check_file, check_folder, expanded
 from mirage_ds.versions import check_versions, warn_if_newer
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -62,6 +63,8 @@ def init(
         typer.echo(f"wrote a {preset} model to {output}")
     elif source and not preset and not text:
         check_model(source, f"--from {source}")
+        if processor_from:
+            check_exists(processor_from, f"--processor-from {processor_from}")
         from mirage_ds.hf.pretrained import copy_pretrained
 
         copy_pretrained(source, output, processor_from)
@@ -88,6 +91,8 @@ def export(
 ) -> None:
     """Writes a checkpoint as a complete Hugging Face folder that plain transformers loads."""
     check_folder(checkpoint, "--checkpoint", "a run's folder, or one of its checkpoints/global_stepN")
+    if model:
+        check_model(model, f"--model {model}")
     from mirage_ds.hf.export import export_checkpoint
 
     summary = export_checkpoint(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, model=model)

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.errors import ConfigError, DataError, reason_of
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -64,8 +63,7 @@ def check_file(path: Path, option: str, allowed: str) -> None:
     Raises:
         DataError: it names the option.
     """
-    if not path.is_file():
-        raise DataError(f"no such file ({option} {path}); expected {allowed}; correct the path")
+    _check(path, path.is_file, "file", option, allowed)
 
 
 def check_folder(path: Path, option: str, allowed: str) -> None:
@@ -74,21 +72,16 @@ def check_folder(path: Path, option: str, allowed: str) -> None:
     Raises:
         DataError: it names the option.
     """
-    if not path.is_dir():
-        raise DataError(f"no such folder ({option} {path}); expected {allowed}; correct the path")
+    _check(path, path.is_dir, "folder", option, allowed)
 
 
-def check_model(name: str, where: str) -> None:
-    """Refuses what is neither a folder nor the form of a hub id; whether the hub has that id, only the hub knows.
-
-    Args:
-        where: the option or key with its value, for the message.
-
-    Raises:
-        ConfigError: there is no such folder.
-    """
-    if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
-        raise ConfigError(
-            f"the model folder does not exist ({where}); allowed: a Hugging Face folder (on a cluster: one that "
-            "every node sees) or a hub id, OWNER/NAME; correct it"
-        )
+def _check(path: Path, is_wanted: Callable[[], bool], what: str, option: str, allowed: str) -> None:
+    try:
+        path.stat()
+        problem = f"not a {what}"
+    except OSError as error:  # Permission denied, Not a directory, File name too long
+        problem = f"no such {what}" if isinstance(error, FileNotFoundError) else f"no {what}: {reason_of(error)}"
+    else:
+        if is_wanted():
+            return
+    raise DataError(f"{problem} ({option} {path}); expected {allowed}; correct the path")

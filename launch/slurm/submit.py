@@ -25,6 +25,7 @@ from launch.slurm.attempts import LOG_NAME, RECIPE_NAME
 from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_settings, run_slurm
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
+from mirage_ds.model_folder import is_cached
 from mirage_ds.paths import expanded
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_inputs
@@ -121,8 +122,8 @@ def apply_options(cluster: Cluster, given: dict[str, object], sbatch: list[str] 
     for option in settings.sbatch:
         if not option.startswith("-") or option.startswith(("-a", "--array")) or "\n" in option:
             raise ConfigError(
-                f"invalid sbatch option (--sbatch {option!r}); allowed: the options of sbatch --help except --array, "
-                "which would start several jobs on one run; correct it, for example --qos=long"
+                f"invalid sbatch option (--sbatch {option!r:.80}); allowed: the options of sbatch --help except "
+                "--array, which would start several jobs on one run; correct it, for example --qos=long"
             )
     return settings
 
@@ -148,6 +149,13 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
             "--time or run.save_before_end_s"
         )
     check_inputs(config)
+    model = config.model
+    if not Path(model.path).is_dir() and not is_cached(model.path, model.cache_dir):
+        print(
+            f"warning: model.path={model.path} is neither a folder nor in the hub's cache on this machine; "
+            "nodes without internet cannot load it",
+            file=sys.stderr,
+        )
     if cluster.gpus_per_node and cluster.gpu:
         # Imported here: torch and transformers take seconds to import, and only this check needs them.
         from launch.planner.estimate import check_fits

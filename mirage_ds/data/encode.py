@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mirage_ds.config import CompressStrategy, Stage
@@ -19,7 +20,7 @@ from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
 from mirage_ds.data.shards import ShardFolder
-from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.errors import MALFORMED, ConfigError, DataError
 from mirage_ds.ops.segments import image_segments
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
@@ -239,10 +240,17 @@ class Encoder:
 
     def _check_template(self) -> None:
         """A text-only template would silently drop the images."""
-        text = self._train_text(IMAGE_TAG, OUTPUT_IMAGE_TAG, 1, 1, latents=True)
+        name = self.tokenizer.name_or_path
+        try:
+            text = self._train_text(IMAGE_TAG, OUTPUT_IMAGE_TAG, 1, 1, latents=True)
+        except (*MALFORMED, TemplateError) as error:
+            raise ConfigError(
+                f"the chat template cannot be used: {error!r} ({name}); expected Qwen2.5-VL's; copy its "
+                "chat_template.jinja there"
+            ) from error
         if [text.count(part) for part in (IMAGE_BLOCK, ASSISTANT_MARKER, LATENT_BLOCK)] != [1, 1, 1]:
             raise ConfigError(
-                f"the chat template turns an image and an answer into {text!r} ({self.tokenizer.name_or_path}); it "
+                f"the chat template turns an image and an answer into {text!r:.200} ({name}); it "
                 f"must write {IMAGE_BLOCK} for an image and {ASSISTANT_MARKER} before the answer; use Qwen2.5-VL's"
             )
 

@@ -145,8 +145,8 @@ def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_s
         )
     except ValueError as error:
         raise ConfigError(
-            f"{max_shard_size!r} is not a size (--max-shard-size): {error}; expected a number with KB, MB, GB or TB; "
-            "write for example 5GB"
+            f"{max_shard_size!r:.80} is not a size (--max-shard-size): {error}; expected a number with KB, MB, GB or "
+            "TB; write for example 5GB"
         ) from error
 
 

@@ -7,7 +7,7 @@ from mirage_ds.checkpoint import complete
 from mirage_ds.config import Config, RunConfig
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError, MirageError, leave
-from mirage_ds.paths import check_model
+from mirage_ds.model_folder import check_model
 from mirage_ds.recipe import load_config
 
 
@@ -38,7 +38,7 @@ def check_inputs(config: Config) -> None:
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:
             load_manifest(folder)
-    check_model(config.model.path, f"model.path={config.model.path}")
+    check_model(config.model.path, f"model.path={config.model.path}", config.model.cache_dir)
     resumes = config.run.resume == "auto" and complete.tags(config.run.dir / complete.FOLDER)
     if config.run.init_from is not None and not resumes and not config.run.init_from.is_dir():
         raise DataError(
