@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from mirage_ds import strict_yaml
 from mirage_ds.config import Listed, PositiveInt, Section, UserName, UserPath
 from mirage_ds.errors import ConfigError
+from mirage_ds.programs import ask
 from mirage_ds.recipe import hint
 
 CLUSTERS = Path(__file__).parents[1] / "clusters"
@@ -115,13 +116,13 @@ def parse_settings(tree: Any, where: str) -> Cluster:
 
 
 def run_slurm(*command: str, environment: dict[str, str] | None = None) -> str:
-    """Runs one of SLURM's commands, with `environment` instead of this process's; returns its stdout.
+    """Runs one of SLURM's commands, in `environment` (default: a plain one); returns its stdout.
 
     Raises:
         ConfigError: the command is not installed or failed; the message has its stderr.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        done = ask(*command, environment=environment)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{command[0]} is not installed (on this machine, in PATH); submitting a job needs SLURM's commands; log "
@@ -144,7 +145,9 @@ def check_partition(name: str | None, nodes: int) -> None:
     sizes: dict[str, int] = {}
     default = None
     for line in run_slurm("sinfo", "--noheader", "--format=%P|%D").split():
-        found, size = line.split("|")
+        found, separator, size = line.partition("|")
+        if not separator:  # of the line `CLUSTER: name`, with SLURM_CLUSTERS set
+            continue
         if found.endswith("*"):
             default = found = found.removesuffix("*")
         sizes[found] = sizes.get(found, 0) + int(size)

@@ -27,6 +27,7 @@ from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
 from mirage_ds.model_folder import is_cached
 from mirage_ds.paths import expanded
+from mirage_ds.programs import without_current_folder
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_inputs
 from mirage_ds.versions import versions
@@ -193,7 +194,7 @@ def check_not_queued(run: Path) -> None:
     """
     jobs = (run / "jobs").resolve()
     for line in run_slurm("squeue", "--me", "--noheader", "--format=%i|%T|%o").splitlines():
-        number, state, script = line.split("|", 2)
+        number, state, script = (*line.split("|", 2), "", "")[:3]
         if Path(script).resolve().is_relative_to(jobs):
             raise ConfigError(
                 f"the run already has a job (run.dir={run}): {number} is {state}; allowed: one job at a time; wait for "
@@ -231,7 +232,7 @@ def render(recipe: Path, config: Config, cluster: Cluster, nodes: int, job: Path
         "gpus-per-node": cluster.gpus_per_node,
         "cpus-per-task": cluster.cpus_per_rank,
         "chdir": Path.cwd(),
-        "output": job / LOG_NAME,
+        "output": str(job / LOG_NAME).replace("%", "%%"),  # sbatch replaces %j, %s, ...
     }
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     step = ""
@@ -272,8 +273,10 @@ def submission_environment(cluster: Cluster) -> dict[str, str]:
         *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_EXPORT", "SBATCH_NO_KILL", "SBATCH_NO_REQUEUE"),
         *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_SIGNAL", "SBATCH_WAIT", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
     }
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in ("SLURM_CONF", "SLURM_JWT") or not (name.startswith(("SLURM_", "SRUN_")) or name in removed)
-    }
+    return without_current_folder(
+        {
+            name: value
+            for name, value in os.environ.items()
+            if name in ("SLURM_CONF", "SLURM_JWT") or not (name.startswith(("SLURM_", "SRUN_")) or name in removed)
+        }
+    )
