@@ -7,7 +7,6 @@ template, image processor and generation defaults come from the model that the r
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from mirage_ds.config import Config, Dtype
 from mirage_ds.data.conversation import load_tokenizer
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.errors import CheckpointError, ConfigError, DataError
+from mirage_ds.hf.written_folder import finish
 from mirage_ds.model import latent_settings
 from mirage_ds.model.backbone import DTYPES, empty_model, file_name, has_file
 from mirage_ds.model.latent_settings import LatentSettings, LatentTokenIds
@@ -77,6 +77,7 @@ def export_checkpoint(
             tokenizer.save_pretrained(folder)
             image_processor.save(folder)
             _write_weights(parameters, files, DTYPES[dtype], folder)
+            finish(folder)
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"the export cannot be written ({output}): {error}; it needs {size} in a writable folder; free some "
@@ -157,8 +158,6 @@ def _write_weights(
     for name, members in files.filename_to_tensors.items():
         # transformers only accepts files with this entry as torch's.
         save_file({m: parameters[m].read(dtype) for m in members}, folder / name, metadata={"format": "pt"})
-        # safetensors makes its files readable for the owner only, whatever the umask.
-        shutil.copymode(folder / "config.json", folder / name)
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

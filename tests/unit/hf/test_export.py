@@ -223,6 +223,7 @@ def test_latent_settings_are_in_config_json(base: Path, tmp_path: Path) -> None:
         "latent_size": 6,
         "stage": "stage1",
         "system_turn": False,
+        "exif_orientation": True,
         "latent_token_ids": {name: ids[f"<|latent_{name}|>"] for name in ("pad", "start", "end")},
     }
     assert read_latent_settings(tmp_path / "out").model_dump() == wanted
