@@ -16,6 +16,7 @@ from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
 from mirage_ds.inference.commands import evaluate, generate
 from mirage_ds.model_folder import check_exists, check_model
+from mirage_ds.output_folder import check_output
 from mirage_ds.paths import check_file, check_folder, expanded
 from mirage_ds.versions import check_versions, warn_if_newer
 
@@ -51,6 +52,7 @@ def init(
     ] = None,
 ) -> None:
     """Writes a complete Hugging Face folder: a small random Qwen2.5-VL, or a copy of one with the latent tokens."""
+    check_output(output)
     # Imported here, because torch and transformers take seconds to import.
     if preset and text and not source and not processor_from:
         check_file(text, "--text", "a JSONL file of rows")
@@ -91,6 +93,7 @@ def export(
 ) -> None:
     """Writes a checkpoint as a complete Hugging Face folder that plain transformers loads."""
     check_folder(checkpoint, "--checkpoint", "a run's folder, or one of its checkpoints/global_stepN")
+    check_output(output)
     if model:
         check_model(model, f"--model {model}")
     from mirage_ds.hf.export import export_checkpoint

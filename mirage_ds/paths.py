@@ -4,14 +4,16 @@
 `run.dir=~/runs/a` and in files.
 """
 
+import errno
 import functools
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mirage_ds.errors import ConfigError, DataError, reason_of
+from mirage_ds.errors import ConfigError, DataError, name_unwritable, reason_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -55,6 +57,23 @@ def expanded(*names: str) -> Callable[[Command], Command]:
         return run  # type: ignore[return-value]
 
     return decorate
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Refuses a folder in which nothing can be written, or that cannot be made.
+
+    Args:
+        key: of the recipe, for the message.
+
+    Raises:
+        DataError: with the system's reason.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    with name_unwritable(folder, f"set {key} to a folder where you may write"):
+        if existing.is_symlink() and not existing.exists():
+            raise FileNotFoundError(errno.ENOENT, f"{os.strerror(errno.ENOENT)}: it is a link to {existing.readlink()}")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
 
 
 def check_file(path: Path, option: str, allowed: str) -> None:

@@ -1,5 +1,6 @@
 """The results file of an evaluation, while it is written and when it is complete."""
 
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ class Results:
         """Writes nothing yet.
 
         Raises:
-            DataError: the file exists.
+            DataError: the file exists, or cannot be written.
         """
+        output = output.resolve()  # a symbolic link stays one
         self.output, self.summary = output, Path(f"{output}.summary.json")
         self.answers: list[Answer] = []
         for path in (self.output, self.summary):
@@ -47,6 +49,10 @@ class Results:
                     f"the file exists already ({path}, --output); results need a new file; delete it, or name another"
                 )
         self.part = Path(f"{output}.part")
+        existing = next(folder for folder in output.parents if folder.exists())
+        # Found before the rows are answered.
+        with name_unwritable(self.part, "name another --output"), tempfile.TemporaryFile(dir=existing):
+            pass
 
     def __enter__(self) -> "Results":
         """Starts the file.

@@ -8,6 +8,7 @@ from mirage_ds.config import Config, RunConfig
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError, MirageError, leave
 from mirage_ds.model_folder import check_model
+from mirage_ds.paths import check_writable
 from mirage_ds.recipe import load_config
 
 
@@ -54,6 +55,7 @@ def check_folder_is_free(run: RunConfig) -> None:
 
     Raises:
         ConfigError: the folder holds a run.
+        DataError: it cannot be written, which a colleague's run may be.
     """
     taken = complete.tags(run.dir / complete.FOLDER) or (run.dir / "metrics.jsonl").exists()
     if run.resume == "never" and taken:
@@ -61,3 +63,5 @@ def check_folder_is_free(run: RunConfig) -> None:
             f"the folder holds another run already (run.dir={run.dir}); a run needs a folder of its own; set run.dir "
             "to a new one, or run.resume=auto to resume that run"
         )
+    for folder in (run.dir, run.dir / complete.FOLDER):  # the checkpoints may be a link to a larger disk
+        check_writable(folder, "run.dir")
