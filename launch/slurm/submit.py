@@ -139,7 +139,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
 
     Raises:
         ConfigError: the batch does not divide, the time limit is too short, or the run does not fit on the GPUs.
-        DataError: an input of the run is missing on this machine.
+        DataError: an input of the run is missing on this machine, or a sample is longer than data.max_length.
     """
     config.train.accumulation_steps(nodes * ranks_per_node_of(cluster))
     limit_s = seconds(cluster.time) if cluster.time else None
@@ -157,6 +157,11 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
             "nodes without internet cannot load it",
             file=sys.stderr,
         )
+    if config.data.max_length is not None:
+        # Imported here: torch and transformers take seconds to import.
+        from mirage_ds.training.start import open_encoder
+
+        open_encoder(config)
     if cluster.gpus_per_node and cluster.gpu:
         # Imported here: torch and transformers take seconds to import, and only this check needs them.
         from launch.planner.estimate import check_fits

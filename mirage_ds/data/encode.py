@@ -155,9 +155,9 @@ class Encoder:
         self.tokenizer = tokenizer
         self._image_processor = image_processor
         self._stage = stage
-        self._latent_size = latent_size
+        self.latent_size = latent_size
         self._system_turn = system_turn
-        self._max_length = max_length
+        self.max_length = max_length
         self._compress_strategy = compress_strategy
         self._exif_orientation = exif_orientation
         self._marker = self._tokenize(ASSISTANT_MARKER)
@@ -185,7 +185,7 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=pixel_values_latent,
             image_grid_thw_latent=grid_thw_latent,
-            latent_size=self._latent_size,
+            latent_size=self.latent_size,
         )
 
     def prompt(self, sample: Sample) -> EncodedSample:
@@ -203,7 +203,7 @@ class Encoder:
             system_turn=self._system_turn,
         )
         num_merged = self._image_processor.num_merged(grid_thw)
-        input_ids = expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
+        input_ids = expand_pads(self._tokenize(text), num_merged, self.latent_size, self.ids)
         image_mask = input_ids == self.ids.image_pad
         no_patches, no_grid = self._patches((), "")
         return EncodedSample(
@@ -218,7 +218,7 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=no_patches,
             image_grid_thw_latent=no_grid,
-            latent_size=self._latent_size,
+            latent_size=self.latent_size,
         )
 
     def check_index(self, folder: ShardFolder) -> None:
@@ -233,6 +233,15 @@ class Encoder:
             if self._stage == "stage1":
                 merged = [self._image_processor.merged_grid_of(*size) for size in entry.helper_sizes]
                 self._check_helpers(merged, key)
+
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens of input images of these sizes (width, height)."""
+        return [rows * columns for rows, columns in (self._image_processor.merged_grid_of(*size) for size in sizes)]
+
+    def count_tokens(self, question: str, answer: str, sizes: Sequence[tuple[int, int]], num_helpers: int) -> int:
+        """The length of a sample with input images of these sizes, as `__call__` would encode it."""
+        text = self._train_text(question, answer, len(sizes), num_helpers, latents=self._stage != "text")
+        return len(expand_pads(self._tokenize(text), self.image_tokens(sizes), self.latent_size, self.ids))
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of emitted ids, without special tokens."""
@@ -265,7 +274,7 @@ class Encoder:
         """Refuses helper images, given by their rows and columns of merged patches, that cannot be pooled."""
         for number, (rows, columns) in enumerate(grids):
             try:
-                image_segments(rows, columns, self._latent_size, self._compress_strategy)
+                image_segments(rows, columns, self.latent_size, self._compress_strategy)
             except ValueError as error:
                 raise DataError(
                     f"{error} ({key}.helper_{number}); expected model.latent_size <= merged patches, and with "
@@ -274,9 +283,9 @@ class Encoder:
                 ) from error
 
     def _check_length(self, length: int, key: str) -> None:
-        if self._max_length is not None and length > self._max_length:
+        if self.max_length is not None and length > self.max_length:
             raise DataError(
-                f"the sample has {length} tokens ({key}); data.max_length allows {self._max_length}; raise it, make "
+                f"the sample has {length} tokens ({key}); data.max_length allows {self.max_length}; raise it, make "
                 "the images smaller with data.max_pixels, or leave the sample out"
             )
 
@@ -304,7 +313,7 @@ class Encoder:
             sample.text_input, sample.text_output, len(grid_thw), num_helpers, latents=self._stage != "text"
         )
         num_merged = self._image_processor.num_merged(grid_thw)
-        input_ids = expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
+        input_ids = expand_pads(self._tokenize(text), num_merged, self.latent_size, self.ids)
         self._check_length(len(input_ids), sample.key)
         prompt_length = find_prompt_length(input_ids, self._marker)
         image_mask = input_ids == self.ids.image_pad

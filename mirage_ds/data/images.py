@@ -6,6 +6,8 @@ file it is the first frame; CMYK becomes RGB by Pillow's formula, without a colo
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -23,12 +25,13 @@ def decode(data: bytes, where: str, *, exif_orientation: bool = True) -> Image.I
         DataError: see `open_image`.
     """
     image = open_image(data, where, exif_orientation=exif_orientation)
-    if image.mode.startswith("I"):
-        return _from_16_bits(image).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    background = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
+    with _name_damage(where):
+        if image.mode.startswith("I"):
+            return _from_16_bits(image).convert("RGB")
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        background = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -50,19 +53,25 @@ def open_image(data: bytes, where: str, *, exif_orientation: bool = True) -> Ima
     Raises:
         DataError: not one of IMAGE_FORMATS, damaged, too large or too narrow; the message names `where`.
     """
-    try:
+    with _name_damage(where):
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         _check_size(*image.size, where)
         image.load()
         if exif_orientation:
             ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+@contextmanager
+def _name_damage(where: str) -> Iterator[None]:
+    try:
+        yield
     # The errors of Pillow's decoders on damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(
             f"the image cannot be decoded: {error} ({where}); allowed: {', '.join(IMAGE_FORMATS)} of at most "
             f"{MAX_IMAGE_PIXELS} pixels; replace the image"
         ) from error
-    return image
 
 
 def _check_size(width: int, height: int, where: str) -> None:

@@ -12,6 +12,7 @@ from mirage_ds.checkpoint.find import find_damage, newest_complete, refuse_damag
 from mirage_ds.checkpoint.load import check_start
 from mirage_ds.config import Config
 from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.model.backbone import check_config
 from mirage_ds.model.latent_settings import check_latent_size
@@ -88,7 +89,9 @@ def open_encoder(config: Config) -> Encoder:
     )
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:
-            encoder.check_index(load_manifest(folder))
+            shards = load_manifest(folder)
+            encoder.check_index(shards)
+            check_lengths(encoder, shards)
     return encoder
 
 
