@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.manifest import describe_shard, scan_shard, write_manifest
-from mirage_ds.data.images import open_image
+from mirage_ds.data.images import decode
 from mirage_ds.data.index import IndexEntry
 from mirage_ds.data.rows import Sample, num_image_blocks, num_latent_blocks, read_rows
 from mirage_ds.data.shard_samples import to_members
@@ -143,4 +143,4 @@ def facts_of(sample: Sample, where: str) -> dict[str, Any]:
 
 def _sizes(images: Iterable[bytes], where: str) -> Iterator[tuple[int, int]]:
     for number, data in enumerate(images):
-        yield open_image(data, f"{where} {number}").size
+        yield decode(data, f"{where} {number}").size

@@ -15,6 +15,7 @@ from data_tools.parts import build_part, parse_part
 from data_tools.parts import merge as merge_parts
 from mirage_ds import errors
 from mirage_ds.data.shards import Manifest
+from mirage_ds.paths import expanded
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -39,6 +40,7 @@ def root() -> None:
 
 
 @app.command()
+@expanded()
 def make_vsp(
     output: Annotated[Path, typer.Option(help="New folder for train.jsonl, test.jsonl and images.")],
     num_train: Annotated[int, typer.Option(min=1, help="Number of training rows, each with its own map.")],
@@ -65,6 +67,7 @@ def make_vsp(
 
 
 @app.command()
+@expanded()
 def build(
     rows: Annotated[Path, typer.Option("--input", help="JSONL rows; image paths are relative to this file.")],
     output: Annotated[Path, typer.Option(help="New folder for shards, manifest and index.")],
@@ -92,6 +95,7 @@ def build(
 
 
 @app.command()
+@expanded()
 def merge(
     parts: Annotated[list[Path], typer.Argument(help="All folders that `build --part` wrote, in any order.")],
     output: Annotated[Path, typer.Option(help="New folder for shards, manifest and index.")],
@@ -118,6 +122,7 @@ def counted(number: int, noun: str) -> str:
 
 
 @app.command()
+@expanded()
 def check(
     shards: Annotated[Path, typer.Argument(help="A folder that `mirage-data build` wrote.")],
 ) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, BeforeValidator, Strict
+from pydantic.fields import FieldInfo
 
-from mirage_ds.config import Config, Section
+from mirage_ds.config import LARGEST, Config, Section
 
 PAGE = Path(__file__).with_suffix(".md")
 INTRODUCTION = r"""
@@ -37,6 +39,9 @@ JSON, which `distributed.deepspeed_config` names: [`zero3.json`](../ds_configs/z
 [`zero3_offload.json`](../ds_configs/zero3_offload.json), [`zero3_tiny.json`](../ds_configs/zero3_tiny.json) (of the
 demo), or a file of your own. A number that the recipe sets is `"auto"` there; a file that contradicts the recipe is
 refused.
+
+A section without keys has its defaults. A key that stands twice is refused. Numbers are decimal and finite; integers
+are at most 2147483647. In paths, `~` and `$VARIABLES` are expanded.
 
 "Required" keys have no default. Paths are relative to the folder in which the command runs. `RUN` is `run.dir`.
 """
@@ -92,14 +97,24 @@ def _values(annotation: Any, limits: Any = ()) -> str:
         return f"[{', '.join(_values(kind) for kind in get_args(annotation))}]"
     if annotation not in TYPES:
         raise ValueError(f"no words for the type {annotation}; add them to docs/configuration.py")
-    return " ".join([TYPES[annotation], *map(_limit, limits)])
+    words = [words for limit in limits for words in _limit(limit)]
+    return f"{TYPES[annotation]} {' and '.join(words)}".strip()
 
 
-def _limit(limit: Any) -> str:
+def _limit(limit: Any) -> list[str]:
+    """The limits in an annotation; the largest integer is in the introduction."""
+    if isinstance(limit, FieldInfo):
+        return [words for part in limit.metadata for words in _limit(part)]
+    if isinstance(limit, (AfterValidator, BeforeValidator, Strict)) or limit == Le(LARGEST):
+        return []
     if isinstance(limit, Gt):
-        return f"> {limit.gt}"
+        return [f"> {limit.gt}"]
     if isinstance(limit, Ge):
-        return f">= {limit.ge}"
+        return [f">= {limit.ge}"]
+    if isinstance(limit, Lt):
+        return [f"< {limit.lt}"]
+    if isinstance(limit, Le):
+        return [f"<= {limit.le}"]
     raise ValueError(f"no words for the limit {limit}; add them to docs/configuration.py")
 
 

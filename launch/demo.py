@@ -23,9 +23,11 @@ from rich.console import Console
 
 from launch.demo_report import LABELS, conclusions, count_malformed, draw_picture, rate, results_table
 from launch.local import count_gpus
+from mirage_ds import errors
 from mirage_ds.cli import app as mirage
 from mirage_ds.data.rows import read_rows
 from mirage_ds.inference.results import Answer
+from mirage_ds.paths import expanded
 
 RECIPES = Path(__file__).parent / "recipes"
 RANKS, LATENT_SIZE = 2, 4
@@ -186,6 +188,7 @@ class Demo:
         )
 
 
+@expanded()
 def main(
     output: Annotated[Path, typer.Option(help="New folder for everything that the demo writes.")] = Path("runs/demo"),
     short: Annotated[bool, typer.Option("--short", help="A few steps of each part, to check that it runs.")] = False,
@@ -197,4 +200,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    errors.run(lambda: typer.run(main))

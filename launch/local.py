@@ -16,6 +16,8 @@ import typer
 from packaging.version import Version
 
 from mirage_ds.errors import ConfigError
+from mirage_ds.paths import expanded
+from mirage_ds.programs import without_current_folder
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_folder_is_free, check_inputs
 from mirage_ds.versions import check_versions
@@ -32,6 +34,7 @@ FORWARDED = {
 }
 
 
+@expanded()
 def local(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, for example one of launch/recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, values in YAML.")] = None,
@@ -61,7 +64,9 @@ def count_gpus() -> int:
     if os.environ.get("DS_ACCELERATOR") == "cpu" or Version(version("torch")).local == "cpu":
         return 0
     question = "import torch; print(torch.cuda.device_count())"
-    return int(subprocess.run([sys.executable, "-c", question], stdout=subprocess.PIPE, check=True).stdout)
+    environment = without_current_folder(os.environ)
+    done = subprocess.run([sys.executable, "-c", question], stdout=subprocess.PIPE, check=True, env=environment)
+    return int(done.stdout)
 
 
 class Launch:
@@ -103,7 +108,7 @@ class Launch:
         threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_ranks))}  # unless a user says more
         return subprocess.Popen(
             command,
-            env=threads | os.environ | {name: str(value) for name, value in place.items()},
+            env=threads | without_current_folder(os.environ) | {name: str(value) for name, value in place.items()},
             stdin=subprocess.DEVNULL,
             process_group=0,
             preexec_fn=die_with(os.getpid()),

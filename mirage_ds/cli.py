@@ -15,7 +15,9 @@ from mirage_ds import errors, library_noise
 from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
 from mirage_ds.inference.commands import evaluate, generate
-from mirage_ds.paths import check_file, check_folder, check_model
+from mirage_ds.model_folder import check_exists, check_model
+from mirage_ds.output_folder import check_output
+from mirage_ds.paths import check_file, check_folder, expanded
 from mirage_ds.versions import check_versions, warn_if_newer
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -33,6 +35,7 @@ def root() -> None:
 
 
 @app.command()
+@expanded("source", "processor_from")
 def init(
     output: Annotated[Path, typer.Option(help="New folder for the model.")],
     preset: Annotated[Preset | None, typer.Option(help="Make a small random model.")] = None,
@@ -49,6 +52,7 @@ def init(
     ] = None,
 ) -> None:
     """Writes a complete Hugging Face folder: a small random Qwen2.5-VL, or a copy of one with the latent tokens."""
+    check_output(output)
     # Imported here, because torch and transformers take seconds to import.
     if preset and text and not source and not processor_from:
         check_file(text, "--text", "a JSONL file of rows")
@@ -61,6 +65,8 @@ def init(
         typer.echo(f"wrote a {preset} model to {output}")
     elif source and not preset and not text:
         check_model(source, f"--from {source}")
+        if processor_from:
+            check_exists(processor_from, f"--processor-from {processor_from}")
         from mirage_ds.hf.pretrained import copy_pretrained
 
         copy_pretrained(source, output, processor_from)
@@ -73,6 +79,7 @@ def init(
 
 
 @app.command()
+@expanded("model")
 def export(
     checkpoint: Annotated[
         Path, typer.Option(help="A run's folder (uses its last checkpoint), or one checkpoint in it.")
@@ -86,6 +93,9 @@ def export(
 ) -> None:
     """Writes a checkpoint as a complete Hugging Face folder that plain transformers loads."""
     check_folder(checkpoint, "--checkpoint", "a run's folder, or one of its checkpoints/global_stepN")
+    check_output(output)
+    if model:
+        check_model(model, f"--model {model}")
     from mirage_ds.hf.export import export_checkpoint
 
     summary = export_checkpoint(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, model=model)

@@ -5,51 +5,76 @@ Every number has one owner. What DeepSpeed alone decides is set in `ds_configs/*
 
 import math
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 from mirage_ds.errors import ConfigError
+from mirage_ds.paths import expand
 
 Stage = Literal["text", "stage1", "stage2"]
 CompressStrategy = Literal["average", "average_all", "grid"]
 Dtype = Literal["bf16", "fp32"]
 LatentEnd = Literal["fixed", "model"]
 TaskName = Literal["vsp-spatial-planning", "vsp-spatial-reasoning"]
+Item = TypeVar("Item")
+
+
+def _to_path(value: Any) -> Any:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError(f"{value!r:.80} is no path; write a path, in quotes if YAML takes it for something else")
+    return Path(expand(str(value)))
+
+
+UserPath = Annotated[Path, BeforeValidator(_to_path)]
+"""A path with `~` and `$VARIABLES` expanded."""
+UserName = Annotated[str, AfterValidator(expand)]
+"""A path or another name, expanded alike."""
+Pair = Annotated[tuple[Item, Item], Strict(False)]
+Listed = Annotated[tuple[Item, ...], Strict(False)]
+"""Values that YAML and JSON write as a list."""
+
+LARGEST = 2**31 - 1  # of steps, samples, tokens and pixels
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+MAX_SECONDS = 366 * 24 * 3600
 
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values cannot change after the start.
 
+    Strict: `yes` is no number, a text is none either, and every number is finite.
+
     The docstring below each key is its entry in docs/configuration.md.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
     """Where the run writes, and what it starts from."""
 
-    dir: Path
+    dir: UserPath
     """The run's folder: checkpoints, `metrics.jsonl`, TensorBoard files and the resolved configuration."""
-    seed: int = 42
+    seed: NonNegativeInt = 42
     """Seed of the order of the samples, and of torch."""
-    init_from: Path | None = None
+    init_from: UserPath | None = None
     """Folder of another run, whose last checkpoint's weights replace those of `model.path` (stage 2 from stage 1)."""
     resume: Literal["never", "auto"] = "never"
     """`auto`: resume from the last complete checkpoint in `run.dir`, if there is one; `never`: `run.dir` must not
     hold a run."""
-    save_before_end_s: int = Field(default=120, ge=0)
+    save_before_end_s: int = Field(default=120, ge=0, le=MAX_SECONDS)
     """In a SLURM job, the run saves and ends this many seconds before the job's time limit, so that it can resume."""
 
 
 class ModelConfig(Section):
     """Which model is trained, and how it is computed."""
 
-    path: str
+    path: UserName
     """Hugging Face folder or hub id of a Qwen2.5-VL whose embeddings have rows for the latent tokens (else see
     `mirage init --from`)."""
-    cache_dir: Path | None = None
+    cache_dir: UserPath | None = None
     """Folder for downloads from the hub; unset: the Hugging Face default."""
     latent_size: PositiveInt = 4
     """K: latent tokens per helper image."""
@@ -71,9 +96,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The training data, and the processes that read it."""
 
-    shards: Path
+    shards: UserPath
     """Folder that `mirage-data build` wrote."""
-    num_workers: int = Field(default=2, ge=0)
+    num_workers: NonNegativeInt = 2
     """Processes per rank that read and encode; 0: the trainer's own process does."""
     min_pixels: PositiveInt | None = None
     """Smaller images are scaled up to this many pixels; unset: the limit in the model folder."""
@@ -81,6 +106,9 @@ class DataConfig(Section):
     """Larger images are scaled down to this many pixels; unset: the limit in the model folder."""
     system_turn: bool = True
     """Begin with the chat template's default system turn ("You are a helpful assistant.")."""
+    exif_orientation: bool = True
+    """Turn images as their EXIF orientation says, as viewers do; `false`: take the pixels as they are stored, as the
+    reference does. An exported model decodes as it was trained."""
     max_length: PositiveInt | None = None
     """Most tokens of a sample; a longer sample is an error that names it, and is never truncated. Unset: no limit."""
 
@@ -103,7 +131,7 @@ class TrainConfig(Section):
     """Samples per step over all ranks; unset: micro-batch size x accumulation steps x ranks."""
     lr: float = Field(default=1e-5, gt=0)
     """Peak learning rate."""
-    warmup_steps: int = Field(default=10, ge=0)
+    warmup_steps: NonNegativeInt = 10
     """Steps over which the learning rate rises to `train.lr`; must be fewer than the steps of the run."""
     lr_decay: Literal["linear", "constant"] = "linear"
     """After the warm-up: `linear`: falls linearly towards 0 at the end of the run; `constant`: stays at `train.lr`."""
@@ -111,7 +139,7 @@ class TrainConfig(Section):
     """`true`: the reference's schedule, whose first step has lr 0; `false`: the first step has lr / warmup_steps."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's weight decay; not applied to norms and biases."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Pair[Rate] = (0.9, 0.999)
     """AdamW's decay rates of the first and the second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon, added to the root of the second moment."""
@@ -127,7 +155,7 @@ class TrainConfig(Section):
     """Steps between two lines on the console and two points in TensorBoard; `metrics.jsonl` has every step."""
     deterministic: bool = False
     """`true`: on GPUs, use only kernels that give the same bits every time (slower). Runs on CPUs always do."""
-    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    profile_steps: Pair[PositiveInt] | None = None
     """First and last step that torch's profiler traces into `RUN/profile`, one file per rank; unset: no trace."""
 
     @model_validator(mode="after")
@@ -222,11 +250,11 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """When checkpoints are saved, and how many are kept."""
 
-    interval: int = Field(default=0, ge=0)
+    interval: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_latest_k: PositiveInt = 2
     """Checkpoints to keep; older ones are deleted after a newer one is complete."""
-    copy_to: Path | None = None
+    copy_to: UserPath | None = None
     """A second folder, for example on another file system, to which each checkpoint is copied in the background;
     unset: no copies."""
 
@@ -234,7 +262,7 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     """Validation loss on samples that are not used for training."""
 
-    shards: Path | None = None
+    shards: UserPath | None = None
     """Folder that `mirage-data build` wrote; unset: no validation."""
     interval: PositiveInt = 100
     """Steps between two validations; there is one more after the last step."""
@@ -245,16 +273,16 @@ class EvaluationConfig(Section):
 class DistributedConfig(Section):
     """DeepSpeed and the process group."""
 
-    deepspeed_config: str = "zero3.json"
+    deepspeed_config: UserName = "zero3.json"
     """DeepSpeed's JSON: a path (with a `/`), or the name of a file in `ds_configs/`."""
-    timeout_s: PositiveInt = 1800
+    timeout_s: int = Field(default=1800, gt=0, le=MAX_SECONDS)
     """Seconds that a collective may wait before the run ends with an error."""
 
 
 class LaunchConfig(Section):
     """How a cluster job handles failures (`mirage-launch slurm`)."""
 
-    max_restarts: int = Field(default=3, ge=0)
+    max_restarts: NonNegativeInt = 3
     """How often a job that failed is restarted. Preemptions and time limits are not failures."""
 
 

@@ -32,6 +32,15 @@ class DiskFullError(MirageError):
     """A disk, or a user's quota on it, with no room for what was to be written."""
 
 
+# What libraries raise while they read a user's files that are not as they expect.
+MALFORMED = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
+
+def reason_of(error: Exception) -> str:
+    """The system's own words, cut to 80 characters, without the path, which the message has."""
+    return f"{getattr(error, 'strerror', None) or error!s:.80}"
+
+
 @contextmanager
 def name_full_disk(folder: Path, remedy: str) -> Iterator[None]:
     """Says where the disk is full, and what to do. Other errors, and one that says so already, pass unchanged.

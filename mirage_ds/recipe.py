@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from mirage_ds import strict_yaml
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError
+from mirage_ds.paths import expand
 
 
 def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Config:
@@ -26,8 +27,10 @@ def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Confi
     tree = _read_yaml(path)
     for override in overrides or []:
         _apply_override(tree, override)
+    # A section whose keys are all commented out has its defaults.
+    sections = {name: {} if value is None and name in Config.model_fields else value for name, value in tree.items()}
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(sections)
     except ValidationError as error:
         problems = "\n".join(f"  - {_describe(details)}" for details in error.errors())
         raise ConfigError(
@@ -38,14 +41,13 @@ def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Confi
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(expand(str(path))).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"the recipe cannot be read ({path}): {error}; expected a YAML file; "
             "give the path of one, for example one of launch/recipes/"
         ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the recipe is not valid YAML ({path}): {error}; fix that line") from error
+    tree = strict_yaml.load(text, "the recipe", str(path))
     if not isinstance(tree, dict):
         raise ConfigError(
             f"the recipe has no sections ({path}); allowed: {', '.join(Config.model_fields)}, each with its keys; "
@@ -59,19 +61,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     parts = key.split(".")
     if not equals or not all(parts):
         raise ConfigError(
-            f"an override cannot be parsed (on the command line: {override!r}); expected section.key=value, "
+            f"an override cannot be parsed (on the command line: {override!r:.80}); expected section.key=value, "
             "for example train.lr=1e-4; correct it"
         )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"the value of an override is not valid YAML (on the command line: {override!r}); expected a value as in a "
-            "recipe; quote it"
-        ) from error
+    value = strict_yaml.load(text, "the value of an override", f"on the command line: {override!r:.80}")
     node = tree
     for part in parts[:-1]:
-        child = node.setdefault(part, {})
+        child = node[part] = {} if node.get(part) is None else node[part]
         if not isinstance(child, dict):
             raise ConfigError(f"{key} cannot be set (on the command line): {part} is not a section; correct the key")
         node = child
@@ -88,7 +84,7 @@ def _describe(details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return f"{key} is missing: set it in the recipe or with {key}=VALUE"
     message = details["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" + ("" if details["type"] == "value_error" else f" (got {details['input']!r})")
+    return f"{key}: {message}" + ("" if details["type"] == "value_error" else f" (got {details['input']!r:.80})")
 
 
 def hint(name: str, allowed: Iterable[str]) -> str:

@@ -17,7 +17,8 @@ from transformers import DynamicCache
 
 from mirage_ds.batch import Batch
 from mirage_ds.data.collate import collate
-from mirage_ds.data.encode import EncodedSample, mrope_positions
+from mirage_ds.data.encode import EncodedSample
+from mirage_ds.data.positions import mrope_positions
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.backbone import Backbone, random_model
 from mirage_ds.model.mirage import MirageModel

@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from mirage_ds.errors import ConfigError, MirageError, leave
+from mirage_ds.programs import ask
 
 TESTED = ("torch", "deepspeed", "transformers")  # they decide a run's numbers
 NEWEST_TESTED = {"torch": Version("2.14.1"), "deepspeed": Version("0.19.8"), "transformers": Version("5.24.0")}
@@ -36,7 +37,7 @@ def versions() -> dict[str, str]:
         return packages | {"git_commit": submitted.read_text().strip()}
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = ask(*command).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):  # no git here, or no checkout
         commit = "unknown"
     return packages | {"git_commit": commit}

@@ -14,10 +14,12 @@ import typer
 
 from launch.doctor.findings import Report, Row, failure, merge, show
 from mirage_ds.errors import ConfigError
+from mirage_ds.paths import expanded
 from mirage_ds.recipe import load_config
 from mirage_ds.versions import check_versions
 
 
+@expanded()
 def command(
     recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; without one: the machine only.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, values in YAML.")] = None,

@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from launch.doctor.findings import Row, failure
 from mirage_ds.config import DataConfig
 from mirage_ds.errors import ConfigError
+from mirage_ds.programs import ask
 from mirage_ds.self_check import check_decoding, check_training
 from mirage_ds.versions import REMEDY, newer_than_tested, versions
 
@@ -150,7 +151,7 @@ def check_slurm() -> Row:
         return Row("SLURM", "not installed; start runs on this machine with `mirage-launch local`")
     try:
         command = ["sinfo", "--noheader", "--format=%P (nodes: %D, %a)"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
+        result = ask(*command, check=False, timeout_s=COMMAND_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         remedy = "slurmctld may be down: contact the cluster's administrators"
         return Row("SLURM", f"no answer in {COMMAND_TIMEOUT_S} s", "warn", remedy)
@@ -187,6 +188,6 @@ def check_munge() -> Row:
 def _output(*command: str) -> str | None:
     """The stdout of a command; None if it is not installed, fails or times out."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMMAND_TIMEOUT_S).stdout
+        return ask(*command, timeout_s=COMMAND_TIMEOUT_S).stdout
     except (FileNotFoundError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return None

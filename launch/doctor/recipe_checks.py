@@ -12,7 +12,9 @@ from mirage_ds.data.shard_samples import parse_members, read_range
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.model.backbone import DTYPES, check_config, choose_attention
+from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
+from mirage_ds.training.start import open_encoder
 
 SAMPLES_READ = 8  # per folder of shards, spread evenly over its index
 
@@ -38,9 +40,23 @@ def check_kernels() -> Row:
 def check_model(config: Config) -> Row:
     try:
         check_config(config.model.path, config.model.cache_dir)
+        if config.run.init_from is None:
+            check_latent_size(config.model)
     except ConfigError as error:
         return failure("model", error)
     return Row("model", config.model.path)
+
+
+def check_samples(config: Config) -> Row:
+    """What the index says of each sample, and its length if there is a limit, against the model."""
+    try:
+        open_encoder(config)
+    except (ConfigError, DataError) as error:
+        return failure("data.shards: samples", error)
+    limit = config.data.max_length
+    return Row(
+        "data.shards: samples", "each fits the stage and the model" + (f" and data.max_length={limit}" if limit else "")
+    )
 
 
 def check_shards(config: Config) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from launch.planner.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE, find_gpu
 from launch.wide_console import wide_console
 from mirage_ds.config import Config
+from mirage_ds.paths import expanded
 from mirage_ds.recipe import load_config
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ GIB = 2**30
 GB = 10**9
 
 
+@expanded()
 def command(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, for example one of launch/recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, values in YAML.")] = None,

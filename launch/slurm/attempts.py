@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +30,7 @@ from launch.slurm.attempt_log import (
     lost_node,
     read_heartbeats,
 )
+from mirage_ds.programs import ask
 
 RUNNING_NAME, ATTEMPTS_NAME, LOG_NAME, RECIPE_NAME = "running.json", "attempts.jsonl", "log", "recipe.yaml"
 FAILURES_TO_EXCLUDE = 2
@@ -241,24 +241,24 @@ def log_since(job: Path, start: int) -> str:
 def nodes_of_job(environment: dict[str, str]) -> list[str]:
     """The names of the allocation's nodes, in SLURM's order."""
     command = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return ask(*command).stdout.split()
 
 
 def nodes_of_partition(environment: dict[str, str]) -> set[str]:
     """All nodes of the job's partition, in any state; none if SLURM does not answer, and then no node is excluded."""
     command = ["sinfo", "--noheader", "--Node", "--format=%N", f"--partition={environment['SLURM_JOB_PARTITION']}"]
-    return set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
+    return set(ask(*command, check=False).stdout.split())
 
 
 def excluded_nodes(environment: dict[str, str]) -> set[str]:
     """The nodes that the job already excludes; none if SLURM does not answer."""
     command = ["scontrol", "--oneliner", "show", "job", environment["SLURM_JOB_ID"]]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    shown = ask(*command, check=False).stdout
     found = re.search(r" ExcNodeList=(\S+)", shown)
     if found is None or found[1] == "(null)":
         return set()
     command = ["scontrol", "show", "hostnames", found[1]]
-    return set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
+    return set(ask(*command, check=False).stdout.split())
 
 
 def main() -> None:

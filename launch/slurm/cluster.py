@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from mirage_ds import strict_yaml
+from mirage_ds.config import Listed, PositiveInt, Section, UserName, UserPath
 from mirage_ds.errors import ConfigError
+from mirage_ds.programs import ask
 from mirage_ds.recipe import hint
 
 CLUSTERS = Path(__file__).parents[1] / "clusters"
 
 
-class Cluster(BaseModel):
+class Cluster(Section):
     """Settings of every job; options on the command line override them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     partition: str | None = None
     """Unset: the cluster's default partition."""
@@ -36,19 +36,19 @@ class Cluster(BaseModel):
     """GPU type from launch/planner/gpus.py; recipes that do not fit in its memory are refused. Unset: not checked."""
     cpus_per_rank: PositiveInt | None = None
     """CPU cores per rank; unset: the cluster's default per task, and one thread."""
-    container_image: str | None = None
+    container_image: UserName | None = None
     """Image in which the ranks run (pyxis), with its `python`; mirage_ds must be installed there. The batch script runs
     outside the container, with the Python that submitted the job."""
     container_mounts: str | None = None
     """Mounts of the container in pyxis's format: /data:/data,/home:/home. They must include the run's folder and the
     folder in which the job is submitted."""
-    sbatch: tuple[str, ...] = ()
+    sbatch: Listed[str] = ()
     """Additional sbatch options, for example --qos=long."""
-    setup: tuple[str, ...] = ()
+    setup: Listed[str] = ()
     """Bash lines to run before the ranks start, for example module load cuda."""
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field(default={})
     """Environment variables of the ranks, for example NCCL_SOCKET_IFNAME."""
-    local_disk: Path = Path("/tmp")
+    local_disk: UserPath = Path("/tmp")
     """A folder on the local disk of each node, for the cache of compiled kernels."""
 
     @model_validator(mode="after")
@@ -83,12 +83,15 @@ def load_cluster(name: str | None) -> Cluster:
 
 def _read(path: Path) -> Cluster:
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"the cluster file cannot be read ({path}): {error}; allowed: YAML as in clusters/example.yaml; fix it"
         ) from error
-    return parse_settings(tree if tree is not None else {}, str(path))
+    tree = strict_yaml.load(text, "the cluster file", str(path))
+    if isinstance(tree, dict):  # a key without a value has its default
+        tree = {name: value for name, value in tree.items() if value is not None}
+    return parse_settings({} if tree is None else tree, str(path))
 
 
 def parse_settings(tree: Any, where: str) -> Cluster:
@@ -113,13 +116,13 @@ def parse_settings(tree: Any, where: str) -> Cluster:
 
 
 def run_slurm(*command: str, environment: dict[str, str] | None = None) -> str:
-    """Runs one of SLURM's commands, with `environment` instead of this process's; returns its stdout.
+    """Runs one of SLURM's commands, in `environment` (default: a plain one); returns its stdout.
 
     Raises:
         ConfigError: the command is not installed or failed; the message has its stderr.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        done = ask(*command, environment=environment)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{command[0]} is not installed (on this machine, in PATH); submitting a job needs SLURM's commands; log "
@@ -142,7 +145,9 @@ def check_partition(name: str | None, nodes: int) -> None:
     sizes: dict[str, int] = {}
     default = None
     for line in run_slurm("sinfo", "--noheader", "--format=%P|%D").split():
-        found, size = line.split("|")
+        found, separator, size = line.partition("|")
+        if not separator:  # of the line `CLUSTER: name`, with SLURM_CLUSTERS set
+            continue
         if found.endswith("*"):
             default = found = found.removesuffix("*")
         sizes[found] = sizes.get(found, 0) + int(size)

@@ -14,12 +14,14 @@ import typer
 
 from data_tools.parts import check_no_other_parts, describe_part, rows_of
 from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_settings, run_slurm
-from launch.slurm.submit import Script
+from launch.slurm.submit import Script, submission_environment
 from mirage_ds.errors import DataError, name_full_disk, name_unwritable
+from mirage_ds.paths import expanded
 
 HERE = Path(__file__).parent
 
 
+@expanded("cluster")
 def command(
     rows: Annotated[Path, typer.Argument(help="JSONL rows; image paths are relative to this file.")],
     output: Annotated[Path, typer.Argument(help="New folder for shards, manifest and index.")],
@@ -47,8 +49,9 @@ def command(
     check_no_other_parts(output, describe_part(rows, 0, tasks, maxcount, maxsize))
     jobs = output.parent / f"{output.name}.jobs"
     limits = ["--maxcount", str(maxcount), "--maxsize", str(maxsize), "--max-rejects", str(max_rejects)]
-    build = render("build_shards.sh", rows, output, settings, tasks, jobs / "build-%a.log", limits=shlex.join(limits))
-    merge = render("merge_shards.sh", rows, output, settings, tasks, jobs / "merge.log", max_rejects=str(max_rejects))
+    logs = str(jobs).replace("%", "%%")  # sbatch replaces %j, %s, ...
+    build = render("build_shards.sh", rows, output, settings, tasks, f"{logs}/build-%a.log", limits=shlex.join(limits))
+    merge = render("merge_shards.sh", rows, output, settings, tasks, f"{logs}/merge.log", max_rejects=str(max_rejects))
     if dry_run:
         print(f"{build}\n{merge}", end="")
         return
@@ -58,9 +61,9 @@ def command(
         jobs.mkdir(parents=True, exist_ok=True)
         (jobs / "build.sh").write_text(build)
         (jobs / "merge.sh").write_text(merge)
-    array = submit(jobs / "build.sh")
+    array = submit(jobs / "build.sh", settings)
     # If a task fails, the merge job cannot start; without the second option it would stay in the queue forever.
-    last = submit(jobs / "merge.sh", f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes")
+    last = submit(jobs / "merge.sh", settings, f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes")
     print(
         f"submitted     array {array} (tasks: {tasks}), and job {last}, which merges when all tasks have succeeded\n"
         f"scripts       {jobs / 'build.sh'}, {jobs / 'merge.sh'}\n"
@@ -72,12 +75,13 @@ def command(
     )
 
 
-def submit(script: Path, *options: str) -> str:
+def submit(script: Path, cluster: Cluster, *options: str) -> str:
     """Submits a script; returns the job id."""
-    return run_slurm("sbatch", "--parsable", *options, str(script)).split(";")[0].strip()
+    command = ["sbatch", "--parsable", *options, str(script)]
+    return run_slurm(*command, environment=submission_environment(cluster)).split(";")[0].strip()
 
 
-def render(template: str, rows: Path, output: Path, cluster: Cluster, tasks: int, log: Path, **more: str) -> str:
+def render(template: str, rows: Path, output: Path, cluster: Cluster, tasks: int, log: str, **more: str) -> str:
     """A batch script. One core per task is enough: a build processes one sample at a time."""
     options = {
         "job-name": output.name,

@@ -25,6 +25,9 @@ from launch.slurm.attempts import LOG_NAME, RECIPE_NAME
 from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_settings, run_slurm
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
+from mirage_ds.model_folder import is_cached
+from mirage_ds.paths import expanded
+from mirage_ds.programs import without_current_folder
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_inputs
 from mirage_ds.versions import versions
@@ -39,6 +42,7 @@ class Script(string.Template):
     delimiter = "@@"
 
 
+@expanded("cluster", "container_image")
 def slurm(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, for example one of launch/recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, values in YAML.")] = None,
@@ -119,8 +123,8 @@ def apply_options(cluster: Cluster, given: dict[str, object], sbatch: list[str] 
     for option in settings.sbatch:
         if not option.startswith("-") or option.startswith(("-a", "--array")) or "\n" in option:
             raise ConfigError(
-                f"invalid sbatch option (--sbatch {option!r}); allowed: the options of sbatch --help except --array, "
-                "which would start several jobs on one run; correct it, for example --qos=long"
+                f"invalid sbatch option (--sbatch {option!r:.80}); allowed: the options of sbatch --help except "
+                "--array, which would start several jobs on one run; correct it, for example --qos=long"
             )
     return settings
 
@@ -135,7 +139,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
 
     Raises:
         ConfigError: the batch does not divide, the time limit is too short, or the run does not fit on the GPUs.
-        DataError: an input of the run is missing on this machine.
+        DataError: an input of the run is missing on this machine, or a sample is longer than data.max_length.
     """
     config.train.accumulation_steps(nodes * ranks_per_node_of(cluster))
     limit_s = seconds(cluster.time) if cluster.time else None
@@ -146,6 +150,18 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
             "--time or run.save_before_end_s"
         )
     check_inputs(config)
+    model = config.model
+    if not Path(model.path).is_dir() and not is_cached(model.path, model.cache_dir):
+        print(
+            f"warning: model.path={model.path} is neither a folder nor in the hub's cache on this machine; "
+            "nodes without internet cannot load it",
+            file=sys.stderr,
+        )
+    if config.data.max_length is not None:
+        # Imported here: torch and transformers take seconds to import.
+        from mirage_ds.training.start import open_encoder
+
+        open_encoder(config)
     if cluster.gpus_per_node and cluster.gpu:
         # Imported here: torch and transformers take seconds to import, and only this check needs them.
         from launch.planner.estimate import check_fits
@@ -183,7 +199,7 @@ def check_not_queued(run: Path) -> None:
     """
     jobs = (run / "jobs").resolve()
     for line in run_slurm("squeue", "--me", "--noheader", "--format=%i|%T|%o").splitlines():
-        number, state, script = line.split("|", 2)
+        number, state, script = (*line.split("|", 2), "", "")[:3]
         if Path(script).resolve().is_relative_to(jobs):
             raise ConfigError(
                 f"the run already has a job (run.dir={run}): {number} is {state}; allowed: one job at a time; wait for "
@@ -221,7 +237,7 @@ def render(recipe: Path, config: Config, cluster: Cluster, nodes: int, job: Path
         "gpus-per-node": cluster.gpus_per_node,
         "cpus-per-task": cluster.cpus_per_rank,
         "chdir": Path.cwd(),
-        "output": job / LOG_NAME,
+        "output": str(job / LOG_NAME).replace("%", "%%"),  # sbatch replaces %j, %s, ...
     }
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     step = ""
@@ -262,8 +278,10 @@ def submission_environment(cluster: Cluster) -> dict[str, str]:
         *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_EXPORT", "SBATCH_NO_KILL", "SBATCH_NO_REQUEUE"),
         *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_SIGNAL", "SBATCH_WAIT", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
     }
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in ("SLURM_CONF", "SLURM_JWT") or not (name.startswith(("SLURM_", "SRUN_")) or name in removed)
-    }
+    return without_current_folder(
+        {
+            name: value
+            for name, value in os.environ.items()
+            if name in ("SLURM_CONF", "SLURM_JWT") or not (name.startswith(("SLURM_", "SRUN_")) or name in removed)
+        }
+    )

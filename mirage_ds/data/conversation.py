@@ -7,7 +7,7 @@ from typing import Any, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, num_latent_blocks
-from mirage_ds.errors import ConfigError
+from mirage_ds.errors import MALFORMED, ConfigError
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
     IM_START,
@@ -53,8 +53,8 @@ def read_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrained
     )
     try:
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model_path, cache_dir=cache_dir))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer ({model_path}): {error}; {remedy}") from error
+    except MALFORMED as error:
+        raise ConfigError(f"no tokenizer ({model_path}): {error!r}; {remedy}") from error
     if IM_START not in tokenizer.get_vocab():  # if the files are missing, transformers makes an empty tokenizer
         raise ConfigError(f"not a tokenizer of Qwen2.5-VL: it lacks {IM_START} ({model_path}); {remedy}")
     return tokenizer

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mirage_ds.config import CompressStrategy, Stage
@@ -16,9 +17,10 @@ from mirage_ds.data.conversation import IMAGE_BLOCK, LATENT_BLOCK, load_tokenize
 from mirage_ds.data.images import decode
 from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
+from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
 from mirage_ds.data.shards import ShardFolder
-from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.errors import MALFORMED, ConfigError, DataError
 from mirage_ds.ops.segments import image_segments
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
@@ -71,6 +73,7 @@ def load_encoder(
     max_pixels: int | None = None,
     cache_dir: Path | None = None,
     compress_strategy: CompressStrategy = "average",
+    exif_orientation: bool = True,
 ) -> "Encoder":
     """The encoder for a model folder or hub id; the arguments are those of `Encoder` and `ImageProcessor.load`.
 
@@ -85,6 +88,7 @@ def load_encoder(
         system_turn=system_turn,
         max_length=max_length,
         compress_strategy=compress_strategy,
+        exif_orientation=exif_orientation,
     )
 
 
@@ -125,31 +129,6 @@ def supervised_labels(input_ids: torch.Tensor, prompt_length: int, ids: TokenIds
     return labels
 
 
-def mrope_positions(image_mask: torch.Tensor, grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:
-    """M-RoPE positions [3, L]: grid coordinates for an image's tokens; text positions for all others, also for latents.
-
-    After an image the position advances by max(height, width) of its merged grid, whatever its number of tokens.
-
-    Args:
-        image_mask: [L] bool, True at image pads; images are runs of pads with a token between them.
-        grid_thw: [N, 3] int64, in patches.
-    """
-    position_ids = torch.empty(3, len(image_mask), dtype=torch.int64)
-    run_starts = image_mask & ~torch.cat([image_mask.new_zeros(1), image_mask[:-1]])
-    starts = run_starts.nonzero().flatten().tolist()
-    column = position = 0
-    for start, (time, height, width) in zip(starts, grid_thw.tolist(), strict=True):
-        position_ids[:, column:start] = torch.arange(position, position + start - column)
-        position += start - column
-        sides = [torch.arange(size) for size in (time, height // merge_size, width // merge_size)]
-        grid = torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1)
-        column = start + grid.shape[1]
-        position_ids[:, start:column] = position + grid
-        position += max(height, width) // merge_size
-    position_ids[:, column:] = torch.arange(position, position + len(image_mask) - column)
-    return position_ids
-
-
 class Encoder:
     """Encodes samples for one model and one stage."""
 
@@ -163,21 +142,24 @@ class Encoder:
         system_turn: bool = True,
         max_length: int | None = None,
         compress_strategy: CompressStrategy = "average",
+        exif_orientation: bool = True,
     ) -> None:
         """
         Args:
             system_turn: start with the chat template's default system turn.
             max_length: maximum tokens of a sample; None: no limit.
             compress_strategy: how the model will pool helper images; each must have enough patches for it.
+            exif_orientation: turn images as their EXIF orientation says.
         """
         self.ids = TokenIds.of(tokenizer)
         self.tokenizer = tokenizer
         self._image_processor = image_processor
         self._stage = stage
-        self._latent_size = latent_size
+        self.latent_size = latent_size
         self._system_turn = system_turn
-        self._max_length = max_length
+        self.max_length = max_length
         self._compress_strategy = compress_strategy
+        self._exif_orientation = exif_orientation
         self._marker = self._tokenize(ASSISTANT_MARKER)
         self._kept_texts: dict[tuple[object, ...], EncodedText] = {}
         self._kept_tokens = 0
@@ -203,7 +185,7 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=pixel_values_latent,
             image_grid_thw_latent=grid_thw_latent,
-            latent_size=self._latent_size,
+            latent_size=self.latent_size,
         )
 
     def prompt(self, sample: Sample) -> EncodedSample:
@@ -221,7 +203,7 @@ class Encoder:
             system_turn=self._system_turn,
         )
         num_merged = self._image_processor.num_merged(grid_thw)
-        input_ids = expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
+        input_ids = expand_pads(self._tokenize(text), num_merged, self.latent_size, self.ids)
         image_mask = input_ids == self.ids.image_pad
         no_patches, no_grid = self._patches((), "")
         return EncodedSample(
@@ -236,7 +218,7 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=no_patches,
             image_grid_thw_latent=no_grid,
-            latent_size=self._latent_size,
+            latent_size=self.latent_size,
         )
 
     def check_index(self, folder: ShardFolder) -> None:
@@ -252,16 +234,32 @@ class Encoder:
                 merged = [self._image_processor.merged_grid_of(*size) for size in entry.helper_sizes]
                 self._check_helpers(merged, key)
 
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens of input images of these sizes (width, height)."""
+        return [rows * columns for rows, columns in (self._image_processor.merged_grid_of(*size) for size in sizes)]
+
+    def count_tokens(self, question: str, answer: str, sizes: Sequence[tuple[int, int]], num_helpers: int) -> int:
+        """The length of a sample with input images of these sizes, as `__call__` would encode it."""
+        text = self._train_text(question, answer, len(sizes), num_helpers, latents=self._stage != "text")
+        return len(expand_pads(self._tokenize(text), self.image_tokens(sizes), self.latent_size, self.ids))
+
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of emitted ids, without special tokens."""
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _check_template(self) -> None:
         """A text-only template would silently drop the images."""
-        text = self._train_text(IMAGE_TAG, OUTPUT_IMAGE_TAG, 1, 1, latents=True)
+        name = self.tokenizer.name_or_path
+        try:
+            text = self._train_text(IMAGE_TAG, OUTPUT_IMAGE_TAG, 1, 1, latents=True)
+        except (*MALFORMED, TemplateError) as error:
+            raise ConfigError(
+                f"the chat template cannot be used: {error!r} ({name}); expected Qwen2.5-VL's; copy its "
+                "chat_template.jinja there"
+            ) from error
         if [text.count(part) for part in (IMAGE_BLOCK, ASSISTANT_MARKER, LATENT_BLOCK)] != [1, 1, 1]:
             raise ConfigError(
-                f"the chat template turns an image and an answer into {text!r} ({self.tokenizer.name_or_path}); it "
+                f"the chat template turns an image and an answer into {text!r:.200} ({name}); it "
                 f"must write {IMAGE_BLOCK} for an image and {ASSISTANT_MARKER} before the answer; use Qwen2.5-VL's"
             )
 
@@ -276,7 +274,7 @@ class Encoder:
         """Refuses helper images, given by their rows and columns of merged patches, that cannot be pooled."""
         for number, (rows, columns) in enumerate(grids):
             try:
-                image_segments(rows, columns, self._latent_size, self._compress_strategy)
+                image_segments(rows, columns, self.latent_size, self._compress_strategy)
             except ValueError as error:
                 raise DataError(
                     f"{error} ({key}.helper_{number}); expected model.latent_size <= merged patches, and with "
@@ -285,14 +283,17 @@ class Encoder:
                 ) from error
 
     def _check_length(self, length: int, key: str) -> None:
-        if self._max_length is not None and length > self._max_length:
+        if self.max_length is not None and length > self.max_length:
             raise DataError(
-                f"the sample has {length} tokens ({key}); data.max_length allows {self._max_length}; raise it, make "
+                f"the sample has {length} tokens ({key}); data.max_length allows {self.max_length}; raise it, make "
                 "the images smaller with data.max_pixels, or leave the sample out"
             )
 
     def _patches(self, images: Sequence[bytes], where: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._image_processor([decode(data, f"{where}_{number}") for number, data in enumerate(images)])
+        turn = self._exif_orientation
+        return self._image_processor(
+            [decode(data, f"{where}_{number}", exif_orientation=turn) for number, data in enumerate(images)]
+        )
 
     def _text(self, sample: Sample, grid_thw: torch.Tensor) -> EncodedText:
         """The text side of a sample whose input images have these grids; encoded once, as long as it is kept."""
@@ -312,7 +313,7 @@ class Encoder:
             sample.text_input, sample.text_output, len(grid_thw), num_helpers, latents=self._stage != "text"
         )
         num_merged = self._image_processor.num_merged(grid_thw)
-        input_ids = expand_pads(self._tokenize(text), num_merged, self._latent_size, self.ids)
+        input_ids = expand_pads(self._tokenize(text), num_merged, self.latent_size, self.ids)
         self._check_length(len(input_ids), sample.key)
         prompt_length = find_prompt_length(input_ids, self._marker)
         image_mask = input_ids == self.ids.image_pad

@@ -1,24 +1,37 @@
-"""Decodes the bytes of an image file to RGB, safely: known formats, limited sizes. Needs no torch."""
+"""Decodes the bytes of an image file to RGB, safely: known formats, limited sizes. Needs no torch.
+
+Pixels are those that a viewer shows: turned as EXIF says, 16 bits scaled to 8, transparent pixels white. Of an animated
+file it is the first frame; CMYK becomes RGB by Pillow's formula, without a color profile.
+"""
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from mirage_ds.errors import DataError
 
 
-def decode(data: bytes, where: str) -> Image.Image:
+def decode(data: bytes, where: str, *, exif_orientation: bool = True) -> Image.Image:
     """Decodes to RGB; transparent pixels become white, as in the reference.
+
+    Args:
+        exif_orientation: turn the image as its EXIF orientation says.
 
     Raises:
         DataError: see `open_image`.
     """
-    image = open_image(data, where)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    background = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
+    image = open_image(data, where, exif_orientation=exif_orientation)
+    with _name_damage(where):
+        if image.mode.startswith("I"):
+            return _from_16_bits(image).convert("RGB")
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        background = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -26,23 +39,39 @@ MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: 256
 MAX_ASPECT_RATIO = 200  # the image processor refuses more
 
 
-def open_image(data: bytes, where: str) -> Image.Image:
-    """Decodes all pixels of an image, so that nothing can fail later.
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits, as of depth maps, with its upper 8 bits; Pillow's own conversion cuts off above 255."""
+    values = np.asarray(image)
+    grey = (values >> 8).astype(np.uint8)
+    grey[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey)
+
+
+def open_image(data: bytes, where: str, *, exif_orientation: bool = True) -> Image.Image:
+    """Decodes all pixels of an image, so that nothing can fail later, and turns it as its EXIF orientation says.
 
     Raises:
         DataError: not one of IMAGE_FORMATS, damaged, too large or too narrow; the message names `where`.
     """
-    try:
+    with _name_damage(where):
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         _check_size(*image.size, where)
         image.load()
+        if exif_orientation:
+            ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+@contextmanager
+def _name_damage(where: str) -> Iterator[None]:
+    try:
+        yield
     # The errors of Pillow's decoders on damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(
             f"the image cannot be decoded: {error} ({where}); allowed: {', '.join(IMAGE_FORMATS)} of at most "
             f"{MAX_IMAGE_PIXELS} pixels; replace the image"
         ) from error
-    return image
 
 
 def _check_size(width: int, height: int, where: str) -> None:

@@ -33,10 +33,16 @@ def load_index(folder: ShardFolder) -> list[IndexEntry]:
         DataError: it is missing, or does not match the manifest.
     """
     path = folder.path / INDEX_NAME
-    data = path.read_bytes() if path.is_file() else b""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{INDEX_NAME} cannot be read: {error.strerror} ({path}); a folder of shards has one; copy it again, or "
+            "build again"
+        ) from error
     if hashlib.sha256(data).hexdigest() != folder.manifest.index_sha256:
         raise DataError(
-            f"{INDEX_NAME} is missing or does not match the manifest ({path}); both must come from one build; copy it "
+            f"{INDEX_NAME} does not match the manifest ({path}); both must come from one build; copy it "
             "again, or build again"
         )
     # The digest matches, so the contents need no further checks.

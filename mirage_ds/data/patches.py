@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from mirage_ds.errors import ConfigError
+from mirage_ds.errors import MALFORMED, ConfigError
 
 
 class ImageProcessor:
@@ -48,7 +48,7 @@ class ImageProcessor:
         """
         try:
             processor = Qwen2VLImageProcessorPil.from_pretrained(model_path, cache_dir=cache_dir)
-        except OSError as error:
+        except MALFORMED as error:
             raise ConfigError(
                 f"no image processor ({model_path}): {error}; a model folder has preprocessor_config.json; name "
                 "one that `mirage init` wrote, or add it from another folder with `mirage init "
@@ -59,6 +59,7 @@ class ImageProcessor:
                 f"{', '.join(left_out)} is false ({model_path}/preprocessor_config.json); images are always resized, "
                 "rescaled and normalized, as for Qwen2.5-VL; set it to true there"
             )
+        cls._check_numbers(processor, model_path)
         smallest = min_pixels or processor.size["shortest_edge"]
         largest = max_pixels or processor.size["longest_edge"]
         if smallest > largest:
@@ -68,6 +69,30 @@ class ImageProcessor:
             )
         processor.size = {"shortest_edge": smallest, "longest_edge": largest}
         return cls(processor)
+
+    @staticmethod
+    def _check_numbers(processor: Qwen2VLImageProcessorPil, model_path: str) -> None:
+        """Refuses a file whose numbers are of another image processor.
+
+        Raises:
+            ConfigError: the message names the entry.
+        """
+        limits = [dict(processor.size).get(edge) for edge in ("shortest_edge", "longest_edge")]
+        sizes = {name: getattr(processor, name) for name in ("patch_size", "merge_size", "temporal_patch_size")}
+        wrong = {name: value for name, value in sizes.items() if not isinstance(value, int) or value < 1}
+        if not all(isinstance(limit, int) and limit > 0 for limit in limits):
+            wrong["size"] = dict(processor.size)
+        for name in ("image_mean", "image_std"):
+            value = getattr(processor, name)
+            if not isinstance(value, (list, tuple)) or [type(number) for number in value] != [float] * 3:
+                wrong[name] = value
+        if wrong:
+            name, value = next(iter(wrong.items()))
+            raise ConfigError(
+                f"{name} is {value!r:.80} ({model_path}/preprocessor_config.json); expected what Qwen2.5-VL has: size "
+                "with shortest_edge and longest_edge in pixels, three numbers each for mean and std, whole patches; "
+                "correct it"
+            )
 
     def __call__(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns patches [P, patch_dim] float32 of all images and their grids [N, 3] int64 (time, height, width)."""

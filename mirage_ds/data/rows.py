@@ -3,15 +3,15 @@
 {"text_input": str, "text_output": str, "image_input": path or list, "image_output": path or list, ...}
 """
 
-import json
+import codecs
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mirage_ds import tokens
+from mirage_ds import strict_json, tokens
 from mirage_ds.data.images import open_image
-from mirage_ds.errors import DataError
+from mirage_ds.errors import DataError, reason_of
 
 IMAGE_TAG = "<image>"
 OUTPUT_IMAGE_TAG = "<output_image>"
@@ -117,7 +117,8 @@ def _read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     empty = True
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, marked in enumerate(file, start=1):
+                line = marked.removeprefix(codecs.BOM_UTF8)  # Notepad, PowerShell and Excel write it
                 if line.strip():
                     empty = False
                     yield f"{path}:{number}", line
@@ -131,7 +132,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = strict_json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"malformed JSON: {error} ({where}); every line must be one JSON object in UTF-8; fix the line"
@@ -186,12 +187,17 @@ def _read_image(path: Any, name: str, where: str, folder: Path) -> bytes:
         raise DataError(
             f"{name}: {path!r:.80} is not a path ({where}); expected a path or a list of paths; fix the field"
         )
+    if path.startswith("data:"):
+        raise DataError(
+            f"{name}: {path!r:.80} is an image in the row ({where}); expected a path or a list of paths; write the "
+            "image to a file and its path into the row"
+        )
     try:
         return (folder / path).read_bytes()
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{name} cannot be read: {path!r} ({where}); paths are relative to the folder of the JSONL file, {folder}; "
-            "put the image there or fix the path"
+            f"{name} cannot be read: {path!r:.80}: {reason_of(error)} ({where}); paths are relative to the folder of "
+            f"the JSONL file, {folder}; put the image there or fix the path"
         ) from error
 
 
@@ -203,6 +209,11 @@ def check_sample(sample: Sample, where: str) -> None:
     """
     check_question(sample, where)
     _check_text(sample.text_output, "text_output", where)
+    if IMAGE_TAG in sample.text_output:  # LLaMA-Factory's way to write an output image; it would be trained as text
+        raise DataError(
+            f"text_output contains {IMAGE_TAG} ({where}); allowed: {OUTPUT_IMAGE_TAG}, where a helper image "
+            f"belongs; write {OUTPUT_IMAGE_TAG} there, or remove it"
+        )
     num_slots, num_helpers = sample.text_output.count(OUTPUT_IMAGE_TAG), len(sample.helper_images)
     if num_slots != num_helpers and (num_slots, num_helpers) != (0, 1):
         raise DataError(

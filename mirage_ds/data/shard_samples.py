@@ -4,13 +4,13 @@ Writes and reads this format; no other file depends on it. Needs no torch.
 """
 
 import io
-import json
 import os
 import re
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from mirage_ds import strict_json
 from mirage_ds.data.images import IMAGE_FORMATS
 from mirage_ds.data.rows import Sample, parse_row, read_text
 from mirage_ds.errors import DataError
@@ -28,7 +28,7 @@ def to_members(sample: Sample) -> dict[str, bytes]:
         DataError: an image is not in one of IMAGE_FORMATS.
     """
     texts = {"text_input": sample.text_input, "text_output": sample.text_output}
-    members = {"json": json.dumps({**texts, **sample.extra}).encode("ascii")}
+    members = {"json": strict_json.dumps({**texts, **sample.extra}).encode("ascii")}
     for kind, images in (("input", sample.input_images), ("helper", sample.helper_images)):
         for number, data in enumerate(images):
             members[f"{kind}_{number}.{_extension(data, f'{sample.key}.{kind}_{number}')}"] = data

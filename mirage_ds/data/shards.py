@@ -83,7 +83,7 @@ def _parse_manifest(data: bytes, path: Path) -> Manifest:
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise DataError(
-                f"format version {version!r} ({path}); this version reads {FORMAT_VERSION}; build the shards again"
+                f"format version {version!r:.80} ({path}); this version reads {FORMAT_VERSION}; build the shards again"
             )
         shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
         manifest = Manifest(**fields, shards=shards)
@@ -107,9 +107,15 @@ def check_shard_size(folder: Path, shard: Shard) -> None:
         DataError: it is missing, or its size differs from the manifest.
     """
     path = folder / shard.name
-    size = path.stat().st_size if path.is_file() else None
+    try:
+        size = path.stat().st_size
+        problem = f"has size {size}"
+    except OSError as error:
+        size, problem = (
+            None,
+            "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}",
+        )
     if size != shard.bytes:
-        problem = "is missing" if size is None else f"has size {size}"
         raise DataError(
             f"the shard {problem} ({path}); the manifest says {shard.bytes} bytes; copy it again, or build again"
         )

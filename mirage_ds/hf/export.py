@@ -7,7 +7,6 @@ template, image processor and generation defaults come from the model that the r
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,10 @@ from mirage_ds.config import Config, Dtype
 from mirage_ds.data.conversation import load_tokenizer
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.errors import CheckpointError, ConfigError, DataError
-from mirage_ds.hf import latent_settings
-from mirage_ds.hf.latent_settings import LatentSettings, LatentTokenIds
+from mirage_ds.hf.written_folder import finish
+from mirage_ds.model import latent_settings
 from mirage_ds.model.backbone import DTYPES, empty_model, file_name, has_file
+from mirage_ds.model.latent_settings import LatentSettings, LatentTokenIds
 from mirage_ds.output_folder import new_folder
 from mirage_ds.tokens import TokenIds
 
@@ -77,6 +77,7 @@ def export_checkpoint(
             tokenizer.save_pretrained(folder)
             image_processor.save(folder)
             _write_weights(parameters, files, DTYPES[dtype], folder)
+            finish(folder)
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"the export cannot be written ({output}): {error}; it needs {size} in a writable folder; free some "
@@ -111,6 +112,7 @@ def _latent_settings(config: Config, ids: TokenIds) -> LatentSettings:
         latent_size=config.model.latent_size,
         stage=config.train.stage,
         system_turn=config.data.system_turn,
+        exif_orientation=config.data.exif_orientation,
         latent_token_ids=LatentTokenIds(pad=ids.latent_pad, start=ids.latent_start, end=ids.latent_end),
     )
 
@@ -144,8 +146,8 @@ def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_s
         )
     except ValueError as error:
         raise ConfigError(
-            f"{max_shard_size!r} is not a size (--max-shard-size): {error}; expected a number with KB, MB, GB or TB; "
-            "write for example 5GB"
+            f"{max_shard_size!r:.80} is not a size (--max-shard-size): {error}; expected a number with KB, MB, GB or "
+            "TB; write for example 5GB"
         ) from error
 
 
@@ -156,8 +158,6 @@ def _write_weights(
     for name, members in files.filename_to_tensors.items():
         # transformers only accepts files with this entry as torch's.
         save_file({m: parameters[m].read(dtype) for m in members}, folder / name, metadata={"format": "pt"})
-        # safetensors makes its files readable for the owner only, whatever the umask.
-        shutil.copymode(folder / "config.json", folder / name)
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

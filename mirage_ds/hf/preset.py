@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Tokeniz
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mirage_ds.data.rows import read_json_lines
+from mirage_ds.hf.written_folder import finish
 from mirage_ds.model.backbone import ROW_MULTIPLE, random_model
 from mirage_ds.output_folder import new_folder
 from mirage_ds.tokens import END_OF_TEXT, IM_END, LATENT_TOKENS, TokenIds
@@ -87,6 +88,7 @@ def write_tiny(text: Path, output: Path, seed: int) -> None:
             eos_token_id=[ids.im_end, ids.end_of_text],
             pad_token_id=ids.end_of_text,
         ).save_pretrained(folder)
+        finish(folder)
 
 
 def _row_texts(path: Path) -> Iterator[str]:

@@ -10,6 +10,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mirage_ds.data.conversation import read_tokenizer
 from mirage_ds.errors import ConfigError
+from mirage_ds.hf.written_folder import finish
 from mirage_ds.model.backbone import check_config, copy_model, has_file
 from mirage_ds.output_folder import new_folder
 from mirage_ds.tokens import LATENT_TOKENS, TokenIds
@@ -39,6 +40,7 @@ def copy_pretrained(source: str, output: Path, processor_from: str | None = None
         copy_model(source, folder, TokenIds.of(tokenizer), num_ids)
         tokenizer.save_pretrained(folder)
         image_processor.save_pretrained(folder)
+        finish(folder)
 
 
 def _tokenizer(source: str, processor_from: str | None) -> PreTrainedTokenizerBase:

@@ -17,7 +17,8 @@ from mirage_ds.errors import name_full_disk
 from mirage_ds.inference.questions import read_question, read_task
 from mirage_ds.inference.rates import difference, success_rates, table
 from mirage_ds.inference.results import Answer, Results
-from mirage_ds.paths import check_model
+from mirage_ds.model_folder import check_model
+from mirage_ds.paths import expanded
 
 Latents = Literal["fed", "shuffled", "mean", "zeroed"]
 """What is fed at the latents; latents.py defines each."""
@@ -48,6 +49,7 @@ DtypeOption = Annotated[
 ]
 
 
+@expanded("model")
 def generate(
     model: ModelOption,
     prompt: Annotated[
@@ -83,6 +85,7 @@ def generate(
         typer.echo(f"The answer was cut off after {max_new_tokens} tokens (--max-new-tokens).", err=True)
 
 
+@expanded("model")
 def evaluate(
     model: ModelOption,
     task: Annotated[TaskName, typer.Option(help="How answers are scored.")],

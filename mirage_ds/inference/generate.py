@@ -23,10 +23,10 @@ from mirage_ds.batch import Batch
 from mirage_ds.config import LatentEnd
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.errors import ConfigError
-from mirage_ds.hf.latent_settings import LatentSettings, LatentTokenIds, read_latent_settings
 from mirage_ds.inference.latents import Feed, Slot
 from mirage_ds.inference.sampling import GREEDY, Sampling
 from mirage_ds.model.backbone import Backbone, check_config, check_latent_ids, load_backbone
+from mirage_ds.model.latent_settings import LatentSettings, LatentTokenIds, read_latent_settings
 from mirage_ds.model.targets import build_inputs_embeds
 from mirage_ds.model.tower import Tower
 from mirage_ds.self_check import check_decoding
@@ -197,7 +197,12 @@ def load_decoder(
     if dtype is None:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
     encoder = load_encoder(
-        model, stage="stage2", latent_size=latent_size, system_turn=system_turn is not False, cache_dir=cache_dir
+        model,
+        stage="stage2",
+        latent_size=latent_size,
+        system_turn=system_turn is not False,
+        cache_dir=cache_dir,
+        exif_orientation=settings is None or settings.exif_orientation,
     )
     _check_ids(settings, encoder.ids, model)
     check_decoding()

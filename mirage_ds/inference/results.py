@@ -1,10 +1,11 @@
 """The results file of an evaluation, while it is written and when it is complete."""
 
-import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mirage_ds import strict_json
 from mirage_ds.errors import DataError, name_unwritable
 from mirage_ds.inference.tasks import vsp
 from mirage_ds.versions import versions
@@ -37,8 +38,9 @@ class Results:
         """Writes nothing yet.
 
         Raises:
-            DataError: the file exists.
+            DataError: the file exists, or cannot be written.
         """
+        output = output.resolve()  # a symbolic link stays one
         self.output, self.summary = output, Path(f"{output}.summary.json")
         self.answers: list[Answer] = []
         for path in (self.output, self.summary):
@@ -47,6 +49,10 @@ class Results:
                     f"the file exists already ({path}, --output); results need a new file; delete it, or name another"
                 )
         self.part = Path(f"{output}.part")
+        existing = next(folder for folder in output.parents if folder.exists())
+        # Found before the rows are answered.
+        with name_unwritable(self.part, "name another --output"), tempfile.TemporaryFile(dir=existing):
+            pass
 
     def __enter__(self) -> "Results":
         """Starts the file.
@@ -65,10 +71,10 @@ class Results:
     def add(self, answer: Answer) -> None:
         """Writes one line."""
         self.answers.append(answer)
-        self._file.write(json.dumps(asdict(answer)) + "\n")
+        self._file.write(strict_json.dumps(asdict(answer)) + "\n")
         self._file.flush()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Renames FILE.part to FILE, and writes FILE.summary.json with the versions added."""
-        self.summary.write_text(json.dumps(summary | {"versions": versions()}, indent=2))
+        self.summary.write_text(strict_json.dumps(summary | {"versions": versions()}, indent=2))
         self.part.replace(self.output)

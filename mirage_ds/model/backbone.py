@@ -3,12 +3,15 @@
 The only file that names transformers' Qwen model classes.
 """
 
+import pickle
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -20,7 +23,8 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from mirage_ds.config import Dtype
-from mirage_ds.errors import ConfigError
+from mirage_ds.errors import MALFORMED, ConfigError
+from mirage_ds.model_folder import check_model, check_not_quantized
 from mirage_ds.tokens import TokenIds
 
 # transformers' names of parameters -> their names in files, as on the hub, which every version of transformers reads.
@@ -154,17 +158,26 @@ def _load_weights(path: str, **settings: Any) -> Any:
     """The model with all its weights.
 
     Raises:
-        ConfigError: a weight is missing, which transformers would initialize randomly, or a file is damaged.
+        ConfigError: a weight is missing, which transformers would initialize randomly, or has another shape, or a file
+            is damaged.
     """
     load: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained
     remedy = "copy the folder again"
     try:
-        model, loading = load(path, output_loading_info=True, **settings)
-    except (OSError, SafetensorError) as error:
+        # A weight of another shape is reported below, by its name.
+        model, loading = load(path, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
+    except (*MALFORMED, SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise ConfigError(
             f"the weights cannot be loaded ({path}): {error}; a model folder must have the files that its "
             f"config.json and its index name, complete; {remedy}"
         ) from error
+    except RuntimeError as error:  # under ZeRO-3, transformers raises for another shape
+        if not (mismatch := re.search("size mismatch for (.*)", str(error))):
+            raise
+        raise _another_shape(path, mismatch[1]) from error
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise _another_shape(path, f"{name}: {list(found)} in the files, {list(expected)} by config.json")
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(
             f"missing weights: {len(missing)}, for example {missing[0]} ({path}); a model must have all weights that "
@@ -173,26 +186,42 @@ def _load_weights(path: str, **settings: Any) -> Any:
     return model
 
 
+def _another_shape(path: str, example: str) -> ConfigError:
+    return ConfigError(
+        f"weights of another shape, for example {example} ({path}); files and config.json must agree: vocab_size is "
+        "the number of rows, those of added tokens too; correct config.json, or copy the folder again"
+    )
+
+
 def check_config(path: str, cache_dir: Path | None = None) -> None:
     """Refuses a model that is not a Qwen2.5-VL, or that the rollout would not compute exactly.
 
     Raises:
-        ConfigError: it cannot be loaded, or is another model, or uses sliding-window attention.
+        ConfigError: it cannot be loaded, or is another model, or quantized, or uses sliding-window attention.
     """
     remedy = "name a Qwen2.5-VL"
+    check_model(path, f"model {path}", cache_dir)
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
+    except (*MALFORMED, StrictDataclassError) as error:
+        here = "" if Path(path).is_dir() else f"there is no such folder in {Path.cwd()}, and from the hub: "
         raise ConfigError(
-            f"the model cannot be loaded ({path}): {error}; expected a Hugging Face folder or hub id; {remedy}"
+            f"the model cannot be loaded ({path}): {here}{error}; expected a Hugging Face folder or hub id; {remedy}"
         ) from error
     if not isinstance(config, Qwen2_5_VLConfig):
         raise ConfigError(f"the model is a {config.model_type} ({path}); only qwen2_5_vl can be trained; {remedy}")
+    check_not_quantized(getattr(config, "quantization_config", None), path)
     if "sliding_attention" in config.get_text_config().layer_types:
         raise ConfigError(
             f"the model uses sliding-window attention (use_sliding_window in {path}/config.json); only full attention "
             "is supported; set use_sliding_window to false there, as in Qwen2.5-VL's own checkpoints"
         )
+    try:
+        _without_weights(config)
+    except MALFORMED as error:
+        raise ConfigError(
+            f"config.json describes no model ({path}): {error!r}; expected the numbers of a Qwen2.5-VL; {remedy}"
+        ) from error
 
 
 def empty_model(path: str, cache_dir: Path | None = None) -> PreTrainedModel:

@@ -7,7 +7,8 @@ from mirage_ds.checkpoint import complete
 from mirage_ds.config import Config, RunConfig
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError, MirageError, leave
-from mirage_ds.paths import check_model
+from mirage_ds.model_folder import check_model
+from mirage_ds.paths import check_writable
 from mirage_ds.recipe import load_config
 
 
@@ -38,7 +39,7 @@ def check_inputs(config: Config) -> None:
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:
             load_manifest(folder)
-    check_model(config.model.path, f"model.path={config.model.path}")
+    check_model(config.model.path, f"model.path={config.model.path}", config.model.cache_dir)
     resumes = config.run.resume == "auto" and complete.tags(config.run.dir / complete.FOLDER)
     if config.run.init_from is not None and not resumes and not config.run.init_from.is_dir():
         raise DataError(
@@ -54,6 +55,7 @@ def check_folder_is_free(run: RunConfig) -> None:
 
     Raises:
         ConfigError: the folder holds a run.
+        DataError: it cannot be written, which a colleague's run may be.
     """
     taken = complete.tags(run.dir / complete.FOLDER) or (run.dir / "metrics.jsonl").exists()
     if run.resume == "never" and taken:
@@ -61,3 +63,5 @@ def check_folder_is_free(run: RunConfig) -> None:
             f"the folder holds another run already (run.dir={run.dir}); a run needs a folder of its own; set run.dir "
             "to a new one, or run.resume=auto to resume that run"
         )
+    for folder in (run.dir, run.dir / complete.FOLDER):  # the checkpoints may be a link to a larger disk
+        check_writable(folder, "run.dir")

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from mirage_ds.programs import ask
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 MARK_NAME = "preempted"
 
@@ -75,17 +77,14 @@ def job_end_s(say: Callable[[str], None]) -> float | None:
     if job is None:
         return None
     try:
-        result = subprocess.run(
-            ["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True, timeout=60, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:  # in a container there may be no scontrol
+        result = ask("scontrol", "--oneliner", "show", "job", job, timeout_s=60)
+        fields = dict(field.partition("=")[::2] for field in result.stdout.split())
+        end = fields.get("EndTime", "Unknown")
+        return None if end == "Unknown" else time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S"))
+    # In a container there may be no scontrol; and another version may write the time in another way.
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
         say(f"the job's time limit is unknown ({error}): the run saves in time only if it gets a signal")
         return None
-    fields = dict(field.partition("=")[::2] for field in result.stdout.split())
-    end = fields.get("EndTime", "Unknown")
-    if end == "Unknown":
-        return None
-    return time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S"))
 
 
 def mark(run_dir: Path, step: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from mirage_ds import strict_json
 from mirage_ds.config import Stage
 from mirage_ds.zero3 import distributed
 
@@ -96,7 +97,7 @@ class Metrics:
         if self.file and self.writer:
             for sums, total, end_s in zip(self.pending, totals, ends, strict=True):
                 record = self._record(sums, total, end_s)
-                self.file.write(json.dumps(record | {"loss_hex": record["loss"].hex()}) + "\n")
+                self.file.write(strict_json.dumps(record | {"loss_hex": record["loss"].hex()}) + "\n")
                 if sums.step > self.first_step:  # the first step of a start is slow
                     self.recent_step_s.append(record["step_s"])
             self.file.flush()
@@ -110,7 +111,7 @@ class Metrics:
         """Writes a validation, whose losses are the same on every rank."""
         if self.validation_file and self.writer:
             hexadecimal = {"loss_hex": losses["loss"].hex()}
-            self.validation_file.write(json.dumps({"step": step} | losses | hexadecimal) + "\n")
+            self.validation_file.write(strict_json.dumps({"step": step} | losses | hexadecimal) + "\n")
             self.validation_file.flush()
             for name, value in losses.items():
                 if self._has(name):

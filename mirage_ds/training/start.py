@@ -12,8 +12,10 @@ from mirage_ds.checkpoint.find import find_damage, newest_complete, refuse_damag
 from mirage_ds.checkpoint.load import check_start
 from mirage_ds.config import Config
 from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.model.backbone import check_config
+from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
 from mirage_ds.training.run_folder import find_start
 from mirage_ds.zero3 import distributed
@@ -50,6 +52,8 @@ def prepare(config: Config) -> Start:
     deepspeed_config = resolve_deepspeed_config(config)
     shards = load_manifest(config.data.shards)
     check_config(config.model.path, config.model.cache_dir)
+    if config.run.init_from is None:  # else its weights replace the model's, and check_init_from compares
+        check_latent_size(config.model)
     encoder = open_encoder(config)
     device = distributed.init(config.distributed.timeout_s)
     pooling = describe_path(device)
@@ -81,10 +85,13 @@ def open_encoder(config: Config) -> Encoder:
         max_pixels=config.data.max_pixels,
         cache_dir=config.model.cache_dir,
         compress_strategy=config.model.compress_strategy,
+        exif_orientation=config.data.exif_orientation,
     )
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:
-            encoder.check_index(load_manifest(folder))
+            shards = load_manifest(folder)
+            encoder.check_index(shards)
+            check_lengths(encoder, shards)
     return encoder
 
 

@@ -4,7 +4,6 @@ A DeepSpeed JSON sets what only DeepSpeed uses (ZeRO's buckets and thresholds, o
 accumulation and communication) and has "auto" where the run's configuration decides.
 """
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
 import ds_configs
+from mirage_ds import strict_json
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError
 from mirage_ds.recipe import hint
@@ -63,7 +63,7 @@ def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
     path = Path(name) if "/" in name else Path(ds_configs.__path__[0]) / name
     where = f"distributed.deepspeed_config={name}"
     try:
-        resolved = json.loads(path.read_text())
+        resolved = strict_json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the DeepSpeed configuration cannot be read ({where}): {error}; expected a path, or the name of a file "
@@ -82,7 +82,7 @@ def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
     for keys in (["data_types", "grad_accum_dtype"], ["communication_data_type"]):
         if _get(resolved, keys) not in REDUCTION_DTYPES:
             raise ConfigError(
-                f"{'.'.join(keys)} is {_get(resolved, keys)!r} ({where}); allowed: "
+                f"{'.'.join(keys)} is {_get(resolved, keys)!r:.80} ({where}); allowed: "
                 f"{', '.join(REDUCTION_DTYPES)}, set explicitly, as DeepSpeed's default would change results; "
                 'write "fp32" as in zero3.json'
             )
@@ -103,7 +103,9 @@ def _check_keys(tree: Any, where: str) -> None:
         if key not in DEEPSPEED_KEYS:
             raise ConfigError(f"unknown key {key} ({where}): {hint(key, DEEPSPEED_KEYS)}; rename or delete it")
         if key in (*DEEPSPEED_SECTIONS, *PRECISION_KEYS) and not isinstance(value, dict):
-            raise ConfigError(f"{key} is {value!r} ({where}); expected a section in braces; write it as in zero3.json")
+            raise ConfigError(
+                f"{key} is {value!r:.80} ({where}); expected a section in braces; write it as in zero3.json"
+            )
         for name in value if key in PRECISION_KEYS else ():
             if name not in PRECISION_KEYS[key]:
                 raise ConfigError(
@@ -129,7 +131,7 @@ def _check_sections(resolved: dict[str, Any], where: str) -> None:
                 *parents, last = map(str, details["loc"])
                 problem = f"unknown key {key} ({where}): {hint(last, _names_in(definition, parents))}"
             else:
-                problem = f"{key} is {details['input']!r} ({where}): {details['msg']}"
+                problem = f"{key} is {details['input']!r:.80} ({where}): {details['msg']}"
             raise ConfigError(f"{problem}; correct it in the file") from error
 
 
@@ -153,7 +155,7 @@ def _fill(tree: dict[str, Any], keys: list[str], value: Any, where: str) -> None
         tree = tree.setdefault(key, {})
     if tree.get(last, "auto") not in ("auto", value):
         raise ConfigError(
-            f"{'.'.join(keys)} is {tree[last]!r} in the file, but {value!r} in the run's configuration ({where}); "
+            f"{'.'.join(keys)} is {tree[last]!r:.80} in the file, but {value!r} in the run's configuration ({where}); "
             'the run owns this value; write "auto" there and set it in the recipe'
         )
     tree[last] = value

@@ -2,13 +2,14 @@
 
 import os
 import socket
-import subprocess
 from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+
+from mirage_ds.programs import ask
 
 
 def map_launcher_variables() -> None:
@@ -36,8 +37,7 @@ def map_launcher_variables() -> None:
 
 def _first_host(nodelist: str) -> str:
     """Where rank 0 runs. Only scontrol reads all forms of SLURM's node lists, such as node[1-2,7]."""
-    command = ["scontrol", "show", "hostnames", nodelist]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout.split()[0]
+    return ask("scontrol", "show", "hostnames", nodelist).stdout.split()[0]
 
 
 def _free_port() -> int:

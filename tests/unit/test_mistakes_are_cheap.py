@@ -70,6 +70,7 @@ def test_a_mistake_needs_no_torch(place: Path, line: str) -> None:
     program, *arguments = line.split()
     environment = launching.environment()
     environment["PYTHONPATH"] = f"{place / 'packages'}:{environment['PYTHONPATH']}"
+    environment["HF_HUB_OFFLINE"] = "0"  # or some/model would be the mistake; nothing gets so far as to ask the hub
     result = subprocess.run(
         [sys.executable if program == "python" else str(launching.BIN / program), *arguments],
         cwd=place / "cwd",

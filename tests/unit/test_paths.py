@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mirage_ds.errors import ConfigError, DataError
-from mirage_ds.paths import check_file, check_folder, check_model
+from mirage_ds.model_folder import check_exists
+from mirage_ds.paths import check_file, check_folder
 
 
 def test_files_and_folders(tmp_path: Path) -> None:
@@ -14,22 +15,50 @@ def test_files_and_folders(tmp_path: Path) -> None:
     file.touch()
     check_file(file, "--data", "a file")
     check_folder(tmp_path, "--checkpoint", "a folder")
-    with pytest.raises(DataError, match=rf"no such file \(--data {re.escape(str(tmp_path))}\); expected a file; corr"):
+    with pytest.raises(DataError, match=rf"not a file \(--data {re.escape(str(tmp_path))}\); expected a file; corr"):
         check_file(tmp_path, "--data", "a file")
-    with pytest.raises(DataError, match=r"no such folder \(--checkpoint .*file\); expected a folder; correct the"):
+    with pytest.raises(DataError, match=r"not a folder \(--checkpoint .*file\); expected a folder; correct the"):
         check_folder(file, "--checkpoint", "a folder")
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-7B-Instruct", "some_team/model.v2", "folder", "./folder"])
 def test_folders_and_hub_ids_are_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     (tmp_path / "folder").mkdir()
-    check_model(name, f"--model {name}")
+    check_exists(name, f"--model {name}")
 
 
 @pytest.mark.parametrize("name", ["none", "./none", "/none", "../none", "~/none", "none/of/these", "runs/none/"])
 def test_other_names_are_folders_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     with pytest.raises(ConfigError, match=r"the model folder does not exist .*allowed: .*a hub id.*correct it") as got:
-        check_model(name, f"--model {name}")
+        check_exists(name, f"--model {name}")
     assert f"(--model {name})" in str(got.value)
+
+
+def test_a_misspelt_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny-model").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"No such file .*did you mean .*/runs/tiny-model\? allowed"):
+        check_exists("runs/tiny-modle", "--model runs/tiny-modle")
+    with pytest.raises(ConfigError, match=r"did you mean .*/runs\? allowed"):
+        check_exists("rusn/tiny-model/x", "--model")
+
+
+def test_without_the_hub_an_id_must_be_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"no folder a/b .*cache .* does not have it.*HF_HUB_OFFLINE"):
+        check_exists("a/b", "--model a/b", tmp_path)
+    (tmp_path / "models--a--b").mkdir()
+    check_exists("a/b", "--model a/b", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("file/a", "Not a directory"), ("x" * 300, "File name too long"), ("nothing", "no such file")]
+)
+def test_the_systems_reason_is_in_the_message(tmp_path: Path, path: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=reason):
+        check_file(tmp_path / path, "--data", "a file")

@@ -18,10 +18,13 @@ from data_tools.build import build
 from mirage_ds.config import Stage
 from mirage_ds.data import encode
 from mirage_ds.data.conversation import load_tokenizer, prompt_text, train_text
-from mirage_ds.data.encode import EncodedSample, Encoder, load_encoder, mrope_positions
+from mirage_ds.data.encode import EncodedSample, Encoder, load_encoder
+from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.patches import ImageProcessor
+from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import load_manifest
+from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.tokens import ASSISTANT_MARKER, IGNORE_INDEX, IMAGE_PAD, LATENT_PAD
@@ -319,3 +322,27 @@ def test_positions_are_those_of_transformers(sides: list[tuple[int, int]], texts
     model.get_vision_position_ids = Qwen2_5_VLModel.get_vision_position_ids.__get__(model)
     expected, _ = Qwen2_5_VLModel.get_rope_index(model, image_mask[None].long(), image_mask[None].int(), grid_thw)
     assert torch.equal(mrope_positions(image_mask, grid_thw, merge_size=2), expected[:, 0])
+
+
+def test_longer_samples_are_found_before_the_run(tmp_path: Path) -> None:
+    """Only the index and the texts near the limit are read; the lengths are those that the encoder gives."""
+    rows = [make_row(number) for number in range(8)]
+    for number in (2, 5):
+        rows[number]["text_output"] = rows[number]["text_output"].replace("</think>", " and" * 300 + "</think>", 1)
+    write_rows(tmp_path / "rows", 8)
+    write_jsonl(tmp_path / "rows" / "rows.jsonl", rows)
+    write_tiny(tmp_path / "rows" / "rows.jsonl", tmp_path / "model", seed=0)
+    build(tmp_path / "rows" / "rows.jsonl", tmp_path / "shards", maxcount=3, maxsize=10**9)
+    shards = load_manifest(tmp_path / "shards")
+    reader = SampleReader(shards)
+    encoder = load_encoder(str(tmp_path / "model"), stage="stage1", latent_size=4)
+    lengths = [len(encoder(reader(number)).input_ids) for number in range(8)]
+    longest = sorted(lengths)[-1]
+    check_lengths(encoder, shards)
+    encoder.max_length = longest
+    check_lengths(encoder, shards)
+    encoder.max_length = min(lengths[2], lengths[5]) - 1
+    with pytest.raises(
+        DataError, match=rf"data\.max_length=\d+: 2 .*000000002 with {lengths[2]}, .*05 with {lengths[5]};"
+    ):
+        check_lengths(encoder, shards)

@@ -1,5 +1,6 @@
 """Pixels against Pillow and numpy alone: the tower's input depends only on the image bytes, not on other packages."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from generated_rows import image_bytes
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mirage_ds.data.images import decode
+from mirage_ds.data.images import decode, open_image
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.errors import ConfigError
 
@@ -134,3 +135,50 @@ def test_limits_that_contradict_each_other(folder: str) -> None:
         ImageProcessor.load(folder, min_pixels=785, max_pixels=784)
     with pytest.raises(ConfigError, match="at least 3136 and at most 784 pixels"):
         ImageProcessor.load(folder, max_pixels=784)
+
+
+def photo(orientation: int, image_format: str) -> bytes:
+    """56 x 28 pixels, left half blue, right half red, with an EXIF orientation."""
+    image = Image.new("RGB", (56, 28), "red")
+    image.paste("blue", (0, 0, 28, 28))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, exif=exif, **({"lossless": True} if image_format == "WEBP" else {}))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(("orientation", "blue_at"), [(6, (14, 7)), (8, (14, 49)), (3, (49, 14)), (1, (7, 14))])
+def test_photos_are_upright(image_format: str, orientation: int, blue_at: tuple[int, int]) -> None:
+    """6: the camera was turned by 90 degrees, so the left half belongs on top."""
+    image = decode(photo(orientation, image_format), "here")
+    assert image.size == ((28, 56) if orientation in (6, 8) else (56, 28))
+    assert image.size == open_image(photo(orientation, image_format), "here").size, "what the index says"
+    red, _, blue = image.getpixel(blue_at)
+    assert blue > 200 > 50 > red
+    stored = decode(photo(orientation, image_format), "here", exif_orientation=False)
+    assert stored.size == (56, 28)
+
+
+def test_sixteen_bits_become_eight() -> None:
+    values = np.linspace(0, 65535, 112 * 56).astype(np.uint16).reshape(56, 112)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    decoded = np.asarray(decode(buffer.getvalue(), "here"))
+    assert np.array_equal(decoded, np.repeat((values // 256)[..., None], 3, axis=2))
+
+
+def test_sixteen_bits_with_a_transparent_value() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 256, 51200]], dtype=np.uint16)).save(buffer, "PNG", transparency=256)
+    assert np.asarray(decode(buffer.getvalue(), "here"))[0, :, 0].tolist() == [0, 255, 200]
+
+
+def test_an_animated_file_is_its_first_frame() -> None:
+    frames = [Image.new("RGB", (28, 28), color) for color in ("red", "blue")]
+    for image_format in ("GIF", "PNG", "WEBP"):
+        buffer = io.BytesIO()
+        frames[0].save(buffer, image_format, save_all=True, append_images=frames[1:])
+        red, _, blue = decode(buffer.getvalue(), "here").getpixel((0, 0))
+        assert red > 200 > 50 > blue, image_format

@@ -249,3 +249,36 @@ def test_all_pixels_of_an_image_are_decoded() -> None:
 def test_no_torch_is_needed() -> None:
     code = "import sys, mirage_ds.data.rows, mirage_ds.data.shards; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text_input": "q", "text_output": "a", "score": NaN}', r"NaN is no JSON.*rows\.jsonl:1.*fix the line"),
+        ('{"text_input": "q", "text_output": "a", "text_input": "r"}', r'"text_input" stands twice .*rows\.jsonl:1'),
+        ('{"text_input": "q", "text_output": "a", "x": {"y": 1, "y": 2}}', r'"y" stands twice .*rows\.jsonl:1'),
+        (
+            '{"text_input": "q", "text_output": "<image> b"}',
+            r"text_output contains <image> .*write <output_image> there",
+        ),
+        (
+            '{"text_input": "q", "text_output": "a", "image_input": "data:image/png;base64,' + "A" * 1000 + '"}',
+            r"^.{0,110} is an image in the row .*write the image to a file",
+        ),
+        ('{"text_input": "q", "text_output": "a", "image_input": "' + "x" * 1000 + '"}', r"x: File name too long \("),
+        ('{"text_input": "q", "text_output": "a", "image_input": "rows.jsonl/a.png"}', r"Not a directory \("),
+        ('{"text_input": "q", "text_output": "a", "image_input": "."}', r"Is a directory \("),
+    ],
+)
+def test_what_used_to_be_taken_or_dropped_is_named(tmp_path: Path, row: str, message: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(row)
+    with pytest.raises(DataError, match=message) as refused:
+        list(read_rows(tmp_path / "rows.jsonl"))
+    assert len(str(refused.value)) < 500
+
+
+def test_a_byte_order_mark_is_no_part_of_the_rows(tmp_path: Path) -> None:
+    """Notepad writes it; `cat` of two such files has it in the middle."""
+    row = json.dumps({"text_input": "q", "text_output": "a"}).encode()
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + row + b"\n\xef\xbb\xbf" + row + b"\n\xef\xbb\xbf\n")
+    assert [sample.text_input for _, sample in read_rows(tmp_path / "rows.jsonl")] == ["q", "q"]

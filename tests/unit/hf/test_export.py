@@ -38,9 +38,9 @@ from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.rows import read_rows
 from mirage_ds.errors import CheckpointError, ConfigError, DataError, MirageError
 from mirage_ds.hf.export import export_checkpoint
-from mirage_ds.hf.latent_settings import read_latent_settings
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.model.backbone import empty_model
+from mirage_ds.model.latent_settings import read_latent_settings
 
 __all__ = ["real_tokenizer"]
 
@@ -223,6 +223,7 @@ def test_latent_settings_are_in_config_json(base: Path, tmp_path: Path) -> None:
         "latent_size": 6,
         "stage": "stage1",
         "system_turn": False,
+        "exif_orientation": True,
         "latent_token_ids": {name: ids[f"<|latent_{name}|>"] for name in ("pad", "start", "end")},
     }
     assert read_latent_settings(tmp_path / "out").model_dump() == wanted
@@ -324,7 +325,7 @@ def test_what_cannot_be_exported(base: Path, tmp_path: Path) -> None:
     refused(
         tmp_path,
         ConfigError,
-        r"cannot be loaded \(no/such/model\).*model.path=.*untied;.*--model",
+        r"does not exist \(model no/such/model\).*model.path=.*untied;.*--model",
         model="no/such/model",
     )
 
@@ -351,7 +352,11 @@ def test_what_cannot_be_exported(base: Path, tmp_path: Path) -> None:
 def test_a_relative_model_path_that_is_gone(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "run", "runs/models/mine", random_weights(base / "untied"))
     monkeypatch.chdir(tmp_path)
-    refused(tmp_path, ConfigError, r"cannot be loaded \(runs/models/mine\).*started from model.path=runs.*--model")
+    refused(
+        tmp_path,
+        ConfigError,
+        r"(cannot be loaded|does not exist) \((model )?runs/models/mine\).*started from model.path=runs.*--model",
+    )
     export_checkpoint(tmp_path / "run", tmp_path / "out", model=str(base / "untied"))
     load_plain(tmp_path / "out")
 

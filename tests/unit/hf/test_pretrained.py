@@ -190,7 +190,7 @@ def test_the_chat_template_alone_from_elsewhere(tiny: Path, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_copied(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"cannot be loaded \({tmp_path}/none\)"):
+    with pytest.raises(ConfigError, match=rf"does not exist \(model {tmp_path}/none\)"):
         copy_pretrained(str(tmp_path / "none"), tmp_path / "copy")
     with pytest.raises(DataError, match="the output already exists"):
         copy_pretrained(str(tiny), tiny)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     manifest = {"format_version": 1, "num_samples": 1, "index_sha256": "", "shards": [shard]}
     (tmp_path / "shards").mkdir()
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "shards" / "a.tar").write_bytes(bytes(10))
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.chdir(tmp_path)
@@ -71,3 +73,20 @@ def test_the_command_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for argv in (arguments, ["--local_rank=1", *arguments], [arguments[0], "--local_rank=1", *arguments[1:]]):
         monkeypatch.setattr(sys, "argv", ["train", *argv])
         assert read_command_line().train.lr == 0.5
+
+
+def test_a_run_of_a_colleague_and_a_link_to_nowhere(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "checkpoints").symlink_to(here / "gone")
+    with pytest.raises(
+        DataError, match=r"No such file .* link to .*gone \(run/checkpoints\).*set run\.dir to a folder"
+    ):
+        check_folder_is_free(configuration("run.resume=auto").run)
+    (here / "run" / "checkpoints").unlink()
+
+    def refuse(dir: Path) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(DataError, match=r"Permission denied \(run\).*a place where you may write; set run\.dir"):
+        check_folder_is_free(configuration("run.resume=auto").run)

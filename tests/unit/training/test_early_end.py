@@ -82,3 +82,16 @@ def test_an_unknown_end_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     said: list[str] = []
     assert job_end_s(say=said.append) is None
     assert "saves in time only if it gets a signal" in said[0]
+
+
+def test_the_users_format_of_times_is_not_scontrols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With SLURM_TIME_FORMAT=relative it prints 21:00:57; what cannot be understood is said and passed over."""
+    said: list[str] = []
+    scontrol(tmp_path, monkeypatch, "EndTime=2026-11-27T00:00:00$SLURM_TIME_FORMAT")
+    script = tmp_path / "scontrol"
+    script.write_text(script.read_text().replace("'", '"'))
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert job_end_s(said.append) == time.mktime((2026, 11, 27, 0, 0, 0, 0, 0, -1))
+    scontrol(tmp_path, monkeypatch, "EndTime=21:00:57")
+    assert job_end_s(said.append) is None
+    assert "time limit is unknown" in said[0]

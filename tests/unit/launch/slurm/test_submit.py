@@ -54,7 +54,7 @@ def submit(*arguments: str) -> str:
     if isinstance(result.exception, MirageError):
         raise result.exception
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 @pytest.mark.parametrize(
@@ -206,3 +206,11 @@ def test_memory_is_checked_if_the_gpu_is_known(here: Path) -> None:
     assert note not in submit("--nodes", "1", "--ranks-per-node", "1")
     with pytest.raises(ConfigError, match=r"unknown GPU \(--gpu h100\)"):
         submit("--nodes", "1", "--gpus-per-node", "1", "--gpu", "h100")
+
+
+def test_percent_signs_of_a_path_are_doubled_for_sbatch(here: Path) -> None:
+    """sbatch replaces %s, %j, ... in --output; its folder would not exist, and the job would end without a log."""
+    script = submit(
+        "--nodes", "2", "--ranks-per-node", "1", "--dry-run", "train.global_batch_size=2", "run.dir=half 50%s"
+    )
+    assert f"#SBATCH --output='{here}/half 50%%s/jobs/N/log'" in script

@@ -1,15 +1,16 @@
 """The training settings that decoding needs: `mirage export` writes them to config.json, decoding reads them.
 
 config.json: {"mirage": {"latent_size": 4, "stage": "stage2", "system_turn": true,
+                         "exif_orientation": true,
                          "latent_token_ids": {"pad": 151665, "start": 151666, "end": 151667}}, ...}
 """
 
 from pathlib import Path
 
-from pydantic import NonNegativeInt, PositiveInt, ValidationError
+from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
-from mirage_ds.config import Section, Stage
+from mirage_ds.config import ModelConfig, NonNegativeInt, PositiveInt, Section, Stage
 from mirage_ds.errors import ConfigError
 
 KEY = "mirage"
@@ -32,6 +33,8 @@ class LatentSettings(Section):
     """The last trained stage; after `text` the model emits no latents."""
     system_turn: bool
     """Whether prompts start with the chat template's default system turn."""
+    exif_orientation: bool = False
+    """Whether images are turned as EXIF says; what was exported before this key existed was trained without."""
     latent_token_ids: LatentTokenIds
 
 
@@ -58,3 +61,18 @@ def read_latent_settings(model: str | Path, cache_dir: Path | None = None) -> La
             f"invalid latent settings in config.json ({model}, entry {KEY!r}): {problems}; expected what `mirage "
             "export` writes; export the run again"
         ) from error
+
+
+def check_latent_size(config: ModelConfig) -> None:
+    """Refuses to train a model further with another latent_size than it was trained with.
+
+    Raises:
+        ConfigError: it was exported from a run with latents of another latent_size, or config.json cannot be read.
+    """
+    settings = read_latent_settings(config.path, config.cache_dir)
+    if settings is not None and settings.stage != "text" and settings.latent_size != config.latent_size:
+        raise ConfigError(
+            f"the model was trained with latent_size {settings.latent_size}, model.latent_size is {config.latent_size} "
+            f"(model.path={config.path}); both must agree; set model.latent_size={settings.latent_size}, or start from "
+            "another model"
+        )

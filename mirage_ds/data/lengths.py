@@ -1,0 +1,50 @@
+"""Finds samples that are longer than `data.max_length` before a run, without decoding an image.
+
+The index bounds the length of each sample; only texts that may be too long are read and tokenized.
+"""
+
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.shards import ShardFolder
+from mirage_ds.data.stream import SampleReader
+from mirage_ds.errors import DataError
+
+MAX_UTF8_BYTES = 4  # of a character; a token of byte-level BPE has at least one byte
+BLOCK_MARKERS = 2  # tokens around an image or a latent block
+NUM_LISTED = 5
+
+
+def check_lengths(encoder: Encoder, folder: ShardFolder) -> None:
+    """Compares every sample with the encoder's limit, if it has one.
+
+    Raises:
+        DataError: some are longer; the message has how many, and the first few with their lengths.
+    """
+    if encoder.max_length is None:
+        return
+    reader = SampleReader(folder)
+    template = encoder.count_tokens("", "", [], 0)
+    too_long: list[str] = []
+    for number, entry in enumerate(load_index(folder)):
+        if template + _most_tokens(encoder, entry) <= encoder.max_length:
+            continue
+        sample = reader(number)
+        length = encoder.count_tokens(
+            sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images)
+        )
+        if length > encoder.max_length:
+            too_long.append(f"{sample.key} with {length}")
+    if too_long:
+        more = f" and {len(too_long) - NUM_LISTED} more" if len(too_long) > NUM_LISTED else ""
+        raise DataError(
+            f"samples with more tokens than data.max_length={encoder.max_length}: {len(too_long)} ({folder.path}): "
+            f"{', '.join(too_long[:NUM_LISTED])}{more}; samples are never truncated; raise data.max_length, make the "
+            "images smaller with data.max_pixels, or build the shards without these rows"
+        )
+
+
+def _most_tokens(encoder: Encoder, entry: IndexEntry) -> int:
+    """No sample with this index entry has more tokens, without those of the template."""
+    text = MAX_UTF8_BYTES * (entry.question_chars + entry.answer_chars)
+    latents = entry.latent_blocks * (encoder.latent_size + BLOCK_MARKERS)
+    return text + sum(encoder.image_tokens(entry.input_sizes)) + BLOCK_MARKERS * entry.image_blocks + latents
