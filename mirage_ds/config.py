@@ -117,6 +117,9 @@ class TrainConfig(Section):
     """AdamW's epsilon, added to the root of the second moment."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
+    max_skipped_steps: PositiveInt = 3
+    """A step whose loss or gradient is not finite changes no weight and is written to `RUN/bad_batches.jsonl`; so many
+    in a row end the run. If the run's first loss is not finite, it ends at once."""
     dtype: Dtype = "bf16"
     """What the model computes in; master weights and optimizer states are always float32."""
     ce_loss_weight: float | None = Field(default=None, ge=0)

@@ -28,6 +28,10 @@ class CheckpointError(MirageError):
     """A checkpoint that is missing, incomplete, or belongs to another model or run."""
 
 
+class TrainingError(MirageError):
+    """A run whose losses or gradients are not finite."""
+
+
 class DiskFullError(MirageError):
     """A disk, or a user's quota on it, with no room for what was to be written."""
 

@@ -4,6 +4,7 @@ Losses stay on the device and are summed over the ranks only when they are due, 
 """
 
 import json
+import math
 import statistics
 import time
 from collections import deque
@@ -68,7 +69,7 @@ class Metrics:
         Args:
             steps_done: a resumed run repeats the steps after its checkpoint, so their earlier records are dropped.
         """
-        self.stage, self.global_batch_size = stage, global_batch_size
+        self.run_dir, self.stage, self.global_batch_size = run_dir, stage, global_batch_size
         self.max_steps, self.log_freq = max_steps, log_freq
         self.pending: list[StepSums] = []
         self.first_step = steps_done + 1
@@ -96,7 +97,7 @@ class Metrics:
         if self.file and self.writer:
             for sums, total, end_s in zip(self.pending, totals, ends, strict=True):
                 record = self._record(sums, total, end_s)
-                self.file.write(json.dumps(record | {"loss_hex": record["loss"].hex()}) + "\n")
+                self.file.write(to_line(record | {"loss_hex": record["loss"].hex()}))
                 if sums.step > self.first_step:  # the first step of a start is slow
                     self.recent_step_s.append(record["step_s"])
             self.file.flush()
@@ -110,12 +111,22 @@ class Metrics:
         """Writes a validation, whose losses are the same on every rank."""
         if self.validation_file and self.writer:
             hexadecimal = {"loss_hex": losses["loss"].hex()}
-            self.validation_file.write(json.dumps({"step": step} | losses | hexadecimal) + "\n")
+            self.validation_file.write(to_line({"step": step} | losses | hexadecimal))
             self.validation_file.flush()
             for name, value in losses.items():
                 if self._has(name):
                     self.writer.add_scalar(f"validation/{name}", value, step)
             print(f"step {step:>5}/{self.max_steps} | validation {self._losses(losses)}", flush=True)
+
+    def add_bad_batches(self, step: int, batches: list[dict[str, Any]]) -> Path:
+        """Writes the micro-batches of a skipped step, from all ranks, to a file of their own, and returns it."""
+        path = self.run_dir / "bad_batches.jsonl"
+        if distributed.is_main():
+            with path.open("a") as file:
+                file.writelines(to_line({"step": step} | batch) for batch in batches)
+            keys = ", ".join(key for batch in batches for key in batch["keys"])
+            print(f"step {step:>5}/{self.max_steps} | skipped: loss or gradient not finite ({keys:.200})", flush=True)
+        return path
 
     def _record(self, sums: StepSums, total: list[float], end_s: float) -> dict[str, Any]:
         loss, ce_loss, latent_loss, grounded, tokens = total
@@ -167,6 +178,12 @@ class Metrics:
         for file in (self.file, self.validation_file, self.writer):
             if file:
                 file.close()
+
+
+def to_line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON, which has no NaN and no infinity: null stands for them."""
+    lost = {key: None for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(record | lost, allow_nan=False) + "\n"
 
 
 def _open_after(path: Path, step: int) -> TextIO:

@@ -43,6 +43,7 @@ HARMLESS = (
     "train.gradient_accumulation_steps",
     "train.global_batch_size",
     "train.log_freq",
+    "train.max_skipped_steps",
     "train.deterministic",
     "train.profile_steps",
     "checkpoint.*",
