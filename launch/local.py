@@ -17,14 +17,16 @@ from packaging.version import Version
 
 from mirage_ds.errors import ConfigError
 from mirage_ds.recipe import load_config
-from mirage_ds.training.early_checks import check_folder_is_free, check_inputs
+from mirage_ds.training.early_checks import check_folder_is_free, check_folder_is_writable, check_inputs
 from mirage_ds.versions import check_versions
 
 GRACE_S = 30  # from SIGTERM to SIGKILL, for the other ranks when one has failed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# What the ranks get for a signal to the launcher. After SIGTERM, SIGUSR1 and SIGUSR2 the trainer saves and ends.
+# What the ranks get for a signal to the launcher. After SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 the trainer saves
+# and ends.
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGHUP,  # the terminal was closed, or the connection to it lost
     signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGUSR2: signal.SIGUSR2,
     signal.SIGINT: signal.SIGTERM,  # Ctrl-C
@@ -44,6 +46,7 @@ def local(
     config = load_config(recipe, overrides)
     check_inputs(config)
     check_folder_is_free(config.run)
+    check_folder_is_writable(config.run)
     gpus = count_gpus()
     if ranks and gpus and ranks > gpus:
         raise ConfigError(
@@ -84,7 +87,8 @@ class Launch:
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end)
         for number in (signal.SIGCHLD, signal.SIGALRM, *FORWARDED):
-            signal.signal(number, lambda *_: None)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+                signal.signal(number, lambda *_: None)
         # Bound but never listening, it reserves the port for rank 0, which listens there some seconds later.
         self.port = socket.socket()
         self.port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -151,7 +155,7 @@ class Launch:
 
 
 def say(text: str) -> None:
-    with suppress(BrokenPipeError):  # in `... | tee log`, Ctrl-C ends tee first
+    with suppress(OSError):  # in `... | tee log`, Ctrl-C ends tee first; a terminal may be closed
         print(f"mirage-launch: {text}", file=sys.stderr, flush=True)
 
 

@@ -36,9 +36,10 @@ class RunConfig(Section):
     """Seed of the order of the samples, and of torch."""
     init_from: Path | None = None
     """Folder of another run, whose last checkpoint's weights replace those of `model.path` (stage 2 from stage 1)."""
-    resume: Literal["never", "auto"] = "never"
+    resume: Literal["never", "auto", "extend"] = "never"
     """`auto`: resume from the last complete checkpoint in `run.dir`, if there is one; `never`: `run.dir` must not
-    hold a run."""
+    hold a checkpoint; `extend`: as `auto`, but there must be a checkpoint, and `train.max_steps` or `train.epochs` may
+    be larger than before."""
     save_before_end_s: int = Field(default=120, ge=0)
     """In a SLURM job, the run saves and ends this many seconds before the job's time limit, so that it can resume."""
 

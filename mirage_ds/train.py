@@ -10,10 +10,11 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     early_end.listen()  # a signal during the imports must not end the run unsaved
 
-    from mirage_ds import library_noise
+    from mirage_ds import console, library_noise
     from mirage_ds.training.early_checks import read_command_line
     from mirage_ds.versions import leave_if_unsuitable
 
+    console.keep_going()
     leave_if_unsuitable()  # another version may lack what the imports name
     command_line = read_command_line()
     library_noise.silence()
@@ -155,7 +156,8 @@ def end_finished(config: Config, start: Start) -> None:
         print(
             f"finished already: step {start.max_steps} of {start.max_steps} is saved in {start.checkpoint}\n"
             f"to export the model: mirage export --checkpoint {run} --output DIR\n"
-            f"to train longer: start a new run from these weights, with run.init_from={run} and another run.dir",
+            "to train longer: run.resume=extend with a larger train.max_steps or train.epochs; or a new run from these "
+            f"weights, with run.init_from={run} and another run.dir",
             flush=True,
         )
     distributed.shut_down()

@@ -70,7 +70,9 @@ def slurm(
     settings = apply_options(
         load_cluster(cluster), {name: value for name, value in given.items() if value is not None}, sbatch
     )
-    config = load_config(recipe, [*(overrides or []), "run.resume=auto"])
+    config = load_config(recipe, overrides)
+    if config.run.resume == "never":  # every start of the job after the first one resumes
+        config = load_config(recipe, [*(overrides or []), "run.resume=auto"])
     check_job(config, settings, nodes)
     if dry_run:
         print(render(recipe, config, settings, nodes, config.run.dir.absolute() / "jobs" / "N"), end="")

@@ -144,7 +144,8 @@ def check_room(run_dir: Path, model: torch.nn.Module, device: torch.device) -> N
     Raises:
         CheckpointError: there is too little space; the message has the folder and both sizes.
     """
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    folder = (run_dir / FOLDER).absolute()  # it may be a link to another disk
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free + complete.parts_bytes(run_dir / FOLDER)  # save deletes these first
     needed = size_in_bytes(model)
     if any(distributed.max_over_ranks([free < needed], device)):

@@ -1,12 +1,14 @@
 """The trainer's command line, and what can be refused before torch is loaded: that takes seconds, these checks none."""
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
 
 from mirage_ds.checkpoint import complete
 from mirage_ds.config import Config, RunConfig
 from mirage_ds.data.shards import load_manifest
-from mirage_ds.errors import ConfigError, DataError, MirageError, leave
+from mirage_ds.errors import ConfigError, DataError, MirageError, leave, name_unwritable
 from mirage_ds.paths import check_model
 from mirage_ds.recipe import load_config
 
@@ -24,6 +26,7 @@ def read_command_line() -> Config:
         config = load_config(options.recipe, options.overrides)
         check_inputs(config)
         check_folder_is_free(config.run)
+        check_folder_is_writable(config.run)
     except MirageError as error:
         leave(error)
     return config
@@ -39,7 +42,7 @@ def check_inputs(config: Config) -> None:
         if folder is not None:
             load_manifest(folder)
     check_model(config.model.path, f"model.path={config.model.path}")
-    resumes = config.run.resume == "auto" and complete.tags(config.run.dir / complete.FOLDER)
+    resumes = config.run.resume != "never" and complete.tags(config.run.dir / complete.FOLDER)
     if config.run.init_from is not None and not resumes and not config.run.init_from.is_dir():
         raise DataError(
             f"the run to start from does not exist (run.init_from={config.run.init_from}); allowed: the folder of a "
@@ -48,16 +51,28 @@ def check_inputs(config: Config) -> None:
 
 
 def check_folder_is_free(run: RunConfig) -> None:
-    """A run that does not resume needs a folder of its own.
+    """A run that does not resume needs a folder without a checkpoint; a start that saved none leaves it free.
 
     Every rank checks before it joins the others, and rank 0 writes there only after all have joined.
 
     Raises:
         ConfigError: the folder holds a run.
     """
-    taken = complete.tags(run.dir / complete.FOLDER) or (run.dir / "metrics.jsonl").exists()
-    if run.resume == "never" and taken:
+    if run.resume == "never" and complete.tags(run.dir / complete.FOLDER):
         raise ConfigError(
             f"the folder holds another run already (run.dir={run.dir}); a run needs a folder of its own; set run.dir "
             "to a new one, or run.resume=auto to resume that run"
         )
+
+
+def check_folder_is_writable(run: RunConfig) -> None:
+    """Whether this user may write the run's folder and its checkpoints, which may be links to other disks.
+
+    Raises:
+        DataError: with the system's reason.
+    """
+    for folder in (run.dir, run.dir / complete.FOLDER):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            with name_unwritable(folder, "set run.dir to a folder where you may write"):
+                tempfile.TemporaryFile(dir=existing).close()  # it knows the reason

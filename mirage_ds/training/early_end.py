@@ -1,6 +1,6 @@
 """Whether a run must save and end before its last step: a signal to any rank, or the end of its SLURM job.
 
-SIGTERM, SIGUSR1, SIGUSR2 -> a flag -> all ranks agree after the step -> checkpoint -> RUN/preempted -> exit code 0
+SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 -> a flag -> all ranks agree after the step -> checkpoint -> RUN/preempted -> code 0
 
 Imports nothing slow: `listen` comes first, as a signal during the start must not end the run unsaved.
 """
@@ -14,16 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 MARK_NAME = "preempted"
 
 _received: list[tuple[int, float]] = []  # signals, each with its time on the monotonic clock
 
 
 def listen() -> None:
-    """From now on such a signal is remembered instead of ending this process; a second one changes nothing."""
+    """From now on such a signal is remembered instead of ending this process; a second one changes nothing.
+
+    SIGHUP stays ignored under nohup, whose purpose that is.
+    """
     for number in SIGNALS:
-        signal.signal(number, _remember)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _remember)
 
 
 def ignore() -> None:

@@ -188,6 +188,10 @@ def to_line(record: dict[str, Any]) -> str:
 
 def _open_after(path: Path, step: int) -> TextIO:
     """Opens a file of records for appending; drops those after `step`, and a last line that a kill cut short."""
+    if step == 0 and path.exists() and path.stat().st_size:
+        kept = path.with_suffix(f".{time.time_ns()}.jsonl")
+        path.rename(kept)  # a run that ended before its first checkpoint; this one starts over
+        print(f"{kept.name}: what {path.name} had of an earlier start that saved no checkpoint", flush=True)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     complete = [line for line in lines if line.endswith("\n")]
     new = path.with_suffix(".new")

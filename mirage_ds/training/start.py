@@ -94,7 +94,7 @@ def check_init_from(config: Config) -> None:
     Raises:
         CheckpointError: on every rank.
     """
-    resumes = config.run.resume == "auto" and newest_complete(config.run.dir)
+    resumes = config.run.resume != "never" and newest_complete(config.run.dir)
     if config.run.init_from is None or resumes:
         return
     check_start(config.run.init_from, config)

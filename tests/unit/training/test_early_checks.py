@@ -1,7 +1,10 @@
 """What is refused before torch is loaded; tests/unit/test_mistakes_are_cheap.py has the messages of every command."""
 
+import errno
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,12 @@ import pytest
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.recipe import load_config
-from mirage_ds.training.early_checks import check_folder_is_free, check_inputs, read_command_line
+from mirage_ds.training.early_checks import (
+    check_folder_is_free,
+    check_folder_is_writable,
+    check_inputs,
+    read_command_line,
+)
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 
@@ -56,10 +64,12 @@ def test_a_run_that_resumes_needs_its_start_no_more(here: Path) -> None:
     check_inputs(configuration("run.init_from=none", "run.resume=auto"))
 
 
-@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/global_step5"])
-def test_a_folder_with_a_run_is_taken(here: Path, left: str) -> None:
+def test_a_folder_with_a_checkpoint_is_taken(here: Path) -> None:
+    """What a start that failed before its first checkpoint has left does not count."""
+    (here / "run" / "checkpoints" / "global_step5.part").mkdir(parents=True)
+    (here / "run" / "metrics.jsonl").touch()
     check_folder_is_free(configuration().run)
-    (here / "run" / left).mkdir(parents=True)
+    (here / "run" / "checkpoints" / "global_step5").mkdir()
     with pytest.raises(ConfigError, match=r"holds another run already \(run\.dir=run\).*run\.resume=auto to resume"):
         check_folder_is_free(configuration().run)
     check_folder_is_free(configuration("run.resume=auto").run)
@@ -71,3 +81,19 @@ def test_the_command_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for argv in (arguments, ["--local_rank=1", *arguments], [arguments[0], "--local_rank=1", *arguments[1:]]):
         monkeypatch.setattr(sys, "argv", ["train", *argv])
         assert read_command_line().train.lr == 0.5
+
+
+@pytest.mark.parametrize("where", [".", "run", "run/checkpoints"])
+def test_a_folder_where_one_may_not_write(here: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The nearest folder that exists decides; tests run as root, who may write everywhere, so the system stands in."""
+    (here / where).mkdir(parents=True, exist_ok=True)
+    locked = here / where
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked)
+
+    def refuse(dir: Path) -> None:
+        assert dir == locked
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(DataError, match=r"cannot be written: Permission denied \(.*run.*set run\.dir to a folder"):
+        check_folder_is_writable(configuration(f"run.dir={here / 'run'}").run)

@@ -11,7 +11,7 @@ import pytest
 from mirage_ds.training.early_end import EarlyEnd, job_end_s
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_is_a_wish_to_end(name: str) -> None:
     """In a process of its own, whose handlers they stay; a second one changes nothing."""
     script = (
@@ -21,6 +21,15 @@ def test_a_signal_is_a_wish_to_end(name: str) -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["None", name]
+
+
+def test_nohup_keeps_its_meaning() -> None:
+    script = (
+        "import os, signal; from mirage_ds.training.early_end import EarlyEnd, listen; listen(); "
+        "os.kill(os.getpid(), signal.SIGHUP); print(EarlyEnd(None, 0)())"
+    )
+    result = subprocess.run(["nohup", sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["None"]
 
 
 def test_the_trainer_listens_before_its_slow_imports() -> None:

@@ -154,3 +154,17 @@ def test_a_resumed_run_drops_the_records_after_its_checkpoint(tmp_path: Path) ->
     again.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3]
+
+
+def test_a_run_that_starts_over_keeps_what_the_failed_start_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make(tmp_path, "text")
+    first.add(step(1))
+    first.close()
+    old = (tmp_path / "metrics.jsonl").read_text()
+    make(tmp_path, "text").close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    (kept,) = tmp_path.glob("metrics.*.jsonl")
+    assert kept.read_text() == old
+    assert f"{kept.name}: what metrics.jsonl had of an earlier start" in capsys.readouterr().out
