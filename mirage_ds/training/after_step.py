@@ -13,6 +13,7 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
+from mirage_ds.housekeeping import housekeeping
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.training.validation import Validation, spread
@@ -68,14 +69,17 @@ def profiler(config: Config, state: TrainState) -> Iterator[Action]:
     if steps is None or state.step >= steps[0]:
         yield lambda state: None
         return
-    folder = config.run.dir / "profile"
-    folder.mkdir(exist_ok=True)
+    file = config.run.dir / "profile" / f"rank_{distributed.rank()}.json"
+
+    def write(profile: torch.profiler.profile) -> None:
+        with housekeeping(f"the trace was not written ({file})", "trace some steps again"):
+            file.parent.mkdir(exist_ok=True)
+            file.touch()  # export_chrome_trace only logs that it cannot write
+            profile.export_chrome_trace(str(file))
+
     schedule = torch.profiler.schedule(
         skip_first=steps[0] - 1 - state.step, wait=0, warmup=0, active=steps[1] - steps[0] + 1, repeat=1
     )
-    trace = torch.profiler.profile(
-        schedule=schedule,
-        on_trace_ready=lambda profile: profile.export_chrome_trace(f"{folder}/rank_{distributed.rank()}.json"),
-    )
+    trace = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
     with trace:
         yield lambda state: trace.step()

@@ -11,19 +11,8 @@ PACKAGE = ROOT / "mirage_ds"
 SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for path in (ROOT / folder).rglob("*.py"))
 
 GROUND = (
-    *(
-        "batch",
-        "config",
-        "console",
-        "errors",
-        "library_noise",
-        "output_folder",
-        "paths",
-        "recipe",
-        "tokens",
-        "train_state",
-    ),
-    "versions",
+    *("batch", "config", "console", "errors", "housekeeping", "library_noise", "output_folder", "paths", "recipe"),
+    *("tokens", "train_state", "versions"),
 )
 # A folder imports from itself and from the lines above its own, never from those below.
 ORDER = (
