@@ -18,6 +18,7 @@ from packaging.version import Version
 from mirage_ds.errors import ConfigError
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_folder_is_free, check_folder_is_writable, check_inputs
+from mirage_ds.training.owner import refuse_living
 from mirage_ds.versions import check_versions
 
 GRACE_S = 30  # from SIGTERM to SIGKILL, for the other ranks when one has failed
@@ -47,6 +48,7 @@ def local(
     check_inputs(config)
     check_folder_is_free(config.run)
     check_folder_is_writable(config.run)
+    refuse_living(config.run.dir)
     gpus = count_gpus()
     if ranks and gpus and ranks > gpus:
         raise ConfigError(

@@ -32,6 +32,10 @@ class TrainingError(MirageError):
     """A run whose losses or gradients are not finite."""
 
 
+class OwnerError(MirageError):
+    """A run's folder that another start writes to."""
+
+
 class DiskFullError(MirageError):
     """A disk, or a user's quota on it, with no room for what was to be written."""
 

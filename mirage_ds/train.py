@@ -44,7 +44,8 @@ from mirage_ds.training import early_end, lost_peer
 from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.metrics import Metrics
-from mirage_ds.training.run_folder import write_folder
+from mirage_ds.training.owner import Owner
+from mirage_ds.training.run_folder import own, write_folder
 from mirage_ds.training.start import Start, prepare
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
@@ -65,14 +66,15 @@ def train(config: Config) -> None:
     if start.is_finished:
         end_finished(config, start)
         return
-    engine = load_engine(config, start)
-    state = load_state(engine, config, start.checkpoint)
-    trainer = make_trainer(engine, config, start, state)
-    copies = open_copies(config)
-    train_steps(trainer, config, start, copies)
-    end(trainer, config)
-    if copies is not None:
-        copies.wait()
+    with own(config.run.dir, start.tags) as owner:
+        engine = load_engine(config, start)
+        state = load_state(engine, config, start.checkpoint)
+        trainer = make_trainer(engine, config, start, state)
+        copies = open_copies(config)
+        train_steps(trainer, config, start, copies, owner)
+        end(trainer, config)
+        if copies is not None:
+            copies.wait()
 
 
 def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
@@ -122,7 +124,7 @@ def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: T
     )
 
 
-def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies | None) -> None:
+def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies | None, owner: Owner | None) -> None:
     """All steps that are left, with what is due after each of them."""
     heartbeat = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s)
     heartbeat.beat(trainer.state.step)
@@ -130,6 +132,7 @@ def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies |
         trainer.train(
             after_step=[
                 lambda state: heartbeat.beat(state.step),
+                lambda state: owner.beat(state.step) if owner else None,
                 validate_if_due(trainer, config, start.encoder),
                 save_if_due(trainer, config, start.facts, copies),
                 profile_step,

@@ -27,6 +27,7 @@ from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_inputs
+from mirage_ds.training.owner import refuse_living
 from mirage_ds.versions import versions
 
 TEMPLATE = Path(__file__).parent / "job.sh"
@@ -79,6 +80,7 @@ def slurm(
         return
     check_partition(settings.partition, nodes)
     check_not_queued(config.run.dir)
+    refuse_living(config.run.dir)
     folder = write(recipe, config, settings, nodes)
     try:
         script = str(folder / "job.sh")

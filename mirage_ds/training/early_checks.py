@@ -11,6 +11,7 @@ from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError, MirageError, leave, name_unwritable
 from mirage_ds.paths import check_model
 from mirage_ds.recipe import load_config
+from mirage_ds.training.owner import refuse_living
 
 
 def read_command_line() -> Config:
@@ -27,6 +28,7 @@ def read_command_line() -> Config:
         check_inputs(config)
         check_folder_is_free(config.run)
         check_folder_is_writable(config.run)
+        refuse_living(config.run.dir)
     except MirageError as error:
         leave(error)
     return config

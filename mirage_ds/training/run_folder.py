@@ -1,5 +1,6 @@
 """The run's folder: whether a run starts or resumes there, what it was started with, and what changed since.
 
+RUN/owner/           see owner.py
 RUN/config.yaml      the resolved configuration of the last start
 RUN/deepspeed.json   DeepSpeed's configuration with nothing left on "auto"
 RUN/versions.json    packages and git commit of the last start
@@ -8,6 +9,9 @@ RUN/metrics.jsonl, RUN/validation.jsonl, RUN/tensorboard/
 """
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,9 +22,10 @@ from mirage_ds.checkpoint import complete
 from mirage_ds.checkpoint.facts import FACTS_NAME, read_facts
 from mirage_ds.checkpoint.find import find_undamaged, require_latest
 from mirage_ds.config import Config, TrainConfig
-from mirage_ds.errors import CheckpointError, name_unwritable
+from mirage_ds.errors import CheckpointError, MirageError, OwnerError, name_unwritable
 from mirage_ds.training import early_end
 from mirage_ds.training.early_checks import check_folder_is_free
+from mirage_ds.training.owner import POLL_S, Owner
 from mirage_ds.versions import versions
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import learning_rate
@@ -103,6 +108,44 @@ def describe_extension(train: TrainConfig, before: dict[str, Any], max_steps: in
         f"{before['position']} of the order; the schedule (train.lr_decay={train.lr_decay}) is now that of {max_steps} "
         f"steps: the learning rate was {last:.3g} in step {step} and is {following:.3g} in step {step + 1}"
     )
+
+
+@contextmanager
+def own(run_dir: Path, seen: list[Path]) -> Iterator[Owner | None]:
+    """This start is the only one that writes to the folder; every rank enters, rank 0 gets the owner.
+
+    Args:
+        seen: the checkpoints from which rank 0 chose the one to resume from.
+
+    Raises:
+        OwnerError: on every rank: another start writes there, or has written since.
+    """
+    owner, answer = (Owner(run_dir) if distributed.is_main() else None), "wait"
+    while answer == "wait":
+        answer = distributed.gather(claim(owner) if owner else "")[0]
+        if answer == "wait":
+            time.sleep(POLL_S)
+    if answer:
+        raise OwnerError(answer)
+    try:
+        if distributed.gather(complete.tags(run_dir / complete.FOLDER) == seen)[0]:
+            yield owner
+        else:
+            raise OwnerError(
+                f"another start has written checkpoints meanwhile (run.dir={run_dir}), and has ended; a run has one "
+                "writer; start again, with run.resume=auto to continue from them"
+            )
+    finally:
+        if owner:
+            owner.release()
+
+
+def claim(owner: Owner) -> str:
+    """One try: "" for success, "wait", or the message of the refusal."""
+    try:
+        return "" if owner.try_to_claim() else "wait"
+    except MirageError as error:
+        return str(error)
 
 
 def write_folder(config: Config, facts: dict[str, Any]) -> None:
