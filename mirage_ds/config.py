@@ -14,6 +14,7 @@ from mirage_ds.errors import ConfigError
 Stage = Literal["text", "stage1", "stage2"]
 CompressStrategy = Literal["average", "average_all", "grid"]
 Dtype = Literal["bf16", "fp32"]
+OnFault = Literal["stop", "skip"]
 LatentEnd = Literal["fixed", "model"]
 TaskName = Literal["vsp-spatial-planning", "vsp-spatial-reasoning"]
 
@@ -84,6 +85,9 @@ class DataConfig(Section):
     """Begin with the chat template's default system turn ("You are a helpful assistant.")."""
     max_length: PositiveInt | None = None
     """Most tokens of a sample; a longer sample is an error that names it, and is never truncated. Unset: no limit."""
+    on_fault: OnFault = "stop"
+    """What a sample does that turns out to be unusable. `stop`: the run saves and ends with an error; `skip`: the next
+    sample of the order takes its place too, with a warning, whatever the number of ranks and after every resume."""
 
 
 class TrainConfig(Section):
@@ -252,7 +256,7 @@ class DistributedConfig(Section):
     deepspeed_config: str = "zero3.json"
     """DeepSpeed's JSON: a path (with a `/`), or the name of a file in `ds_configs/`."""
     timeout_s: PositiveInt = 1800
-    """Seconds that a collective may wait before the run ends with an error."""
+    """Seconds that a collective, or a step for its data, may wait before the run ends with an error."""
 
 
 class LaunchConfig(Section):

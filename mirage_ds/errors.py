@@ -29,7 +29,7 @@ class CheckpointError(MirageError):
 
 
 class TrainingError(MirageError):
-    """A run whose losses or gradients are not finite."""
+    """A run that cannot go on, which all ranks know: losses that are not finite, a sample that cannot be used."""
 
 
 class OwnerError(MirageError):

@@ -212,7 +212,7 @@ def load_state(engine: DeepSpeedEngine, config: Config, checkpoint: Path | None)
 def watch_end(config: Config) -> early_end.EarlyEnd:
     """Ends the run before its last step: signals on every rank, and on rank 0 the job's time limit."""
     end_s = early_end.job_end_s(say=print) if distributed.is_main() else None
-    return early_end.EarlyEnd(end_s, config.run.save_before_end_s)
+    return early_end.EarlyEnd(end_s, config.run.save_before_end_s, config.distributed.timeout_s)
 
 
 def open_stream(config: Config, start: Start, state: TrainState) -> Iterator[Batch]:
@@ -232,6 +232,8 @@ def open_stream(config: Config, start: Start, state: TrainState) -> Iterator[Bat
         seed=config.run.seed,
         num_workers=config.data.num_workers,
         pin_memory=start.device.type == "cuda",
+        on_fault=config.data.on_fault,
+        timeout_s=config.distributed.timeout_s,
     )
     return iter(loader)
 

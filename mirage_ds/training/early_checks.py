@@ -9,7 +9,7 @@ from mirage_ds.checkpoint import complete
 from mirage_ds.config import Config, RunConfig
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError, MirageError, leave, name_unwritable
-from mirage_ds.paths import check_model
+from mirage_ds.paths import check_model, check_temporary_folder
 from mirage_ds.recipe import load_config
 from mirage_ds.training.owner import refuse_living
 
@@ -44,6 +44,8 @@ def check_inputs(config: Config) -> None:
         if folder is not None:
             load_manifest(folder)
     check_model(config.model.path, f"model.path={config.model.path}")
+    if config.data.num_workers:
+        check_temporary_folder()
     resumes = config.run.resume != "never" and complete.tags(config.run.dir / complete.FOLDER)
     if config.run.init_from is not None and not resumes and not config.run.init_from.is_dir():
         raise DataError(

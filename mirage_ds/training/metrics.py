@@ -59,6 +59,7 @@ class StepSums:
     skipped_steps: int
     started_s: float
     waited_s: float
+    num_faults: int = 0  # samples that could not be used
 
 
 class Curves:
@@ -120,7 +121,9 @@ class Metrics:
         if not self.pending:
             return
         losses = torch.stack([sums.losses for sums in self.pending]).double()
-        counts = losses.new_tensor([[sums.num_grounded_samples, sums.num_tokens] for sums in self.pending])
+        counts = losses.new_tensor(
+            [[sums.num_grounded_samples, sums.num_tokens, sums.num_faults] for sums in self.pending]
+        )
         totals = distributed.sum_over_ranks(torch.cat([losses, counts], dim=1)).tolist()
         ends = [sums.started_s for sums in self.pending[1:]] + [time.monotonic()]
         if self.file and self.curves:
@@ -158,7 +161,7 @@ class Metrics:
         return path
 
     def _record(self, sums: StepSums, total: list[float], end_s: float) -> dict[str, Any]:
-        loss, ce_loss, latent_loss, grounded, tokens = total
+        loss, ce_loss, latent_loss, grounded, tokens, faults = total
         step_s = end_s - sums.started_s
         return {
             "step": sums.step,
@@ -170,6 +173,7 @@ class Metrics:
             "lr": sums.lr,
             "grad_norm": float(sums.grad_norm),
             "skipped_steps": sums.skipped_steps,
+            "replaced_samples": int(faults),
             "samples_per_s": self.global_batch_size / step_s,
             "tokens_per_s": tokens / step_s,
             "step_s": step_s,

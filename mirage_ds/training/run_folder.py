@@ -43,6 +43,7 @@ HARMLESS = (
     "data.shards",
     "data.num_workers",
     "data.max_length",
+    "data.on_fault",
     "train.micro_batch_size_per_gpu",
     "train.gradient_accumulation_steps",
     "train.global_batch_size",

@@ -64,6 +64,22 @@ def test_a_run_that_resumes_needs_its_start_no_more(here: Path) -> None:
     check_inputs(configuration("run.init_from=none", "run.resume=auto"))
 
 
+@pytest.mark.parametrize("num_bytes", [75, 76])
+def test_a_temporary_folder_whose_path_is_too_long_for_sockets(
+    here: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int
+) -> None:
+    """The limit is that of the system, which multiprocessing meets in a data worker."""
+    folder = Path("/tmp", "x" * (num_bytes - len("/tmp/")))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    fits = len(str(folder / "pymp-12345678" / "listener-12345678")) <= 107
+    check_inputs(configuration("data.num_workers=0"))
+    if fits:
+        check_inputs(configuration("data.num_workers=1"))
+    else:
+        with pytest.raises(ConfigError, match=r"76 bytes \(TMPDIR=/tmp/xxx.*set TMPDIR=/tmp"):
+            check_inputs(configuration("data.num_workers=1"))
+
+
 def test_a_folder_with_a_checkpoint_is_taken(here: Path) -> None:
     """What a start that failed before its first checkpoint has left does not count."""
     (here / "run" / "checkpoints" / "global_step5.part").mkdir(parents=True)

@@ -1,6 +1,7 @@
 """The training loop over an engine that stands in: what it does with losses that are not finite."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from mirage_ds.config import TrainConfig
-from mirage_ds.errors import TrainingError
+from mirage_ds.errors import DataError, TrainingError
 from mirage_ds.model.mirage import Losses
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.early_end import EarlyEnd
@@ -61,7 +62,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(run: Path, losses: list[float], gradients: list[float] | None = None, allowed: int = 3) -> Trainer:
     steps = len(losses)
     train = TrainConfig(stage="text", max_steps=steps, warmup_steps=0, max_skipped_steps=allowed)
-    batch = SimpleNamespace(keys=["a/1"], num_grounded_samples=0, num_tokens=5)
+    batch = SimpleNamespace(keys=["a/1"], num_grounded_samples=0, num_tokens=5, faults=[])
     batch.to = lambda device: batch
     metrics = Metrics(run, stage="text", global_batch_size=1, max_steps=steps, log_freq=1)
     return Trainer(
@@ -104,3 +105,19 @@ def test_skipped_steps_in_a_row_end_the_run(tmp_path: Path, allowed: int) -> Non
 def test_a_first_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"first loss is not finite .*bad_batches\.jsonl\).*model\.path"):
         make(tmp_path, [math.nan, 1.0], allowed=100).train()
+
+
+def test_a_fault_ends_the_run_between_two_steps_after_its_actions(tmp_path: Path) -> None:
+    """The action that would save knows that it is the last; the message says how to continue."""
+    trainer = make(tmp_path, [1.0] * 5)
+    good = next(trainer.batches)
+
+    def batches() -> Iterator[Any]:
+        yield from [good, good]
+        raise DataError("the image cannot be decoded (a/7)")
+
+    trainer.batches = batches()
+    seen: list[tuple[int, bool]] = []
+    with pytest.raises(TrainingError, match=r"\(a/7\); the run ends after step 2, which is saved .*on_fault=skip"):
+        trainer.train(after_step=[lambda state: seen.append((state.step, state.ends_early))])
+    assert seen == [(1, False), (2, True)]
