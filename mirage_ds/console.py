@@ -17,5 +17,9 @@ class Lossy(io.FileIO):
 def keep_going() -> None:
     """From now on a print to stdout or stderr never raises OSError."""
     sys.stdout, sys.stderr = (
-        io.TextIOWrapper(io.BufferedWriter(Lossy(number, "w", closefd=False)), line_buffering=True) for number in (1, 2)
+        io.TextIOWrapper(
+            io.BufferedWriter(Lossy(number, "w", closefd=False)),  # type: ignore[type-var]  # for the type of `data`
+            line_buffering=True,
+        )
+        for number in (1, 2)
     )

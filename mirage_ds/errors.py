@@ -29,7 +29,7 @@ class CheckpointError(MirageError):
 
 
 class TrainingError(MirageError):
-    """A run that cannot go on, which all ranks know: losses that are not finite, a sample that cannot be used."""
+    """A run that cannot continue, which all ranks know: losses that are not finite, a sample that cannot be used."""
 
 
 class OwnerError(MirageError):

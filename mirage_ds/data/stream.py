@@ -154,9 +154,9 @@ class Loader(DataLoader[Any], Generic[T]):
                 if "timed out" not in str(error):
                     raise
                 raise DataError(
-                    f"the data workers gave no batch for {self.timeout:.0f} s (micro-batch {number} of this rank since its "
-                    "start); they must within distributed.timeout_s; look above for what they printed, check the disk of "
-                    "data.shards, or try data.num_workers=0"
+                    f"the data workers gave no batch for {self.timeout:.0f} s (micro-batch {number} of this rank since "
+                    "its start); they must within distributed.timeout_s; look above for what they printed, check the disk "
+                    "of data.shards, or try data.num_workers=0"
                 ) from error
             if isinstance(batch, DataError):
                 raise batch

@@ -139,7 +139,7 @@ class Decoder:
         return fed, replaced
 
     def check_finite(self, logits: torch.Tensor, keys: Sequence[str], done: torch.Tensor) -> None:
-        """Refuses to choose from logits [B, V] of which those of a row that goes on are not finite.
+        """Refuses to choose from logits [B, V] of which those of a row that continues are not finite.
 
         Raises:
             ConfigError: the message names the model and the row.

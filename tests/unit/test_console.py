@@ -17,7 +17,7 @@ print("before")
 sys.stdin.readline()
 for stream in (sys.stdout, sys.stderr):
     print("after", file=stream, flush=True)
-Path(sys.argv[1]).write_text("went on")
+Path(sys.argv[1]).write_text("continued")
 """
 
 
@@ -30,11 +30,11 @@ def test_a_print_without_a_reader_changes_nothing(tmp_path: Path, kind: str) -> 
     assert os.read(reader, 100).startswith(b"before")
     os.close(reader)
     process.communicate(b"\n", timeout=60)
-    assert (process.returncode, (tmp_path / "end").read_text()) == (0, "went on")
+    assert (process.returncode, (tmp_path / "end").read_text()) == (0, "continued")
 
 
 def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", SCRIPT, str(tmp_path / "end")]
         subprocess.run(command, input=b"\n", stdout=full, stderr=full, check=True, timeout=60)
-    assert (tmp_path / "end").read_text() == "went on"
+    assert (tmp_path / "end").read_text() == "continued"
