@@ -155,8 +155,8 @@ class Loader(DataLoader[Any], Generic[T]):
                     raise
                 raise DataError(
                     f"the data workers gave no batch for {self.timeout:.0f} s (micro-batch {number} of this rank since "
-                    "its start); they must within distributed.timeout_s; look above for what they printed, check the disk "
-                    "of data.shards, or try data.num_workers=0"
+                    "its start); they must within distributed.timeout_s; look above for what they printed, check the "
+                    "disk of data.shards, or try data.num_workers=0"
                 ) from error
             if isinstance(batch, DataError):
                 raise batch
