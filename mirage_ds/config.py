@@ -256,7 +256,8 @@ class DistributedConfig(Section):
     deepspeed_config: str = "zero3.json"
     """DeepSpeed's JSON: a path (with a `/`), or the name of a file in `ds_configs/`."""
     timeout_s: PositiveInt = 1800
-    """Seconds that a collective, or a step for its data, may wait before the run ends with an error."""
+    """Seconds that a collective may wait before the run ends with an error. For data a step waits four fifths of them,
+    so that the run can still save."""
 
 
 class LaunchConfig(Section):

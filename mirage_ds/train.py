@@ -233,7 +233,8 @@ def open_stream(config: Config, start: Start, state: TrainState) -> Iterator[Bat
         num_workers=config.data.num_workers,
         pin_memory=start.device.type == "cuda",
         on_fault=config.data.on_fault,
-        timeout_s=config.distributed.timeout_s,
+        # Sooner than the other ranks' collectives, so that they still answer, and the run can save.
+        timeout_s=max(1, config.distributed.timeout_s * 4 // 5),
     )
     return iter(loader)
 

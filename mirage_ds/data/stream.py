@@ -1,6 +1,7 @@
 """Streams micro-batches without end: reads byte ranges of tar shards in the plan's order, in worker processes."""
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Generic, TypeVar
@@ -140,23 +141,22 @@ def first_usable(encode: Callable[[int], EncodedSample], numbers: Iterable[int],
 
 
 class Loader(DataLoader[Any], Generic[T]):
-    """A DataLoader that raises an error which the dataset yielded in place of a batch, at its turn.
+    """A DataLoader that raises an error which the dataset yielded in place of a batch, at its turn."""
 
-    With a `timeout`, it also raises a DataError when the workers give nothing for so many seconds.
-    """
+    timeout_s: int | None = None
+    """Longest wait for a batch. Its own `timeout` does not cover a worker that stops while it hands a batch over."""
 
     def __iter__(self) -> Iterator[T]:  # type: ignore[override]
         batches = super().__iter__()
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wait for data")
         for number in count():
             try:
-                batch = next(batches)
-            except RuntimeError as error:
-                if "timed out" not in str(error):
-                    raise
+                batch = pool.submit(next, batches).result(self.timeout_s)
+            except TimeoutError as error:
                 raise DataError(
-                    f"the data workers gave no batch for {self.timeout:.0f} s (micro-batch {number} of this rank since "
-                    "its start); they must within distributed.timeout_s; look above for what they printed, check the "
-                    "disk of data.shards, or try data.num_workers=0"
+                    f"no batch came for {self.timeout_s} s (micro-batch {number} of this rank since its start); the "
+                    "limit is four fifths of distributed.timeout_s; look above for what the data workers printed, and "
+                    "check the disk of data.shards and TMPDIR"
                 ) from error
             if isinstance(batch, DataError):
                 raise batch
@@ -174,7 +174,7 @@ def make_loader(
     prefetch_factor: int = 2,
     pin_memory: bool = False,
     on_fault: OnFault = "stop",
-    timeout_s: int = 0,
+    timeout_s: int | None = None,
 ) -> Loader[T]:
     """The micro-batches of one rank in the plan's order, without end.
 
@@ -182,22 +182,23 @@ def make_loader(
         num_workers: processes that read and encode, each with one thread (torch's DataLoader sets it); 0: in this
             process.
         prefetch_factor: micro-batches that each worker prepares ahead.
-        timeout_s: longest wait for a batch of the workers; 0: no limit.
+        timeout_s: longest wait for a batch; None: no limit.
         on_fault: what becomes of a sample that cannot be used, see `first_usable`.
         pin_memory: calls pin_memory() of each batch, for asynchronous copies to a GPU.
     Raises:
         DataError: the index does not match the manifest; while iterating: a sample cannot be used.
     """
     plan = Plan(folder.num_samples, folder.digest, seed)
-    return Loader(
+    loader: Loader[T] = Loader(
         MicroBatches(SampleReader(folder), plan, encoder, collate, share, on_fault),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
-        timeout=timeout_s if num_workers else 0,
     )
+    loader.timeout_s = timeout_s
+    return loader
 
 
 def _as_is(batch: T) -> T:

@@ -72,8 +72,8 @@ class Trainer:
             fault = next(fault for fault in distributed.gather(self.fault) if fault)
             where = f"after step {self.state.step}, which is saved" if self.state.step else "before its first step"
             raise TrainingError(
-                f"{fault}; the run ends {where} (data.on_fault=stop); continue with run.resume=auto once the sample is "
-                "restored, or with run.resume=auto data.on_fault=skip"
+                f"{fault}; the run ends {where} (data.on_fault=stop); continue with run.resume=auto once the cause is "
+                "removed, or, if it is a sample, with run.resume=auto data.on_fault=skip"
             )
 
     def train_step(self) -> None:

@@ -105,8 +105,8 @@ def wait_for_build(op: str) -> None:
         with suppress(FileNotFoundError):  # the build has just ended
             if time.time() - lock.stat().st_mtime > BUILD_S:
                 raise ConfigError(
-                    f"the build of DeepSpeed's op {op} has been locked for more than {BUILD_S // 60} minutes ({lock}); a "
-                    f"build takes a minute or two, and a killed one leaves its lock; delete it: rm {lock}"
+                    f"the build of DeepSpeed's op {op} has been locked for more than {BUILD_S // 60} minutes ({lock}); "
+                    f"a build takes a minute or two, and a killed one leaves its lock; delete it: rm {lock}"
                 )
         time.sleep(1)
 

@@ -250,13 +250,14 @@ def test_any_damage_is_a_data_error_or_harmless(data: st.DataObject) -> None:
         parse_members(bytes(content[: data.draw(st.integers(0, len(content)))]), "k", "shard/k")
 
 
-def test_workers_that_give_nothing_are_an_error(shards: ShardFolder) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_that_do_not_come_are_an_error(shards: ShardFolder, num_workers: int) -> None:
     """Not a wait without end."""
 
     def hang(sample: Sample) -> EncodedSample:
         time.sleep(4)
         raise AssertionError
 
-    loader = make_loader(shards, hang, list, Share(0, 1, 1), seed=3, num_workers=1, timeout_s=1)
-    with pytest.raises(DataError, match=r"gave no batch for 1 s \(micro-batch 0 .*distributed\.timeout_s"):
+    loader = make_loader(shards, hang, list, Share(0, 1, 1), seed=3, num_workers=num_workers, timeout_s=1)
+    with pytest.raises(DataError, match=r"no batch came for 1 s \(micro-batch 0 .*distributed\.timeout_s"):
         next(iter(loader))
