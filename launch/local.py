@@ -19,14 +19,17 @@ from mirage_ds.errors import ConfigError
 from mirage_ds.paths import expanded
 from mirage_ds.programs import without_current_folder
 from mirage_ds.recipe import load_config
-from mirage_ds.training.early_checks import check_folder_is_free, check_inputs
+from mirage_ds.training.early_checks import check_folder_is_free, check_folder_is_writable, check_inputs
+from mirage_ds.training.owner import refuse_living
 from mirage_ds.versions import check_versions
 
 GRACE_S = 30  # from SIGTERM to SIGKILL, for the other ranks when one has failed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# What the ranks get for a signal to the launcher. After SIGTERM, SIGUSR1 and SIGUSR2 the trainer saves and ends.
+# What the ranks get for a signal to the launcher. After SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 the trainer saves
+# and ends.
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGHUP,  # the terminal was closed, or the connection to it lost
     signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGUSR2: signal.SIGUSR2,
     signal.SIGINT: signal.SIGTERM,  # Ctrl-C
@@ -47,6 +50,8 @@ def local(
     config = load_config(recipe, overrides)
     check_inputs(config)
     check_folder_is_free(config.run)
+    check_folder_is_writable(config.run)
+    refuse_living(config.run.dir)
     gpus = count_gpus()
     if ranks and gpus and ranks > gpus:
         raise ConfigError(
@@ -89,7 +94,8 @@ class Launch:
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end)
         for number in (signal.SIGCHLD, signal.SIGALRM, *FORWARDED):
-            signal.signal(number, lambda *_: None)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+                signal.signal(number, lambda *_: None)
         # Bound but never listening, it reserves the port for rank 0, which listens there some seconds later.
         self.port = socket.socket()
         self.port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -156,7 +162,7 @@ class Launch:
 
 
 def say(text: str) -> None:
-    with suppress(BrokenPipeError):  # in `... | tee log`, Ctrl-C ends tee first
+    with suppress(OSError):  # in `... | tee log`, Ctrl-C ends tee first; a terminal may be closed
         print(f"mirage-launch: {text}", file=sys.stderr, flush=True)
 
 

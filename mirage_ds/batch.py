@@ -4,7 +4,7 @@ Shape legend: B rows, L columns, P patches, N images, T supervised tokens, K lat
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Batch:
     num_grounded_samples: int  # rows with a latent loss: those with encoded helper images
     num_tokens: int  # tokens of all rows, without padding
     keys: list[str]  # [B] the sample's key of each row, for messages
+    faults: list[str] = field(default_factory=list)  # of samples that could not be used, and whose places rows took
 
     def to(self, device: torch.device | str) -> "Batch":
         """Moves every tensor; copies from pinned memory are asynchronous."""
@@ -50,6 +51,6 @@ class Batch:
         return self._with_tensors(lambda tensor: tensor.pin_memory())
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         tensors: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, torch.Tensor)}
         return replace(self, **tensors)

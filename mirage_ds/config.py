@@ -15,6 +15,7 @@ from mirage_ds.paths import expand
 Stage = Literal["text", "stage1", "stage2"]
 CompressStrategy = Literal["average", "average_all", "grid"]
 Dtype = Literal["bf16", "fp32"]
+OnFault = Literal["stop", "skip"]
 LatentEnd = Literal["fixed", "model"]
 TaskName = Literal["vsp-spatial-planning", "vsp-spatial-reasoning"]
 Item = TypeVar("Item")
@@ -61,9 +62,10 @@ class RunConfig(Section):
     """Seed of the order of the samples, and of torch."""
     init_from: UserPath | None = None
     """Folder of another run, whose last checkpoint's weights replace those of `model.path` (stage 2 from stage 1)."""
-    resume: Literal["never", "auto"] = "never"
+    resume: Literal["never", "auto", "extend"] = "never"
     """`auto`: resume from the last complete checkpoint in `run.dir`, if there is one; `never`: `run.dir` must not
-    hold a run."""
+    hold a checkpoint; `extend`: as `auto`, but there must be a checkpoint, and `train.max_steps` or `train.epochs` may
+    be larger than before."""
     save_before_end_s: int = Field(default=120, ge=0, le=MAX_SECONDS)
     """In a SLURM job, the run saves and ends this many seconds before the job's time limit, so that it can resume."""
 
@@ -111,6 +113,9 @@ class DataConfig(Section):
     reference does. An exported model decodes as it was trained."""
     max_length: PositiveInt | None = None
     """Most tokens of a sample; a longer sample is an error that names it, and is never truncated. Unset: no limit."""
+    on_fault: OnFault = "stop"
+    """What a sample does that turns out to be unusable. `stop`: the run saves and ends with an error; `skip`: the next
+    sample of the order takes its place too, with a warning, whatever the number of ranks and after every resume."""
 
 
 class TrainConfig(Section):
@@ -145,6 +150,9 @@ class TrainConfig(Section):
     """AdamW's epsilon, added to the root of the second moment."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
+    max_skipped_steps: PositiveInt = 3
+    """A step whose loss or gradient is not finite changes no weight and is written to `RUN/bad_batches.jsonl`; so many
+    in a row end the run. If the run's first loss is not finite, it ends at once."""
     dtype: Dtype = "bf16"
     """What the model computes in; master weights and optimizer states are always float32."""
     ce_loss_weight: float | None = Field(default=None, ge=0)
@@ -276,7 +284,8 @@ class DistributedConfig(Section):
     deepspeed_config: UserName = "zero3.json"
     """DeepSpeed's JSON: a path (with a `/`), or the name of a file in `ds_configs/`."""
     timeout_s: int = Field(default=1800, gt=0, le=MAX_SECONDS)
-    """Seconds that a collective may wait before the run ends with an error."""
+    """Seconds that a collective may wait before the run ends with an error. For data a step waits four fifths of them,
+    so that the run can still save."""
 
 
 class LaunchConfig(Section):

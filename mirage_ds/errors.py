@@ -28,6 +28,14 @@ class CheckpointError(MirageError):
     """A checkpoint that is missing, incomplete, or belongs to another model or run."""
 
 
+class TrainingError(MirageError):
+    """A run that cannot continue, which all ranks know: losses that are not finite, a sample that cannot be used."""
+
+
+class OwnerError(MirageError):
+    """A run's folder that another start writes to."""
+
+
 class DiskFullError(MirageError):
     """A disk, or a user's quota on it, with no room for what was to be written."""
 

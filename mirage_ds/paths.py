@@ -16,6 +16,9 @@ from typing import Any, TypeVar
 from mirage_ds.errors import ConfigError, DataError, name_unwritable, reason_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+# A socket's path has at most 107 bytes (sun_path in unix(7)); multiprocessing puts its sockets into folders of its own.
+SOCKET_NAME_BYTES = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+MAX_TEMPORARY_BYTES = 107 - SOCKET_NAME_BYTES
 
 
 def expand(text: str) -> str:
@@ -104,3 +107,18 @@ def _check(path: Path, is_wanted: Callable[[], bool], what: str, option: str, al
         if is_wanted():
             return
     raise DataError(f"{problem} ({option} {path}); expected {allowed}; correct the path")
+
+
+def check_temporary_folder() -> None:
+    """Refuses a folder for temporary files in whose sockets data workers could not pass their batches on.
+
+    Raises:
+        ConfigError: its path is too long.
+    """
+    folder = tempfile.gettempdir()
+    if len(folder.encode()) > MAX_TEMPORARY_BYTES:
+        raise ConfigError(
+            f"the path of the folder for temporary files has {len(folder.encode())} bytes (TMPDIR={folder:.40}...), "
+            f"too many for the sockets of data workers; allowed: {MAX_TEMPORARY_BYTES}; set TMPDIR=/tmp, or "
+            "data.num_workers=0"
+        )

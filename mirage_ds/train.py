@@ -10,10 +10,11 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     early_end.listen()  # a signal during the imports must not end the run unsaved
 
-    from mirage_ds import library_noise
+    from mirage_ds import console, library_noise
     from mirage_ds.training.early_checks import read_command_line
     from mirage_ds.versions import leave_if_unsuitable
 
+    console.keep_going()
     leave_if_unsuitable()  # another version may lack what the imports name
     command_line = read_command_line()
     library_noise.silence()
@@ -43,7 +44,8 @@ from mirage_ds.training import early_end, lost_peer
 from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.metrics import Metrics
-from mirage_ds.training.run_folder import write_folder
+from mirage_ds.training.owner import Owner
+from mirage_ds.training.run_folder import own, write_folder
 from mirage_ds.training.start import Start, prepare
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
@@ -64,14 +66,15 @@ def train(config: Config) -> None:
     if start.is_finished:
         end_finished(config, start)
         return
-    engine = load_engine(config, start)
-    state = load_state(engine, config, start.checkpoint)
-    trainer = make_trainer(engine, config, start, state)
-    copies = open_copies(config)
-    train_steps(trainer, config, start, copies)
-    end(trainer, config)
-    if copies is not None:
-        copies.wait()
+    with own(config.run.dir, start.tags) as owner:
+        engine = load_engine(config, start)
+        state = load_state(engine, config, start.checkpoint)
+        trainer = make_trainer(engine, config, start, state)
+        copies = open_copies(config)
+        train_steps(trainer, config, start, copies, owner)
+        end(trainer, config)
+        if copies is not None:
+            copies.wait()
 
 
 def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
@@ -121,7 +124,7 @@ def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: T
     )
 
 
-def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies | None) -> None:
+def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies | None, owner: Owner | None) -> None:
     """All steps that are left, with what is due after each of them."""
     heartbeat = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s)
     heartbeat.beat(trainer.state.step)
@@ -129,6 +132,7 @@ def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies |
         trainer.train(
             after_step=[
                 lambda state: heartbeat.beat(state.step),
+                lambda state: owner.beat(state.step) if owner else None,
                 validate_if_due(trainer, config, start.encoder),
                 save_if_due(trainer, config, start.facts, copies),
                 profile_step,
@@ -155,7 +159,8 @@ def end_finished(config: Config, start: Start) -> None:
         print(
             f"finished already: step {start.max_steps} of {start.max_steps} is saved in {start.checkpoint}\n"
             f"to export the model: mirage export --checkpoint {run} --output DIR\n"
-            f"to train longer: start a new run from these weights, with run.init_from={run} and another run.dir",
+            "to train longer: run.resume=extend with a larger train.max_steps or train.epochs; or a new run from these "
+            f"weights, with run.init_from={run} and another run.dir",
             flush=True,
         )
     distributed.shut_down()
@@ -207,7 +212,7 @@ def load_state(engine: DeepSpeedEngine, config: Config, checkpoint: Path | None)
 def watch_end(config: Config) -> early_end.EarlyEnd:
     """Ends the run before its last step: signals on every rank, and on rank 0 the job's time limit."""
     end_s = early_end.job_end_s(say=print) if distributed.is_main() else None
-    return early_end.EarlyEnd(end_s, config.run.save_before_end_s)
+    return early_end.EarlyEnd(end_s, config.run.save_before_end_s, config.distributed.timeout_s)
 
 
 def open_stream(config: Config, start: Start, state: TrainState) -> Iterator[Batch]:
@@ -227,6 +232,9 @@ def open_stream(config: Config, start: Start, state: TrainState) -> Iterator[Bat
         seed=config.run.seed,
         num_workers=config.data.num_workers,
         pin_memory=start.device.type == "cuda",
+        on_fault=config.data.on_fault,
+        # Sooner than the other ranks' collectives, so that they still answer, and the run can save.
+        timeout_s=max(1, config.distributed.timeout_s * 4 // 5),
     )
     return iter(loader)
 

@@ -32,6 +32,7 @@ def check_node(config: Config | None, deepspeed_config: dict[str, Any]) -> Itera
         yield recipe_checks.check_samples(config)
         yield machine.check_folder("run.dir", config.run.dir)
     yield machine.check_folder("TMPDIR", Path(os.environ.get("TMPDIR", "/tmp")))
+    yield machine.check_socket_path()
     yield machine.check_shared_memory(config.data if config else None)
     yield machine.check_open_files()
     yield machine.check_orphans()

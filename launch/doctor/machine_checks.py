@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from launch.doctor.findings import Row, failure
 from mirage_ds.config import DataConfig
 from mirage_ds.errors import ConfigError
+from mirage_ds.paths import check_temporary_folder
 from mirage_ds.programs import ask
 from mirage_ds.self_check import check_decoding, check_training
 from mirage_ds.versions import REMEDY, newer_than_tested, versions
@@ -89,6 +90,15 @@ def check_folder(what: str, folder: Path) -> Row:
     if what == "TMPDIR" and kind and kind.startswith(NETWORK_FILE_SYSTEMS):
         return Row(what, f"{found}, on {kind}", "warn", "set TMPDIR to a node-local disk, which is faster")
     return Row(what, found)
+
+
+def check_socket_path() -> Row:
+    """Data workers pass their batches on through sockets in TMPDIR, whose paths the system limits."""
+    try:
+        check_temporary_folder()
+    except ConfigError as error:
+        return failure("TMPDIR's path", error)
+    return Row("TMPDIR's path", "short enough for the sockets of data workers")
 
 
 def check_shared_memory(data: DataConfig | None) -> Row:

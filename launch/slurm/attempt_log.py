@@ -103,8 +103,8 @@ def read_heartbeats(run: Path) -> dict[int, dict[str, Any]]:
     """The last heartbeat of each rank: step, host, time. Files that are incomplete yet are skipped."""
     beats = {}
     for path in (run / "heartbeat").glob("rank_*"):
-        number, text = path.name.removeprefix("rank_"), path.read_text()
-        if number.isdecimal() and text.endswith("}\n"):
+        number, text = path.name.removeprefix("rank_"), path.read_text(errors="replace")
+        if number.isdecimal() and text.startswith("{") and text.endswith("}\n"):
             beats[int(number)] = json.loads(text)
     return beats
 

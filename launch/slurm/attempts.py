@@ -79,8 +79,7 @@ def begin(job: Path, environment: dict[str, str], nodes: list[str], available_no
     run = job.parents[1]
     running_file = job / RUNNING_NAME
     attempts = read_attempts(job)
-    if running_file.exists():
-        lost = json.loads(running_file.read_text())
+    if lost := read_running(job):
         log = log_since(job, lost["log_bytes"])
         suspect = lost_node(log, lost["nodes"])
         if TAKEN_BACK.search(log) and not suspect:
@@ -107,7 +106,9 @@ def begin(job: Path, environment: dict[str, str], nodes: list[str], available_no
         if set(decision.exclude) & set(nodes):
             _record(job, attempt, None, "stopped", None)  # so that the next start runs, on any nodes
             return decision
-    running_file.write_text(json.dumps(attempt) + "\n")
+    new = running_file.with_suffix(".new")
+    new.write_text(json.dumps(attempt) + "\n")
+    new.replace(running_file)
     return Decision("run", f"resumes from step {checkpoint}" if checkpoint >= 0 else "starts at step 0")
 
 
@@ -121,7 +122,7 @@ def end(job: Path, code: int, terminated: bool, restart: int, available_nodes: s
         available_nodes: as in `begin`.
     """
     running_file = job / RUNNING_NAME
-    attempt = json.loads(running_file.read_text()) if running_file.exists() else None
+    attempt = read_running(job)
     if attempt is None or attempt["restart"] != restart:
         # SLURM lost this node and has restarted the job on others, where this attempt has been recorded.
         return Decision("end", f"SLURM has replaced start {restart} by another one")
@@ -196,9 +197,27 @@ def progress(run: Path) -> tuple[int, int]:
 
 
 def read_attempts(job: Path) -> list[Attempt]:
-    file = job / ATTEMPTS_NAME
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [Attempt(**json.loads(line)) for line in lines]
+    """The attempts that have ended; a line that a lost node or a full disk has spoiled is dropped."""
+    file, attempts = job / ATTEMPTS_NAME, []
+    for number, line in enumerate(file.read_text(errors="replace").splitlines() if file.exists() else [], start=1):
+        try:
+            attempts.append(Attempt(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            print(f"WARNING: {file}, line {number} is no attempt and is dropped: {error}", file=sys.stderr)
+    return attempts
+
+
+def read_running(job: Path) -> dict[str, Any] | None:
+    """The attempt that runs, or was lost; None if there is none, or a lost node has spoiled its file."""
+    file = job / RUNNING_NAME
+    try:
+        running: dict[str, Any] = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        print(f"WARNING: {file} cannot be read, so one attempt is not recorded: {error}", file=sys.stderr)
+        return None
+    return running
 
 
 def read_recipe(job: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from mirage_ds.paths import expanded
 from mirage_ds.programs import without_current_folder
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_inputs
+from mirage_ds.training.owner import refuse_living
 from mirage_ds.versions import versions
 
 TEMPLATE = Path(__file__).parent / "job.sh"
@@ -74,13 +75,16 @@ def slurm(
     settings = apply_options(
         load_cluster(cluster), {name: value for name, value in given.items() if value is not None}, sbatch
     )
-    config = load_config(recipe, [*(overrides or []), "run.resume=auto"])
+    config = load_config(recipe, overrides)
+    if config.run.resume == "never":  # every start of the job after the first one resumes
+        config = load_config(recipe, [*(overrides or []), "run.resume=auto"])
     check_job(config, settings, nodes)
     if dry_run:
         print(render(recipe, config, settings, nodes, config.run.dir.absolute() / "jobs" / "N"), end="")
         return
     check_partition(settings.partition, nodes)
     check_not_queued(config.run.dir)
+    refuse_living(config.run.dir)
     folder = write(recipe, config, settings, nodes)
     try:
         script = str(folder / "job.sh")

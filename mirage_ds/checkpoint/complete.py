@@ -9,10 +9,13 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from mirage_ds.housekeeping import housekeeping
 
 FOLDER = "checkpoints"  # in a run's folder
 FILES_NAME = "files.json"
@@ -110,17 +113,32 @@ def publish(part: Path) -> Path:
     for path in (*part.iterdir(), part):
         sync(path)
     final = part.with_name(part.name.removesuffix(PART))
-    if final.exists():
-        shutil.rmtree(final)  # of the same step and damaged: the run resumed from an earlier one
+    aside = final.with_name(f"{final.name}.{time.time_ns()}{PART}")
+    if os.path.lexists(final):  # of the same step and damaged: the run resumed from an earlier one
+        final.rename(aside)  # a folder can be renamed even if it cannot be deleted
     part.rename(final)
     sync(final.parent)
+    if os.path.lexists(aside):
+        discard(aside)
     return final
+
+
+def discard(checkpoint: Path) -> None:
+    """Deletes a checkpoint that is no longer needed. One that its user protected stays, with a warning.
+
+    Of one that its user moved and left a link for, only the link is deleted.
+    """
+    with housekeeping(f"a checkpoint was not deleted ({checkpoint})", "delete it by hand, if you do not need it"):
+        if checkpoint.is_symlink():
+            checkpoint.unlink()
+        else:
+            shutil.rmtree(checkpoint)
 
 
 def remove_parts(folder: Path) -> None:
     """Deletes unfinished checkpoints of earlier attempts; `folder` must belong to one run."""
     for path in folder.glob(f"global_step*{PART}"):
-        shutil.rmtree(path)
+        discard(path)
 
 
 def parts_bytes(folder: Path) -> int:
@@ -138,7 +156,7 @@ def prune(folder: Path, step: int, keep_latest_k: int) -> None:
     kept = [path for path in earlier if wrong_size(path) is None][:keep_latest_k]
     if len(kept) == keep_latest_k:
         for old in earlier[earlier.index(kept[-1]) + 1 :]:
-            shutil.rmtree(old)
+            discard(old)
 
 
 def sync(path: Path) -> None:

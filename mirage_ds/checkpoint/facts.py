@@ -27,7 +27,7 @@ def describe_run(
 
 
 def read_facts(file: Path) -> dict[str, Any]:
-    """Reads run.json of a checkpoint, or start.json of a run.
+    """Reads run.json of a checkpoint.
 
     Raises:
         CheckpointError: the file is missing or damaged.

@@ -22,6 +22,7 @@ from mirage_ds.checkpoint.facts import FACTS_NAME
 from mirage_ds.checkpoint.find import newest_complete
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError
+from mirage_ds.housekeeping import housekeeping
 from mirage_ds.train_state import TrainState
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import whole_numel
@@ -93,8 +94,9 @@ def _make_current(part: Path, facts: dict[str, Any], files: dict[str, dict[str, 
     (part / complete.FILES_NAME).write_text(json.dumps(listing, indent=2, sort_keys=True) + "\n")
     final = complete.publish(part)
     latest = final.parent / "latest.new"
-    latest.write_text(final.name)
-    latest.replace(final.parent / "latest")
+    with housekeeping(f"`latest` was not written ({final.parent})", "only DeepSpeed's own tools read it"):
+        latest.write_text(final.name)
+        latest.replace(final.parent / "latest")
     complete.prune(final.parent, facts["step"], keep_latest_k)
 
 

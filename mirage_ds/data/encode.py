@@ -4,7 +4,7 @@ Shape legend: L tokens, P patches, N images, K latents per block.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -60,6 +60,7 @@ class EncodedSample:
     pixel_values_latent: torch.Tensor  # [P, 1176] float32: patches of the helper images
     image_grid_thw_latent: torch.Tensor  # [N, 3] int64
     latent_size: int  # K
+    faults: list[str] = field(default_factory=list)  # of the samples before it that could not be used
 
 
 def load_encoder(

@@ -1,12 +1,15 @@
 """Streams micro-batches without end: reads byte ranges of tar shards in the plan's order, in worker processes."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from mirage_ds.config import OnFault
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.data.index import load_index
 from mirage_ds.data.plan import Plan, micro_batch_start
@@ -16,6 +19,7 @@ from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import ConfigError, DataError
 
 T = TypeVar("T")
+MAX_FAULTS_IN_ROW = 100  # then it is not single samples
 
 
 class SampleReader:
@@ -76,7 +80,9 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
         encoder: Callable[[Sample], EncodedSample],
         collate: Callable[[list[EncodedSample]], T],
         share: Share,
+        on_fault: OnFault = "stop",
     ) -> None:
+        self._on_fault = on_fault
         self._reader = reader
         self._plan = plan
         self._encoder = encoder
@@ -98,15 +104,60 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
     def _micro_batch(self, number: int) -> T:
         share = self._share
         start = micro_batch_start(share.start, number, share.rank, share.world_size, share.micro_batch_size)
-        numbers = self._plan.samples(start, share.micro_batch_size)
-        return self._collate([self._encoder(self._reader(sample)) for sample in numbers])
+        return self._collate([self._sample(start + row) for row in range(share.micro_batch_size)])
+
+    def _sample(self, position: int) -> EncodedSample:
+        numbers = (self._plan.samples(later, 1)[0] for later in count(position))
+        return first_usable(lambda number: self._encoder(self._reader(number)), numbers, self._on_fault)
+
+
+def first_usable(encode: Callable[[int], EncodedSample], numbers: Iterable[int], on_fault: OnFault) -> EncodedSample:
+    """The first of these samples that can be used; with `stop` it must be the first of all.
+
+    It depends on the order alone, so every number of ranks, and a run that resumes, takes the same.
+
+    Args:
+        numbers: sample numbers, of the sample that is due and then of those after it.
+
+    Raises:
+        DataError: it cannot be used, or with `skip` none of MAX_FAULTS_IN_ROW.
+    """
+    faults: list[str] = []
+    for number in numbers:
+        try:
+            sample = encode(number)
+        except DataError as error:
+            faults.append(str(error))
+            if on_fault == "stop":
+                raise
+            if len(faults) == MAX_FAULTS_IN_ROW:
+                break
+        else:
+            return replace(sample, faults=faults) if faults else sample
+    raise DataError(
+        f"{len(faults)} samples in a row cannot be used; the first: {faults[0]}; data.on_fault=skip is for single "
+        "samples; check the shards and the model, for example with `mirage-data check`"
+    )
 
 
 class Loader(DataLoader[Any], Generic[T]):
     """A DataLoader that raises an error which the dataset yielded in place of a batch, at its turn."""
 
+    timeout_s: int | None = None
+    """Longest wait for a batch. Its own `timeout` does not cover a worker that stops while it hands a batch over."""
+
     def __iter__(self) -> Iterator[T]:  # type: ignore[override]
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wait for data")
+        for number in count():
+            try:
+                batch = pool.submit(next, batches).result(self.timeout_s)
+            except TimeoutError as error:
+                raise DataError(
+                    f"no batch came for {self.timeout_s} s (micro-batch {number} of this rank since its start); the "
+                    "limit is four fifths of distributed.timeout_s; look above for what the data workers printed, and "
+                    "check the disk of data.shards and TMPDIR"
+                ) from error
             if isinstance(batch, DataError):
                 raise batch
             yield batch
@@ -122,6 +173,8 @@ def make_loader(
     num_workers: int,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
+    on_fault: OnFault = "stop",
+    timeout_s: int | None = None,
 ) -> Loader[T]:
     """The micro-batches of one rank in the plan's order, without end.
 
@@ -129,19 +182,23 @@ def make_loader(
         num_workers: processes that read and encode, each with one thread (torch's DataLoader sets it); 0: in this
             process.
         prefetch_factor: micro-batches that each worker prepares ahead.
+        timeout_s: longest wait for a batch; None: no limit.
+        on_fault: what becomes of a sample that cannot be used, see `first_usable`.
         pin_memory: calls pin_memory() of each batch, for asynchronous copies to a GPU.
     Raises:
         DataError: the index does not match the manifest; while iterating: a sample cannot be used.
     """
     plan = Plan(folder.num_samples, folder.digest, seed)
-    return Loader(
-        MicroBatches(SampleReader(folder), plan, encoder, collate, share),
+    loader: Loader[T] = Loader(
+        MicroBatches(SampleReader(folder), plan, encoder, collate, share, on_fault),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
     )
+    loader.timeout_s = timeout_s
+    return loader
 
 
 def _as_is(batch: T) -> T:

@@ -50,7 +50,8 @@ def export_checkpoint(
         model: folder or hub id of the model that the run started from; None: the run's model.path.
 
     Raises:
-        CheckpointError: there is no such checkpoint, a rank's file is missing or damaged, or the model does not match.
+        CheckpointError: there is no such checkpoint, a rank's file is missing or damaged, the model does not match, or
+            a weight is not finite.
         ConfigError: the model that the run started from is missing, or `max_shard_size` is not a size.
         DataError: `output` already exists, or cannot be written.
     """
@@ -76,7 +77,7 @@ def export_checkpoint(
             _generation_config(source, cache_dir, hf).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             image_processor.save(folder)
-            _write_weights(parameters, files, DTYPES[dtype], folder)
+            _write_weights(parameters, files, DTYPES[dtype], folder, checkpoint)
             finish(folder)
     except (OSError, SafetensorError) as error:
         raise DataError(
@@ -152,12 +153,27 @@ def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_s
 
 
 def _write_weights(
-    parameters: Mapping[str, StoredParameter], files: StateDictSplit, dtype: torch.dtype, folder: Path
+    parameters: Mapping[str, StoredParameter],
+    files: StateDictSplit,
+    dtype: torch.dtype,
+    folder: Path,
+    checkpoint: Path,
 ) -> None:
-    """Writes one file at a time: at most one file and a part of a parameter are in memory."""
+    """Writes one file at a time: at most one file and a part of a parameter are in memory.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+    """
     for name, members in files.filename_to_tensors.items():
+        weights = {member: parameters[member].read(dtype) for member in members}
+        for member, weight in weights.items():
+            if not weight.isfinite().all():
+                raise CheckpointError(
+                    f"the weight {member} is not finite ({checkpoint}); a model that is exported must be able to "
+                    "compute; export an earlier checkpoint, or train again with a smaller train.lr"
+                )
         # transformers only accepts files with this entry as torch's.
-        save_file({m: parameters[m].read(dtype) for m in members}, folder / name, metadata={"format": "pt"})
+        save_file(weights, folder / name, metadata={"format": "pt"})
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

@@ -86,6 +86,9 @@ class Decoder:
 
         Yields:
             For each row what it emits; None once it has ended.
+
+        Raises:
+            ConfigError: the model computes something that is not finite.
         """
         batch = batch.to(self.backbone.device)
         generators = [self.sampling.generator(key) for key in batch.keys]
@@ -97,7 +100,9 @@ class Decoder:
         position = batch.position_ids.amax(dim=(0, 2)) + 1  # [B]: images count as grids, so not the length
         hidden = self.backbone.step(self.prompt_embeds(batch), batch.position_ids, mask, cache)
         for num_emitted in range(1, self.max_new_tokens + 1):
-            chosen = self.sampling.choose(self.backbone.hf.lm_head(hidden), generators)
+            logits = self.backbone.hf.lm_head(hidden)
+            self.check_finite(logits, batch.keys, done)
+            chosen = self.sampling.choose(logits, generators)
             emitted, latent_steps = self.next_tokens(chosen, latent_steps)
             num_blocks += emitted == self.ids.latent_start
             feeds_state = latent_steps > 0
@@ -132,6 +137,20 @@ class Decoder:
             if state is not None:
                 fed[row], replaced[row] = state, True
         return fed, replaced
+
+    def check_finite(self, logits: torch.Tensor, keys: Sequence[str], done: torch.Tensor) -> None:
+        """Refuses to choose from logits [B, V] of which those of a row that continues are not finite.
+
+        Raises:
+            ConfigError: the message names the model and the row.
+        """
+        bad = ~logits.isfinite().all(dim=-1).cpu() & ~done
+        if bad.any():
+            raise ConfigError(
+                f"the model's logits are not finite ({self.backbone.hf.name_or_path}, at {keys[int(bad.nonzero()[0])]})"
+                "; expected finite weights, and a dtype whose range they fit; use an earlier checkpoint of the run, or "
+                "try --dtype fp32"
+            )
 
     def is_end(self, tokens: torch.Tensor) -> torch.Tensor:
         """Which tokens end an answer."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from mirage_ds.checkpoint.copies import Copies
 from mirage_ds.checkpoint.save import save
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
-from mirage_ds.data.encode import Encoder
+from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.shards import load_manifest
-from mirage_ds.data.stream import SampleReader
+from mirage_ds.data.stream import SampleReader, first_usable
+from mirage_ds.housekeeping import housekeeping
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.training.validation import Validation, spread
@@ -27,10 +29,15 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
         return lambda state: None
     shards, interval = load_manifest(config.evaluation.shards), config.evaluation.interval
     read, align = SampleReader(shards), config.train.stage == "stage2"
+
+    def usable(number: int) -> EncodedSample:
+        following = (later % shards.num_samples for later in count(number))
+        return first_usable(lambda each: encoder(read(each)), following, config.data.on_fault)
+
     validation = Validation(
         trainer.engine,
         trainer.num_passes,
-        lambda numbers: collate([encoder(read(number)) for number in numbers], align_latents=align),
+        lambda numbers: collate([usable(number) for number in numbers], align_latents=align),
         spread(shards.num_samples, config.evaluation.max_samples),
         micro_batch_size=config.train.micro_batch_size_per_gpu,
         device=trainer.device,
@@ -68,14 +75,17 @@ def profiler(config: Config, state: TrainState) -> Iterator[Action]:
     if steps is None or state.step >= steps[0]:
         yield lambda state: None
         return
-    folder = config.run.dir / "profile"
-    folder.mkdir(exist_ok=True)
+    file = config.run.dir / "profile" / f"rank_{distributed.rank()}.json"
+
+    def write(profile: torch.profiler.profile) -> None:
+        with housekeeping(f"the trace was not written ({file})", "trace some steps again"):
+            file.parent.mkdir(exist_ok=True)
+            file.touch()  # export_chrome_trace only logs that it cannot write
+            profile.export_chrome_trace(str(file))
+
     schedule = torch.profiler.schedule(
         skip_first=steps[0] - 1 - state.step, wait=0, warmup=0, active=steps[1] - steps[0] + 1, repeat=1
     )
-    trace = torch.profiler.profile(
-        schedule=schedule,
-        on_trace_ready=lambda profile: profile.export_chrome_trace(f"{folder}/rank_{distributed.rank()}.json"),
-    )
+    trace = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
     with trace:
         yield lambda state: trace.step()

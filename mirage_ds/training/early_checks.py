@@ -8,8 +8,9 @@ from mirage_ds.config import Config, RunConfig
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError, MirageError, leave
 from mirage_ds.model_folder import check_model
-from mirage_ds.paths import check_writable
+from mirage_ds.paths import check_temporary_folder, check_writable
 from mirage_ds.recipe import load_config
+from mirage_ds.training.owner import refuse_living
 
 
 def read_command_line() -> Config:
@@ -25,6 +26,8 @@ def read_command_line() -> Config:
         config = load_config(options.recipe, options.overrides)
         check_inputs(config)
         check_folder_is_free(config.run)
+        check_folder_is_writable(config.run)
+        refuse_living(config.run.dir)
     except MirageError as error:
         leave(error)
     return config
@@ -40,7 +43,9 @@ def check_inputs(config: Config) -> None:
         if folder is not None:
             load_manifest(folder)
     check_model(config.model.path, f"model.path={config.model.path}", config.model.cache_dir)
-    resumes = config.run.resume == "auto" and complete.tags(config.run.dir / complete.FOLDER)
+    if config.data.num_workers:
+        check_temporary_folder()
+    resumes = config.run.resume != "never" and complete.tags(config.run.dir / complete.FOLDER)
     if config.run.init_from is not None and not resumes and not config.run.init_from.is_dir():
         raise DataError(
             f"the run to start from does not exist (run.init_from={config.run.init_from}); allowed: the folder of a "
@@ -49,7 +54,7 @@ def check_inputs(config: Config) -> None:
 
 
 def check_folder_is_free(run: RunConfig) -> None:
-    """A run that does not resume needs a folder of its own.
+    """A run that does not resume needs a folder without a checkpoint; a start that saved none leaves it free.
 
     Every rank checks before it joins the others, and rank 0 writes there only after all have joined.
 
@@ -57,11 +62,18 @@ def check_folder_is_free(run: RunConfig) -> None:
         ConfigError: the folder holds a run.
         DataError: it cannot be written, which a colleague's run may be.
     """
-    taken = complete.tags(run.dir / complete.FOLDER) or (run.dir / "metrics.jsonl").exists()
-    if run.resume == "never" and taken:
+    if run.resume == "never" and complete.tags(run.dir / complete.FOLDER):
         raise ConfigError(
             f"the folder holds another run already (run.dir={run.dir}); a run needs a folder of its own; set run.dir "
             "to a new one, or run.resume=auto to resume that run"
         )
-    for folder in (run.dir, run.dir / complete.FOLDER):  # the checkpoints may be a link to a larger disk
+
+
+def check_folder_is_writable(run: RunConfig) -> None:
+    """Whether this user may write the run's folder and its checkpoints, which may be links to other disks.
+
+    Raises:
+        DataError: with the system's reason.
+    """
+    for folder in (run.dir, run.dir / complete.FOLDER):
         check_writable(folder, "run.dir")

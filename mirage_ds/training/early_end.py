@@ -1,40 +1,52 @@
 """Whether a run must save and end before its last step: a signal to any rank, or the end of its SLURM job.
 
-SIGTERM, SIGUSR1, SIGUSR2 -> a flag -> all ranks agree after the step -> checkpoint -> RUN/preempted -> exit code 0
+SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 -> a flag -> all ranks agree after the step -> checkpoint -> RUN/preempted -> code 0
 
 Imports nothing slow: `listen` comes first, as a signal during the start must not end the run unsaved.
 """
 
+import faulthandler
 import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from mirage_ds.programs import ask
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 MARK_NAME = "preempted"
+START_GRACE_S = 600  # the start: imports, the weights, the first step
+STEP_GRACE_S = 60  # beyond three times the longest step so far, validation and checkpoints included
 
 _received: list[tuple[int, float]] = []  # signals, each with its time on the monotonic clock
 
 
-def listen() -> None:
-    """From now on such a signal is remembered instead of ending this process; a second one changes nothing."""
+def listen(grace_s: float = START_GRACE_S) -> None:
+    """From now on such a signal is remembered instead of ending this process; a second one changes nothing.
+
+    If no step answers it within `grace_s`, this process prints where it is and ends, unsaved, with exit code 1.
+    SIGHUP stays ignored under nohup, whose purpose that is.
+    """
     for number in SIGNALS:
-        signal.signal(number, _remember)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, partial(_remember, grace_s))
 
 
 def ignore() -> None:
     """From now on such a signal does nothing: the run is saved, and the interpreter takes a while to end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    faulthandler.cancel_dump_traceback_later()
 
 
-def _remember(number: int, frame: FrameType | None) -> None:
+def _remember(grace_s: float, number: int, frame: FrameType | None) -> None:
+    if not _received:
+        faulthandler.dump_traceback_later(grace_s, exit=True)
     _received.append((number, time.monotonic()))
 
 
@@ -49,25 +61,32 @@ def is_asked_within(seconds: float) -> bool:
 
 
 class EarlyEnd:
-    """Why this rank must end, or None. Call it once per step, and let all ranks agree."""
+    """Why this rank must end, or None. Call it once per step, and let all ranks agree.
 
-    def __init__(self, end_s: float | None, margin_s: float) -> None:
+    Each call also answers a signal, which then no longer ends the process by itself.
+    """
+
+    def __init__(self, end_s: float | None, margin_s: float, grace_s: float = START_GRACE_S) -> None:
         """
         Args:
             end_s: when the job ends, in seconds since the epoch, if it does.
             margin_s: seconds before that which are kept for writing a checkpoint.
+            grace_s: longest time from a signal to its answer, if steps are slow.
         """
-        self.end_s, self.margin_s = end_s, margin_s
-        self.asked_s = time.time()
+        self.end_s, self.margin_s, self.grace_s = end_s, margin_s, grace_s
+        self.asked_s, self.longest_s = time.time(), 0.0
 
     def __call__(self) -> str | None:
         """The reason to end after this step, or None. The next step is assumed to take as long as this one."""
         now_s = time.time()
         step_s, self.asked_s = now_s - self.asked_s, now_s
+        self.longest_s = max(self.longest_s, step_s)
+        faulthandler.cancel_dump_traceback_later()
         if _received:
             return signal.Signals(_received[0][0]).name
         if self.end_s is not None and now_s + step_s + self.margin_s > self.end_s:
             return f"the job ends in {max(0, self.end_s - now_s):.0f} s"
+        listen(min(self.grace_s, STEP_GRACE_S + 3 * self.longest_s))
         return None
 
 

@@ -9,6 +9,8 @@ import socket
 import time
 from pathlib import Path
 
+from mirage_ds.housekeeping import housekeeping
+
 FOLDER = "heartbeat"
 
 
@@ -21,14 +23,15 @@ class Heartbeat:
             timeout_s: seconds without a beat after which Python's stacks are printed to stderr, once.
         """
         self.file, self.timeout_s = run_dir / FOLDER / f"rank_{rank}", timeout_s
-        self.file.parent.mkdir(exist_ok=True)
         self.host = socket.gethostname()
 
     def beat(self, step: int) -> None:
         """Writes that `step` steps are done."""
         new = self.file.with_suffix(".new")
-        new.write_text(json.dumps({"step": step, "host": self.host, "time": time.time()}) + "\n")
-        new.replace(self.file)
+        with housekeeping(f"no heartbeat was written ({self.file})", "a rank that hangs will not be found by it"):
+            self.file.parent.mkdir(exist_ok=True)
+            new.write_text(json.dumps({"step": step, "host": self.host, "time": time.time()}) + "\n")
+            new.replace(self.file)
         faulthandler.dump_traceback_later(self.timeout_s)
 
     def stop(self) -> None:

@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mirage_ds import strict_json
 from mirage_ds.config import Stage
+from mirage_ds.housekeeping import housekeeping, warn_once
 from mirage_ds.zero3 import distributed
 
 # metrics.jsonl has all losses in every stage. Only stage 1 has a latent loss, and so a total that is not the text loss
@@ -57,6 +59,34 @@ class StepSums:
     skipped_steps: int
     started_s: float
     waited_s: float
+    num_faults: int = 0  # samples that could not be used
+
+
+class Curves:
+    """TensorBoard's files. If they cannot be written, there are no more curves in this start."""
+
+    def __init__(self, folder: Path, steps_done: int) -> None:
+        self.folder = folder
+        self.writer: SummaryWriter | None = None
+        with self.housekeeping():
+            self.writer = SummaryWriter(str(folder), purge_step=steps_done + 1)
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Adds a point to each curve; `values` by tag."""
+        writer, self.writer = self.writer, None
+        if writer:
+            with self.housekeeping():
+                for tag, value in values.items():
+                    writer.add_scalar(tag, value, step)
+                self.writer = writer
+
+    def close(self) -> None:
+        if self.writer:
+            with self.housekeeping():
+                self.writer.close()
+
+    def housekeeping(self) -> AbstractContextManager[None]:
+        return housekeeping(f"no more curves are written ({self.folder})", "metrics.jsonl has the same numbers")
 
 
 class Metrics:
@@ -69,16 +99,16 @@ class Metrics:
         Args:
             steps_done: a resumed run repeats the steps after its checkpoint, so their earlier records are dropped.
         """
-        self.stage, self.global_batch_size = stage, global_batch_size
+        self.run_dir, self.stage, self.global_batch_size = run_dir, stage, global_batch_size
         self.max_steps, self.log_freq = max_steps, log_freq
         self.pending: list[StepSums] = []
         self.first_step = steps_done + 1
         self.recent_step_s: deque[float] = deque(maxlen=RECENT_STEPS)
-        self.file = self.validation_file = self.writer = None
+        self.file = self.validation_file = self.curves = None
         if distributed.is_main():
             self.file = _open_after(run_dir / "metrics.jsonl", steps_done)
             self.validation_file = _open_after(run_dir / "validation.jsonl", steps_done)
-            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=steps_done + 1)
+            self.curves = Curves(run_dir / "tensorboard", steps_done)
 
     def add(self, sums: StepSums) -> None:
         """Takes a step; every `log_freq` steps, and after the last one, writes what is pending."""
@@ -91,35 +121,47 @@ class Metrics:
         if not self.pending:
             return
         losses = torch.stack([sums.losses for sums in self.pending]).double()
-        counts = losses.new_tensor([[sums.num_grounded_samples, sums.num_tokens] for sums in self.pending])
+        counts = losses.new_tensor(
+            [[sums.num_grounded_samples, sums.num_tokens, sums.num_faults] for sums in self.pending]
+        )
         totals = distributed.sum_over_ranks(torch.cat([losses, counts], dim=1)).tolist()
         ends = [sums.started_s for sums in self.pending[1:]] + [time.monotonic()]
-        if self.file and self.writer:
+        if self.file and self.curves:
             for sums, total, end_s in zip(self.pending, totals, ends, strict=True):
                 record = self._record(sums, total, end_s)
                 self.file.write(strict_json.dumps(record | {"loss_hex": record["loss"].hex()}) + "\n")
                 if sums.step > self.first_step:  # the first step of a start is slow
                     self.recent_step_s.append(record["step_s"])
             self.file.flush()
-            for name, tag in TAGS.items():
-                if self._has(name) and record[name] is not None:
-                    self.writer.add_scalar(tag, record[name], record["step"])
+            tags = {tag: record[name] for name, tag in TAGS.items() if self._has(name) and record[name] is not None}
+            self.curves.add(tags, record["step"])
             print(self._console_line(record), flush=True)
         self.pending.clear()
 
     def add_validation(self, step: int, losses: dict[str, float]) -> None:
         """Writes a validation, whose losses are the same on every rank."""
-        if self.validation_file and self.writer:
+        if self.validation_file and self.curves:
             hexadecimal = {"loss_hex": losses["loss"].hex()}
             self.validation_file.write(strict_json.dumps({"step": step} | losses | hexadecimal) + "\n")
             self.validation_file.flush()
-            for name, value in losses.items():
-                if self._has(name):
-                    self.writer.add_scalar(f"validation/{name}", value, step)
+            self.curves.add({f"validation/{name}": value for name, value in losses.items() if self._has(name)}, step)
             print(f"step {step:>5}/{self.max_steps} | validation {self._losses(losses)}", flush=True)
 
+    def add_bad_batches(self, step: int, batches: list[dict[str, Any]]) -> Path:
+        """Writes the micro-batches of a skipped step, from all ranks, to a file of their own, and returns it."""
+        path = self.run_dir / "bad_batches.jsonl"
+        if distributed.is_main():
+            with (
+                housekeeping(f"the samples were not written ({path})", "the line below names them"),
+                path.open("a") as file,
+            ):
+                file.writelines(strict_json.dumps({"step": step} | batch) + "\n" for batch in batches)
+            keys = ", ".join(key for batch in batches for key in batch["keys"])
+            print(f"step {step:>5}/{self.max_steps} | skipped: loss or gradient not finite ({keys:.200})", flush=True)
+        return path
+
     def _record(self, sums: StepSums, total: list[float], end_s: float) -> dict[str, Any]:
-        loss, ce_loss, latent_loss, grounded, tokens = total
+        loss, ce_loss, latent_loss, grounded, tokens, faults = total
         step_s = end_s - sums.started_s
         return {
             "step": sums.step,
@@ -131,6 +173,7 @@ class Metrics:
             "lr": sums.lr,
             "grad_norm": float(sums.grad_norm),
             "skipped_steps": sums.skipped_steps,
+            "replaced_samples": int(faults),
             "samples_per_s": self.global_batch_size / step_s,
             "tokens_per_s": tokens / step_s,
             "step_s": step_s,
@@ -165,19 +208,35 @@ class Metrics:
     def close(self) -> None:
         """Writes what is pending and closes the files."""
         self.flush()
-        for file in (self.file, self.validation_file, self.writer):
+        for file in (self.file, self.validation_file, self.curves):
             if file:
                 file.close()
 
 
 def _open_after(path: Path, step: int) -> TextIO:
     """Opens a file of records for appending; drops those after `step`, and a last line that a kill cut short."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    complete = [line for line in lines if line.endswith("\n")]
+    if step == 0 and path.exists() and path.stat().st_size:
+        kept = path.with_suffix(f".{time.time_ns()}.jsonl")
+        path.rename(kept)  # a run that ended before its first checkpoint; this one starts over
+        print(f"{kept.name}: what {path.name} had of an earlier start that saved no checkpoint", flush=True)
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    steps = {number: step_of(line) for number, line in enumerate(lines, start=1)}
+    bad = [number for number, found in steps.items() if found is None and lines[number - 1].endswith("\n")]
+    if bad:
+        warn_once(f"{path} has lines that are no records of steps, which are dropped: {', '.join(map(str, bad)):.80}")
     new = path.with_suffix(".new")
-    new.write_text("".join(line for line in complete if json.loads(line)["step"] <= step))
+    new.write_text("".join(lines[number - 1] for number, found in steps.items() if found is not None and found <= step))
     new.replace(path)
     return path.open("a")
+
+
+def step_of(line: str) -> int | None:
+    """The step of a record; None if the line is none, or was cut short."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if line.endswith("\n") and isinstance(step, int) else None
 
 
 def _duration(seconds: float) -> str:

@@ -1,6 +1,6 @@
 """The run's folder: whether a run starts or resumes there, what it was started with, and what changed since.
 
-RUN/start.json       what a run that resumes here is compared with
+RUN/owner/           see owner.py
 RUN/config.yaml      the resolved configuration of the last start
 RUN/deepspeed.json   DeepSpeed's configuration with nothing left on "auto"
 RUN/versions.json    packages and git commit of the last start
@@ -9,22 +9,26 @@ RUN/metrics.jsonl, RUN/validation.jsonl, RUN/tensorboard/
 """
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mirage_ds.checkpoint import complete
 from mirage_ds.checkpoint.facts import FACTS_NAME, read_facts
-from mirage_ds.checkpoint.find import find_undamaged
-from mirage_ds.config import Config
-from mirage_ds.errors import CheckpointError, name_unwritable
+from mirage_ds.checkpoint.find import find_undamaged, require_latest
+from mirage_ds.config import Config, TrainConfig
+from mirage_ds.errors import CheckpointError, MirageError, OwnerError, name_unwritable
 from mirage_ds.training import early_end
 from mirage_ds.training.early_checks import check_folder_is_free
+from mirage_ds.training.owner import POLL_S, Owner
 from mirage_ds.versions import versions
 from mirage_ds.zero3 import distributed
-
-START_NAME = "start.json"
+from mirage_ds.zero3.engine import learning_rate
 
 # What a resumed run may change: it leaves every step's loss as it is, up to rounding. The global batch size and the
 # manifest's digest are compared by themselves.
@@ -39,10 +43,12 @@ HARMLESS = (
     "data.shards",
     "data.num_workers",
     "data.max_length",
+    "data.on_fault",
     "train.micro_batch_size_per_gpu",
     "train.gradient_accumulation_steps",
     "train.global_batch_size",
     "train.log_freq",
+    "train.max_skipped_steps",
     "train.deterministic",
     "train.profile_steps",
     "checkpoint.*",
@@ -50,6 +56,9 @@ HARMLESS = (
     "distributed.*",
     "launch.*",
 )
+# What `run.resume=extend` may change too, if the run becomes longer by it.
+LENGTH = ("train.max_steps", "train.epochs")
+UNWRITABLE_REMEDY = "set run.dir to a folder where you may write"
 # Parts of the DeepSpeed JSON that change results; what its other parts decide does not.
 DEEPSPEED_MATHEMATICS = ("data_types", "communication_data_type")
 
@@ -65,17 +74,79 @@ def find_start(config: Config, facts: dict[str, Any]) -> Path | None:
 
     Raises:
         ConfigError: the folder holds a run, and `run.resume` is `never`.
-        CheckpointError: the run there has other settings that decide its losses, or all its checkpoints are damaged.
+        CheckpointError: the run there has other settings that decide its losses, or all its checkpoints are damaged,
+            or there is none to extend.
     """
-    folder = config.run.dir
+    folder, extends = config.run.dir, config.run.resume == "extend"
     check_folder_is_free(config.run)  # again: another start may have written since the early check
     found = find_undamaged(folder)
-    changed = []
-    if found or (folder / "metrics.jsonl").exists():  # a run that ended before its first checkpoint has metrics alone
-        changed = check_same_run(found / FACTS_NAME if found else folder / START_NAME, facts)
-    if changed and distributed.is_main():
-        print("changed since the last start: " + "; ".join(changed), flush=True)
+    if found is None:  # a run that ended before its first checkpoint leaves nothing to resume: this one starts over
+        if extends:
+            require_latest(folder)
+        return None
+    before = read_facts(found / FACTS_NAME)
+    changed = check_same_run(found / FACTS_NAME, facts, may_extend=extends)
+    if distributed.is_main():
+        if changed:
+            print("changed since the last start: " + "; ".join(changed), flush=True)
+        if before["max_steps"] != facts["max_steps"]:
+            print(describe_extension(config.train, before, facts["max_steps"]), flush=True)
     return found
+
+
+def describe_extension(train: TrainConfig, before: dict[str, Any], max_steps: int) -> str:
+    """What a longer run does next: its position, and how its learning rate differs from that of the shorter one.
+
+    Args:
+        before: the facts of the checkpoint that it resumes from.
+        max_steps: the new length.
+    """
+    step, old_steps = before["step"], before["max_steps"]
+    last = learning_rate(max(step, 1), old_steps, train)
+    following = learning_rate(step + 1, max_steps, train)
+    return (
+        f"extended from {old_steps} to {max_steps} steps: continues with step {step + 1}, at sample "
+        f"{before['position']} of the order; the schedule (train.lr_decay={train.lr_decay}) is now that of {max_steps} "
+        f"steps: the learning rate was {last:.3g} in step {step} and is {following:.3g} in step {step + 1}"
+    )
+
+
+@contextmanager
+def own(run_dir: Path, seen: list[Path]) -> Iterator[Owner | None]:
+    """This start is the only one that writes to the folder; every rank enters, rank 0 gets the owner.
+
+    Args:
+        seen: the checkpoints from which rank 0 chose the one to resume from.
+
+    Raises:
+        OwnerError: on every rank: another start writes there, or has written since.
+    """
+    owner, answer = (Owner(run_dir) if distributed.is_main() else None), "wait"
+    while answer == "wait":
+        answer = distributed.gather(claim(owner) if owner else "")[0]
+        if answer == "wait":
+            time.sleep(POLL_S)
+    if answer:
+        raise OwnerError(answer)
+    try:
+        if distributed.gather(complete.tags(run_dir / complete.FOLDER) == seen)[0]:
+            yield owner
+        else:
+            raise OwnerError(
+                f"another start has written checkpoints meanwhile (run.dir={run_dir}), and has ended; a run has one "
+                "writer; start again, with run.resume=auto to continue from them"
+            )
+    finally:
+        if owner:
+            owner.release()
+
+
+def claim(owner: Owner) -> str:
+    """One try: "" for success, "wait", or the message of the refusal."""
+    try:
+        return "" if owner.try_to_claim() else "wait"
+    except MirageError as error:
+        return str(error)
 
 
 def write_folder(config: Config, facts: dict[str, Any]) -> None:
@@ -83,17 +154,20 @@ def write_folder(config: Config, facts: dict[str, Any]) -> None:
     folder = config.run.dir
     distributed.barrier()  # every rank has checked the folder before rank 0 writes
     if distributed.is_main():
-        with name_unwritable(folder, "set run.dir to a folder where you may write"):
-            folder.mkdir(parents=True, exist_ok=True)
-        early_end.unmark(folder)
-        (folder / START_NAME).write_text(json.dumps(facts, indent=2) + "\n")
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        (folder / "deepspeed.json").write_text(json.dumps(facts["deepspeed"], indent=2) + "\n")
-        (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        with name_unwritable(folder, UNWRITABLE_REMEDY):
+            (folder / complete.FOLDER).mkdir(parents=True, exist_ok=True)
+            early_end.unmark(folder)
+            (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            (folder / "deepspeed.json").write_text(json.dumps(facts["deepspeed"], indent=2) + "\n")
+            (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
 
 
-def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
-    """Compares a checkpoint, or a run without one, with the run that is to resume; returns the harmless changes.
+def check_same_run(file: Path, facts: dict[str, Any], *, may_extend: bool = False) -> list[str]:
+    """Compares a checkpoint with the run that is to resume; returns the harmless changes.
+
+    Args:
+        file: run.json of the checkpoint.
+        may_extend: the run may be longer than before.
 
     Raises:
         CheckpointError: with every change that is not harmless.
@@ -102,12 +176,14 @@ def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
     old, new = flatten(before["config"]), flatten(facts["config"])
     changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
     changes.pop("run.resume", None)  # set in order to resume
-    harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in HARMLESS)]
+    longer = may_extend and facts["max_steps"] >= before["max_steps"]
+    patterns = HARMLESS + (LENGTH if longer else ())
+    harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in patterns)]
     harmful = [text for text in changes.values() if text not in harmless]
     if before["world_size"] != facts["world_size"]:
         harmless.append(f"ranks: {before['world_size']} -> {facts['world_size']}")
     for key in ("global_batch_size", "manifest_digest", "max_steps"):
-        if before[key] != facts[key]:
+        if before[key] != facts[key] and not (longer and key == "max_steps"):
             harmful.append(f"{key}: {before[key]!r} -> {facts[key]!r}")
     if before["global_batch_size"] != facts["global_batch_size"]:
         size = before["global_batch_size"]
@@ -120,7 +196,7 @@ def check_same_run(file: Path, facts: dict[str, Any]) -> list[str]:
         raise CheckpointError(
             f"the run was started with another configuration (in {file.parent}):\n{lines}\na resumed run keeps what "
             "decides its losses; undo these changes, or give the changed run a run.dir of its own (with run.init_from "
-            "to start from these weights)"
+            "to start from these weights); a longer run alone is possible with run.resume=extend"
         )
     return harmless
 

@@ -35,6 +35,7 @@ class Start:
     pooling: str  # which path `latent_pool` takes there
     max_steps: int
     facts: dict[str, Any]  # what its checkpoints say of it
+    tags: list[Path]  # all checkpoints that are there
     checkpoint: Path | None
 
     @property
@@ -59,6 +60,7 @@ def prepare(config: Config) -> Start:
     pooling = describe_path(device)
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     check_init_from(config)
+    tags = complete.tags(config.run.dir / complete.FOLDER)
     facts = describe_run(config, deepspeed_config, shards.digest, max_steps)
     return Start(
         deepspeed_config=deepspeed_config,
@@ -69,6 +71,7 @@ def prepare(config: Config) -> Start:
         pooling=pooling,
         max_steps=max_steps,
         facts=facts,
+        tags=tags,
         checkpoint=find_start(config, facts),
     )
 
@@ -101,7 +104,7 @@ def check_init_from(config: Config) -> None:
     Raises:
         CheckpointError: on every rank.
     """
-    resumes = config.run.resume == "auto" and newest_complete(config.run.dir)
+    resumes = config.run.resume != "never" and newest_complete(config.run.dir)
     if config.run.init_from is None or resumes:
         return
     check_start(config.run.init_from, config)

@@ -1,14 +1,17 @@
 """The training loop, over an engine and an iterator of batches. It knows nothing of files or formats."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 
 from mirage_ds.batch import Batch
 from mirage_ds.config import TrainConfig
-from mirage_ds.errors import DataError
+from mirage_ds.data.plan import micro_batch_start
+from mirage_ds.errors import DataError, TrainingError
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.early_end import EarlyEnd
 from mirage_ds.training.metrics import Metrics, StepSums
@@ -46,29 +49,52 @@ class Trainer:
         self.world_size = distributed.world_size()
         self.global_batch_size = train.samples_per_step(self.world_size)
         self.accumulation_steps = train.accumulation_steps(self.world_size)
+        self.skipped_in_row = 0
+        self.ready: list[Batch] = []  # the micro-batches of the next step, on the host
+        self.fault: str | None = None  # why this rank has none
+        self.any_fault = False  # on any rank
 
     def train(self, after_step: Sequence[Callable[[TrainState], None]] = ()) -> None:
-        """The rest of the run; after each step, the actions of `after_step` in their order."""
-        while self.state.step < self.max_steps and not self.state.ends_early:
+        """The rest of the run; after each step, the actions of `after_step` in their order.
+
+        Raises:
+            TrainingError: on every rank: losses are not finite, or a sample cannot be used; the latter after the
+                actions, which have saved.
+        """
+        self.fetch()
+        self.any_fault = bool(distributed.max_over_ranks([self.fault is not None], self.device)[0])
+        while not self.any_fault and self.state.step < self.max_steps and not self.state.ends_early:
             self.train_step()
             self.agree_on_end()
             for action in after_step:
                 action(self.state)
+        if self.any_fault:
+            fault = next(fault for fault in distributed.gather(self.fault) if fault)
+            where = f"after step {self.state.step}, which is saved" if self.state.step else "before its first step"
+            raise TrainingError(
+                f"{fault}; the run ends {where} (data.on_fault=stop); continue with run.resume=auto once the cause is "
+                "removed, or, if it is a sample, with run.resume=auto data.on_fault=skip"
+            )
 
     def train_step(self) -> None:
         """One optimizer step over one global batch."""
-        started_s, waited_s = time.monotonic(), 0.0
+        started_s = time.monotonic()
         lr = self.set_learning_rate()
-        losses, num_grounded_samples, num_tokens = torch.zeros(3, device=self.device), 0, 0
-        for micro_step in range(self.accumulation_steps):
-            batch, batch_waited_s = self.next_batch()
-            waited_s += batch_waited_s
-            losses += self.forward_backward(batch, micro_step)
+        losses, num_grounded_samples, num_tokens, num_faults = torch.zeros(3, device=self.device), 0, 0, 0
+        done: list[tuple[Batch, torch.Tensor]] = []
+        skipped_steps = self.engine.skipped_steps
+        for micro_step, on_host in enumerate(self.ready):
+            batch = on_host.to(self.device)
+            own_losses = self.forward_backward(batch, micro_step)
+            done.append((batch, own_losses[0]))
+            losses += own_losses
             num_grounded_samples += batch.num_grounded_samples
             num_tokens += batch.num_tokens
+            num_faults += self.report_faults(batch)
         self.engine.step()
         self.state.step += 1
         self.state.position += self.global_batch_size
+        waited_s = self.fetch() if self.state.step < self.max_steps else 0.0
         self.metrics.add(
             StepSums(
                 step=self.state.step,
@@ -78,17 +104,60 @@ class Trainer:
                 num_tokens=num_tokens,
                 lr=lr,
                 grad_norm=self.engine.get_global_grad_norm(),
-                # DeepSpeed skips a step whose gradient is not finite, and only counts it.
                 skipped_steps=self.engine.skipped_steps,
                 started_s=started_s,
                 waited_s=waited_s,
+                num_faults=num_faults,
             )
         )
+        # DeepSpeed skips a step whose gradient is not finite, on all ranks, and only counts it.
+        if self.engine.skipped_steps > skipped_steps:
+            self.report_skipped([self.describe(*each, number) for number, each in enumerate(done)])
+        else:
+            self.skipped_in_row = 0
+
+    def describe(self, batch: Batch, loss: torch.Tensor, micro_step: int) -> dict[str, Any]:
+        """A micro-batch of the step that was just made, for RUN/bad_batches.jsonl, with the mean of its losses."""
+        rank, size = distributed.rank(), self.train_config.micro_batch_size_per_gpu
+        start = self.state.position - self.global_batch_size
+        position = micro_batch_start(start, micro_step, rank, self.world_size, size)
+        return {"position": position, "rank": rank, "keys": batch.keys, "loss": loss.item() / len(batch.keys)}
+
+    def report_skipped(self, own: list[dict[str, Any]]) -> None:
+        """Names the samples of a skipped step; ends the run if it was one too many.
+
+        Args:
+            own: this rank's micro-batches. Those of all ranks whose loss is not finite are named, or else all.
+
+        Raises:
+            TrainingError: on every rank.
+        """
+        batches = [batch for rank in distributed.gather(own) for batch in rank]
+        bad_losses = [batch for batch in batches if not math.isfinite(batch["loss"])]
+        step, allowed = self.state.step, self.train_config.max_skipped_steps
+        path = self.metrics.add_bad_batches(step, bad_losses or batches)
+        self.skipped_in_row += 1
+        if step == 1 and bad_losses:
+            self.metrics.flush()
+            raise TrainingError(
+                f"the run's first loss is not finite (step 1; the samples are in {path}); expected finite weights and "
+                "samples; check the model that the run started from (model.path, run.init_from), then these samples"
+            )
+        if self.skipped_in_row >= allowed:
+            self.metrics.flush()
+            raise TrainingError(
+                f"the loss or the gradient was not finite in {self.skipped_in_row} steps in a row (up to step {step}; "
+                f"the samples are in {path}); train.max_skipped_steps={allowed} ends such a run, unsaved; check these "
+                "samples and resume from the last checkpoint with run.resume=auto, or start a new run with a smaller "
+                "train.lr"
+            )
 
     def agree_on_end(self) -> None:
         """Whether the run ends here, before its last step: one rank with a reason is enough, as it alone may know."""
         reason = self.early_end()
-        self.state.ends_early = any(distributed.max_over_ranks([reason is not None], self.device))
+        ends, faulty = distributed.max_over_ranks([reason is not None, self.fault is not None], self.device)
+        self.any_fault = bool(faulty)
+        self.state.ends_early = bool(ends or faulty)
         if reason is not None:
             print(f"rank {distributed.rank()}: {reason}: saving and ending after step {self.state.step}", flush=True)
 
@@ -99,11 +168,27 @@ class Trainer:
             group["lr"] = lr
         return lr
 
-    def next_batch(self) -> tuple[Batch, float]:
-        """The next micro-batch on the device, and the seconds that the loop waited for it."""
+    def fetch(self) -> float:
+        """Takes the micro-batches of the next step; returns the seconds that the loop waited for them.
+
+        Before the step, and still on the host: a rank that has none must say so between two steps, where all can save.
+        """
         started_s = time.monotonic()
-        batch = next(self.batches)
-        return batch.to(self.device), time.monotonic() - started_s
+        try:
+            self.ready = [next(self.batches) for _ in range(self.accumulation_steps)]
+        except DataError as error:
+            self.fault = str(error)
+        return time.monotonic() - started_s
+
+    def report_faults(self, batch: Batch) -> int:
+        """Prints which samples could not be used; returns how many."""
+        for fault in batch.faults:
+            print(
+                f"WARNING: rank {distributed.rank()}, step {self.state.step + 1}: {fault}; the next sample of the "
+                "order takes its place (data.on_fault=skip)",
+                flush=True,
+            )
+        return len(batch.faults)
 
     def forward_backward(self, batch: Batch, micro_step: int) -> torch.Tensor:
         """Adds one micro-batch's gradient; returns [loss, ce_loss, latent_loss] of its rows.
@@ -114,7 +199,9 @@ class Trainer:
         last = micro_step == self.accumulation_steps - 1
         self.engine.set_gradient_accumulation_boundary(last)
         losses = self.engine(batch=batch, num_passes=self.num_passes(batch))
-        self.engine.backward(losses.loss * (self.world_size / self.global_batch_size), scale_wrt_gas=False)
+        # An infinite loss may have a finite gradient. NaN makes DeepSpeed skip the step, without more communication.
+        scale = torch.where(losses.loss.isfinite(), self.world_size / self.global_batch_size, torch.nan)
+        self.engine.backward(losses.loss * scale, scale_wrt_gas=False)
         return torch.stack(losses).detach()
 
     def num_passes(self, batch: Batch) -> int | None:

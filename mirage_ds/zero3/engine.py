@@ -1,5 +1,8 @@
 """Makes the DeepSpeed engine: what ZeRO-3 gathers as one unit, which parameters decay, the learning rate."""
 
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -7,11 +10,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import set_z3_leaf_module
+from torch.utils import cpp_extension
 
 from mirage_ds.config import ModelConfig, Stage, TrainConfig
+from mirage_ds.errors import ConfigError
 from mirage_ds.model.mirage import MirageModel
 
 GIB = 2**30
+BUILD_S = 600  # longer than any op takes to compile
 
 
 def choose_gather(model: ModelConfig, stage: Stage) -> str:
@@ -80,11 +86,29 @@ def initialize(
     settings: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "eps": train.eps}
     offload = deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     if offload:
+        wait_for_build("cpu_adam")
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     else:
         optimizer = torch.optim.AdamW(groups, fused=get_accelerator().device_name() == "cuda", **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     return engine
+
+
+def wait_for_build(op: str) -> None:
+    """Waits while another process compiles an op of DeepSpeed; torch alone would wait for a killed one for ever.
+
+    Raises:
+        ConfigError: the lock of the build is older than any build takes.
+    """
+    lock = Path(cpp_extension._get_build_directory(op, verbose=False)) / "lock"
+    while lock.exists():
+        with suppress(FileNotFoundError):  # the build has just ended
+            if time.time() - lock.stat().st_mtime > BUILD_S:
+                raise ConfigError(
+                    f"the build of DeepSpeed's op {op} has been locked for more than {BUILD_S // 60} minutes ({lock}); "
+                    f"a build takes a minute or two, and a killed one leaves its lock; delete it: rm {lock}"
+                )
+        time.sleep(1)
 
 
 def learning_rate(step: int, max_steps: int, train: TrainConfig) -> float:

@@ -175,6 +175,23 @@ def test_the_profiler_writes_the_configured_steps(whole: Callable[[str], Path]) 
         assert len(steps) == 2
 
 
+def test_a_finished_run_is_extended(ground: Path, tmp_path: Path) -> None:
+    """With a constant learning rate it is the longer run, bit for bit; its position is exact."""
+    outcomes = []
+    for name, lengths in {"long": (8,), "extended": (4, 8)}.items():
+        for steps in lengths:
+            more = ("train.lr_decay=constant", f"train.max_steps={steps}", "evaluation.shards=null")
+            if steps != lengths[0]:
+                more += ("run.resume=extend",)
+            arguments = command(ground, "stage1", name, "checkpoint.interval=0", *more)
+            with launching.start(1, *arguments, log=tmp_path / name) as run:
+                output = run.finish(timeout_s=800)
+        got = records(ground / name / "metrics.jsonl")
+        outcomes.append([(record["step"], record["position"], record["loss_hex"]) for record in got])
+    assert outcomes[0] == outcomes[1]
+    assert "extended from 4 to 8 steps: continues with step 5, at sample 8 of the order" in output
+
+
 def test_a_change_of_the_mathematics_is_refused(ground: Path, whole: Callable[[str], Path], tmp_path: Path) -> None:
     """On every rank, with one message; more changes: tests/unit/training/test_run_folder.py."""
     log = tmp_path / "log"

@@ -13,7 +13,7 @@ import deepspeed
 import golden_set
 import torch
 from deepspeed.comm.comm import comms_logger
-from random_samples import ragged_batch
+from random_samples import ragged_batch, random_sample
 
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
@@ -51,6 +51,8 @@ class Case:
     golden_order: list[int] | None = None
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """More of the configuration, by section."""
+    spoiled: list[list[int]] = field(default_factory=list)
+    """[step, number in its global batch] of samples whose pixels are NaN."""
 
     def samples(self, step: int, size: int) -> list[EncodedSample]:
         """The global batch of a step: of the golden set in an order, or random ones with `latent_sizes[step % len]`
@@ -58,7 +60,12 @@ class Case:
         if self.golden_order:
             return [golden_set.encoded(i, self.stage) for i in self.golden_order[step * size : (step + 1) * size]]
         sizes = self.latent_sizes and self.latent_sizes[step % len(self.latent_sizes)]
-        return ragged_batch(step, size, stage=self.stage, latent_sizes=sizes)
+        samples = ragged_batch(step, size, stage=self.stage, latent_sizes=sizes)
+        for spoiled_step, number in self.spoiled:
+            if spoiled_step == step:
+                samples[number] = random_sample(number, stage=self.stage)
+                samples[number].pixel_values.fill_(float("nan"))
+        return samples
 
 
 def batches(case: Case) -> Iterator[Batch]:

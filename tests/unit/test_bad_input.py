@@ -261,36 +261,25 @@ TRAIN = {
         (r"holds another run already \(run\.dir=run\)", "a folder of its own", r"set run\.dir to a new one, or"),
         prepare=run_of(),
     ),
-    "run folder without its facts": Case(
-        (
-            r"start\.json cannot be read \(run\): ",
-            "the file that the run wrote",
-            r"restore it, .*, or set a new run\.dir",
-        ),
-        ("run.resume=auto",),
-        lambda folder: (run_without_checkpoint(folder), (folder / "run" / "start.json").unlink())[1],
-    ),
-    "run folder of a run without checkpoint, on other shards": Case(
-        (r"started with another configuration \(in run\)", r"manifest_digest: 'other' -> ", "a run.dir of its own"),
-        ("run.resume=auto",),
-        lambda folder: run_without_checkpoint(folder, manifest_digest="other"),
-    ),
     "run folder that cannot be made": Case(
         (r"cannot be written: .* \(/dev/null/run\)", "a place where you may write", r"set run\.dir to a folder"),
         ("run.dir=/dev/null/run",),
     ),
-    "run folder of a run without checkpoint": Case(
-        (r"started with another configuration \(in run\)", r"train\.lr: 0\.5 -> 0\.001", "a run.dir of its own"),
-        ("run.resume=auto",),
-        lambda folder: run_without_checkpoint(folder, overrides=["train.lr=0.5"]),
+    "nothing to extend": Case(
+        (r"no complete checkpoint \(run/checkpoints\)", "a run that has saved one", "train it first"),
+        ("run.resume=extend",),
+    ),
+    "extend to fewer steps": Case(
+        (r"train\.max_steps: 20 -> 10", "max_steps: 20 -> 10", "undo these"),
+        ("run.resume=extend", "train.max_steps=10"),
+        run_of(),
+    ),
+    "longer without extend": Case(
+        (r"train\.max_steps: 20 -> 30", r"a longer run alone is possible with run\.resume=extend"),
+        ("run.resume=auto", "train.max_steps=30"),
+        run_of(),
     ),
 }
-
-
-def run_without_checkpoint(folder: Path, **changes: Any) -> None:
-    run_of(**changes)(folder)
-    (folder / "run" / "checkpoints" / "global_step2" / "run.json").rename(folder / "run" / "start.json")
-    shutil.rmtree(folder / "run" / "checkpoints")
 
 
 def contents(folder: Path) -> dict[str, str | None]:

@@ -55,13 +55,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("mistakes")
     shard = {"name": "a.tar", "samples": 1, "bytes": 10, "sha256": ""}
     manifest = {"format_version": 1, "num_samples": 1, "index_sha256": "", "shards": [shard]}
-    for folder in ("packages", "cwd/shards", "cwd/run"):
+    for folder in ("packages", "cwd/shards", "cwd/run/checkpoints/global_step1"):
         (place / folder).mkdir(parents=True)
     for name in ("torch", "deepspeed", "transformers"):
         (place / "packages" / f"{name}.py").write_text(f"raise AssertionError('{name} is imported')\n")
     (place / "cwd" / "shards" / "a.tar").write_bytes(bytes(10))
     (place / "cwd" / "shards" / "manifest.json").write_text(json.dumps(manifest))
-    (place / "cwd" / "run" / "metrics.jsonl").touch()
     return place
 
 

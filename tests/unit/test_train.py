@@ -83,6 +83,7 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
     assert result.stdout.splitlines() == [
         "finished already: step 20 of 20 is saved in run/checkpoints/global_step20",
         "to export the model: mirage export --checkpoint run --output DIR",
-        "to train longer: start a new run from these weights, with run.init_from=run and another run.dir",
+        "to train longer: run.resume=extend with a larger train.max_steps or train.epochs; or a new run from these "
+        "weights, with run.init_from=run and another run.dir",
     ]
     assert sorted(run.rglob("*")) == before

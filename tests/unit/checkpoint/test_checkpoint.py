@@ -1,6 +1,9 @@
 """Which checkpoints are kept, and which weights a run may start from."""
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,44 @@ def test_pruning_counts_complete_ones_and_keeps_other_folders(tmp_path: Path) ->
     assert kept == {"global_step500", "global_step550", "global_step600", "global_step1000", "mine"}
     complete.prune(tmp_path, step=600, keep_latest_k=1)
     assert {path.name for path in complete.tags(tmp_path)} == {"global_step600", "global_step1000"}
+
+
+def test_what_cannot_be_deleted_is_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A protected checkpoint, or one that a reader on NFS holds open; a link is unlinked, and its target stays."""
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"global_step{step}").mkdir()
+        (tmp_path / f"global_step{step}" / "run.json").touch()
+        complete_by_hand(tmp_path / f"global_step{step}")
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "global_step2").rename(tmp_path / "archive" / "2")
+    (tmp_path / "global_step2").symlink_to(tmp_path / "archive" / "2")
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for _ in range(2):
+        complete.prune(tmp_path, step=4, keep_latest_k=2)
+    assert {path.name for path in complete.tags(tmp_path)} == {"global_step4", "global_step3", "global_step1"}
+    assert (tmp_path / "archive" / "2" / "run.json").exists()
+    said = capfd.readouterr().err
+    assert said.count("WARNING") == 1
+    assert f"was not deleted ({tmp_path}/global_step1): Directory not empty; the run continues" in said
+
+
+def test_a_damaged_checkpoint_of_the_same_step_that_cannot_be_deleted_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("global_step5", "global_step5.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(name)
+    complete_by_hand(tmp_path / "global_step5.part")
+    monkeypatch.setattr(shutil, "rmtree", lambda path: os.unlink("/nowhere/none"))
+    complete.publish(tmp_path / "global_step5.part")
+    assert (tmp_path / "global_step5" / "run.json").read_text() == "global_step5.part"
+    assert [path.name for path in complete.tags(tmp_path)] == ["global_step5"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,53 @@ def test_samples_come_back_as_the_rows_gave_them(rows: Path, shards: ShardFolder
         assert read.key == f"shard-{number // 4:06d}.tar/{number:09d}"
         assert (read.text_input, read.text_output, read.extra) == (sample.text_input, sample.text_output, sample.extra)
         assert (read.input_images, read.helper_images) == (sample.input_images, sample.helper_images)
+
+
+@pytest.fixture
+def spoiled(shards: ShardFolder) -> list[str]:
+    """Keys of the first two epochs in the order of seed 3, after positions 3 and 4 of the first were spoiled."""
+    order = Plan(10, shards.digest, 3).samples(0, 20)
+    index = load_index(shards)
+    for number in order[3:5]:
+        path = shards.path / shards.manifest.shards[index[number].shard].name
+        content = bytearray(path.read_bytes())
+        content[index[number].offset : index[number].offset + 5] = b"wrong"
+        path.write_bytes(content)
+    used = [number for number in range(20)]
+    for place in reversed(range(19)):
+        if order[place] in order[3:5]:
+            used[place] = used[place + 1]
+    return [f"{order[place]:09d}" for place in used]
+
+
+def test_a_sample_that_cannot_be_used_is_replaced_by_the_next(
+    shards: ShardFolder, encoder: Encoder, spoiled: list[str]
+) -> None:
+    """The others keep their positions, whatever the number of ranks and the start."""
+
+    def read(share: Share, num: int) -> list[EncodedSample]:
+        loader = make_loader(shards, encoder, list, share, seed=3, num_workers=0, on_fault="skip")
+        return [sample for batch in itertools.islice(loader, num) for sample in batch]
+
+    alone = read(Share(0, 1, 1), 18)
+    assert [sample.key.partition("/")[2] for sample in alone] == spoiled[:18]
+    assert [len(sample.faults) for sample in alone[2:6]] == [0, 2, 1, 0]
+    assert all("damaged shard: bad checksum (shard-" in fault for fault in alone[3].faults)
+    for start in (0, 4):
+        ranks = [read(Share(rank, 2, 1, start=start), 6) for rank in (0, 1)]
+        together = [sample.key for pair in zip(*ranks, strict=True) for sample in pair]
+        assert together == [sample.key for sample in alone[start : start + 12]]
+
+
+def test_many_faults_in_a_row_are_not_skipped(shards: ShardFolder) -> None:
+    """They are no single samples: the shards are gone, or the model is another one."""
+
+    def refuse(sample: Sample) -> EncodedSample:
+        raise DataError(f"wrong ({sample.key})")
+
+    loader = make_loader(shards, refuse, list, Share(0, 1, 1), seed=3, num_workers=0, on_fault="skip")
+    with pytest.raises(DataError, match=r"100 samples in a row cannot be used; the first: wrong .*mirage-data check"):
+        next(iter(loader))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
@@ -200,3 +248,16 @@ def test_any_damage_is_a_data_error_or_harmless(data: st.DataObject) -> None:
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(DataError):
         parse_members(bytes(content[: data.draw(st.integers(0, len(content)))]), "k", "shard/k")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_that_do_not_come_are_an_error(shards: ShardFolder, num_workers: int) -> None:
+    """Not a wait without end."""
+
+    def hang(sample: Sample) -> EncodedSample:
+        time.sleep(4)
+        raise AssertionError
+
+    loader = make_loader(shards, hang, list, Share(0, 1, 1), seed=3, num_workers=num_workers, timeout_s=1)
+    with pytest.raises(DataError, match=r"no batch came for 1 s \(micro-batch 0 .*distributed\.timeout_s"):
+        next(iter(loader))

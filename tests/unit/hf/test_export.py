@@ -481,3 +481,12 @@ def test_the_command(
     output = capsys.readouterr()
     assert message in (output.err if code else output.out)
     assert (tmp_path / "out").exists() == (code == 0)
+
+
+def test_a_weight_that_is_not_finite_is_refused(base: Path, tmp_path: Path) -> None:
+    weights = random_weights(base / "untied")
+    weights["model.language_model.norm.weight"][3] = float("nan")
+    write_run(tmp_path / "run", base / "untied", weights)
+    with pytest.raises(CheckpointError, match=r"weight model\.norm\.weight is not finite .*global_step3"):
+        export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))

@@ -190,3 +190,16 @@ def test_a_model_of_another_kind_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(ConfigError, match="the model is a qwen2"):
         load(str(tmp_path), latent_size=None)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7)])
+def test_a_model_that_computes_nan_is_named(model: str, questions: Path, sampling: Sampling) -> None:
+    """Also where the first token was still fine."""
+    decoder, encoder = load(model, sampling=sampling)
+    rows = prompts(encoder, questions)[:2]
+    steps = decoder.steps(collate(rows, align_latents=True))
+    next(steps)
+    with torch.no_grad():
+        decoder.backbone.hf.lm_head.weight[7] = float("nan")
+    with pytest.raises(ConfigError, match=f"logits are not finite .{model}, at {rows[0].key}.*--dtype fp32"):
+        next(steps)

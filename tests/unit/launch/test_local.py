@@ -40,7 +40,7 @@ def keep(number, frame):
     got.append(signal.Signals(number).name)
     write()
 
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, keep)
 write()
 while len(got) < wanted:
@@ -70,7 +70,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Started:
@@ -163,7 +166,13 @@ def test_who_does_not_end_after_a_failure_is_killed(start: Callable[..., Started
 
 @pytest.mark.parametrize(
     ("sent", "received"),
-    [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGUSR1"), ("SIGUSR2", "SIGUSR2"), ("SIGINT", "SIGTERM")],
+    [
+        ("SIGTERM", "SIGTERM"),
+        ("SIGHUP", "SIGHUP"),
+        ("SIGUSR1", "SIGUSR1"),
+        ("SIGUSR2", "SIGUSR2"),
+        ("SIGINT", "SIGTERM"),
+    ],
 )
 def test_a_signal_reaches_every_rank(start: Callable[..., Started], sent: str, received: str) -> None:
     """A rank that ends well after it has saved is a success, unless it was Ctrl-C. A second signal is passed on."""
@@ -210,6 +219,20 @@ def test_ctrl_c_at_a_terminal_is_one_signal_for_each_rank(tmp_path: Path) -> Non
     assert not [pid for note in notes(tmp_path) for pid in note["pids"] if running(pid)]
     assert b"saving and ending" in os.read(terminal, 10_000)
     os.close(terminal)
+
+
+def test_a_terminal_that_is_closed_is_a_hangup_for_each_rank(tmp_path: Path) -> None:
+    """The system tells the launcher alone, and takes the place to print to away."""
+    (tmp_path / "rank.py").write_text(STAND_IN)
+    words, environment = command(2, "rank.py", "1", "worker"), launching.environment()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execve(words[0], words, environment)
+    wait_until(lambda: all(note["pids"] for note in notes(tmp_path)))
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert [note["got"] for note in notes(tmp_path)] == [["SIGHUP"], ["SIGHUP"]]
 
 
 @pytest.mark.parametrize(("gpus", "asked", "started"), [(0, None, 1), (0, 3, 3), (8, None, 8), (8, 3, 3)])

@@ -10,7 +10,12 @@ import pytest
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.recipe import load_config
-from mirage_ds.training.early_checks import check_folder_is_free, check_inputs, read_command_line
+from mirage_ds.training.early_checks import (
+    check_folder_is_free,
+    check_folder_is_writable,
+    check_inputs,
+    read_command_line,
+)
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 
@@ -58,10 +63,28 @@ def test_a_run_that_resumes_needs_its_start_no_more(here: Path) -> None:
     check_inputs(configuration("run.init_from=none", "run.resume=auto"))
 
 
-@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/global_step5"])
-def test_a_folder_with_a_run_is_taken(here: Path, left: str) -> None:
+@pytest.mark.parametrize("num_bytes", [75, 76])
+def test_a_temporary_folder_whose_path_is_too_long_for_sockets(
+    here: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int
+) -> None:
+    """The limit is that of the system, which multiprocessing meets in a data worker."""
+    folder = Path("/tmp", "x" * (num_bytes - len("/tmp/")))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    fits = len(str(folder / "pymp-12345678" / "listener-12345678")) <= 107
+    check_inputs(configuration("data.num_workers=0"))
+    if fits:
+        check_inputs(configuration("data.num_workers=1"))
+    else:
+        with pytest.raises(ConfigError, match=r"76 bytes \(TMPDIR=/tmp/xxx.*set TMPDIR=/tmp"):
+            check_inputs(configuration("data.num_workers=1"))
+
+
+def test_a_folder_with_a_checkpoint_is_taken(here: Path) -> None:
+    """What a start that failed before its first checkpoint has left does not count."""
+    (here / "run" / "checkpoints" / "global_step5.part").mkdir(parents=True)
+    (here / "run" / "metrics.jsonl").touch()
     check_folder_is_free(configuration().run)
-    (here / "run" / left).mkdir(parents=True)
+    (here / "run" / "checkpoints" / "global_step5").mkdir()
     with pytest.raises(ConfigError, match=r"holds another run already \(run\.dir=run\).*run\.resume=auto to resume"):
         check_folder_is_free(configuration().run)
     check_folder_is_free(configuration("run.resume=auto").run)
@@ -81,7 +104,7 @@ def test_a_run_of_a_colleague_and_a_link_to_nowhere(here: Path, monkeypatch: pyt
     with pytest.raises(
         DataError, match=r"No such file .* link to .*gone \(run/checkpoints\).*set run\.dir to a folder"
     ):
-        check_folder_is_free(configuration("run.resume=auto").run)
+        check_folder_is_writable(configuration("run.resume=auto").run)
     (here / "run" / "checkpoints").unlink()
 
     def refuse(dir: Path) -> object:
@@ -89,4 +112,4 @@ def test_a_run_of_a_colleague_and_a_link_to_nowhere(here: Path, monkeypatch: pyt
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(DataError, match=r"Permission denied \(run\).*a place where you may write; set run\.dir"):
-        check_folder_is_free(configuration("run.resume=auto").run)
+        check_folder_is_writable(configuration("run.resume=auto").run)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from mirage_ds.training import early_end
 from mirage_ds.training.early_end import EarlyEnd, job_end_s
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_is_a_wish_to_end(name: str) -> None:
     """In a process of its own, whose handlers they stay; a second one changes nothing."""
     script = (
@@ -21,6 +22,41 @@ def test_a_signal_is_a_wish_to_end(name: str) -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["None", name]
+
+
+@pytest.mark.parametrize(("answered", "code"), [(False, 1), (True, 0)])
+def test_a_signal_that_no_step_answers_ends_the_process_and_says_where_it_was(answered: bool, code: int) -> None:
+    script = (
+        "import os, signal, time; from mirage_ds.training.early_end import EarlyEnd, listen; listen(grace_s=0.5)\n"
+        f"def wait_for_data():\n    time.sleep({1 if answered else 600})\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        + ("print(EarlyEnd(None, 0)())\n" if answered else "")
+        + "wait_for_data()"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.returncode == code
+    assert ("in wait_for_data" in result.stderr) == (not answered)
+
+
+def test_the_grace_grows_with_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times the longest step and a minute, and never more than the limit of a wait."""
+    clock, graces = [1000.0], []
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(early_end, "listen", graces.append)
+    asked = early_end.EarlyEnd(end_s=None, margin_s=0, grace_s=400)
+    for step_s in (10, 50, 20, 1000):
+        clock[0] += step_s
+        assert asked() is None
+    assert graces == [90, 210, 210, 400]
+
+
+def test_nohup_keeps_its_meaning() -> None:
+    script = (
+        "import os, signal; from mirage_ds.training.early_end import EarlyEnd, listen; listen(); "
+        "os.kill(os.getpid(), signal.SIGHUP); print(EarlyEnd(None, 0)())"
+    )
+    result = subprocess.run(["nohup", sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["None"]
 
 
 def test_the_trainer_listens_before_its_slow_imports() -> None:

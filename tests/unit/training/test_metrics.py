@@ -1,6 +1,9 @@
 """What one rank reports of its steps: on the console, in metrics.jsonl and in TensorBoard."""
 
+import dataclasses
+import errno
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -10,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.metrics import Metrics, StepSums
 from mirage_ds.zero3 import distributed
 
@@ -154,3 +158,69 @@ def test_a_resumed_run_drops_the_records_after_its_checkpoint(tmp_path: Path) ->
     again.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3]
+
+
+def test_a_run_that_starts_over_keeps_what_the_failed_start_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make(tmp_path, "text")
+    first.add(step(1))
+    first.close()
+    old = (tmp_path / "metrics.jsonl").read_text()
+    make(tmp_path, "text").close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    (kept,) = tmp_path.glob("metrics.*.jsonl")
+    assert kept.read_text() == old
+    assert f"{kept.name}: what metrics.jsonl had of an earlier start" in capsys.readouterr().out
+
+
+def test_bad_lines_are_dropped_with_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As a full disk, a lost node or an editor leaves them."""
+    good = [f'{{"step": {number}}}\n'.encode() for number in (1, 2, 3)]
+    lines = [good[0], b"\0\0\xff\n", b"[1]\n", b'{"loss": 1}\n', b'{"step": 1, \n', good[1], good[2], b'{"step": 2']
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        (tmp_path / name).write_bytes(b"".join(lines))
+    make(tmp_path, "text", steps_done=2).close()
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        assert (tmp_path / name).read_bytes() == good[0] + good[1]
+    said = capfd.readouterr().err
+    assert said.count("which are dropped: 2, 3, 4, 5\n") == 2
+
+
+@pytest.mark.parametrize("where", ["tensorboard", "tensorboard, later"])
+def test_without_curves_the_run_continues(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    if where == "tensorboard":
+        (tmp_path / "tensorboard").touch()  # a file: no folder can be made
+    metrics = make(tmp_path, "text")
+    if where != "tensorboard":
+
+        def refuse(*point: object) -> None:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        monkeypatch.setattr(metrics.curves.writer, "add_scalar", refuse)
+    for number in (1, 2):
+        metrics.add(step(number))
+    metrics.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert capfd.readouterr().err.count("WARNING: no more curves are written") == 1
+
+
+def test_a_heartbeat_that_cannot_be_written_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "heartbeat").touch()
+    heartbeat = Heartbeat(tmp_path, rank=0, timeout_s=1000)
+    heartbeat.beat(1)
+    heartbeat.beat(2)
+    heartbeat.stop()
+    assert capfd.readouterr().err.count("WARNING: no heartbeat was written") == 1
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    metrics = make(tmp_path, "text")
+    metrics.add(dataclasses.replace(step(1), grad_norm=float("inf"), losses=torch.tensor([float("nan")] * 3)))
+    metrics.add_validation(1, dict.fromkeys(LOSSES, float("nan")))
+    metrics.close()
+    for name, keys in {"metrics.jsonl": (*LOSSES, "grad_norm"), "validation.jsonl": tuple(LOSSES)}.items():
+        record = json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
+        assert [record[key] for key in keys] == [None] * len(keys)

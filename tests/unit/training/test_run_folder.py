@@ -9,7 +9,7 @@ import pytest
 
 from mirage_ds.errors import CheckpointError
 from mirage_ds.recipe import load_config
-from mirage_ds.training.run_folder import check_same_run, flatten
+from mirage_ds.training.run_folder import check_same_run, describe_extension, flatten
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 
@@ -82,6 +82,29 @@ def test_other_changes_are_refused_with_both_values(
     assert f"{key.removeprefix('config.').removeprefix('deepspeed.')}: " in str(error.value)
     assert f"-> {value!r}" in str(error.value)
     assert "num_workers" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 30, "epochs": None}, {"max_steps": None, "epochs": 3.0}])
+def test_a_longer_run_is_harmless_if_it_is_asked_for(
+    checkpoint: Path, facts: dict[str, Any], length: dict[str, Any]
+) -> None:
+    longer = changed(facts, "max_steps", 30)
+    longer["config"]["train"] |= length
+    with pytest.raises(CheckpointError, match=r"max_steps: 20 -> 30"):
+        check_same_run(checkpoint, longer)
+    assert all(text.startswith("train.") for text in check_same_run(checkpoint, longer, may_extend=True))
+    with pytest.raises(CheckpointError, match=r"train\.lr"):
+        check_same_run(checkpoint, changed(longer, "config.train.lr", 0.5), may_extend=True)
+    with pytest.raises(CheckpointError, match=r"max_steps: 20 -> 19"):
+        check_same_run(checkpoint, changed(facts, "max_steps", 19), may_extend=True)
+
+
+def test_an_extension_states_position_and_schedule() -> None:
+    """Linear decay over 20 steps ends near 0; over 40 it is back at half of the peak."""
+    train = load_config(RECIPE, ["train.lr=1.0", "train.warmup_steps=0"]).train
+    text = describe_extension(train, {"step": 20, "position": 80, "max_steps": 20}, 40)
+    assert "from 20 to 40 steps: continues with step 21, at sample 80 of the order" in text
+    assert f"was {1 / 21:.3g} in step 20 and is {20 / 41:.3g} in step 21" in text
 
 
 def test_a_checkpoint_without_its_facts_is_named(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """What is gathered as one unit, which parameters decay, and which attention is used."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from mirage_ds.errors import ConfigError
 from mirage_ds.model import backbone
 from mirage_ds.recipe import load_config
+from mirage_ds.zero3 import engine
 from mirage_ds.zero3.engine import choose_gather, parameter_groups
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
@@ -46,3 +50,26 @@ def test_attention_without_flash_attn(monkeypatch: pytest.MonkeyPatch, wanted: s
     monkeypatch.setattr(backbone, "find_spec", lambda name: name)
     assert backbone.choose_attention(wanted, torch.float32) == "sdpa"
     assert backbone.choose_attention(wanted, torch.bfloat16) == {"auto": "flash_attention_2", "sdpa": "sdpa"}[wanted]
+
+
+def test_a_build_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    engine.wait_for_build("cpu_adam")
+    (lock,) = [path / "lock" for path in tmp_path.rglob("cpu_adam")]
+    lock.touch()
+    os.utime(lock, (0, 0))
+    with pytest.raises(
+        ConfigError, match=r"op cpu_adam has been locked for more than 10 minutes \(.*lock\).*delete it: rm "
+    ):
+        engine.wait_for_build("cpu_adam")
+
+
+def test_a_build_that_ends_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    engine.wait_for_build("cpu_adam")
+    (lock,) = [path / "lock" for path in tmp_path.rglob("cpu_adam")]
+    lock.touch()
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: (waits.append(seconds), lock.unlink()))
+    engine.wait_for_build("cpu_adam")
+    assert waits == [1]

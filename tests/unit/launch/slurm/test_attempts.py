@@ -228,3 +228,21 @@ def test_a_job_that_slurm_restarts_on_other_nodes_runs(job: Path) -> None:
     start(job)
     start(job, restart=1)
     assert str(start(job, restart=2, nodes=("node2", "node3"))) == "run"
+
+
+def test_files_that_a_lost_node_spoiled_do_not_end_the_job(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(job).action == "run"
+    end(job, code=1, terminated=False, restart=0, available_nodes=set())
+    with (job / "attempts.jsonl").open("ab") as file:
+        file.write(b'\0\0\n[1]\n{"job": "7"}\n')
+    (job / "running.json").write_bytes(b"\0\0\0")
+    assert start(job, restart=1).action == "run"
+    assert [each.outcome for each in read_attempts(job)] == ["failed"]
+    said = capsys.readouterr().err
+    assert "running.json cannot be read, so one attempt is not recorded" in said
+    assert [f"line {number} is no attempt and is dropped" in said for number in (1, 2, 3, 4)] == [
+        False,
+        True,
+        True,
+        True,
+    ]

@@ -1,0 +1,25 @@
+"""Output that cannot end a run: its terminal may be closed, its pipe's reader gone, the disk of its log full."""
+
+import io
+import sys
+
+
+class Lossy(io.FileIO):
+    """Drops what the system refuses to take."""
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def keep_going() -> None:
+    """From now on a print to stdout or stderr never raises OSError."""
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(
+            io.BufferedWriter(Lossy(number, "w", closefd=False)),  # type: ignore[type-var]  # for the type of `data`
+            line_buffering=True,
+        )
+        for number in (1, 2)
+    )

@@ -1,0 +1,123 @@
+"""The training loop over an engine that stands in: what it does with losses that are not finite."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mirage_ds.config import TrainConfig
+from mirage_ds.errors import DataError, TrainingError
+from mirage_ds.model.mirage import Losses
+from mirage_ds.train_state import TrainState
+from mirage_ds.training.early_end import EarlyEnd
+from mirage_ds.training.metrics import Metrics
+from mirage_ds.training.trainer import Trainer
+from mirage_ds.zero3 import distributed
+
+
+class Engine:
+    """Skips a step whose gradient is not finite, as DeepSpeed does; the loss of each step is given."""
+
+    def __init__(self, losses: list[float], gradients: list[float]) -> None:
+        self.losses, self.gradients = iter(losses), iter(gradients)
+        self.weight = torch.ones((), requires_grad=True)
+        self.optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+        self.skipped_steps = self.steps = 0
+
+    def __call__(self, **inputs: Any) -> Losses:
+        gradient = next(self.gradients)
+        loss = next(self.losses) + self.weight - 1
+        loss.register_hook(lambda outer: outer * gradient)
+        return Losses(loss, torch.zeros(()), torch.zeros(()))
+
+    def set_gradient_accumulation_boundary(self, boundary: bool) -> None:
+        pass
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        finite = math.isfinite(self.weight.grad)
+        self.steps += finite
+        self.skipped_steps += not finite
+        self.weight.grad = None
+
+    def get_global_grad_norm(self) -> float:
+        return 1.0
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"world_size": 1, "rank": 0, "is_main": True}.items():
+        monkeypatch.setattr(distributed, name, lambda value=value: value)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values)
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda values, device: values)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value])
+
+
+def make(run: Path, losses: list[float], gradients: list[float] | None = None, allowed: int = 3) -> Trainer:
+    steps = len(losses)
+    train = TrainConfig(stage="text", max_steps=steps, warmup_steps=0, max_skipped_steps=allowed)
+    batch = SimpleNamespace(keys=["a/1"], num_grounded_samples=0, num_tokens=5, faults=[])
+    batch.to = lambda device: batch
+    metrics = Metrics(run, stage="text", global_batch_size=1, max_steps=steps, log_freq=1)
+    return Trainer(
+        Engine(losses, gradients or [1.0] * steps),
+        iter([batch] * steps),
+        train,
+        metrics,
+        TrainState(),
+        max_steps=steps,
+        device=torch.device("cpu"),
+        agree_on_passes=False,
+        early_end=EarlyEnd(end_s=None, margin_s=0),
+    )
+
+
+def test_an_infinite_loss_changes_no_weight_even_if_its_gradient_is_finite(tmp_path: Path) -> None:
+    trainer = make(tmp_path, [1.0, math.inf, 1.0])
+    trainer.train()
+    assert (trainer.engine.steps, trainer.engine.skipped_steps) == (2, 1)
+
+
+def test_a_gradient_alone_is_enough(tmp_path: Path) -> None:
+    """Then no loss tells which sample it was: all of the step are named, with their losses."""
+    trainer = make(tmp_path, [1.0, 2.0, 1.0], [1.0, math.nan, 1.0])
+    trainer.train()
+    assert (tmp_path / "bad_batches.jsonl").read_text() == (
+        '{"step": 2, "position": 1, "rank": 0, "keys": ["a/1"], "loss": 2.0}\n'
+    )
+
+
+@pytest.mark.parametrize("allowed", [1, 3])
+def test_skipped_steps_in_a_row_end_the_run(tmp_path: Path, allowed: int) -> None:
+    """Those before a good step do not count."""
+    nan = math.nan
+    trainer = make(tmp_path, [1.0, *[nan] * (allowed - 1), 1.0, *[nan] * allowed, 1.0], allowed=allowed)
+    with pytest.raises(TrainingError, match=rf"in {allowed} steps in a row \(up to step {2 * allowed + 1};"):
+        trainer.train()
+
+
+def test_a_first_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"first loss is not finite .*bad_batches\.jsonl\).*model\.path"):
+        make(tmp_path, [math.nan, 1.0], allowed=100).train()
+
+
+def test_a_fault_ends_the_run_between_two_steps_after_its_actions(tmp_path: Path) -> None:
+    """The action that would save knows that it is the last; the message says how to continue."""
+    trainer = make(tmp_path, [1.0] * 5)
+    good = next(trainer.batches)
+
+    def batches() -> Iterator[Any]:
+        yield from [good, good]
+        raise DataError("the image cannot be decoded (a/7)")
+
+    trainer.batches = batches()
+    seen: list[tuple[int, bool]] = []
+    with pytest.raises(TrainingError, match=r"\(a/7\); the run ends after step 2, which is saved .*on_fault=skip"):
+        trainer.train(after_step=[lambda state: seen.append((state.step, state.ends_early))])
+    assert seen == [(1, False), (2, True)]
