@@ -23,8 +23,10 @@ most {tolerance:.0e} passes.
 
 `setup.cfg` requires versions of rows in which everything passed. `KNOWN_BAD` in `mirage_ds/versions.py` says which \
 versions compute something wrong, and what; DeepSpeed before 0.19.8 does so only now and then \
-([results](results.md#2026-11-26-deepspeed-before-0198-on-cpu-ranks)). To run the matrix again, remove `.versions/`, where \
-the results of the rows are stored; a row that has a result is not run again. The interpreters must be on the PATH.
+([results](results.md#2026-11-26-deepspeed-before-0198-on-cpu-ranks)).
+
+To run the matrix again, remove `.versions/`, where the results of the rows are stored; a row that has a result is not \
+run again. The interpreters must be on the PATH.
 
 <!-- not run: minutes for each row, and gigabytes of packages -->
 ```bash
