@@ -164,16 +164,20 @@ def _write_weights(
     Raises:
         CheckpointError: a weight is not finite.
     """
+
+    def finite(member: str) -> torch.Tensor:
+        weight = parameters[member].read(dtype)
+        if not weight.isfinite().all():
+            raise CheckpointError(
+                f"the weight {member} is not finite ({checkpoint}); a model that is exported must be able to compute; "
+                "export an earlier checkpoint, or train again with a smaller train.lr"
+            )
+        return weight
+
     for name, members in files.filename_to_tensors.items():
-        weights = {member: parameters[member].read(dtype) for member in members}
-        for member, weight in weights.items():
-            if not weight.isfinite().all():
-                raise CheckpointError(
-                    f"the weight {member} is not finite ({checkpoint}); a model that is exported must be able to "
-                    "compute; export an earlier checkpoint, or train again with a smaller train.lr"
-                )
-        # transformers only accepts files with this entry as torch's.
-        save_file(weights, folder / name, metadata={"format": "pt"})
+        # No variable holds a file's weights while the next file's are read. transformers only accepts files with this
+        # entry as torch's.
+        save_file({member: finite(member) for member in members}, folder / name, metadata={"format": "pt"})
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

@@ -73,7 +73,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "patches": (entries("preprocessor_config.json", patch_size=0), "patch_size is 0 .*preprocessor_config"),
     "mean": (entries("preprocessor_config.json", image_mean="x"), "image_mean is 'x'"),
     "heads": (entries("config.json", "text_config", num_attention_heads=0), r"config\.json describes no model"),
-    "rope": (entries("config.json", "text_config", rope_parameters={"rope_type": "x"}), "describes no model"),
+    "rope": (
+        entries("config.json", "text_config", rope_parameters={"rope_type": "x"}, rope_scaling=None),
+        "describes no model",
+    ),
     "text": (entries("config.json", text_config=None), "text_config is no object"),
     "twice": (written("config.json", b'{"a": 1, "a": 2}'), r'damaged \(.*config\.json\): the key "a" stands twice'),
     "defaults": (

@@ -252,7 +252,7 @@ def test_a_rank_for_each_gpu_unless_told(
     monkeypatch.setattr(local, "check_inputs", lambda config: None)  # there are no shards here
     monkeypatch.setattr(local, "Launch", Recorder)
     with pytest.raises(SystemExit, match="0"):
-        local.local(RECIPE, ["train.lr=1"], asked)
+        local.local(recipe=RECIPE, overrides=["train.lr=1"], ranks=asked)
     assert given == [(["mirage_ds.train", str(RECIPE), "train.lr=1"], started)]
 
 
@@ -271,7 +271,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     monkeypatch.setattr(local, "check_inputs", lambda config: None)  # there are no shards here
     monkeypatch.delattr(local, "Launch")
     with pytest.raises(ConfigError) as error:
-        local.local(RECIPE, overrides, ranks)
+        local.local(recipe=RECIPE, overrides=overrides, ranks=ranks)
     assert words in str(error.value)
 
 
