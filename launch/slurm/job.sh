@@ -29,9 +29,10 @@ export PYTHONSAFEPATH=1                                    # not the current fol
 echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
 env | grep -E '^(MASTER_|OMP_|NCCL_|UCX_|TORCH|TRITON|CUDA|DS_|HF_|PYTHON)' | grep -vE '^[^=]*(TOKEN|KEY)' | sort
 
-# Runs a step of srun and sets $code to its exit code. A signal ends bash's wait, not the step.
+# Runs a step of srun and sets $code to its exit code. A signal ends bash's wait, not the step. A step that cannot start
+# within two minutes fails: SLURM may have taken a node out of the allocation, and srun would wait until the time limit.
 run_step() {
-    srun --export=ALL "$@" &
+    srun --export=ALL --immediate=120 "$@" &
     while signalled=0; wait $!; code=$?; [ $code -gt 128 ] && [ $signalled = 1 ]; do :; done
 }
 

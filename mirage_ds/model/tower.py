@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mirage_ds.batch import CELL_PATCHES, Batch, Grid
 from mirage_ds.model.windows import Sequences, lay_out
 
-ROPE_THETA = 10_000.0
+ROPE_THETA = 10_000.0  # of every Qwen2.5-VL; older transformers have it in their code, not in the configuration
 
 
 class Tower(torch.nn.Module):
@@ -86,7 +86,6 @@ class Tower(torch.nn.Module):
     def flash(self, attn: Any, qkv: torch.Tensor, sequences: Sequences) -> torch.Tensor:
         """[P, 3, H, head_dim] -> [P, H, head_dim], in one call for sequences of any lengths."""
         query, key, value = qkv.permute(1, 2, 0, 3)[:, None]
-        ends = torch.tensor(sequences.ends(), dtype=torch.int32).to(qkv.device, non_blocking=True)
         longest = sequences.groups[-1][1]
         attended, _ = ALL_ATTENTION_FUNCTIONS["flash_attention_2"](
             attn,
@@ -95,8 +94,8 @@ class Tower(torch.nn.Module):
             value,
             attention_mask=None,
             scaling=attn.scaling,
-            cu_seq_lens_q=ends,
-            cu_seq_lens_k=ends,
+            cu_seq_lens_q=sequences.ends,
+            cu_seq_lens_k=sequences.ends,
             max_length_q=longest,
             max_length_k=longest,
             is_causal=False,

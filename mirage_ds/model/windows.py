@@ -15,6 +15,9 @@ import torch
 
 from mirage_ds.batch import CELL_PATCHES, MERGE_SIZE, Grid
 
+# Images of one data set often have few sizes. A grid of 36 x 36 cells takes about 0.1 MB.
+MAX_KEPT_GRIDS = 256
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -23,15 +26,13 @@ class Sequences:
     cells: [C] int64, the order of the cells in which the sequences follow each other; None if they do already.
     inverse: [C] int64, the order that undoes it.
     groups: the number of sequences and the patches of each.
+    ends: [sequences + 1] int32, 0 and then where each sequence ends: cumulative lengths, for flash_attention_2.
     """
 
     cells: torch.Tensor | None
     inverse: torch.Tensor | None
     groups: list[tuple[int, int]]
-
-    def ends(self) -> list[int]:
-        """0, then where each sequence ends: the cumulative lengths of variable-length attention."""
-        return [0, *accumulate(length for number, length in self.groups for _ in range(number))]
+    ends: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def lay_out(grids: Sequence[Grid], window_cells: int, device: torch.device) -> L
         tensor(cells),
         tensor(inverse),
         tensor(positions.reshape(-1, 2)),
-        Sequences(None, None, by_length(windows)),
-        Sequences(tensor(image_cells), tensor(np.argsort(image_cells)), by_length(images)),
+        Sequences(None, None, by_length(windows), tensor(ends(windows))),
+        Sequences(tensor(image_cells), tensor(np.argsort(image_cells)), by_length(images), tensor(ends(images))),
     )
 
 
@@ -78,7 +79,12 @@ def by_length(sequences: list[np.ndarray]) -> list[tuple[int, int]]:
     return [(len(list(group)), cells * CELL_PATCHES) for cells, group in groupby(map(len, sequences))]
 
 
-@lru_cache(maxsize=4096)
+def ends(sequences: list[np.ndarray]) -> np.ndarray:
+    """Sequences of cells -> [sequences + 1] int32: 0, then where each ends, in patches."""
+    return CELL_PATCHES * np.cumsum([0, *map(len, sequences)], dtype=np.int32)
+
+
+@lru_cache(maxsize=MAX_KEPT_GRIDS)
 def image_windows(grid: Grid, window_cells: int) -> list[np.ndarray]:
     """The cells of each window of one image; those at its right and lower edge may be smaller."""
     cells = np.arange(grid[0] * grid[1]).reshape(grid)
@@ -90,7 +96,7 @@ def image_windows(grid: Grid, window_cells: int) -> list[np.ndarray]:
     ]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=MAX_KEPT_GRIDS)
 def patch_positions(grid: Grid) -> np.ndarray:
     """[cells, 4, 2]: row and column of the patches of each cell of one image."""
     cells = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 1, 2)

@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from mirage_ds.batch import Batch
+from mirage_ds.batch import MERGE_SIZE, Batch
 from mirage_ds.checkpoint.facts import describe_run
 from mirage_ds.checkpoint.save import save
 from mirage_ds.config import Config
@@ -51,8 +51,9 @@ def what_it_computes(engine: Any, batch: Batch) -> dict[str, torch.Tensor]:
     head = engine.module.rollout.head.weights[0]
     with deepspeed.zero.GatheredParameters([head]), torch.no_grad():
         logits = torch.nn.functional.linear(hidden[0], head)
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-    return {name: getattr(batch, name) for name in names} | {"logits": logits}
+    names = ("input_ids", "attention_mask", "pixel_values")
+    image_grid_thw = torch.tensor([(1, MERGE_SIZE * rows, MERGE_SIZE * columns) for rows, columns in batch.image_grids])
+    return {name: getattr(batch, name) for name in names} | {"image_grid_thw": image_grid_thw, "logits": logits}
 
 
 def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device) -> None:
