@@ -16,11 +16,11 @@ import typer
 from packaging.version import Version
 
 from mirage_ds.errors import ConfigError
+from mirage_ds.owner import refuse_living
 from mirage_ds.paths import expanded
 from mirage_ds.programs import without_current_folder
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_folder_is_free, check_folder_is_writable, check_inputs
-from mirage_ds.training.owner import refuse_living
 from mirage_ds.versions import check_versions
 
 GRACE_S = 30  # from SIGTERM to SIGKILL, for the other ranks when one has failed

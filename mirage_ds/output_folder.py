@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from mirage_ds.errors import DataError, name_full_disk, name_unwritable
-from mirage_ds.output_owner import Owner
+from mirage_ds.errors import DataError, DiskFullError, name_full_disk, name_unwritable
+from mirage_ds.owner import of_output
 
 
 def check_output(output: Path) -> Path:
@@ -53,13 +53,17 @@ def _check_replaceable(target: Path, output: Path) -> None:
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path, *, needs_bytes: int = 0) -> Iterator[Path]:
     """Yields a temporary folder beside `output` and renames it to `output` at the end, or deletes it on an error.
 
     SIGTERM and SIGHUP are such errors. Of two programs with one output, the second is refused.
 
+    Args:
+        needs_bytes: what will be written at least, if it is known.
+
     Raises:
-        DataError: see `check_output`, or another program writes this output.
+        DataError: see `check_output`.
+        OwnerError: another program writes this output.
         DiskFullError: there is no space for it.
     """
     target = check_output(output)
@@ -69,8 +73,11 @@ def new_folder(output: Path) -> Iterator[Path]:
         until_the_end.enter_context(_signals_as_errors())
         with name_unwritable(output, "name another"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            until_the_end.enter_context(Owner(target))
+            owner = of_output(target)
+            owner.claim()
+            until_the_end.callback(owner.release)
             _name_leftovers(target)
+            _check_room(target, needs_bytes)
             until_the_end.callback(shutil.rmtree, temporary, ignore_errors=True)  # it is gone after a success
             temporary.mkdir()
             if target.exists():
@@ -78,6 +85,7 @@ def new_folder(output: Path) -> Iterator[Path]:
                 temporary.mkdir()
         with name_full_disk(target.parent, remedy):
             yield temporary
+        owner.check()
         _move(temporary, target)
 
 
@@ -91,6 +99,15 @@ def _move(temporary: Path, target: Path) -> None:
             f"the output is complete but cannot be moved to its place: {error.strerror} ({target}); expected a new or "
             f"empty folder; it is kept in {kept}: move it from there"
         ) from error
+
+
+def _check_room(target: Path, needs_bytes: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < needs_bytes:
+        raise DiskFullError(
+            f"no room for the output ({target}): it needs {needs_bytes / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free; "
+            "nothing was written; free some space, or name a folder on another disk"
+        )
 
 
 def _name_leftovers(target: Path) -> None:

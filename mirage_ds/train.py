@@ -38,13 +38,13 @@ from mirage_ds.data.stream import Share, make_loader
 from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
+from mirage_ds.owner import Owner
 from mirage_ds.self_check import check_training
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end, lost_peer
 from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.metrics import Metrics
-from mirage_ds.training.owner import Owner
 from mirage_ds.training.run_folder import own, write_folder
 from mirage_ds.training.start import Start, prepare
 from mirage_ds.training.trainer import Trainer
@@ -132,7 +132,7 @@ def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies |
         trainer.train(
             after_step=[
                 lambda state: heartbeat.beat(state.step),
-                lambda state: owner.beat(state.step) if owner else None,
+                lambda state: owner.check(state.step) if owner else None,
                 validate_if_due(trainer, config, start.encoder),
                 save_if_due(trainer, config, start.facts, copies),
                 profile_step,

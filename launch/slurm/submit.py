@@ -26,11 +26,11 @@ from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_s
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
 from mirage_ds.model_folder import is_cached
+from mirage_ds.owner import refuse_living
 from mirage_ds.paths import expanded
 from mirage_ds.programs import without_current_folder
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_inputs
-from mirage_ds.training.owner import refuse_living
 from mirage_ds.versions import versions
 
 TEMPLATE = Path(__file__).parent / "job.sh"

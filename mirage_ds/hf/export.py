@@ -70,9 +70,10 @@ def export_checkpoint(
     _set_config(hf, DTYPES[dtype], _latent_settings(config, TokenIds.of(tokenizer)))
     parameters = {file_name(name): stored[name] for name, _ in hf.named_parameters()}
     files = _divide(parameters, DTYPES[dtype], max_shard_size)
-    size = f"{files.metadata['total_size'] / MB:.1f} MB"
+    needs_bytes = files.metadata["total_size"]
+    size = f"{needs_bytes / MB:.1f} MB"
     try:
-        with new_folder(output) as folder:
+        with new_folder(output, needs_bytes=needs_bytes) as folder:
             hf.config.save_pretrained(folder)
             _generation_config(source, cache_dir, hf).save_pretrained(folder)
             tokenizer.save_pretrained(folder)

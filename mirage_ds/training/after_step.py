@@ -37,6 +37,7 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
     validation = Validation(
         trainer.engine,
         trainer.num_passes,
+        trainer.agree_on_fault,
         lambda numbers: collate([usable(number) for number in numbers], align_latents=align),
         spread(shards.num_samples, config.evaluation.max_samples),
         micro_batch_size=config.train.micro_batch_size_per_gpu,
@@ -48,7 +49,9 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
             return
         if state.step % interval == 0 or state.step == trainer.max_steps:
             trainer.metrics.flush()
-            trainer.metrics.add_validation(state.step, validation.losses())
+            losses = validation.losses()
+            if losses is not None:
+                trainer.metrics.add_validation(state.step, losses)
 
     return action
 

@@ -8,9 +8,9 @@ from mirage_ds.config import Config, RunConfig
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, DataError, MirageError, leave
 from mirage_ds.model_folder import check_model
+from mirage_ds.owner import refuse_living
 from mirage_ds.paths import check_temporary_folder, check_writable
 from mirage_ds.recipe import load_config
-from mirage_ds.training.owner import refuse_living
 
 
 def read_command_line() -> Config:

@@ -27,6 +27,7 @@ CONSOLE_LOSSES: dict[Stage, dict[str, str]] = {
     "stage1": {"ce_loss": "text", "latent_loss": "latent", "loss": "loss"},
     "stage2": {"ce_loss": "text"},
 }
+BAD_BATCHES_NAME = "bad_batches.jsonl"
 RECENT_STEPS = 50  # from which the remaining time is estimated
 TAGS = {
     "loss": "train/loss",
@@ -89,6 +90,25 @@ class Curves:
         return housekeeping(f"no more curves are written ({self.folder})", "metrics.jsonl has the same numbers")
 
 
+class Records:
+    """A file with a JSON object per line, in order of steps. If it cannot be written, lines are missing."""
+
+    def __init__(self, path: Path, steps_done: int) -> None:
+        self.path, self.file = path, _open_after(path, steps_done)
+
+    def add(self, *records: dict[str, Any]) -> None:
+        with self.housekeeping():
+            self.file.writelines(strict_json.dumps(record) + "\n" for record in records)
+            self.file.flush()
+
+    def close(self) -> None:
+        with self.housekeeping():
+            self.file.close()
+
+    def housekeeping(self) -> AbstractContextManager[None]:
+        return housekeeping(f"lines are missing ({self.path})", "the log has the same losses")
+
+
 class Metrics:
     """Collects steps, and writes them when they are due. Every rank calls it; rank 0 writes."""
 
@@ -104,10 +124,11 @@ class Metrics:
         self.pending: list[StepSums] = []
         self.first_step = steps_done + 1
         self.recent_step_s: deque[float] = deque(maxlen=RECENT_STEPS)
-        self.file = self.validation_file = self.curves = None
+        self.file = self.validation_file = self.bad_batches = self.curves = None
         if distributed.is_main():
-            self.file = _open_after(run_dir / "metrics.jsonl", steps_done)
-            self.validation_file = _open_after(run_dir / "validation.jsonl", steps_done)
+            self.file = Records(run_dir / "metrics.jsonl", steps_done)
+            self.validation_file = Records(run_dir / "validation.jsonl", steps_done)
+            self.bad_batches = Records(run_dir / BAD_BATCHES_NAME, steps_done)
             self.curves = Curves(run_dir / "tensorboard", steps_done)
 
     def add(self, sums: StepSums) -> None:
@@ -129,10 +150,9 @@ class Metrics:
         if self.file and self.curves:
             for sums, total, end_s in zip(self.pending, totals, ends, strict=True):
                 record = self._record(sums, total, end_s)
-                self.file.write(strict_json.dumps(record | {"loss_hex": record["loss"].hex()}) + "\n")
+                self.file.add(record | {"loss_hex": record["loss"].hex()})
                 if sums.step > self.first_step:  # the first step of a start is slow
                     self.recent_step_s.append(record["step_s"])
-            self.file.flush()
             tags = {tag: record[name] for name, tag in TAGS.items() if self._has(name) and record[name] is not None}
             self.curves.add(tags, record["step"])
             print(self._console_line(record), flush=True)
@@ -142,23 +162,17 @@ class Metrics:
         """Writes a validation, whose losses are the same on every rank."""
         if self.validation_file and self.curves:
             hexadecimal = {"loss_hex": losses["loss"].hex()}
-            self.validation_file.write(strict_json.dumps({"step": step} | losses | hexadecimal) + "\n")
-            self.validation_file.flush()
+            self.validation_file.add({"step": step} | losses | hexadecimal)
             self.curves.add({f"validation/{name}": value for name, value in losses.items() if self._has(name)}, step)
             print(f"step {step:>5}/{self.max_steps} | validation {self._losses(losses)}", flush=True)
 
     def add_bad_batches(self, step: int, batches: list[dict[str, Any]]) -> Path:
         """Writes the micro-batches of a skipped step, from all ranks, to a file of their own, and returns it."""
-        path = self.run_dir / "bad_batches.jsonl"
-        if distributed.is_main():
-            with (
-                housekeeping(f"the samples were not written ({path})", "the line below names them"),
-                path.open("a") as file,
-            ):
-                file.writelines(strict_json.dumps({"step": step} | batch) + "\n" for batch in batches)
+        if self.bad_batches:
+            self.bad_batches.add(*({"step": step} | batch for batch in batches))
             keys = ", ".join(key for batch in batches for key in batch["keys"])
             print(f"step {step:>5}/{self.max_steps} | skipped: loss or gradient not finite ({keys:.200})", flush=True)
-        return path
+        return self.run_dir / BAD_BATCHES_NAME
 
     def _record(self, sums: StepSums, total: list[float], end_s: float) -> dict[str, Any]:
         loss, ce_loss, latent_loss, grounded, tokens, faults = total
@@ -208,7 +222,7 @@ class Metrics:
     def close(self) -> None:
         """Writes what is pending and closes the files."""
         self.flush()
-        for file in (self.file, self.validation_file, self.curves):
+        for file in (self.file, self.validation_file, self.bad_batches, self.curves):
             if file:
                 file.close()
 

@@ -1,6 +1,6 @@
 """The run's folder: whether a run starts or resumes there, what it was started with, and what changed since.
 
-RUN/owner/           see owner.py
+RUN/owner/           see mirage_ds/owner.py
 RUN/config.yaml      the resolved configuration of the last start
 RUN/deepspeed.json   DeepSpeed's configuration with nothing left on "auto"
 RUN/versions.json    packages and git commit of the last start
@@ -11,7 +11,7 @@ RUN/metrics.jsonl, RUN/validation.jsonl, RUN/tensorboard/
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from mirage_ds.checkpoint.facts import FACTS_NAME, read_facts
 from mirage_ds.checkpoint.find import find_undamaged, require_latest
 from mirage_ds.config import Config, TrainConfig
 from mirage_ds.errors import CheckpointError, MirageError, OwnerError, name_unwritable
+from mirage_ds.owner import POLL_S, Owner, of_run
 from mirage_ds.training import early_end
 from mirage_ds.training.early_checks import check_folder_is_free
-from mirage_ds.training.owner import POLL_S, Owner
 from mirage_ds.versions import versions
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import learning_rate
@@ -56,6 +56,8 @@ HARMLESS = (
     "distributed.*",
     "launch.*",
 )
+# What older runs did, whose checkpoints do not have these keys.
+MEANT_BEFORE = {"data.exif_orientation": False}
 # What `run.resume=extend` may change too, if the run becomes longer by it.
 LENGTH = ("train.max_steps", "train.epochs")
 UNWRITABLE_REMEDY = "set run.dir to a folder where you may write"
@@ -121,7 +123,7 @@ def own(run_dir: Path, seen: list[Path]) -> Iterator[Owner | None]:
     Raises:
         OwnerError: on every rank: another start writes there, or has written since.
     """
-    owner, answer = (Owner(run_dir) if distributed.is_main() else None), "wait"
+    owner, answer = (of_run(run_dir) if distributed.is_main() else None), "wait"
     while answer == "wait":
         answer = distributed.gather(claim(owner) if owner else "")[0]
         if answer == "wait":
@@ -139,6 +141,8 @@ def own(run_dir: Path, seen: list[Path]) -> Iterator[Owner | None]:
     finally:
         if owner:
             owner.release()
+            with suppress(OSError):  # it stays if the run has written anything
+                run_dir.rmdir()
 
 
 def claim(owner: Owner) -> str:
@@ -173,7 +177,7 @@ def check_same_run(file: Path, facts: dict[str, Any], *, may_extend: bool = Fals
         CheckpointError: with every change that is not harmless.
     """
     before = read_facts(file)
-    old, new = flatten(before["config"]), flatten(facts["config"])
+    old, new = MEANT_BEFORE | flatten(before["config"]), flatten(facts["config"])
     changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
     changes.pop("run.resume", None)  # set in order to resume
     longer = may_extend and facts["max_steps"] >= before["max_steps"]

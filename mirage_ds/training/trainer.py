@@ -62,7 +62,7 @@ class Trainer:
                 actions, which have saved.
         """
         self.fetch()
-        self.any_fault = bool(distributed.max_over_ranks([self.fault is not None], self.device)[0])
+        self.agree_on_fault()
         while not self.any_fault and self.state.step < self.max_steps and not self.state.ends_early:
             self.train_step()
             self.agree_on_end()
@@ -160,6 +160,13 @@ class Trainer:
         self.state.ends_early = bool(ends or faulty)
         if reason is not None:
             print(f"rank {distributed.rank()}: {reason}: saving and ending after step {self.state.step}", flush=True)
+
+    def agree_on_fault(self, fault: str | None = None) -> bool:
+        """Whether any rank has a sample that cannot be used; then the run saves and ends."""
+        self.fault = self.fault or fault
+        self.any_fault = bool(distributed.max_over_ranks([self.fault is not None], self.device)[0])
+        self.state.ends_early |= self.any_fault
+        return self.any_fault
 
     def set_learning_rate(self) -> float:
         """Sets and returns the learning rate of the next step."""

@@ -8,6 +8,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from mirage_ds.batch import Batch
+from mirage_ds.errors import DataError
 from mirage_ds.zero3 import distributed
 
 
@@ -17,23 +18,35 @@ class Validation:
 
     engine: DeepSpeedEngine
     num_passes: Callable[[Batch], int | None]
+    agree_on_fault: Callable[[str | None], bool]  # whether any rank has this fault, which ends the run
     read_batch: Callable[[list[int]], Batch]
     numbers: list[int]
     micro_batch_size: int
     device: torch.device
 
-    def losses(self) -> dict[str, Any]:
-        """Means over the samples: {"loss", "ce_loss", "latent_loss"}."""
+    def losses(self) -> dict[str, Any] | None:
+        """Means over the samples: {"loss", "ce_loss", "latent_loss"}; None if one cannot be used, on any rank."""
         total = torch.zeros(3, device=self.device, dtype=torch.float64)
         self.engine.eval()
         with torch.no_grad():
             for numbers in self.shares():
-                batch = self.read_batch(numbers or self.numbers[:1]).to(self.device)
+                batch = self.usable_batch(numbers or self.numbers[:1])
+                if batch is None:
+                    return None
                 losses = self.engine(batch=batch, num_passes=self.num_passes(batch))
                 total += torch.stack(losses) * bool(numbers)
         self.engine.train()
         means = (distributed.sum_over_ranks(total) / len(self.numbers)).tolist()
         return dict(zip(("loss", "ce_loss", "latent_loss"), means, strict=True))
+
+    def usable_batch(self, numbers: list[int]) -> Batch | None:
+        """These samples as a batch; None on every rank if one rank cannot use its own."""
+        batch, fault = None, None
+        try:
+            batch = self.read_batch(numbers).to(self.device)
+        except DataError as error:
+            fault = str(error)
+        return None if self.agree_on_fault(fault) else batch
 
     def shares(self) -> Iterator[list[int]]:
         """Sample numbers of this rank's micro-batches; an empty list where only other ranks have samples left."""

@@ -112,7 +112,8 @@ def starts(place: Path, disk: Path) -> dict[str, Start]:
         "init": Start(["init", "--from", f"{place}/model", "--output", f"{disk}/copy"], SPARE_BYTES),
         "no room at the start": Start(run, SPARE_BYTES),
         "second checkpoint": Start(run, None),
-        "export": Start(["export", *export], SPARE_BYTES),
+        "no room to export": Start(["export", *export], SPARE_BYTES),
+        "export": Start(["export", *export], SPARE_BYTES, hides_shortage=True),
         "evaluate": Start(["evaluate", *model, *evaluation], SPARE_BYTES),
         "while writing": Start(run, None, hides_shortage=True),
         "metrics": Start([*run, "checkpoint.interval=0"], 0, hides_shortage=True),
@@ -135,6 +136,11 @@ def check_undamaged(run: Path, checkpoint_bytes: int) -> None:
 def test_a_new_folder_is_not_left_in_part(outcomes: dict[str, Outcome], place: Path, name: str, output: str) -> None:
     outcomes[name].check_message(f"the disk is full ({place}/disk", f"nothing of {output} was kept", "free some space")
     assert [path.name for path in outcomes[name].disk.iterdir()] == ["filler"]
+
+
+def test_an_export_without_room_does_not_start(outcomes: dict[str, Outcome], place: Path) -> None:
+    outcomes["no room to export"].check_message(f"no room for the output ({place}/disk/model)", "free some space")
+    assert {path.name for path in outcomes["no room to export"].disk.iterdir()} == {"filler", "run"}
 
 
 def test_an_export_is_not_left_in_part(outcomes: dict[str, Outcome], place: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mirage_ds.errors import DataError
+from mirage_ds import owner
+from mirage_ds.errors import DataError, OwnerError
 from mirage_ds.output_folder import check_output, new_folder
-from mirage_ds.output_owner import STALE_S
-
-ENDED = {"host": socket.gethostname(), "pid": 2**22 + 1, "job": None, "started": "then", "token": "t"}
+from mirage_ds.owner import of_output
 
 
 def write(output: Path) -> None:
@@ -80,47 +78,44 @@ def test_a_complete_output_is_not_deleted(tmp_path: Path) -> None:
 
 def test_the_second_program_is_refused(tmp_path: Path) -> None:
     with new_folder(tmp_path / "out"):
-        with pytest.raises(DataError, match=rf"another program .* {os.getpid()} on .*since 20.*sign of life 0 s"):
+        with pytest.raises(OwnerError, match=rf"another program .* {os.getpid()} on .*since 20.*sign of life 20"):
             write(tmp_path / "out")
         write(tmp_path / "other")
     write(tmp_path / "out2")
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize(
-    ("owner", "age_s", "taken_over"),
-    [
-        ({}, 0, True),
-        ({"pid": os.getpid()}, 2 * STALE_S, False),
-        ({"host": "other", "pid": 1}, 60, False),
-        ({"host": "other", "pid": 1}, 2 * STALE_S, True),
-        ({"host": "other", "pid": 1, "job": "7"}, 60, True),  # this job, requeued on another node
-    ],
-)
-def test_a_dead_owner_is_taken_over(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    owner: dict[str, object],
-    age_s: float,
-    taken_over: bool,
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    file = tmp_path / ".out.owner"
-    file.write_text(json.dumps(ENDED | owner))
-    os.utime(file, (time.time() - age_s,) * 2)
+def leave_dead_owner(output: Path) -> None:
+    """What a killed program leaves."""
+    dead = of_output(output)
+    dead.folder.mkdir()
+    (dead.folder / "1.json").write_text(json.dumps(dead.record | {"process": "another"}))
+
+
+def test_a_dead_owner_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leave_dead_owner(tmp_path / "out")
     (tmp_path / ".out.1234.tmp").mkdir()
     (tmp_path / ".out.part-0-of-2.1234.tmp").mkdir()  # of another output
-    if not taken_over:
-        with pytest.raises(DataError, match="another program writes this output"):
-            write(tmp_path / "out")
-        return
     write(tmp_path / "out")
     said = capsys.readouterr().err
-    assert "took over" in said
+    assert "takes over this output" in said
     assert f"rm -r '{tmp_path}/.out.1234.tmp'" in said
     assert said.count("left by") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.1234.tmp", ".out.part-0-of-2.1234.tmp", "out"]
+
+
+def test_who_was_taken_over_puts_nothing_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "BEAT_S", 0.01)
+
+    def write_while_another_takes_over() -> None:
+        with new_folder(tmp_path / "out"):
+            other = of_output(tmp_path / "out")
+            (other.folder / "2.json").write_text(json.dumps(other.record))
+            time.sleep(0.5)
+
+    with pytest.raises(OwnerError, match="another program has taken over this output"):
+        write_while_another_takes_over()
+    assert [path.name for path in tmp_path.iterdir()] == [".out.owner"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -140,7 +135,7 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None
 
 def test_of_many_starts_one_writes(tmp_path: Path) -> None:
     """All find the same dead owner."""
-    (tmp_path / ".out.owner").write_text(json.dumps(ENDED))
+    leave_dead_owner(tmp_path / "out")
     script = (
         "import sys, time; from pathlib import Path; from mirage_ds.output_folder import new_folder\n"
         "with new_folder(Path(sys.argv[1])):\n    time.sleep(1.5)\n"

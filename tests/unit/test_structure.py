@@ -12,7 +12,7 @@ SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for pa
 
 GROUND = (
     *("batch", "config", "console", "errors", "housekeeping", "library_noise", "model_folder", "output_folder"),
-    *("output_owner", "paths", "programs", "recipe", "strict_json", "strict_yaml", "tokens", "train_state"),
+    *("owner", "paths", "programs", "recipe", "strict_json", "strict_yaml", "tokens", "train_state"),
     "versions",
 )
 # A folder imports from itself and from the lines above its own, never from those below.

@@ -187,6 +187,18 @@ def test_bad_lines_are_dropped_with_a_warning(tmp_path: Path, capfd: pytest.Capt
     assert said.count("which are dropped: 2, 3, 4, 5\n") == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full, on which no byte fits")
+def test_a_full_disk_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    metrics = make(tmp_path, "text")
+    metrics.file.file = Path("/dev/full").open("w")  # noqa: SIM115 (metrics closes it)
+    for number in (1, 2):
+        metrics.add(step(number))
+    metrics.close()
+    said = capfd.readouterr()
+    assert said.err.count(f"WARNING: lines are missing ({tmp_path / 'metrics.jsonl'}): No space left on device") == 1
+    assert said.out.count(" | text ") == 2
+
+
 @pytest.mark.parametrize("where", ["tensorboard", "tensorboard, later"])
 def test_without_curves_the_run_continues(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str

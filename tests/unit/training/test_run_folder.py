@@ -84,6 +84,16 @@ def test_other_changes_are_refused_with_both_values(
     assert "num_workers" not in str(error.value)
 
 
+def test_a_checkpoint_of_an_older_version_lacks_new_keys(checkpoint: Path, facts: dict[str, Any]) -> None:
+    """It resumes if the run does what that version did."""
+    before = json.loads(checkpoint.read_text())
+    del before["config"]["data"]["exif_orientation"]
+    checkpoint.write_text(json.dumps(before))
+    assert check_same_run(checkpoint, changed(facts, "config.data.exif_orientation", False)) == []
+    with pytest.raises(CheckpointError, match=r"data\.exif_orientation: False -> True"):
+        check_same_run(checkpoint, facts)
+
+
 @pytest.mark.parametrize("length", [{"max_steps": 30, "epochs": None}, {"max_steps": None, "epochs": 3.0}])
 def test_a_longer_run_is_harmless_if_it_is_asked_for(
     checkpoint: Path, facts: dict[str, Any], length: dict[str, Any]

@@ -16,6 +16,7 @@ from mirage_ds.train_state import TrainState
 from mirage_ds.training.early_end import EarlyEnd
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.trainer import Trainer
+from mirage_ds.training.validation import Validation
 from mirage_ds.zero3 import distributed
 
 
@@ -121,3 +122,22 @@ def test_a_fault_ends_the_run_between_two_steps_after_its_actions(tmp_path: Path
     with pytest.raises(TrainingError, match=r"\(a/7\); the run ends after step 2, which is saved .*on_fault=skip"):
         trainer.train(after_step=[lambda state: seen.append((state.step, state.ends_early))])
     assert seen == [(1, False), (2, True)]
+
+
+def test_a_fault_in_validation_ends_the_run_after_its_actions(tmp_path: Path) -> None:
+    trainer = make(tmp_path, [1.0] * 5)
+    trainer.engine.eval = trainer.engine.train = lambda: None
+
+    def read_batch(numbers: list[int]) -> Any:
+        raise DataError("the image cannot be decoded (a/7)")
+
+    validation = Validation(
+        trainer.engine, trainer.num_passes, trainer.agree_on_fault, read_batch, [0, 1], 1, torch.device("cpu")
+    )
+    losses: list[Any] = []
+    ends: list[bool] = []
+    with pytest.raises(TrainingError, match=r"\(a/7\); the run ends after step 1, which is saved .*on_fault=skip"):
+        trainer.train(
+            after_step=[lambda state: losses.append(validation.losses()), lambda state: ends.append(state.ends_early)]
+        )
+    assert (losses, ends) == ([None], [True])

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from mirage_ds import owner as rules
 from mirage_ds.errors import OwnerError
-from mirage_ds.training import owner as rules
-from mirage_ds.training.owner import Owner, newest, refuse_living
+from mirage_ds.owner import Owner, newest, of_output, of_run, refuse_living
 
 forks = multiprocessing.get_context("fork")
 
@@ -33,32 +33,31 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def elsewhere(run: Path) -> Owner:
     """The owner of the run, as a process on another machine."""
-    owner = Owner(run)
+    owner = of_run(run)
     owner.record["machine"] = "another"
     assert owner.try_to_claim()
     return owner
 
 
 def test_the_second_start_says_who_where_and_since_when(run: Path) -> None:
-    first = Owner(run)
+    first = of_run(run)
     assert first.try_to_claim()
-    first.beat(7)
+    first.check(7)
     first.write()
-    for refused in (lambda: Owner(run).try_to_claim(), lambda: refuse_living(run)):
+    for refused in (lambda: of_run(run).try_to_claim(), lambda: refuse_living(run)):
         with pytest.raises(OwnerError) as error:
             refused()
         for words in (f"process {os.getpid()} on {first.record['host']}, since 20", "last sign of life 20", "step 7;"):
             assert words in str(error.value)
-    (run / "metrics.jsonl").touch()
     first.release()
     refuse_living(run)
-    assert Owner(run).try_to_claim()
+    assert of_run(run).try_to_claim()
 
 
 def compete(run: Path, delay_s: float, answer: Connection) -> None:
     time.sleep(delay_s)
     try:
-        while not (owner := Owner(run)).try_to_claim():
+        while not (owner := of_run(run)).try_to_claim():
             pass
     except OwnerError:
         answer.send(0)
@@ -94,19 +93,19 @@ def test_a_killed_owner_is_taken_over_with_one_line(run: Path, capsys: pytest.Ca
     assert ours.recv() == 1
     os.kill(process.pid, signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie still has its number
-    assert Owner(run).try_to_claim()
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"takes {run} over from process {process.pid} on ")
+    assert of_run(run).try_to_claim()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"takes over this run (run.dir={run}) from process {process.pid} on ")
     assert line.endswith(": that process has ended")
     process.join()
 
 
 def test_an_owner_elsewhere_that_gives_signs_of_life_is_left_alone(run: Path, elsewhere: Owner) -> None:
-    start = Owner(run)
+    start = of_run(run)
     assert not start.try_to_claim()
     assert not start.try_to_claim()
     change(run, seen=time.time() + 10)
-    with pytest.raises(OwnerError, match="another start writes to this run"):
+    with pytest.raises(OwnerError, match="another program writes to this run"):
         start.try_to_claim()
 
 
@@ -123,30 +122,30 @@ def test_an_owner_elsewhere_that_is_silent_is_taken_over(
     if content is not None:
         (run / "owner" / "1.json").write_bytes(content)
     monkeypatch.setattr(rules, "SILENT_S", 0.2)
-    start = Owner(run)
+    start = of_run(run)
     assert not start.try_to_claim()
     time.sleep(0.3)
     assert start.try_to_claim()
-    assert "it has given no sign of life for 0.2 s" in capsys.readouterr().out
+    assert "it has given no sign of life for 0.2 s" in capsys.readouterr().err
     assert [path.name for path in (run / "owner").iterdir()] == ["2.json"]
 
 
 def test_who_was_taken_over_writes_no_more(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "BEAT_S", 0.01)
-    first = Owner(run)
+    first = of_run(run)
     assert first.try_to_claim()
-    first.beat(1)
-    (run / "owner" / "2.json").write_text(json.dumps(Owner(run).record))
+    first.check(1)
+    (run / "owner" / "2.json").write_text(json.dumps(of_run(run).record))
     first.thread.join(timeout=60)
-    with pytest.raises(OwnerError, match="another start has taken this run over"):
-        first.beat(2)
+    with pytest.raises(OwnerError, match="another program has taken over this run"):
+        first.check(2)
     first.release()
     assert newest(run / "owner")[0] == 2
 
 
 def test_signs_of_life_do_not_wait_for_steps(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "BEAT_S", 0.01)
-    first = Owner(run)
+    first = of_run(run)
     assert first.try_to_claim()
     before = newest(run / "owner")[1]
     end_s = time.monotonic() + 60
@@ -162,14 +161,32 @@ def test_a_requeued_job_does_not_lock_itself_out(
     change(run, job="7", restart="0")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert not Owner(run).try_to_claim()
+    assert not of_run(run).try_to_claim()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert Owner(run).try_to_claim()
-    assert "SLURM has ended that start of job 7" in capsys.readouterr().out
+    assert of_run(run).try_to_claim()
+    assert "SLURM has ended that start of job 7" in capsys.readouterr().err
 
 
 def test_a_start_that_wrote_nothing_leaves_nothing(run: Path) -> None:
-    first = Owner(run)
-    assert first.try_to_claim()
-    first.release()
-    assert not run.exists()
+    for owner in (of_run(run), of_output(run)):
+        assert owner.try_to_claim()
+        owner.release()
+    assert not list(run.parent.rglob("*.json"))
+
+
+def test_a_late_start_does_not_take_a_living_owner_for_a_dead_one(run: Path) -> None:
+    """It has seen a dead owner; since then one has taken over and left, and another one lives with a lower number."""
+    (run / "owner").mkdir(parents=True)
+    (run / "owner" / "3.json").write_text(json.dumps(of_run(run).record | {"process": "another"}))
+    late = of_run(run)
+    _, dead = newest(late.folder)
+    between = of_run(run)
+    assert between.try_to_claim()
+    between.release()
+    living = of_run(run)
+    assert living.try_to_claim()
+    assert living.number == 1
+    assert not late.make(4, dead)
+    assert newest(run / "owner") == (1, living.record)
+    with pytest.raises(OwnerError):
+        late.try_to_claim()
