@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-# Three workers for two cores, as the tests of SLURM mostly wait; torch with one thread in each. See tests/conftest.py.
-TESTS := OMP_NUM_THREADS=1 pytest --durations 10 --numprocesses 3 --dist loadscope --no-loadscope-reorder
+# Four workers for two cores, as the tests of SLURM mostly wait; torch with one thread in each. See tests/conftest.py.
+TESTS := OMP_NUM_THREADS=1 pytest --durations 10 --numprocesses 4 --dist loadscope --no-loadscope-reorder
 
 .PHONY: install demo test test-all versions lint docs
 

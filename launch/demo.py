@@ -46,7 +46,7 @@ class Size:
     warmup_steps: int
 
 
-FULL = Size(num_train=5800, num_test=400, stage1_steps=260, stage2_steps=560, warmup_steps=30)
+FULL = Size(num_train=5800, num_test=400, stage1_steps=260, stage2_steps=400, warmup_steps=30)
 SHORT = Size(num_train=128, num_test=16, stage1_steps=4, stage2_steps=4, warmup_steps=1)
 
 
