@@ -11,6 +11,8 @@ import launching
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("untrained", "text", "stage1", "stage2", "stage2_shuffled", "stage2_mean", "stage2_zeroed")
 
 
