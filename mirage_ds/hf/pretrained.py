@@ -4,14 +4,16 @@ mirage init --from MODEL --output models/a [--processor-from OTHER]
 """
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mirage_ds.data.conversation import read_tokenizer
 from mirage_ds.errors import ConfigError
 from mirage_ds.hf.written_folder import finish
-from mirage_ds.model.backbone import check_config, copy_model, has_file
+from mirage_ds.model.backbone import ROW_MULTIPLE, check_config, has_file, load_complete
 from mirage_ds.output_folder import new_folder
 from mirage_ds.tokens import LATENT_TOKENS, TokenIds
 
@@ -37,10 +39,42 @@ def copy_pretrained(source: str, output: Path, processor_from: str | None = None
     tokenizer.add_tokens(list(LATENT_TOKENS), special_tokens=True)
     num_ids = max(tokenizer.get_vocab().values()) + 1
     with new_folder(output) as folder:
-        copy_model(source, folder, TokenIds.of(tokenizer), num_ids)
+        _copy_model(source, folder, TokenIds.of(tokenizer), num_ids)
         tokenizer.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         finish(folder)
+
+
+def _copy_model(path: str, folder: Path, ids: TokenIds, num_ids: int) -> None:
+    """Copies config, weights (as safetensors, bit for bit) and generation defaults of a folder or hub id.
+
+    Args:
+        ids: of the tokenizer that the copy will have.
+        num_ids: one more than that tokenizer's largest id; if the model has fewer rows, rows are added, each the mean
+            of the existing ones.
+
+    Raises:
+        ConfigError: weights are missing, or the tokenizer is another model's.
+    """
+    model = load_complete(path, dtype="auto")
+    wanted, found = (ids.image_pad, ids.vision_start), (model.config.image_token_id, model.config.vision_start_token_id)
+    if wanted != found:
+        raise ConfigError(
+            f"the tokenizer has the ids {wanted} for image pads and starts, the model {found} ({path}); they must be "
+            "the same; use this model's own tokenizer"
+        )
+    if num_ids > model.config.get_text_config().vocab_size:
+        _add_rows(model, num_ids)
+    model.save_pretrained(folder)
+
+
+def _add_rows(model: Any, num_rows: int) -> None:
+    """Extends embeddings and head to at least `num_rows` rows, a multiple of ROW_MULTIPLE."""
+    old = model.config.get_text_config().vocab_size
+    model.resize_token_embeddings(num_rows, pad_to_multiple_of=ROW_MULTIPLE, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].float().mean(dim=0)
 
 
 def _tokenizer(source: str, processor_from: str | None) -> PreTrainedTokenizerBase:

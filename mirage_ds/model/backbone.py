@@ -147,14 +147,14 @@ def load_backbone(
         from transformers.integrations import HfDeepSpeedConfig  # imports DeepSpeed, which decoding does not need
 
         zero3 = HfDeepSpeedConfig(deepspeed_config)  # transformers shards while loading only as long as it exists
-    hf = _load_weights(path, dtype=dtype, attn_implementation=implementation, cache_dir=cache_dir)
+    hf = load_complete(path, dtype=dtype, attn_implementation=implementation, cache_dir=cache_dir)
     del zero3
     hf.model.visual.requires_grad_(train_tower)
     hf.train()
     return Backbone(hf, implementation)
 
 
-def _load_weights(path: str, **settings: Any) -> Any:
+def load_complete(path: str, **settings: Any) -> Any:
     """The model with all its weights.
 
     Raises:
@@ -271,38 +271,6 @@ def check_latent_ids(ids: TokenIds, backbone: Backbone, path: str) -> None:
             "id of the tokenizer must be below that; use a folder with more rows, which "
             f"`mirage init --from {path} --output FOLDER` writes"
         )
-
-
-def copy_model(path: str, folder: Path, ids: TokenIds, num_ids: int) -> None:
-    """Copies config, weights (as safetensors, bit for bit) and generation defaults of a folder or hub id.
-
-    Args:
-        ids: of the tokenizer that the copy will have.
-        num_ids: one more than that tokenizer's largest id; if the model has fewer rows, rows are added, each the mean
-            of the existing ones.
-
-    Raises:
-        ConfigError: weights are missing, or the tokenizer is another model's.
-    """
-    model = _load_weights(path, dtype="auto")
-    wanted, found = (ids.image_pad, ids.vision_start), (model.config.image_token_id, model.config.vision_start_token_id)
-    if wanted != found:
-        raise ConfigError(
-            f"the tokenizer has the ids {wanted} for image pads and starts, the model {found} ({path}); they must be "
-            "the same; use this model's own tokenizer"
-        )
-    if num_ids > model.config.get_text_config().vocab_size:
-        _add_rows(model, num_ids)
-    model.save_pretrained(folder)
-
-
-def _add_rows(model: Any, num_rows: int) -> None:
-    """Extends embeddings and head to at least `num_rows` rows, a multiple of ROW_MULTIPLE."""
-    old = model.config.get_text_config().vocab_size
-    model.resize_token_embeddings(num_rows, pad_to_multiple_of=ROW_MULTIPLE, mean_resizing=False)
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            layer.weight[old:] = layer.weight[:old].float().mean(dim=0)
 
 
 def random_model(vocab_size: int, ids: TokenIds, seed: int) -> PreTrainedModel:
