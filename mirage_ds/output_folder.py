@@ -105,8 +105,8 @@ def _check_room(target: Path, needs_bytes: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needs_bytes:
         raise DiskFullError(
-            f"no room for the output ({target}): it needs {needs_bytes / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free; "
-            "nothing was written; free some space, or name a folder on another disk"
+            f"no room for the output ({target}): it needs {needs_bytes / 1e6:.1f} MB, and {free / 1e6:.1f} MB are "
+            "free; nothing was written; free some space, or name a folder on another disk"
         )
 
 
