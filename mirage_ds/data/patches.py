@@ -13,9 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from transformers import PreTrainedConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from mirage_ds.errors import MALFORMED, ConfigError
+
+# Names in preprocessor_config.json -> in config.json's vision_config, and what Qwen2.5-VL has where it is left out.
+TOWER_ENTRIES = {
+    "patch_size": ("patch_size", 14),
+    "merge_size": ("spatial_merge_size", 2),
+    "temporal_patch_size": ("temporal_patch_size", 2),
+}
 
 
 class ImageProcessor:
@@ -60,6 +68,7 @@ class ImageProcessor:
                 "rescaled and normalized, as for Qwen2.5-VL; set it to true there"
             )
         cls._check_numbers(processor, model_path)
+        cls._check_tower(processor, model_path, cache_dir)
         smallest = min_pixels or processor.size["shortest_edge"]
         largest = max_pixels or processor.size["longest_edge"]
         if smallest > largest:
@@ -93,6 +102,22 @@ class ImageProcessor:
                 "with shortest_edge and longest_edge in pixels, three numbers each for mean and std, whole patches; "
                 "correct it"
             )
+
+    @staticmethod
+    def _check_tower(processor: Qwen2VLImageProcessorPil, model_path: str, cache_dir: Path | None) -> None:
+        """Refuses patches that the model's tower does not take.
+
+        Raises:
+            ConfigError: the message has both numbers.
+        """
+        config = PreTrainedConfig.get_config_dict(model_path, cache_dir=cache_dir)[0]
+        for name, (entry, usual) in TOWER_ENTRIES.items():
+            found, expected = getattr(processor, name), config.get("vision_config", {}).get(entry, usual)
+            if found != expected:
+                raise ConfigError(
+                    f"{name} is {found} ({model_path}/preprocessor_config.json), but {entry} is {expected} "
+                    "(config.json); both must agree; take both files from one model"
+                )
 
     def __call__(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns patches [P, patch_dim] float32 of all images and their grids [N, 3] int64 (time, height, width)."""

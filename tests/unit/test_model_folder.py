@@ -71,6 +71,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "template fails": (written("chat_template.jinja", b"{{ nothing.x.y }}"), "chat template cannot be used: Undefined"),
     "size": (entries("preprocessor_config.json", size={"height": 448, "width": 448}), "size is .*448.*shortest_edge"),
     "patches": (entries("preprocessor_config.json", patch_size=0), "patch_size is 0 .*preprocessor_config"),
+    "tower": (
+        entries("preprocessor_config.json", patch_size=16),
+        "patch_size is 16 .*patch_size is 14 ",
+    ),
     "mean": (entries("preprocessor_config.json", image_mean="x"), "image_mean is 'x'"),
     "heads": (entries("config.json", "text_config", num_attention_heads=0), r"config\.json describes no model"),
     "rope": (
