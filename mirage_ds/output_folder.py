@@ -123,7 +123,10 @@ def _signals_as_errors() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield
         return
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, _leave) for number in numbers}
     try:
         yield
     finally:

@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ pytest.register_assert_rewrite("deviations")
 
 import deviations  # noqa: E402
 from main_job import main_job  # noqa: E402
+
+# Under nohup: tests ignore SIGHUP as before, but what they start must not, as it would not in a terminal.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 # The slowest first: SLURM, which waits most of the time, then files that train a lot. All others follow. The first test
 # of SLURM runs the README's main job, to compare with; what else needs it comes late enough not to wait.
@@ -22,6 +27,7 @@ FIRST = (
     "tests/unit/ops/test_interpreted.py",
     "tests/distributed/",
     "tests/docs/test_blocks.py",
+    "tests/unit/launch/test_local.py",
 )
 
 

@@ -59,11 +59,15 @@ def differences(case: dict[str, Any]) -> set[str]:
 
 
 def refused(case: dict[str, Any]) -> bool:
-    """Whether the row's blocks do not match its images; every case has one helper image."""
+    """Whether the row's blocks do not match its images (every case has one helper image), or would be trained as text.
+
+    The reference trains an <image> in the answer as text.
+    """
     image_blocks = (case["text_input"].count("<image>") or case["n_images"]) + case["text_input"].count(
         "<output_image>"
     )
-    return image_blocks != case["n_images"] or case["text_output"].count("<output_image>") > 1 or reserved(case)
+    num_latent_blocks, as_text = case["text_output"].count("<output_image>"), "<image>" in case["text_output"]
+    return image_blocks != case["n_images"] or num_latent_blocks > 1 or as_text or reserved(case)
 
 
 def expected_train_text(case: dict[str, Any]) -> str:

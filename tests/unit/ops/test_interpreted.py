@@ -10,7 +10,7 @@ import pytest
 TESTS = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("path", ["interpreted", "distributed/test_kernels.py"])
+@pytest.mark.parametrize("path", ["interpreted", pytest.param("distributed/test_kernels.py", marks=pytest.mark.slow)])
 def test_kernels_interpreted(path: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / path)]
     run = subprocess.run(
