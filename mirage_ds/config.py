@@ -284,8 +284,8 @@ class DistributedConfig(Section):
     deepspeed_config: UserName = "zero3.json"
     """DeepSpeed's JSON: a path (with a `/`), or the name of a file in `ds_configs/`."""
     timeout_s: int = Field(default=1800, gt=0, le=MAX_SECONDS)
-    """Seconds that a collective may wait before the run ends with an error. For data a step waits four fifths of them,
-    so that the run can still save."""
+    """Seconds that a collective may wait before the run ends with an error. For each micro-batch of data a rank waits
+    four fifths of them, so that the run can still save."""
 
 
 class LaunchConfig(Section):

@@ -19,7 +19,9 @@ def keep_going() -> None:
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(
             io.BufferedWriter(Lossy(number, "w", closefd=False)),  # type: ignore[type-var]  # for the type of `data`
+            encoding=before.encoding,
+            errors="backslashreplace",  # a path or key that the terminal's encoding does not have
             line_buffering=True,
         )
-        for number in (1, 2)
+        for number, before in ((1, sys.stdout), (2, sys.stderr))
     )

@@ -15,6 +15,8 @@ from typing import NoReturn
 class MirageError(Exception):
     """Base of every error that a user can fix; anything else is a bug and keeps its traceback."""
 
+    exit_code = 2
+
 
 class ConfigError(MirageError):
     """A recipe, an override, a DeepSpeed JSON or a model folder that cannot be used as it is."""
@@ -22,6 +24,12 @@ class ConfigError(MirageError):
 
 class DataError(MirageError):
     """A row, an image, a shard or a manifest that cannot be read or does not fit together."""
+
+
+class StallError(DataError):
+    """Data that do not come in time. Another start may get them, so SLURM jobs start again."""
+
+    exit_code = 1
 
 
 class CheckpointError(MirageError):
@@ -85,7 +93,7 @@ def name_unwritable(path: Path, remedy: str) -> Iterator[None]:
 
 
 def leave(error: MirageError, *, every_rank: bool = False) -> NoReturn:
-    """Prints the message and ends this process with exit code 2.
+    """Prints the message and ends this process with the error's exit code.
 
     Other ranks may wait for this one in a collective. It does not wait for them: the launcher ends them.
 
@@ -97,7 +105,7 @@ def leave(error: MirageError, *, every_rank: bool = False) -> NoReturn:
     if every_rank or local_rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(2)
+    os._exit(error.exit_code)
 
 
 def run(app: Callable[[], object]) -> None:

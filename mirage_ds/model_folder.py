@@ -46,9 +46,8 @@ def check_exists(name: str, where: str, cache_dir: Path | None = None) -> None:
     try:
         path.stat()
     except OSError as error:
-        local = Path(path.parts[0]).exists() and not is_cached(
-            name, cache_dir
-        )  # runs/tiny-modle beside runs/tiny-model
+        # runs/tiny-modle beside runs/tiny-model; os.path answers False where a Path raises
+        local = os.path.exists(path.parts[0]) and not is_cached(name, cache_dir)
         if local or not HUB_ID.fullmatch(name):
             raise ConfigError(
                 f"the model folder does not exist ({where}): {reason_of(error)}, seen from {Path.cwd()}; "
@@ -84,7 +83,7 @@ def _check_offline(name: str, where: str, cache_dir: Path | None) -> None:
 
 def _nearest(path: Path) -> str:
     """The most similar path that exists, as a question; empty if there is none."""
-    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.isdir(folder))
     missing = path.absolute().relative_to(parent).parts
     try:
         near = difflib.get_close_matches(missing[0], os.listdir(parent), n=1) if missing else []

@@ -29,7 +29,9 @@ def check_output(output: Path) -> Path:
             _check_replaceable(target, output)
         existing = next(folder for folder in target.parents if folder.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
-            (existing / f".{secrets.token_hex(8)}").mkdir()  # for the system's reason: permission, read-only, ...
+            probe = existing / f".{secrets.token_hex(8)}"
+            probe.mkdir()  # for the system's reason: permission, read-only, ...
+            probe.rmdir()
     return target
 
 
@@ -75,6 +77,7 @@ def new_folder(output: Path, *, needs_bytes: int = 0) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             owner = of_output(target)
             owner.claim()
+            check_output(output)  # again: the owner before may have written it since
             until_the_end.callback(owner.release)
             _name_leftovers(target)
             _check_room(target, needs_bytes)

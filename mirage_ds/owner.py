@@ -25,6 +25,7 @@ from mirage_ds.housekeeping import housekeeping
 BEAT_S = 10  # between two signs of life
 SILENT_S = 120  # without a sign of life, an owner on another machine is taken to have ended
 POLL_S = 1
+HIDDEN = "hidden"
 
 
 class Owner:
@@ -116,7 +117,8 @@ class Owner:
         self.number = number
         before = read(self.folder / f"{number - 1}.json")
         if newest(self.folder)[0] != number or (before or {}).get("token") != (other or {}).get("token"):
-            (self.folder / f"{number}.json").unlink()  # other owners have come and gone since this one looked
+            # other owners have come and gone since this one looked, and one of them may have deleted the file
+            (self.folder / f"{number}.json").unlink(missing_ok=True)
             return False
         for path in self.folder.glob("*.json"):
             if number_of(path) < number:
@@ -127,11 +129,17 @@ class Owner:
     def live(self) -> None:
         """Gives signs of life until the work is over, or another program has taken it over."""
         while not self.over.wait(BEAT_S):
-            if newest(self.folder)[0] > self.number:
-                self.lost.set()
+            self.look()
+            if self.lost.is_set():
                 return
             self.record["seen"] = time.time()
             self.write()
+
+    def look(self) -> None:
+        """Notes whether another program has taken over, and may have ended since."""
+        number, current = newest(self.folder)
+        if number != self.number or (current or {}).get("token", self.record["token"]) != self.record["token"]:
+            self.lost.set()
 
     def write(self) -> None:
         new = self.folder / f"{self.number}.new"
@@ -146,6 +154,8 @@ class Owner:
             OwnerError: another program has taken over.
         """
         self.record["step"] = step
+        if step is None or time.time() > self.record["seen"] + 2 * BEAT_S:  # it was asleep; no look at each step
+            self.look()
         if self.lost.is_set():
             other = describe(newest(self.folder)[1] or {})
             raise OwnerError(
@@ -157,6 +167,7 @@ class Owner:
         """Others may write there again."""
         self.over.set()
         self.thread.join()
+        self.look()
         if self.lost.is_set():
             return
         with housekeeping(f"the owner's file was not deleted ({self.folder})", "delete the folder by hand"):
@@ -226,14 +237,23 @@ def describe(record: dict[str, Any]) -> str:
 def lives_here(record: dict[str, Any]) -> bool:
     """Whether the owner is a process of this machine that runs now."""
     same = record.get("machine") == this_machine()
-    return same and record.get("process") is not None and process_start(record["pid"]) == record["process"]
+    return same and record.get("process") is not None and process_start(record["pid"]) in (record["process"], HIDDEN)
 
 
 def process_start(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks; None if there is none, or it has ended and waits to be reaped."""
+    """When a process began, in the kernel's ticks; None if there is none, or it has ended and waits to be reaped.
+
+    HIDDEN for a process of another user where /proc shows only one's own (its option hidepid).
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
+        try:
+            os.kill(pid, 0)
+        except PermissionError:
+            return HIDDEN
+        except ProcessLookupError:
+            pass
         return None
     return None if state in "ZX" else fields[18]
 

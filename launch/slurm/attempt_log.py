@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,14 @@ def describe_slowest_rank(beats: dict[int, dict[str, Any]], hosts: list[str], no
 
 
 def read_heartbeats(run: Path) -> dict[int, dict[str, Any]]:
-    """The last heartbeat of each rank: step, host, time. Files that are incomplete yet are skipped."""
+    """The last heartbeat of each rank: step, host, time. Files that are incomplete or spoiled are skipped."""
     beats = {}
     for path in (run / "heartbeat").glob("rank_*"):
         number, text = path.name.removeprefix("rank_"), path.read_text(errors="replace")
-        if number.isdecimal() and text.startswith("{") and text.endswith("}\n"):
-            beats[int(number)] = json.loads(text)
+        with suppress(ValueError):
+            beat = json.loads(text)
+            if number.isdecimal() and isinstance(beat, dict) and {"step", "host", "time"} <= set(beat):
+                beats[int(number)] = beat
     return beats
 
 

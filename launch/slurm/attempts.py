@@ -33,6 +33,7 @@ from launch.slurm.attempt_log import (
 from mirage_ds.programs import ask
 
 RUNNING_NAME, ATTEMPTS_NAME, LOG_NAME, RECIPE_NAME = "running.json", "attempts.jsonl", "log", "recipe.yaml"
+RUNNING_KEYS = {"job", "restart", "nodes", "started", "log_bytes", "ranks_per_node"}
 FAILURES_TO_EXCLUDE = 2
 RESTARTS_WITHOUT_PROGRESS = 3
 
@@ -212,9 +213,11 @@ def read_running(job: Path) -> dict[str, Any] | None:
     file = job / RUNNING_NAME
     try:
         running: dict[str, Any] = json.loads(file.read_text())
+        if set(running) != RUNNING_KEYS:
+            raise ValueError(f"it does not have the keys {', '.join(sorted(RUNNING_KEYS))}")
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         print(f"WARNING: {file} cannot be read, so one attempt is not recorded: {error}", file=sys.stderr)
         return None
     return running

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from mirage_ds.errors import DataError
 
@@ -57,9 +57,28 @@ def open_image(data: bytes, where: str, *, exif_orientation: bool = True) -> Ima
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         _check_size(*image.size, where)
         image.load()
-        if exif_orientation:
-            ImageOps.exif_transpose(image, in_place=True)
-    return image
+    return _turned(image) if exif_orientation else image
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's orientation: what makes the image upright
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """Not by PIL.ImageOps.exif_transpose, which also writes all of EXIF anew and fails where other tags are damaged."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, struct.error):
+        return image  # EXIF that cannot be read: as it is stored, as viewers show it
+    method = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
 
 
 @contextmanager

@@ -93,7 +93,8 @@ class ImageProcessor:
             wrong["size"] = dict(processor.size)
         for name in ("image_mean", "image_std"):
             value = getattr(processor, name)
-            if not isinstance(value, (list, tuple)) or [type(number) for number in value] != [float] * 3:
+            numbers = list(value) if isinstance(value, (list, tuple)) else []
+            if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
                 wrong[name] = value
         if wrong:
             name, value = next(iter(wrong.items()))

@@ -16,7 +16,7 @@ from mirage_ds.data.plan import Plan, micro_batch_start
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
 from mirage_ds.data.shards import ShardFolder
-from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.errors import ConfigError, DataError, StallError
 
 T = TypeVar("T")
 MAX_FAULTS_IN_ROW = 100  # then it is not single samples
@@ -153,7 +153,7 @@ class Loader(DataLoader[Any], Generic[T]):
             try:
                 batch = pool.submit(next, batches).result(self.timeout_s)
             except TimeoutError as error:
-                raise DataError(
+                raise StallError(
                     f"no batch came for {self.timeout_s} s (micro-batch {number} of this rank since its start); the "
                     "limit is four fifths of distributed.timeout_s; look above for what the data workers printed, and "
                     "check the disk of data.shards and TMPDIR"

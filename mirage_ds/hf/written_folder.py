@@ -10,7 +10,7 @@ def finish(folder: Path) -> None:
     _add_older_rope_entries(folder / "config.json")
     mask = os.umask(0)
     os.umask(mask)
-    for path in folder.iterdir():
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         path.chmod(0o666 & ~mask)  # safetensors makes its files readable for the owner only
 
 
@@ -21,5 +21,6 @@ def _add_older_rope_entries(path: Path) -> None:
     rope = text["rope_parameters"]
     text["rope_theta"] = rope["rope_theta"]
     kind = rope.get("rope_type", "default")
-    text["rope_scaling"] = {"type": kind, "rope_type": kind, "mrope_section": rope["mrope_section"]}
+    others = {name: value for name, value in rope.items() if name != "rope_theta"}  # YaRN has a factor and more
+    text["rope_scaling"] = {"type": kind, "rope_type": kind} | others
     path.write_text(json.dumps(config, indent=2) + "\n")

@@ -8,6 +8,7 @@ from typing import Any
 from mirage_ds import strict_json
 from mirage_ds.errors import DataError, name_unwritable
 from mirage_ds.inference.tasks import vsp
+from mirage_ds.owner import of_output
 from mirage_ds.versions import versions
 
 Scores = dict[str, vsp.Outcome]
@@ -49,6 +50,7 @@ class Results:
                     f"the file exists already ({path}, --output); results need a new file; delete it, or name another"
                 )
         self.part = Path(f"{output}.part")
+        self._owner = of_output(output)
         existing = next(folder for folder in output.parents if folder.exists())
         # Found before the rows are answered.
         with name_unwritable(self.part, "name another --output"), tempfile.TemporaryFile(dir=existing):
@@ -59,14 +61,17 @@ class Results:
 
         Raises:
             DataError: it cannot be written.
+            OwnerError: another evaluation writes it.
         """
         with name_unwritable(self.part, "name another --output"):
             self.part.parent.mkdir(parents=True, exist_ok=True)
+            self._owner.claim()
             self._file = self.part.open("w")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        self._owner.release()
 
     def add(self, answer: Answer) -> None:
         """Writes one line."""
@@ -76,5 +81,6 @@ class Results:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Renames FILE.part to FILE, and writes FILE.summary.json with the versions added."""
+        self._owner.check()
         self.summary.write_text(strict_json.dumps(summary | {"versions": versions()}, indent=2))
         self.part.replace(self.output)

@@ -44,6 +44,11 @@ def ignore() -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
+def is_asked() -> bool:
+    """Whether such a signal has come."""
+    return bool(_received)
+
+
 def _remember(grace_s: float, number: int, frame: FrameType | None) -> None:
     if not _received:
         faulthandler.dump_traceback_later(grace_s, exit=True)
@@ -63,7 +68,8 @@ def is_asked_within(seconds: float) -> bool:
 class EarlyEnd:
     """Why this rank must end, or None. Call it once per step, and let all ranks agree.
 
-    Each call also answers a signal, which then no longer ends the process by itself.
+    Each call also answers a signal, which then no longer ends the process by itself. Between two steps, where the run
+    may validate and save, a signal may wait for its answer as long as a collective; in a step, as `begin_step` says.
     """
 
     def __init__(self, end_s: float | None, margin_s: float, grace_s: float = START_GRACE_S) -> None:
@@ -71,7 +77,7 @@ class EarlyEnd:
         Args:
             end_s: when the job ends, in seconds since the epoch, if it does.
             margin_s: seconds before that which are kept for writing a checkpoint.
-            grace_s: longest time from a signal to its answer, if steps are slow.
+            grace_s: longest time from a signal to its answer.
         """
         self.end_s, self.margin_s, self.grace_s = end_s, margin_s, grace_s
         self.asked_s, self.longest_s = time.time(), 0.0
@@ -86,8 +92,12 @@ class EarlyEnd:
             return signal.Signals(_received[0][0]).name
         if self.end_s is not None and now_s + step_s + self.margin_s > self.end_s:
             return f"the job ends in {max(0, self.end_s - now_s):.0f} s"
-        listen(min(self.grace_s, STEP_GRACE_S + 3 * self.longest_s))
+        listen(self.grace_s)
         return None
+
+    def begin_step(self) -> None:
+        """From now on a step answers signals: in three times the longest so far, and a minute."""
+        listen(min(self.grace_s, STEP_GRACE_S + 3 * self.longest_s))
 
 
 def job_end_s(say: Callable[[str], None]) -> float | None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from mirage_ds.housekeeping import housekeeping
+from mirage_ds.training import early_end
 
 FOLDER = "heartbeat"
 
@@ -32,7 +33,8 @@ class Heartbeat:
             self.file.parent.mkdir(exist_ok=True)
             new.write_text(json.dumps({"step": step, "host": self.host, "time": time.time()}) + "\n")
             new.replace(self.file)
-        faulthandler.dump_traceback_later(self.timeout_s)
+        if not early_end.is_asked():  # there is one timer, which then ends a process that does not answer
+            faulthandler.dump_traceback_later(self.timeout_s)
 
     def stop(self) -> None:
         """The run is over."""

@@ -248,7 +248,7 @@ def step_of(line: str) -> int | None:
     """The step of a record; None if the line is none, or was cut short."""
     try:
         step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return step if line.endswith("\n") and isinstance(step, int) else None
 

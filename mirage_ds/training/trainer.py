@@ -11,8 +11,9 @@ from deepspeed import DeepSpeedEngine
 from mirage_ds.batch import Batch
 from mirage_ds.config import TrainConfig
 from mirage_ds.data.plan import micro_batch_start
-from mirage_ds.errors import DataError, TrainingError
+from mirage_ds.errors import DataError, StallError, TrainingError
 from mirage_ds.train_state import TrainState
+from mirage_ds.training import early_end
 from mirage_ds.training.early_end import EarlyEnd
 from mirage_ds.training.metrics import Metrics, StepSums
 from mirage_ds.zero3 import distributed
@@ -51,7 +52,7 @@ class Trainer:
         self.accumulation_steps = train.accumulation_steps(self.world_size)
         self.skipped_in_row = 0
         self.ready: list[Batch] = []  # the micro-batches of the next step, on the host
-        self.fault: str | None = None  # why this rank has none
+        self.fault: DataError | None = None  # why this rank has none
         self.any_fault = False  # on any rank
 
     def train(self, after_step: Sequence[Callable[[TrainState], None]] = ()) -> None:
@@ -60,10 +61,12 @@ class Trainer:
         Raises:
             TrainingError: on every rank: losses are not finite, or a sample cannot be used; the latter after the
                 actions, which have saved.
+            StallError: likewise: no data came.
         """
         self.fetch()
         self.agree_on_fault()
         while not self.any_fault and self.state.step < self.max_steps and not self.state.ends_early:
+            self.early_end.begin_step()
             self.train_step()
             self.agree_on_end()
             for action in after_step:
@@ -71,9 +74,11 @@ class Trainer:
         if self.any_fault:
             fault = next(fault for fault in distributed.gather(self.fault) if fault)
             where = f"after step {self.state.step}, which is saved" if self.state.step else "before its first step"
+            if isinstance(fault, StallError):
+                raise StallError(f"{fault}; the run ends {where}; start it again, with run.resume=auto")
             raise TrainingError(
-                f"{fault}; the run ends {where} (data.on_fault=stop); continue with run.resume=auto once the cause is "
-                "removed, or, if it is a sample, with run.resume=auto data.on_fault=skip"
+                f"{fault}; the run ends {where}; continue with run.resume=auto once the cause is removed, or, if it is "
+                "a single sample, with run.resume=auto data.on_fault=skip"
             )
 
     def train_step(self) -> None:
@@ -160,8 +165,10 @@ class Trainer:
         self.state.ends_early = bool(ends or faulty)
         if reason is not None:
             print(f"rank {distributed.rank()}: {reason}: saving and ending after step {self.state.step}", flush=True)
+        if self.state.ends_early or self.state.step == self.max_steps:
+            early_end.ignore()  # what follows is the last save, which a signal to this rank must not end
 
-    def agree_on_fault(self, fault: str | None = None) -> bool:
+    def agree_on_fault(self, fault: DataError | None = None) -> bool:
         """Whether any rank has a sample that cannot be used; then the run saves and ends."""
         self.fault = self.fault or fault
         self.any_fault = bool(distributed.max_over_ranks([self.fault is not None], self.device)[0])
@@ -184,7 +191,7 @@ class Trainer:
         try:
             self.ready = [next(self.batches) for _ in range(self.accumulation_steps)]
         except DataError as error:
-            self.fault = str(error)
+            self.fault = error
         return time.monotonic() - started_s
 
     def report_faults(self, batch: Batch) -> int:

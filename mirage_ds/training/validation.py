@@ -18,7 +18,7 @@ class Validation:
 
     engine: DeepSpeedEngine
     num_passes: Callable[[Batch], int | None]
-    agree_on_fault: Callable[[str | None], bool]  # whether any rank has this fault, which ends the run
+    agree_on_fault: Callable[[DataError | None], bool]  # whether any rank has this fault, which ends the run
     read_batch: Callable[[list[int]], Batch]
     numbers: list[int]
     micro_batch_size: int
@@ -41,11 +41,12 @@ class Validation:
 
     def usable_batch(self, numbers: list[int]) -> Batch | None:
         """These samples as a batch; None on every rank if one rank cannot use its own."""
-        batch, fault = None, None
+        batch: Batch | None = None
+        fault: DataError | None = None
         try:
             batch = self.read_batch(numbers).to(self.device)
         except DataError as error:
-            fault = str(error)
+            fault = error
         return None if self.agree_on_fault(fault) else batch
 
     def shares(self) -> Iterator[list[int]]:

@@ -55,7 +55,7 @@ def test_stop_saves_and_says_how_to_continue_and_skip_continues(ground: Path, tm
     text = (tmp_path / "stop").read_text()
     assert (code, text.count("error: ")) == (2, 1), text
     assert f"bad checksum ({key})" in text
-    assert "the run ends after step 2, which is saved (data.on_fault=stop); continue with run.resume=auto" in text
+    assert "the run ends after step 2, which is saved; continue with run.resume=auto" in text
     assert "Traceback" not in text
     assert not (ground / "stop" / "preempted").exists()
 

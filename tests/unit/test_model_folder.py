@@ -15,6 +15,7 @@ from mirage_ds.data.encode import load_encoder
 from mirage_ds.errors import ConfigError
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.model.backbone import load_backbone
+from mirage_ds.model_folder import check_model
 
 Damage = Callable[[Path], object]
 
@@ -108,3 +109,9 @@ def test_one_message(model: Path, tmp_path: Path, name: str) -> None:
         load(str(folder))
     assert re.search(says, str(refused.value)), str(refused.value)
     assert str(folder) in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, f"{'x' * 300}/y", "a/" + "x" * 300])
+def test_a_path_that_the_system_refuses(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"does not exist .*File name too long"):
+        check_model(name, f"model.path={name[:9]}")

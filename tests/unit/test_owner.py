@@ -190,3 +190,19 @@ def test_a_late_start_does_not_take_a_living_owner_for_a_dead_one(run: Path) -> 
     assert newest(run / "owner") == (1, living.record)
     with pytest.raises(OwnerError):
         late.try_to_claim()
+
+
+def test_an_owner_that_was_asleep_learns_that_it_was_replaced(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one has come and gone, or has ended and been followed by one with the same number."""
+    monkeypatch.setattr(rules, "BEAT_S", 1000)
+    first = of_run(run)
+    assert first.try_to_claim()
+    (run / "owner" / "1.json").unlink()
+    first.check(1)  # not at every step
+    first.record["seen"] -= 3000
+    with pytest.raises(OwnerError, match="another program has taken over this run"):
+        first.check(2)
+    second = of_run(run)
+    assert second.try_to_claim()
+    first.release()
+    assert newest(run / "owner") == (1, second.record)

@@ -161,6 +161,15 @@ def test_photos_are_upright(image_format: str, orientation: int, blue_at: tuple[
     assert stored.size == (56, 28)
 
 
+def test_photos_with_other_damaged_exif_tags_are_decoded() -> None:
+    """Against the size of the upright photo; EXIF that cannot be read at all turns nothing."""
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\x01\x1a\0\x05\0\0\0\x01\xff\xff\xff\xff"
+    for tags, size in ((exif, (28, 56)), (exif[:16], (56, 28)), (b"Exif\0\0II", (56, 28))):
+        buffer = io.BytesIO()
+        Image.new("RGB", (56, 28), "red").save(buffer, "JPEG", exif=tags)
+        assert decode(buffer.getvalue(), "here").size == size
+
+
 def test_sixteen_bits_become_eight() -> None:
     values = np.linspace(0, 65535, 112 * 56).astype(np.uint16).reshape(56, 112)
     buffer = io.BytesIO()

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.hf.pretrained import copy_pretrained
+from mirage_ds.hf.written_folder import finish
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +43,16 @@ def test_both_names_of_the_rope(folders: list[Path]) -> None:
             "rope_theta": 1_000_000.0,
             "mrope_section": [4, 6, 6],
         }
+
+
+def test_a_longer_rope_keeps_its_numbers(folders: list[Path], tmp_path: Path) -> None:
+    """YaRN, as Qwen2.5-VL's model card describes it."""
+    longer = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192, "mrope_section": [4, 6, 6]}
+    config = json.loads((folders[0] / "config.json").read_text())
+    config["text_config"] |= {"rope_parameters": longer | {"rope_theta": 1e6}, "rope_scaling": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    finish(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert text["rope_scaling"] == longer | {"type": "yarn"}
+    rope = AutoConfig.from_pretrained(tmp_path).text_config.rope_parameters
+    assert {name: rope[name] for name in longer} == longer

@@ -15,12 +15,12 @@ from talkative import write_questions, write_talkative
 from typer.testing import CliRunner
 
 from mirage_ds.cli import app, main
-from mirage_ds.errors import DataError, MirageError
+from mirage_ds.errors import DataError, MirageError, OwnerError
 from mirage_ds.inference.evaluate import evaluate
 from mirage_ds.inference.generate import Decoder, load_decoder
 from mirage_ds.inference.questions import read_task
 from mirage_ds.inference.rates import success_rates, wilson_interval
-from mirage_ds.inference.results import Answer
+from mirage_ds.inference.results import Answer, Results
 from mirage_ds.inference.tasks.vsp import Outcome
 
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
@@ -168,6 +168,12 @@ def test_results_that_cannot_be_written(model: str, tmp_path: Path) -> None:
     data = write_questions(tmp_path / "data", 2)
     with pytest.raises(DataError, match=r"cannot be written: .*/dev/null/results\.part.*name another --output"):
         decode(model, data, Path("/dev/null/results"))
+
+
+def test_two_evaluations_do_not_share_a_file(tmp_path: Path) -> None:
+    with Results(tmp_path / "results"), pytest.raises(OwnerError, match="another program writes to this output"):
+        Results(tmp_path / "results").__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["results.part"]
 
 
 def test_an_interrupted_evaluation_leaves_no_results(

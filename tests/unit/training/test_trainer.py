@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from mirage_ds.config import TrainConfig
-from mirage_ds.errors import DataError, TrainingError
+from mirage_ds.errors import DataError, StallError, TrainingError
 from mirage_ds.model.mirage import Losses
 from mirage_ds.train_state import TrainState
+from mirage_ds.training import early_end
 from mirage_ds.training.early_end import EarlyEnd
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.trainer import Trainer
@@ -55,6 +56,7 @@ class Engine:
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"world_size": 1, "rank": 0, "is_main": True}.items():
         monkeypatch.setattr(distributed, name, lambda value=value: value)
+    monkeypatch.setattr(early_end, "ignore", lambda: None)  # for this process
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values)
     monkeypatch.setattr(distributed, "max_over_ranks", lambda values, device: values)
     monkeypatch.setattr(distributed, "gather", lambda value: [value])
@@ -141,3 +143,17 @@ def test_a_fault_in_validation_ends_the_run_after_its_actions(tmp_path: Path) ->
             after_step=[lambda state: losses.append(validation.losses()), lambda state: ends.append(state.ends_early)]
         )
     assert (losses, ends) == ([None], [True])
+
+
+def test_a_stall_is_no_fault_of_the_user(tmp_path: Path) -> None:
+    """Exit code 1, after which SLURM jobs start again."""
+    trainer = make(tmp_path, [1.0] * 3)
+
+    def batches() -> Iterator[Any]:
+        raise StallError("no batch came for 8 s")
+        yield
+
+    trainer.batches = batches()
+    with pytest.raises(StallError, match=r"no batch came for 8 s; the run ends before its first step; start it again"):
+        trainer.train()
+    assert StallError.exit_code == 1
