@@ -17,6 +17,8 @@ from mirage_ds.data.index import load_index
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.hf.preset import write_tiny
 
+pytestmark = pytest.mark.slow  # tests/unit/launch/test_local.py has ranks that stand in
+
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 200
 
