@@ -1,6 +1,7 @@
 """Refuses a model that does not exist, is damaged or cannot be trained, before torch and transformers are loaded."""
 
 import difflib
+import errno
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from mirage_ds import strict_json
 from mirage_ds.errors import ConfigError, reason_of
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 ADAPTER_NAME = "adapter_config.json"
 # What transformers reads from a model folder; each is one JSON object.
 JSON_NAMES = (
@@ -48,7 +49,7 @@ def check_exists(name: str, where: str, cache_dir: Path | None = None) -> None:
     except OSError as error:
         # runs/tiny-modle beside runs/tiny-model; os.path answers False where a Path raises
         local = os.path.exists(path.parts[0]) and not is_cached(name, cache_dir)
-        if local or not HUB_ID.fullmatch(name):
+        if local or not HUB_ID.fullmatch(name) or error.errno != errno.ENOENT:
             raise ConfigError(
                 f"the model folder does not exist ({where}): {reason_of(error)}, seen from {Path.cwd()}; "
                 f"{_nearest(path)}allowed: a Hugging Face folder (on a cluster: one that every node sees) or a hub id, "
@@ -67,7 +68,7 @@ def is_cached(name: str, cache_dir: Path | None = None) -> bool:
     """Whether a hub id was downloaded to this machine."""
     from huggingface_hub.constants import HF_HUB_CACHE  # most runs have a folder
 
-    return (Path(cache_dir or HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir()
+    return os.path.isdir(Path(cache_dir or HF_HUB_CACHE) / f"models--{name.replace('/', '--')}")
 
 
 def _check_offline(name: str, where: str, cache_dir: Path | None) -> None:

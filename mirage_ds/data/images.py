@@ -72,7 +72,7 @@ TURNS = {
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """Not by PIL.ImageOps.exif_transpose, which also writes all of EXIF anew and fails where other tags are damaged."""
+    """Not by PIL.ImageOps.exif_transpose, which also writes EXIF again and fails where other tags are damaged."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, struct.error):

@@ -113,5 +113,5 @@ def test_one_message(model: Path, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 300, f"{'x' * 300}/y", "a/" + "x" * 300])
 def test_a_path_that_the_system_refuses(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"does not exist .*File name too long"):
+    with pytest.raises(ConfigError, match=r"the model folder does not exist \(model\.path=.*allowed: "):
         check_model(name, f"model.path={name[:9]}")

@@ -121,7 +121,7 @@ def test_a_fault_ends_the_run_between_two_steps_after_its_actions(tmp_path: Path
 
     trainer.batches = batches()
     seen: list[tuple[int, bool]] = []
-    with pytest.raises(TrainingError, match=r"\(a/7\); the run ends after step 2, which is saved .*on_fault=skip"):
+    with pytest.raises(TrainingError, match=r"\(a/7\); the run ends after step 2, which is saved; .*on_fault=skip"):
         trainer.train(after_step=[lambda state: seen.append((state.step, state.ends_early))])
     assert seen == [(1, False), (2, True)]
 
@@ -138,7 +138,7 @@ def test_a_fault_in_validation_ends_the_run_after_its_actions(tmp_path: Path) ->
     )
     losses: list[Any] = []
     ends: list[bool] = []
-    with pytest.raises(TrainingError, match=r"\(a/7\); the run ends after step 1, which is saved .*on_fault=skip"):
+    with pytest.raises(TrainingError, match=r"\(a/7\); the run ends after step 1, which is saved; .*on_fault=skip"):
         trainer.train(
             after_step=[lambda state: losses.append(validation.losses()), lambda state: ends.append(state.ends_early)]
         )
