@@ -40,7 +40,7 @@ def train(folder: Path, stage: str, *more: str) -> None:
         "train.micro_batch_size_per_gpu=5",
         "train.gradient_accumulation_steps=1",
         "train.warmup_steps=10",
-        "train.lr=2e-3",
+        "train.lr=1e-3",
         "train.ce_loss_weight=1",
         "train.log_freq=10",
         *more,
