@@ -203,15 +203,21 @@ def test_a_rank_whose_launcher_is_already_gone_does_not_begin(tmp_path: Path) ->
     assert subprocess.run(["touch", begun], preexec_fn=local.die_with(os.getpid())).returncode == 0
 
 
-def test_ctrl_c_at_a_terminal_is_one_signal_for_each_rank(tmp_path: Path) -> None:
-    """The terminal sends SIGINT to the launcher's whole process group; ranks and their workers are not in it."""
-    (tmp_path / "rank.py").write_text(STAND_IN)
+def start_at_a_terminal(folder: Path) -> tuple[int, int]:
+    """Two ranks whose launcher has a terminal of its own; returns the launcher's pid and our end of the terminal."""
+    (folder / "rank.py").write_text(STAND_IN)
     words, environment = command(2, "rank.py", "1", "worker"), launching.environment()
     pid, terminal = pty.fork()
     if pid == 0:
-        os.chdir(tmp_path)
+        os.chdir(folder)
         os.execve(words[0], words, environment)
-    wait_until(lambda: all(note["pids"] for note in notes(tmp_path)))
+    wait_until(lambda: all(note["pids"] for note in notes(folder)))
+    return pid, terminal
+
+
+def test_ctrl_c_at_a_terminal_is_one_signal_for_each_rank(tmp_path: Path) -> None:
+    """The terminal sends SIGINT to the launcher's whole process group; ranks and their workers are not in it."""
+    pid, terminal = start_at_a_terminal(tmp_path)
     os.write(terminal, b"\x03")
     status = os.waitpid(pid, 0)[1]
     assert os.waitstatus_to_exitcode(status) == 130
@@ -223,13 +229,7 @@ def test_ctrl_c_at_a_terminal_is_one_signal_for_each_rank(tmp_path: Path) -> Non
 
 def test_a_terminal_that_is_closed_is_a_hangup_for_each_rank(tmp_path: Path) -> None:
     """The system tells the launcher alone, and takes the place to print to away."""
-    (tmp_path / "rank.py").write_text(STAND_IN)
-    words, environment = command(2, "rank.py", "1", "worker"), launching.environment()
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(tmp_path)
-        os.execve(words[0], words, environment)
-    wait_until(lambda: all(note["pids"] for note in notes(tmp_path)))
+    pid, terminal = start_at_a_terminal(tmp_path)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert [note["got"] for note in notes(tmp_path)] == [["SIGHUP"], ["SIGHUP"]]
