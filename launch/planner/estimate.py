@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from launch.planner.gpus import USABLE, find_gpu
-from launch.planner.memory import Memory, estimate_memory, offloads
-from launch.planner.model_sizes import ModelSizes, model_sizes
 from launch.planner.time_estimate import StepTime, Traffic, step_time, traffic
-from launch.planner.workload import Workload, workload
 from mirage_ds.checkpoint.save import ADAM_BYTES
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.backbone import DTYPES
+from mirage_ds.sizing.gpus import USABLE, find_gpu
+from mirage_ds.sizing.memory import Memory, estimate_memory, offloads
+from mirage_ds.sizing.model_sizes import ModelSizes, model_sizes
+from mirage_ds.sizing.workload import Workload, workload
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import GIB
 

@@ -11,11 +11,11 @@ import typer
 from rich import box
 from rich.table import Table
 
-from launch.planner.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE, find_gpu
 from launch.wide_console import wide_console
 from mirage_ds.config import Config
 from mirage_ds.paths import expanded
 from mirage_ds.recipe import load_config
+from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE, find_gpu
 
 if TYPE_CHECKING:
     from launch.planner.estimate import Estimate
@@ -115,7 +115,7 @@ def assumptions(config: Config, found: "Estimate") -> list[str]:
         f"rows         {samples} samples; {mean.tokens} tokens and {mean.patches} patches on average, at most "
         f"{largest.tokens} and {largest.patches} ({found.rows.source})",
         f"assumed      {COMPUTE_EFFICIENCY:.0%} of the peak rate, {MEMORY_EFFICIENCY:.0%} of the memory bandwidth, "
-        f"{LINK_EFFICIENCY:.0%} of NVLink's and the network's, {USABLE:.0%} of the memory (launch/planner/gpus.py)",
+        f"{LINK_EFFICIENCY:.0%} of NVLink's and the network's, {USABLE:.0%} of the memory (mirage_ds/sizing/gpus.py)",
         "checked      on a small CPU run (10%): parameters, optimizer states, gradients, logits, kept activations",
         "not checked  gather and reduction buffers, optimizer-step buffer, offload, every time, anything on a GPU",
     ]

@@ -9,12 +9,13 @@ D hidden, V vocabulary, K latents.
 from dataclasses import dataclass
 from typing import Any
 
-from launch.planner.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Gpu
-from launch.planner.memory import REDUCTION_BYTES
-from launch.planner.model_sizes import ModelSizes
-from launch.planner.workload import Row
 from mirage_ds.config import Config, Stage
 from mirage_ds.model.backbone import DTYPES
+from mirage_ds.sizing.flops import work
+from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Gpu
+from mirage_ds.sizing.memory import REDUCTION_BYTES
+from mirage_ds.sizing.model_sizes import ModelSizes
+from mirage_ds.sizing.workload import Row
 from mirage_ds.zero3.engine import choose_gather
 
 # Bytes that AdamW reads and writes per element: DeepSpeed's copy of the gradient (4 + 4) and its use (4), the master
@@ -23,16 +24,6 @@ UPDATE_BYTES = 38
 # How often a pass of one column reads or writes all weights of the layers: forward, backward to its input, the weight
 # gradient (written; then read, read and written when it is accumulated); once more if the layers are recomputed.
 WEIGHT_PASSES = 6
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations of one rank's micro-batch."""
-
-    model: float
-    """Required by the mathematics; the MFU is based on it."""
-    computed: float
-    """With the recomputation of activation checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +47,6 @@ class StepTime:
     step_s: float
     mfu: float
     """model FLOPs / (step time x peak rate)"""
-
-
-def work(sizes: ModelSizes, config: Config, row: Row) -> Work:
-    """Forward takes 2 FLOPs per weight and token, backward 4; the frozen tower has forward only.
-
-    decoder    2 x elements of the layers x n + causal attention 2 x layers x hidden x n x columns
-    head       2 x V x D x T; its logits are always recomputed
-    tower      2 x elements x patches (an upper bound: the merger runs on merged patches only) and
-               4 x full-attention blocks x hidden x patches^2
-    """
-    rows = config.train.micro_batch_size_per_gpu
-    tokens = rows * row.tokens
-    decoder = 2 * sum(sizes.layers) * tokens + 2 * sizes.num_layers * sizes.hidden * tokens * row.tokens
-    head = 2 * sizes.vocab * sizes.hidden * rows * row.targets
-    tower = 2 * sum(sizes.tower) * rows * row.patches
-    tower += 4 * sizes.tower_full_blocks * sizes.tower_hidden * rows * row.patches**2
-    tower *= 3 if config.model.train_tower else 1
-    recomputed = decoder if config.model.activation_checkpointing == "full" else 0
-    return Work(model=3 * (decoder + head) + tower, computed=3 * (decoder + head) + tower + recomputed + head)
 
 
 def gathers(stage: Stage, gather: str, latent_size: int) -> float:

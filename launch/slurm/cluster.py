@@ -33,7 +33,7 @@ class Cluster(Section):
     ranks_per_node: PositiveInt | None = None
     """Ranks per node on the CPU, instead of `gpus_per_node`."""
     gpu: str | None = None
-    """GPU type from launch/planner/gpus.py; recipes that do not fit in its memory are refused. Unset: not checked."""
+    """GPU type from mirage_ds/sizing/gpus.py; recipes that do not fit in its memory are refused. Unset: not checked."""
     cpus_per_rank: PositiveInt | None = None
     """CPU cores per rank; unset: the cluster's default per task, and one thread."""
     container_image: UserName | None = None

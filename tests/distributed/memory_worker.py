@@ -1,7 +1,7 @@
 """One rank of test_plan_memory.py: trains a small model with the real engine and measures the memory of its tensors.
 
-Independent of the formulas in launch/planner/memory.py. It measures the engine's own tensors, the weights and gradients
-that are complete at the hooks of each module, and what the allocator still holds after forward.
+Independent of the formulas in mirage_ds/sizing/memory.py. It measures the engine's own tensors, the weights and
+gradients that are complete at the hooks of each module, and what the allocator still holds after forward.
 """
 
 import gc

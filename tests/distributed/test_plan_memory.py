@@ -1,6 +1,6 @@
 """`mirage-launch plan` against a run: every kind of memory within 10% of what a small model takes on 2 ranks.
 
-memory_worker.py measures the real ZeRO-3 engine, independently of the formulas in launch/planner/memory.py.
+memory_worker.py measures the real ZeRO-3 engine, independently of the formulas in mirage_ds/sizing/memory.py.
 """
 
 import json
@@ -11,11 +11,11 @@ import launching
 import memory_worker
 import pytest
 
-from launch.planner.memory import Memory, estimate_memory, kept_bytes
-from launch.planner.model_sizes import model_sizes
-from launch.planner.workload import Row
 from mirage_ds.config import Config
 from mirage_ds.model.backbone import DTYPES, random_model
+from mirage_ds.sizing.memory import Memory, estimate_memory, kept_bytes
+from mirage_ds.sizing.model_sizes import model_sizes
+from mirage_ds.sizing.workload import Row
 from mirage_ds.tokens import TokenIds
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 

@@ -24,6 +24,7 @@ ORDER = (
     ("self_check",),
     ("zero3",),
     ("checkpoint",),
+    ("sizing",),
     ("training", "hf"),
     ("inference",),
     ("train", "cli"),

@@ -15,15 +15,15 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.planner import model_sizes
 from launch.planner.estimate import check_fits, estimate
-from launch.planner.gpus import GPUS
-from launch.planner.workload import workload
 from launch.slurm import submit as slurm
 from launch.slurm.cluster import Cluster
 from mirage_ds.config import Config, ModelConfig
 from mirage_ds.errors import ConfigError, MirageError
 from mirage_ds.recipe import load_config
+from mirage_ds.sizing import model_sizes
+from mirage_ds.sizing.gpus import GPUS
+from mirage_ds.sizing.workload import workload
 
 RECIPES = Path(__file__).parents[4] / "launch" / "recipes"
 BATCH = "train.global_batch_size=128"

@@ -44,6 +44,7 @@ def find_gpu(name: str) -> Gpu:
     """
     if name not in GPUS:
         raise ConfigError(
-            f"unknown GPU (--gpu {name}): {hint(name, GPUS)}; use one of these, or add yours to launch/planner/gpus.py"
+            f"unknown GPU (--gpu {name}): {hint(name, GPUS)}; use one of these, or add yours to "
+            "mirage_ds/sizing/gpus.py"
         )
     return GPUS[name]

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from launch.planner.model_sizes import ModelSizes
-from launch.planner.workload import Row
 from mirage_ds.checkpoint.save import ADAM_BYTES
 from mirage_ds.config import Config
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.model.losses import LOGIT_BLOCK_ELEMENTS
+from mirage_ds.sizing.model_sizes import ModelSizes
+from mirage_ds.sizing.workload import Row
 from mirage_ds.zero3.engine import choose_gather
 
 REDUCTION_BYTES = {"fp32": 4, "bf16": 2}
