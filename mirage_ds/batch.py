@@ -25,6 +25,7 @@ class Batch:
     input_ids: torch.Tensor  # [B, L] int64
     position_ids: torch.Tensor  # [3, B, L] int64: time, height, width of each token
     attention_mask: torch.Tensor  # [B, L] bool: False at padding
+    left_padded: bool  # whether any row is padded on the left
     latent_mask: torch.Tensor  # [B, L] bool: True at <|latent_pad|>
     latent_columns: list[int]  # columns in which any row has a latent, ascending
     image_rows: torch.Tensor  # [merged patches of input images] int64: flat positions of their embeddings, in order

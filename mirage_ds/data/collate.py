@@ -57,6 +57,7 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool) -> Batch:
         input_ids=lay_out([sample.input_ids for sample in samples], 0),
         position_ids=lay_out([sample.position_ids for sample in samples], 0),
         attention_mask=lay_out([torch.ones_like(sample.latent_mask) for sample in samples], False),
+        left_padded=any(starts),
         latent_mask=latent_mask,
         latent_columns=latent_mask.any(dim=0).nonzero().flatten().tolist(),
         image_rows=_flat(lay_out([sample.image_mask for sample in samples], False)),

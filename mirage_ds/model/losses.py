@@ -19,8 +19,9 @@ LOGIT_BLOCK_ELEMENTS = 2**25
 class LossHead(torch.nn.Module):
     """The language-model head and the cross-entropy of its logits, one block of rows at a time.
 
-    The logits of a block are recomputed in backward, so that only one block of them exists at a time. Under ZeRO-3 the
-    head is one leaf module: ranks may have different numbers of blocks.
+    Only one block of logits exists at a time: backward begins with the last block, whose logits are kept, and
+    recomputes those of the others. Under ZeRO-3 the head is one leaf module: ranks may have different numbers of
+    blocks.
     """
 
     def __init__(self, weight: torch.nn.Parameter, vocab_size: int, *, shared: bool) -> None:
@@ -39,9 +40,11 @@ class LossHead(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each row: hidden [T, D], target_ids [T] int64 -> [T] float32."""
-        blocks = zip(hidden.split(self.block_rows), target_ids.split(self.block_rows), strict=True)
-        losses = [checkpoint(self._block_loss, rows, ids, use_reentrant=False) for rows, ids in blocks]
-        return torch.cat(losses)
+        *blocks, last = zip(hidden.split(self.block_rows), target_ids.split(self.block_rows), strict=True)
+        losses = [
+            checkpoint(self._block_loss, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks
+        ]
+        return torch.cat([*losses, self._block_loss(*last)])
 
     def _block_loss(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
         return chunked_cross_entropy(torch.nn.functional.linear(hidden, self.weights[0]), target_ids, reduction="none")

@@ -83,7 +83,7 @@ class MirageModel(torch.nn.Module):
         hidden, target_losses = self.rollout(
             inputs_embeds,
             batch.position_ids,
-            batch.attention_mask,
+            batch.attention_mask if batch.left_padded else None,
             batch.latent_mask,
             batch.latent_columns,
             batch.target_rows,

@@ -12,36 +12,15 @@ Shape legend: B rows, L columns, Q columns of one pass, D hidden, H key-value he
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.model.losses import LossHead
-
-KeyValue = tuple[torch.Tensor, torch.Tensor]  # each [B, H, Q, head dimension]
-
-
-class PartsCache:
-    """The part of transformers' cache interface that a decoder layer uses, for one layer and one pass.
-
-    Past keys and values stay separate parts, one per pass. They are concatenated only inside the layer, which
-    activation checkpointing recomputes, so that a concatenated copy is never stored for backward.
-    """
-
-    def __init__(self, past: Sequence[KeyValue]) -> None:
-        self.past = past
-        self.new: KeyValue | None = None
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
-        """Keeps this pass's part and returns past and new together (transformers' `Cache.update`).
-
-        Versions of transformers pass different further arguments, which only its own kinds of cache read.
-        """
-        self.new = (key, value)
-        keys, values = zip(*self.past, self.new, strict=True)
-        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
-
+from mirage_ds.model.parts_cache import KeyValue, PartsCache, Remade
 
 class Rollout(torch.nn.Module):
     """Inputs -> hidden states and the cross-entropy of the supervised tokens.
@@ -65,7 +44,8 @@ class Rollout(torch.nn.Module):
         Args:
             layers, norm, rotary_emb: transformers' own modules.
             recurrent: feed hidden states back at the latents (stage 2).
-            recompute: activation checkpointing, separately for each layer of each pass.
+            recompute: activation checkpointing, separately for each layer of each pass of more than one column. What a
+                pass of one column stores is small, and to recompute it would read all weights once more.
             attention: "sdpa" or "flash_attention_2".
         """
         super().__init__()
@@ -80,7 +60,7 @@ class Rollout(torch.nn.Module):
         self,
         inputs_embeds: torch.Tensor,
         position_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         latent_mask: torch.Tensor,
         latent_columns: Sequence[int],
         target_rows: torch.Tensor,
@@ -91,7 +71,8 @@ class Rollout(torch.nn.Module):
         Args:
             inputs_embeds: [B, L, D]; must require grad, or ZeRO-3's backward does not enter a leaf module.
             position_ids: [3, B, L].
-            attention_mask, latent_mask: [B, L] bool.
+            attention_mask: [B, L] bool; None if no row is padded on the left, see `pass_mask`.
+            latent_mask: [B, L] bool.
             latent_columns: ascending columns of latents, none of them 0.
             target_rows, target_ids: [T], see Batch.
             num_passes: make this many passes (at least `self.num_passes(latent_columns)`, at most L); for ZeRO-3
@@ -114,7 +95,7 @@ class Rollout(torch.nn.Module):
             if hidden:
                 first = torch.where(latent_mask[:, start, None, None], hidden[-1][:, -1:], inputs[:, :1])
                 inputs = torch.cat([first, inputs[:, 1:]], dim=1)
-            mask = self.pass_mask(attention_mask, start, end)
+            mask = self.pass_mask(attention_mask, start, end, inputs.device)
             rotary = (cos[..., start:end, :], sin[..., start:end, :])
             hidden.append(self.one_pass(inputs, past, rotary, mask))
             self.check_cache(past, end)
@@ -130,12 +111,14 @@ class Rollout(torch.nn.Module):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Inputs [B, Q, D] -> final-normed hidden states [B, Q, D]; appends this pass's part to every layer's past."""
+        recompute = self.recompute and hidden.shape[1] > 1
         for layer, parts in zip(self.layers, past, strict=True):
             arguments = (layer, hidden, tuple(parts), position_embeddings, mask)
-            if self.recompute:
-                hidden, key_value = checkpoint(run_layer, *arguments, use_reentrant=False)
+            if recompute:
+                # No layer draws random numbers, whose state would be read from the device in each layer and pass.
+                hidden, key_value = checkpoint(run_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden, key_value = run_layer(*arguments)
+                hidden, key_value = run_layer(*arguments, remade=True)
             parts.append(key_value)
         return self.norm(hidden)
 
@@ -146,17 +129,24 @@ class Rollout(torch.nn.Module):
             if held != columns:
                 raise RuntimeError(f"the KV cache of layer {index} holds {held} of {columns} columns")
 
-    def pass_mask(self, attention_mask: torch.Tensor, start: int, end: int) -> torch.Tensor | None:
+    def pass_mask(
+        self, attention_mask: torch.Tensor | None, start: int, end: int, device: torch.device
+    ) -> torch.Tensor | None:
         """What the columns [start, end) may attend to, in the form that the attention implementation expects.
 
-        Without left padding a single pass needs no mask: it is causal, and nothing attends to padding on the right.
+        Nothing attends to padding on the right, which comes after all columns of its row. So without padding on the
+        left no mask is needed where attention is causal by itself: FlashAttention aligns the last query with the last
+        key; SDPA the first query with the first key, which is the same in the first pass, and for a single query.
         """
-        if not self.recurrent:
+        flash = self.attention == "flash_attention_2"
+        if attention_mask is None and (flash or start == 0 or end == start + 1):
             return None
-        if self.attention == "flash_attention_2":
+        if flash:
             return attention_mask[:, :end]
-        columns = torch.arange(end, device=attention_mask.device)
+        columns = torch.arange(end, device=device)
         queries = columns[start:, None]
+        if attention_mask is None:
+            return (columns <= queries)[None, None]  # [1, 1, Q, end]
         # Padding attends to itself: a softmax over no entries would be NaN.
         seen = ((columns <= queries) & attention_mask[:, None, :end]) | (columns == queries)
         return seen[:, None]  # [B, 1, Q, end]
@@ -168,12 +158,21 @@ def run_layer(
     past: Sequence[KeyValue],
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor | None,
+    *,
+    remade: bool = False,
 ) -> tuple[torch.Tensor, KeyValue]:
-    """One decoder layer over [B, Q, D] and its past parts -> its output and this pass's keys and values."""
+    """One decoder layer over [B, Q, D] and its past parts -> its output and this pass's keys and values.
+
+    Args:
+        remade: see `Remade`; activation checkpointing stores nothing in any case.
+    """
     cache = PartsCache(past)
-    output = layer(
-        hidden, attention_mask=mask, position_embeddings=position_embeddings, past_key_values=cache, use_cache=True
-    )
+    hooks = Remade(layer, cache)
+    with saved_tensors_hooks(hooks.pack, hooks.unpack) if remade else nullcontext():
+        output = layer(
+            hidden, attention_mask=mask, position_embeddings=position_embeddings, past_key_values=cache, use_cache=True
+        )
     if cache.new is None:
         raise RuntimeError("the decoder layer did not use the KV cache")
+    cache.joined = None
     return output, cache.new

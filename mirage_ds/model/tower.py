@@ -44,8 +44,8 @@ class Tower(torch.nn.Module):
             rotary = self.rotary(layout.positions)
             for number, block in enumerate(self.visual.blocks):
                 sequences = layout.images if number in self.full_blocks else layout.windows
-                hidden = hidden + self.attend(block.attn, block.norm1(hidden), rotary, sequences)
-                hidden = hidden + block.mlp(block.norm2(hidden))
+                hidden = self.attend(block.attn, block.norm1(hidden), rotary, sequences).add_(hidden)
+                hidden = block.mlp(block.norm2(hidden)).add_(hidden)
             return self.visual.merger(hidden)[layout.inverse]
 
     def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +75,7 @@ class Tower(torch.nn.Module):
     ) -> torch.Tensor:
         """Attention of [P, hidden size] within each sequence."""
         qkv = attn.qkv(hidden).view(len(hidden), 3, self.num_heads, self.head_dim)
-        qkv = torch.cat([rotate(qkv[:, :2], *rotary), qkv[:, 2:]], dim=1)
+        rotate_(qkv[:, :2], *rotary)
         if sequences.cells is not None:
             qkv = reorder(qkv, sequences.cells)
         attended = self.flash(attn, qkv, sequences) if self.attention == "flash_attention_2" else sdpa(qkv, sequences)
@@ -113,11 +113,13 @@ def sdpa(qkv: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     return torch.cat(attended)
 
 
-def rotate(query_key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions, in float32: [P, 2, H, head_dim] -> the same."""
-    first, second = query_key.float().chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(query_key.dtype)
+def rotate_(query_key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotary positions, computed in float32, in place: [P, 2, H, head_dim]."""
+    half = query_key.shape[-1] // 2
+    first, second = query_key[..., :half].float(), query_key[..., half:].float()
+    rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    query_key[..., :half].copy_(rotated[0])
+    query_key[..., half:].copy_(rotated[1])
 
 
 def reorder(patches: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirage_ds.data.collate import collate
-from mirage_ds.model.rollout import KeyValue, PartsCache, Rollout
+from mirage_ds.model.parts_cache import KeyValue, PartsCache
+from mirage_ds.model.rollout import Rollout
 
 
 def plain_losses(model, samples, stage: str) -> tuple[float, float]:

@@ -1,0 +1,68 @@
+"""The keys and values of earlier passes, as separate parts, and what a layer that is not recomputed stores of them.
+
+Shape legend: B rows, Q columns of one pass, H key-value heads.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]  # each [B, H, Q, head dimension]
+Geometry = tuple[Callable[[], torch.Tensor], torch.Size, tuple[int, ...]]
+
+
+class PartsCache:
+    """The part of transformers' cache interface that a decoder layer uses, for one layer and one pass.
+
+    Past keys and values stay separate parts, one per pass. They are joined only inside the layer, so that a joined copy
+    is never stored for backward: activation checkpointing joins them again, and so does `Remade`.
+    """
+
+    def __init__(self, past: Sequence[KeyValue]) -> None:
+        self.past = past
+        self.new: KeyValue | None = None
+        self.joined: KeyValue | None = None
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
+        """Keeps this pass's part and returns past and new together (transformers' `Cache.update`).
+
+        Versions of transformers pass different further arguments, which only its own kinds of cache read.
+        """
+        self.new = self.joined = (key, value)
+        if self.past:
+            keys, values = zip(*self.past, self.new, strict=True)
+            self.joined = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        return self.joined
+
+
+class Remade:
+    """Autograd's hooks for a layer that is not recomputed: what backward can make again is not stored.
+
+    That is the joined keys and values, which would be stored anew in every pass, and the weights: ZeRO-3 may release
+    them after forward and gather them elsewhere, and a stored reference would keep the first copy.
+    """
+
+    def __init__(self, layer: torch.nn.Module, cache: PartsCache) -> None:
+        self.cache = cache
+        self.weights = {parameter.data_ptr(): parameter for parameter in layer.parameters() if parameter.numel()}
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | Geometry:
+        """What is stored instead of `tensor`: itself, or how to make it again."""
+        address = tensor.data_ptr()
+        if address in self.weights:
+            return self.weights[address].detach, tensor.shape, tensor.stride()
+        for number, joined in enumerate(self.cache.joined or ()):
+            if self.cache.past and address == joined.data_ptr():
+                # Detached: a stored part would refer to the graph that stores it.
+                parts = [key_value[number].detach() for key_value in (*self.cache.past, self.cache.new)]
+                return lambda: torch.cat(parts, dim=2), tensor.shape, tensor.stride()
+        return tensor
+
+    @staticmethod
+    def unpack(stored: torch.Tensor | Geometry) -> torch.Tensor:
+        """The tensor, made again in the shape and the strides in which it was used."""
+        if isinstance(stored, torch.Tensor):
+            return stored
+        make, shape, strides = stored
+        whole = make()
+        return whole.as_strided(shape, strides, whole.storage_offset())
