@@ -4,6 +4,7 @@ Shape legend: B rows, Q columns of one pass, H key-value heads.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -55,7 +56,7 @@ class Remade:
             if self.cache.past and address == joined.data_ptr():
                 # Detached: a stored part would refer to the graph that stores it.
                 parts = [key_value[number].detach() for key_value in (*self.cache.past, self.cache.new)]
-                return lambda: torch.cat(parts, dim=2), tensor.shape, tensor.stride()
+                return partial(torch.cat, parts, dim=2), tensor.shape, tensor.stride()
         return tensor
 
     @staticmethod

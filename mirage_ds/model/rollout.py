@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from mirage_ds.model.losses import LossHead
 from mirage_ds.model.parts_cache import KeyValue, PartsCache, Remade
 
+
 class Rollout(torch.nn.Module):
     """Inputs -> hidden states and the cross-entropy of the supervised tokens.
 
@@ -44,8 +45,8 @@ class Rollout(torch.nn.Module):
         Args:
             layers, norm, rotary_emb: transformers' own modules.
             recurrent: feed hidden states back at the latents (stage 2).
-            recompute: activation checkpointing, separately for each layer of each pass of more than one column. What a
-                pass of one column stores is small, and to recompute it would read all weights once more.
+            recompute: activation checkpointing, separately for each layer of each pass. A pass of one column is not
+                recomputed: what it stores is small, and recomputing it would read all weights once more.
             attention: "sdpa" or "flash_attention_2".
         """
         super().__init__()
@@ -97,7 +98,9 @@ class Rollout(torch.nn.Module):
                 inputs = torch.cat([first, inputs[:, 1:]], dim=1)
             mask = self.pass_mask(attention_mask, start, end, inputs.device)
             rotary = (cos[..., start:end, :], sin[..., start:end, :])
-            hidden.append(self.one_pass(inputs, past, rotary, mask))
+            # Ranks that agree on the number of passes gather inside them, so they must also recompute the same ones.
+            recompute = self.recompute and (end > start + 1 or num_passes is not None)
+            hidden.append(self.one_pass(inputs, past, rotary, mask, recompute=recompute))
             self.check_cache(past, end)
 
         hidden_states = torch.cat(hidden, dim=1)
@@ -109,9 +112,10 @@ class Rollout(torch.nn.Module):
         past: list[list[KeyValue]],
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None,
+        *,
+        recompute: bool,
     ) -> torch.Tensor:
         """Inputs [B, Q, D] -> final-normed hidden states [B, Q, D]; appends this pass's part to every layer's past."""
-        recompute = self.recompute and hidden.shape[1] > 1
         for layer, parts in zip(self.layers, past, strict=True):
             arguments = (layer, hidden, tuple(parts), position_embeddings, mask)
             if recompute:

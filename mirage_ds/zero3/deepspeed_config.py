@@ -16,6 +16,7 @@ from mirage_ds import strict_json
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError
 from mirage_ds.recipe import hint
+from mirage_ds.zero3.engine import choose_gather
 
 # Allowed keys of a DeepSpeed JSON. DeepSpeed ignores unknown keys, and has keys that contradict the method: other
 # precisions, its own learning rates and batch arithmetic.
@@ -40,6 +41,13 @@ REDUCTION_DTYPES = ("fp32", "bf16")
 DEEPSPEED_SECTIONS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
     "comms_logger": CommsLoggerConfig,
+}
+EVERYTHING = 10**15  # elements: more than any model has
+# What "auto" means in `zero_optimization`, by what is gathered at a time. A rollout is gathered while the tower runs:
+# DeepSpeed prefetches the weights that come next until one of these numbers of elements is reached.
+GATHER_SETTINGS: dict[str, dict[str, int]] = {
+    "layer": {"stage3_prefetch_bucket_size": 200_000_000, "stage3_max_live_parameters": 1_000_000_000},
+    "rollout": {"stage3_prefetch_bucket_size": EVERYTHING, "stage3_max_live_parameters": EVERYTHING},
 }
 OWNED_BY_THE_RUN = {
     "optimizer": "train.lr, train.betas, train.eps and train.weight_decay",
@@ -74,7 +82,10 @@ def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
         raise ConfigError(
             f"zero_optimization.stage is not 3 ({where}); mirage_ds runs under ZeRO-3 only; set it, or use zero3.json"
         )
-    train = config.train
+    train, zero = config.train, resolved["zero_optimization"]
+    for key, value in GATHER_SETTINGS[choose_gather(config.model, train.stage)].items():
+        if zero.get(key) == "auto":
+            zero[key] = value
     _fill(resolved, ["train_micro_batch_size_per_gpu"], train.micro_batch_size_per_gpu, where)
     _fill(resolved, ["gradient_accumulation_steps"], 1, where)
     _fill(resolved, ["gradient_clipping"], train.gradient_clipping, where)

@@ -30,12 +30,16 @@ def choose_gather(model: ModelConfig, stage: Stage) -> str:
 def mark_gather_units(model: MirageModel, gather: str) -> None:
     """Marks ZeRO-3's leaf modules: always the tower and the loss head; for `rollout`, also the rollout.
 
-    Inside a leaf module there are no collectives, so ranks may do different work there.
+    Inside a leaf module there are no collectives, so ranks may do different work there. With one pass, `layer` makes
+    each decoder layer one, so that DeepSpeed's hooks run once per layer instead of once per matrix. In stage 2 a layer
+    must not be one: gradients of its keys and values come from later passes, past the hook of its output.
     """
     head = model.rollout.head
     for module in (model.tower, head):
         set_z3_leaf_module(module, True)
     set_z3_leaf_module(model.rollout, gather == "rollout")
+    for layer in model.rollout.layers:
+        set_z3_leaf_module(layer, gather == "layer" and not model.rollout.recurrent)
     if head.shared:
         unit = model.rollout if gather == "rollout" else head
         deepspeed.zero.register_external_parameter(unit, model.embed_tokens.weight)

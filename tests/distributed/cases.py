@@ -16,6 +16,7 @@ VARYING = [[4, 2, 3, 8], [1, 6, 2, 2], [5, 5, 5, 5]]
 """K of each sample of a global batch, step by step."""
 CUT_STEPS = 9  # three rounds of VARYING, over warm-up and decay
 RAGGED_STEPS = 40
+DEEP_LAYERS = 28  # those of the 7B
 GATHER_SIZES = {"K2": [[2, 2]], "K4": [[4, 4]], "K8": [[8, 8]], "alternating": [[2, 8], [8, 8], [4, 2]]}
 
 
@@ -63,6 +64,18 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
             settings = {"model": {"gather": gather}, "train": {"warmup_steps": 1}}
             steps = 3 if name in ("K4", "alternating") else 2  # in the first, DeepSpeed records the order of modules
             add(2, f"{gather}-{name}", "stage2", config="logged", steps=steps, latent_sizes=sizes, settings=settings)
+    sizes = GATHER_SIZES["alternating"]
+    add(
+        2,
+        "shipped-limits",
+        "stage2",
+        config="shipped",
+        steps=4,
+        latent_sizes=sizes,
+        settings={"train": {"warmup_steps": 1}},
+    )
+    for stage in ("text", "stage1"):
+        add(1, f"{stage}-deep", stage, model="deep", steps=2, accumulation=1, settings={"train": {"warmup_steps": 1}})
     add(2, "tower", "stage1", steps=5, settings={"model": {"train_tower": True}})
     add(
         2,

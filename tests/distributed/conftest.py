@@ -10,7 +10,7 @@ from pathlib import Path
 import golden_set
 import pytest
 import torch
-from cases import Outcome, all_cases, read_outcome, start_cases
+from cases import DEEP_LAYERS, Outcome, all_cases, read_outcome, start_cases
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).parents[2]
@@ -20,12 +20,16 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_ker
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The golden set's model, and one of the same shape with tied embeddings."""
-    folder = tmp_path_factory.mktemp("models") / "tied"
-    config = AutoConfig.from_pretrained(golden_set.MODEL, tie_word_embeddings=True)
+    """The golden set's model, one of the same shape with tied embeddings, and one with as many layers as the 7B."""
+    folder = tmp_path_factory.mktemp("models")
+    config = AutoConfig.from_pretrained(golden_set.MODEL)
     torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    return {"untied": golden_set.MODEL, "tied": str(folder)}
+    config.tie_word_embeddings = True
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "tied")
+    config.text_config.num_hidden_layers = DEEP_LAYERS
+    config.text_config.layer_types = ["full_attention"] * DEEP_LAYERS
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "deep")
+    return {"untied": golden_set.MODEL, "tied": str(folder / "tied"), "deep": str(folder / "deep")}
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +37,7 @@ def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     """ds_configs/zero3.json with limits so small that a small model is really sharded, gathered and prefetched.
 
     In `logged` no weight stays gathered between two uses, as in a model far larger than the live-parameter limits, and
-    DeepSpeed logs its communication.
+    DeepSpeed logs its communication. `shipped` has the shipped limits and distances, and logs too.
     """
     folder = tmp_path_factory.mktemp("ds_configs")
     shipped, offload = (
@@ -45,14 +49,14 @@ def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
         "stage3_param_persistence_threshold": 0,
     }
     nothing_stays = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    logged = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True}}
     kinds = {
         "plain": shipped | {"zero_optimization": shipped["zero_optimization"] | small},
         "offload": offload | {"zero_optimization": offload["zero_optimization"] | small},
-        "logged": shipped
-        | {
-            "zero_optimization": shipped["zero_optimization"] | small | nothing_stays,
-            "comms_logger": {"enabled": True, "verbose": False, "prof_all": True},
-        },
+        "logged": shipped | {"zero_optimization": shipped["zero_optimization"] | small | nothing_stays} | logged,
+        "shipped": shipped
+        | {"zero_optimization": shipped["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
+        | logged,
     }
     for name, content in kinds.items():
         (folder / f"{name}.json").write_text(json.dumps(content))

@@ -11,7 +11,18 @@ from typing import Any
 import golden_set
 import plain_loop
 import pytest
-from cases import CUT_STEPS, CUTS, FIXED, GATHER_SIZES, RAGGED_STEPS, VARYING, Outcome, read_outcome, start_cases
+from cases import (
+    CUT_STEPS,
+    CUTS,
+    DEEP_LAYERS,
+    FIXED,
+    GATHER_SIZES,
+    RAGGED_STEPS,
+    VARYING,
+    Outcome,
+    read_outcome,
+    start_cases,
+)
 from deviations import check
 from random_samples import ragged_batch
 
@@ -114,6 +125,25 @@ def test_one_gather(outcome: Outcomes, sizes: str, record_property: Callable[[st
     assert worst["rollout"] <= 2.0
     assert worst["layer"] > worst["rollout"]
     assert rollout.losses == pytest.approx(layer.losses, rel=1e-5)
+
+
+def test_the_shipped_limits_gather_the_rollout_once_and_while_the_tower_runs(outcome: Outcomes) -> None:
+    """It stays from forward to backward. In the first step DeepSpeed records what follows what, and cannot prefetch."""
+    found = outcome("shipped-limits")
+    first, *later = [size / found.report["model_bytes"] for size in found.report["gathered_bytes"]]
+    assert first >= 1
+    assert later == [pytest.approx(1.0, abs=0.02)] * len(later)
+    first, *later = found.report["under_way_after_tower"]
+    assert first == 0
+    assert later == [1.0] * len(later)
+    # Of more steps, so that from the third on the learning rate was another.
+    assert found.losses[:2] == pytest.approx(outcome("rollout-alternating").losses[:2], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["text", "stage1"])
+def test_few_fetches_in_one_pass(outcome: Outcomes, stage: str) -> None:
+    """Each decoder layer is one unit for DeepSpeed's hooks, which otherwise run for every matrix of every layer."""
+    assert max(outcome(f"{stage}-deep").report["fetches"]) <= 4 * DEEP_LAYERS
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

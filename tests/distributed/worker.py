@@ -13,6 +13,8 @@ import deepspeed
 import golden_set
 import torch
 from deepspeed.comm.comm import comms_logger
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from random_samples import ragged_batch, random_sample
 
 from mirage_ds.batch import Batch
@@ -123,6 +125,9 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
         config.run.dir, stage=case.stage, global_batch_size=size, max_steps=case.steps, log_freq=case.steps
     )
     gathered: list[int] = []
+    fetches: list[int] = []
+    early: list[float] = []
+    model.tower.register_forward_hook(lambda *_: early.append(share_under_way(model.rollout)))
     trainer = Trainer(
         engine,
         batches(case),
@@ -137,7 +142,13 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     take_gathered_bytes()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         model_bytes = take_gathered_bytes()
-    trainer.train(after_step=[lambda state: gathered.append(take_gathered_bytes())])
+    take_fetches()
+    trainer.train(
+        after_step=[
+            lambda state: gathered.append(take_gathered_bytes()),
+            lambda state: fetches.append(take_fetches()),
+        ]
+    )
     metrics.close()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         norms = {name: parameter.norm().item() for name, parameter in backbone.hf.named_parameters()}
@@ -146,6 +157,8 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
         "pooling": describe_path(device),
         "gathered_bytes": gathered,
         "model_bytes": model_bytes,
+        "fetches": fetches,
+        "under_way_after_tower": early,
         "micro_losses": micro_losses,
         "final_param_norm": norms,
     }
@@ -164,8 +177,34 @@ def take_gathered_bytes() -> int:
     return total
 
 
+fetch_count = 0
+fetch = PartitionedParameterCoordinator.fetch_sub_module
+
+
+def counted_fetch(*arguments: Any, **keywords: Any) -> None:
+    """Counts how often DeepSpeed's hooks ask for the weights of a module."""
+    global fetch_count
+    fetch_count += 1
+    fetch(*arguments, **keywords)
+
+
+def take_fetches() -> int:
+    """The number of fetches since the last call."""
+    global fetch_count
+    count, fetch_count = fetch_count, 0
+    return count
+
+
+def share_under_way(module: torch.nn.Module) -> float:
+    """The share of a module's weights whose gather has begun, or is done."""
+    weights = list(module.parameters())
+    begun = [weight for weight in weights if weight.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+    return sum(weight.ds_numel for weight in begun) / sum(weight.ds_numel for weight in weights)
+
+
 def main(cases: list[dict[str, Any]], folder: Path) -> None:
     device = distributed.init(timeout_s=300)
+    PartitionedParameterCoordinator.fetch_sub_module = counted_fetch
     for settings in cases:
         case = Case(**settings)
         report = run(case, folder, device)
