@@ -174,13 +174,15 @@ def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     """Bytes that forward stores of one row.
 
     With activation checkpointing, in each layer of each pass: the layer's input, D e per column; in stage 2 also the
-    keys and values that later passes use. Without it: see `layer_bytes`.
+    keys and values that later passes use. Without it, and in passes of one column of a rollout: see `layer_bytes`.
     In addition: the input embeddings, D e; the final norm, D (4 + e); cos and sin, 2 x head_dim x e; the rows of the
     head, D e per supervised token.
     """
     hidden = sizes.hidden
     if config.model.activation_checkpointing == "full":
+        stored = single_columns(config) if choose_gather(config.model, config.train.stage) == "rollout" else 0
         layer = hidden * e * row.tokens + past_columns(config, row) * key_value_bytes(sizes, e)
+        layer += stored * (column_bytes(sizes, e) - hidden * e)
     else:
         layer = layer_bytes(sizes, config, row, e)
     once = row.tokens * (hidden * e + hidden * (FP32_BYTES + e) + 2 * sizes.head_dim * e) + row.targets * hidden * e
@@ -193,16 +195,23 @@ def layer_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     - each of two norms: its input in float32, the normalized input and its output: D (4 + 2 e)
     - queries and the attention's output: 2 D e; keys and values: 2 x kv_heads x head_dim x e
     - the MLP's gate, its activation, up, and their product: 4 I e
-    In stage 2 each pass concatenates the keys and values of all columns before it: unchanged in the K - 1 passes of a
-    single column; repeated for every head, 2 D e, in the first and the last pass, where SDPA has a mask.
+    In stage 2 keys and values are kept once. They are repeated for every head, 2 D e, in the first and the last pass,
+    where SDPA has a mask (the first one only if a row is padded on the left).
     """
-    hidden, inner = sizes.hidden, sizes.intermediate
-    columns = row.tokens * (2 * hidden * (FP32_BYTES + 2 * e) + 2 * hidden * e + 4 * inner * e)
+    columns = row.tokens * column_bytes(sizes, e)
     if config.train.stage != "stage2":
         return columns + row.tokens * key_value_bytes(sizes, e)
-    single = sum(min(row.lead + k, row.tokens) for k in range(1, config.model.latent_size))
-    seen = single + past_columns(config, row)
-    return columns + seen * key_value_bytes(sizes, e) + (row.lead + row.tokens) * 2 * hidden * e
+    return columns + past_columns(config, row) * key_value_bytes(sizes, e) + (row.lead + row.tokens) * 2 * hidden * e
+
+
+def column_bytes(sizes: ModelSizes, e: int) -> int:
+    """Bytes that autograd stores of one column in one decoder layer, without keys and values."""
+    return 2 * sizes.hidden * (FP32_BYTES + 2 * e) + 2 * sizes.hidden * e + 4 * sizes.intermediate * e
+
+
+def single_columns(config: Config) -> int:
+    """Passes of stage 2 over one column."""
+    return config.model.latent_size - 1 if config.train.stage == "stage2" else 0
 
 
 def key_value_bytes(sizes: ModelSizes, e: int) -> int:
