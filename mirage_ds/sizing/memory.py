@@ -134,7 +134,7 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
     """Peak elements of the gathered weights, and elements of the buffer for the largest gather.
 
     rollout: the language model. Its embedding stays gathered, as DeepSpeed does not count a leaf module's elements
-        towards the reuse distance; one gather brings the complete rollout.
+        towards the reuse distance; one gather, which begins while the tower runs, brings both.
     layer: at most stage3_max_live_parameters, or the tower, which is one unit; one gather brings
         stage3_prefetch_bucket_size elements, or a larger single weight.
     In both cases a model smaller than stage3_max_reuse_distance stays gathered completely (DS
@@ -145,7 +145,7 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
     small = language < zero.get("stage3_max_reuse_distance", DEFAULT_LIVE)
     if choose_gather(config.model, config.train.stage) == "rollout":
         gathered = everything if small else max(language - persistent_numel(sizes.language, zero), tower)
-        return gathered, sum(sizes.rollout)
+        return gathered, language
     live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE), tower)
     bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), *sizes.language)
     return everything if small else min(everything, live), min(bucket, everything)
@@ -201,7 +201,8 @@ def layer_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     columns = row.tokens * column_bytes(sizes, e)
     if config.train.stage != "stage2":
         return columns + row.tokens * key_value_bytes(sizes, e)
-    return columns + past_columns(config, row) * key_value_bytes(sizes, e) + (row.lead + row.tokens) * 2 * hidden * e
+    repeated = (row.lead + row.tokens) * 2 * sizes.hidden * e
+    return columns + past_columns(config, row) * key_value_bytes(sizes, e) + repeated
 
 
 def column_bytes(sizes: ModelSizes, e: int) -> int:
