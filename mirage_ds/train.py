@@ -132,9 +132,8 @@ def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: T
 
 def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies | None, owner: Owner | None) -> None:
     """All steps that are left, with what is due after each of them."""
-    heartbeat = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s)
-    heartbeat.beat(trainer.state.step)
-    with profiler(config, trainer.state) as profile_step:
+    beating = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s, trainer.state.step)
+    with beating as heartbeat, profiler(config, trainer.state) as profile_step:
         trainer.train(
             after_step=[
                 lambda state: heartbeat.beat(state.step),
@@ -145,7 +144,6 @@ def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies |
             ]
         )
     early_end.ignore()
-    heartbeat.stop()
 
 
 def end(trainer: Trainer, config: Config) -> None:

@@ -90,5 +90,7 @@ def work_of(sizes: ModelSizes, config: Config, load: Load) -> Work:
     tower = 2 * sizes.tower_matrices * load.patches + 2 * sizes.merger_matrices * load.patches // CELL_PATCHES
     tower += 4 * sizes.tower_hidden * (sizes.tower_full_blocks * load.image_pairs + window_blocks * load.window_pairs)
     tower *= 3 if config.model.train_tower else 1
-    recomputed = decoder if config.model.activation_checkpointing == "full" else 0
+    # Recomputing a layer stops before its last product, whose output backward does not need.
+    last = 2 * sizes.num_layers * sizes.intermediate * sizes.hidden * load.tokens
+    recomputed = decoder - last if config.model.activation_checkpointing == "full" else 0
     return Work(model=3 * (decoder + head) + tower, computed=3 * (decoder + head) + tower + recomputed + head)

@@ -5,8 +5,9 @@
 A step counts if its result is kept: not if it was skipped, and once if it was repeated after a resume. The rest is
 loading, validating, saving, waiting in a queue, and what a killed start had done since its last checkpoint.
 
-RUN/first_start.json    {"time": 1780000000.0}, written once
-RUN/metrics.jsonl       each record has the seconds counted so far; those after the checkpoint are dropped at a resume
+RUN/metrics.jsonl       each record has the first start and the seconds counted so far; a resume drops those after its
+                        checkpoint
+RUN/first_start.json    {"time": 1780000000.0}, written once; read while there is no record
 """
 
 import json
@@ -38,10 +39,12 @@ class Goodput:
         Args:
             last_record: of metrics.jsonl, at the checkpoint that the run resumes from, if it does.
         """
-        self.first_start, self.counted_s = time.time(), 0.0
-        if (run_dir / NAME).exists():  # otherwise nothing is known of earlier starts, and none of their steps count
-            self.first_start = json.loads((run_dir / NAME).read_text())["time"]
-            self.counted_s = (last_record or {}).get("counted_s", 0.0)
+        if last_record and "first_start" in last_record:  # records of older versions do not have it
+            self.first_start, self.counted_s = last_record["first_start"], last_record["counted_s"]
+        else:
+            file = run_dir / NAME
+            self.first_start = json.loads(file.read_text())["time"] if file.exists() else time.time()
+            self.counted_s = 0.0
 
     def add(self, step_s: float, *, ago_s: float, skipped: bool) -> float:
         """Counts a step that ended `ago_s` seconds ago; the goodput up to then."""

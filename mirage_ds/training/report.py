@@ -143,6 +143,7 @@ class Report:
             "mfu_pct": 100 * totals.flops / (step_s * self.num_ranks * peak) if peak else None,
             "goodput_pct": 100 * goodput,
             "counted_s": self.goodput.counted_s,
+            "first_start": self.goodput.first_start,
             "step_s": step_s,
             "data_pct": 100 * seconds["data_s"] / step_s,
             **seconds,
