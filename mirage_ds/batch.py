@@ -39,9 +39,14 @@ class Batch:
     helper_grids: list[Grid]  # of the helper images (stage 1), else empty
     latent_sizes: list[int]  # K of each helper image (stage 1), else empty
     num_grounded_samples: int  # rows with a latent loss: those with encoded helper images
-    num_tokens: int  # tokens of all rows, without padding
+    row_tokens: list[int]  # [B] tokens of each row, without padding
     keys: list[str]  # [B] the sample's key of each row, for messages
     faults: list[str] = field(default_factory=list)  # of samples that could not be used, and whose places rows took
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, without padding."""
+        return sum(self.row_tokens)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Moves every tensor; copies from pinned memory are asynchronous."""

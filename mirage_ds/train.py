@@ -45,6 +45,7 @@ from mirage_ds.training import early_end, lost_peer
 from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.metrics import Metrics
+from mirage_ds.training.planned import plan
 from mirage_ds.training.run_folder import own, write_folder
 from mirage_ds.training.start import Start, prepare
 from mirage_ds.training.trainer import Trainer
@@ -90,7 +91,7 @@ def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
     check_latent_ids(start.encoder.ids, backbone, config.model.path)
     model = make_model(config, backbone)
     check_room(config.run.dir, model, start.device)
-    write_folder(config, start.facts)
+    write_folder(config, start.facts, start.began)
     mark_gather_units(model, start.gather)
     groups = parameter_groups(model, config.train.weight_decay)
     engine = initialize(model, groups, config.train, start.deepspeed_config)
@@ -110,8 +111,9 @@ def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: T
         max_steps=start.max_steps,
         log_freq=config.train.log_freq,
         steps_done=state.step,
+        planned=plan(config, start.deepspeed_config),
     )
-    return Trainer(
+    trainer = Trainer(
         engine,
         open_stream(config, start, state),
         config.train,
@@ -122,13 +124,16 @@ def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: T
         agree_on_passes=start.gather == "layer" and config.train.stage == "stage2",
         early_end=watch_end(config),
     )
+    trainer.clock.watch(engine.module.tower, "tower")
+    if start.gather == "rollout":
+        trainer.clock.watch(engine.module.rollout, "rollout")
+    return trainer
 
 
 def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies | None, owner: Owner | None) -> None:
     """All steps that are left, with what is due after each of them."""
-    heartbeat = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s)
-    heartbeat.beat(trainer.state.step)
-    with profiler(config, trainer.state) as profile_step:
+    beating = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s, trainer.state.step)
+    with beating as heartbeat, profiler(config, trainer.state) as profile_step:
         trainer.train(
             after_step=[
                 lambda state: heartbeat.beat(state.step),
@@ -139,7 +144,6 @@ def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies |
             ]
         )
     early_end.ignore()
-    heartbeat.stop()
 
 
 def end(trainer: Trainer, config: Config) -> None:

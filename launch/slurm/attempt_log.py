@@ -85,7 +85,10 @@ def lost_node(log: str, nodes: list[str]) -> str | None:
 
 
 def describe_slowest_rank(beats: dict[int, dict[str, Any]], hosts: list[str], now: float) -> str:
-    """One line: the rank with the oldest step, its host, and the age of its heartbeat."""
+    """One line: the rank with the oldest step, its host, and the age of its heartbeat.
+
+    A rank that was killed may have been some seconds further: it can no longer write. After a hang the steps are exact.
+    """
     missing = [rank for rank in range(len(hosts)) if rank not in beats]
     if missing:
         return (
@@ -97,7 +100,8 @@ def describe_slowest_rank(beats: dict[int, dict[str, Any]], hosts: list[str], no
     place, age = f"rank {rank} on {beat['host']}", f"{now - beat['time']:.0f} s ago"
     if beat["step"] == newest:
         return f"heartbeats: every rank is at step {newest}; the oldest heartbeat is that of {place}, {age}"
-    return f"heartbeats: {place} is behind, at step {beat['step']} of {newest}; its last heartbeat was {age}"
+    where = f"at step {beat['step']} of {newest}"
+    return f"heartbeats: {place} is behind, {where}; its last heartbeat was {age} (they are written every 10 s)"
 
 
 def read_heartbeats(run: Path) -> dict[int, dict[str, Any]]:

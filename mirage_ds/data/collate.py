@@ -71,7 +71,7 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool) -> Batch:
         helper_grids=helper_grids,
         latent_sizes=[sample.latent_size for sample in samples for _ in sample.image_grid_thw_latent],
         num_grounded_samples=sum(len(sample.image_grid_thw_latent) > 0 for sample in samples),
-        num_tokens=sum(len(sample.input_ids) for sample in samples),
+        row_tokens=[len(sample.input_ids) for sample in samples],
         keys=[sample.key for sample in samples],
         faults=[fault for sample in samples for fault in sample.faults],
     )

@@ -34,6 +34,13 @@ GPUS = {
     "h100-80gb": Gpu(80e9, {"bf16": 989e12, "fp32": 67e12}, 3.35e12, 450e9, 50e9),
     "h200-141gb": Gpu(141e9, {"bf16": 989e12, "fp32": 67e12}, 4.8e12, 450e9, 50e9),
 }
+# As the driver names them. Other forms of a card (PCIe, NVL) and its parts (MIG) have other rates, and other names.
+DEVICE_NAMES = {
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100-80gb",
+    "NVIDIA H200": "h200-141gb",
+}
 
 
 def find_gpu(name: str) -> Gpu:
@@ -48,3 +55,8 @@ def find_gpu(name: str) -> Gpu:
             "mirage_ds/sizing/gpus.py"
         )
     return GPUS[name]
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """The specifications of the GPU that the driver calls so; None if the table does not have it."""
+    return GPUS[DEVICE_NAMES[name]] if name in DEVICE_NAMES else None

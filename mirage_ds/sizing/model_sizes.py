@@ -31,6 +31,11 @@ class ModelSizes:
     tower_full_blocks: int  # with attention over the full image; the others use windows
     tower_hidden: int
     tower_intermediate: int
+    tower_window: int  # patches of a window along one side
+    # Elements that take part in matrix products: without biases and norms.
+    layer_matrices: int  # of all layers; each element once per token
+    tower_matrices: int  # of patch embedding and blocks; each element once per patch
+    merger_matrices: int  # each element once per merged patch
 
     @property
     def head_dim(self) -> int:
@@ -97,6 +102,7 @@ def count(hf: Any) -> ModelSizes:
     """Sizes of a transformers model, with or without weights."""
     backbone = Backbone(hf, attention="")
     text, vision = hf.config.get_text_config(), hf.config.vision_config
+    merger = _matrices(hf.model.visual.merger.parameters())
     return ModelSizes(
         tower=_numels(backbone.visual.parameters()),
         embedding=_numels([backbone.embed_tokens.weight]),
@@ -113,8 +119,16 @@ def count(hf: Any) -> ModelSizes:
         tower_full_blocks=len(vision.fullatt_block_indexes),
         tower_hidden=vision.hidden_size,
         tower_intermediate=vision.intermediate_size,
+        tower_window=vision.window_size // vision.patch_size,
+        layer_matrices=_matrices(backbone.layers.parameters()),
+        tower_matrices=_matrices(backbone.visual.parameters()) - merger,
+        merger_matrices=merger,
     )
 
 
 def _numels(parameters: Iterable[torch.Tensor]) -> tuple[int, ...]:
     return tuple(parameter.numel() for parameter in parameters)
+
+
+def _matrices(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)

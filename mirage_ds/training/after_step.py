@@ -64,7 +64,8 @@ def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any], copies:
         last = state.ends_early or state.step == trainer.max_steps
         if last or (interval and state.step % interval == 0):
             trainer.metrics.flush()  # a run that resumes here has all earlier steps in metrics.jsonl
-            saved = save(trainer.engine, config, state, facts)
+            with trainer.clock.host("save"):
+                saved = save(trainer.engine, config, state, facts)
             if copies is not None:
                 copies.add(saved)
 

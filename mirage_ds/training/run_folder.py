@@ -4,6 +4,7 @@ RUN/owner/           see mirage_ds/owner.py
 RUN/config.yaml      the resolved configuration of the last start
 RUN/deepspeed.json   DeepSpeed's configuration with nothing left on "auto"
 RUN/versions.json    packages and git commit of the last start
+RUN/first_start.json see goodput.py
 RUN/checkpoints/     see checkpoint/save.py
 RUN/metrics.jsonl, RUN/validation.jsonl, RUN/tensorboard/
 """
@@ -26,6 +27,7 @@ from mirage_ds.errors import CheckpointError, MirageError, OwnerError, name_unwr
 from mirage_ds.owner import POLL_S, Owner, of_run
 from mirage_ds.training import early_end
 from mirage_ds.training.early_checks import check_folder_is_free
+from mirage_ds.training.goodput import note_first_start
 from mirage_ds.versions import versions
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import learning_rate
@@ -153,14 +155,19 @@ def claim(owner: Owner) -> str:
         return str(error)
 
 
-def write_folder(config: Config, facts: dict[str, Any]) -> None:
-    """Creates the folder and writes into it what runs. Every rank calls it, after all checks."""
+def write_folder(config: Config, facts: dict[str, Any], began: float) -> None:
+    """Creates the folder and writes into it what runs. Every rank calls it, after all checks.
+
+    Args:
+        began: when this start began, in seconds since the epoch.
+    """
     folder = config.run.dir
     distributed.barrier()  # every rank has checked the folder before rank 0 writes
     if distributed.is_main():
         with name_unwritable(folder, UNWRITABLE_REMEDY):
             (folder / complete.FOLDER).mkdir(parents=True, exist_ok=True)
             early_end.unmark(folder)
+            note_first_start(folder, began)
             (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             (folder / "deepspeed.json").write_text(json.dumps(facts["deepspeed"], indent=2) + "\n")
             (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")

@@ -1,5 +1,6 @@
 """The start of a run: what is found and checked before the model is loaded."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mirage_ds.zero3.engine import choose_gather
 class Start:
     """A run that may start: its data, its length, and the checkpoint that it resumes from, if there is one."""
 
+    began: float  # seconds since the epoch
     deepspeed_config: dict[str, Any]
     shards: ShardFolder
     encoder: Encoder
@@ -50,6 +52,7 @@ def prepare(config: Config) -> Start:
     Raises:
         MirageError: the run cannot start.
     """
+    began = time.time()
     deepspeed_config = resolve_deepspeed_config(config)
     shards = load_manifest(config.data.shards)
     check_config(config.model.path, config.model.cache_dir)
@@ -63,6 +66,7 @@ def prepare(config: Config) -> Start:
     tags = complete.tags(config.run.dir / complete.FOLDER)
     facts = describe_run(config, deepspeed_config, shards.digest, max_steps)
     return Start(
+        began=began,
         deepspeed_config=deepspeed_config,
         shards=shards,
         encoder=encoder,

@@ -15,7 +15,9 @@ from mirage_ds.errors import DataError, StallError, TrainingError
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end
 from mirage_ds.training.early_end import EarlyEnd
-from mirage_ds.training.metrics import Metrics, StepSums
+from mirage_ds.training.metrics import Metrics
+from mirage_ds.training.step_clock import StepClock
+from mirage_ds.training.step_sums import StepSums
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import learning_rate
 
@@ -47,6 +49,7 @@ class Trainer:
         self.max_steps = max_steps
         self.agree_on_passes = agree_on_passes
         self.early_end = early_end
+        self.clock = StepClock()
         self.world_size = distributed.world_size()
         self.global_batch_size = train.samples_per_step(self.world_size)
         self.accumulation_steps = train.accumulation_steps(self.world_size)
@@ -84,8 +87,10 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step over one global batch."""
         started_s = time.monotonic()
+        self.clock.begin()
         lr = self.set_learning_rate()
         losses, num_grounded_samples, num_tokens, num_faults = torch.zeros(3, device=self.device), 0, 0, 0
+        flops = 0.0
         done: list[tuple[Batch, torch.Tensor]] = []
         skipped_steps = self.engine.skipped_steps
         for micro_step, on_host in enumerate(self.ready):
@@ -95,11 +100,16 @@ class Trainer:
             losses += own_losses
             num_grounded_samples += batch.num_grounded_samples
             num_tokens += batch.num_tokens
+            flops += self.metrics.flops(batch)
             num_faults += self.report_faults(batch)
-        self.engine.step()
+        with self.clock.device("optimizer"):
+            self.engine.step()
         self.state.step += 1
         self.state.position += self.global_batch_size
-        waited_s = self.fetch() if self.state.step < self.max_steps else 0.0
+        if self.state.step < self.max_steps:
+            self.fetch()
+        # DeepSpeed skips a step whose gradient is not finite, on all ranks, and only counts it.
+        is_skipped = self.engine.skipped_steps > skipped_steps
         self.metrics.add(
             StepSums(
                 step=self.state.step,
@@ -111,12 +121,13 @@ class Trainer:
                 grad_norm=self.engine.get_global_grad_norm(),
                 skipped_steps=self.engine.skipped_steps,
                 started_s=started_s,
-                waited_s=waited_s,
+                times=self.clock.end(),
+                flops=flops,
+                is_skipped=is_skipped,
                 num_faults=num_faults,
             )
         )
-        # DeepSpeed skips a step whose gradient is not finite, on all ranks, and only counts it.
-        if self.engine.skipped_steps > skipped_steps:
+        if is_skipped:
             self.report_skipped([self.describe(*each, number) for number, each in enumerate(done)])
         else:
             self.skipped_in_row = 0
@@ -182,17 +193,16 @@ class Trainer:
             group["lr"] = lr
         return lr
 
-    def fetch(self) -> float:
-        """Takes the micro-batches of the next step; returns the seconds that the loop waited for them.
+    def fetch(self) -> None:
+        """Takes the micro-batches of the next step.
 
         Before the step, and still on the host: a rank that has none must say so between two steps, where all can save.
         """
-        started_s = time.monotonic()
-        try:
-            self.ready = [next(self.batches) for _ in range(self.accumulation_steps)]
-        except DataError as error:
-            self.fault = error
-        return time.monotonic() - started_s
+        with self.clock.host("data"):
+            try:
+                self.ready = [next(self.batches) for _ in range(self.accumulation_steps)]
+            except DataError as error:
+                self.fault = error
 
     def report_faults(self, batch: Batch) -> int:
         """Prints which samples could not be used; returns how many."""
@@ -212,10 +222,12 @@ class Trainer:
         """
         last = micro_step == self.accumulation_steps - 1
         self.engine.set_gradient_accumulation_boundary(last)
-        losses = self.engine(batch=batch, num_passes=self.num_passes(batch))
+        with self.clock.device("forward"):
+            losses = self.engine(batch=batch, num_passes=self.num_passes(batch))
         # An infinite loss may have a finite gradient. NaN makes DeepSpeed skip the step, without more communication.
         scale = torch.where(losses.loss.isfinite(), self.world_size / self.global_batch_size, torch.nan)
-        self.engine.backward(losses.loss * scale, scale_wrt_gas=False)
+        with self.clock.device("backward"):
+            self.engine.backward(losses.loss * scale, scale_wrt_gas=False)
         return torch.stack(losses).detach()
 
     def num_passes(self, batch: Batch) -> int | None:

@@ -49,6 +49,33 @@ def test_tensorboard_has_the_same_numbers(job: Path, stage: str) -> None:
     assert ("train/cosine" in events.Tags()["scalars"]) == (stage == "stage1")
 
 
+PARTS = ("tower_s", "forward_s", "backward_s", "optimizer_s")
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_what_a_step_took_and_computed(job: Path, stage: str) -> None:
+    """In metrics.jsonl and TensorBoard; a CPU has no peak rate and no memory of its own."""
+    run_dir = job / "runs" / f"tiny-{stage}"
+    steps = records(run_dir)
+    for record in steps:
+        assert all(record[part] > 0 for part in PARTS)
+        assert sum(record[part] for part in (*PARTS, "data_s")) < record["step_s"]
+        assert record["save_s"] == 0  # at the end only, after the last step
+        assert record["tokens_per_s"] == pytest.approx(2 * record["tokens_per_s_per_gpu"])
+        assert record["flops"] > 0
+        assert record["mfu_pct"] is record["max_allocated_gib"] is None
+    counted = [sum(record["step_s"] for record in steps[: number + 1]) for number in range(len(steps))]
+    assert [record["counted_s"] for record in steps] == pytest.approx(counted)
+    assert 0 < steps[0]["goodput_pct"] < steps[-1]["goodput_pct"] < 100
+    began = json.loads((run_dir / "first_start.json").read_text())["time"]
+    assert {record["first_start"] for record in steps} == {began}
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    tags = {f"time/{part}" for part in (*PARTS, "data_s", "save_s")}
+    tags |= {"throughput/tokens_per_s_per_gpu", "throughput/goodput_pct"}
+    assert tags <= set(events.Tags()["scalars"])
+
+
 def test_the_log_says_what_is_gathered_and_how_latents_are_pooled(job: Path) -> None:
     log = (job / "log").read_text()
     assert "latent_pool: plain torch on cpu" in log

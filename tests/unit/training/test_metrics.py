@@ -13,8 +13,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mirage_ds.training.heartbeat import Heartbeat
-from mirage_ds.training.metrics import Metrics, StepSums
+from mirage_ds.training import step_sums
+from mirage_ds.training.metrics import Metrics
+from mirage_ds.training.planned import Planned
+from mirage_ds.training.slow_rank import WINDOW_STEPS
+from mirage_ds.training.step_clock import StepTimes
+from mirage_ds.training.step_sums import StepSums
 from mirage_ds.zero3 import distributed
 
 LOSSES = {"loss": 1.6, "ce_loss": 6.0, "latent_loss": 1.0}
@@ -23,8 +27,10 @@ GLOBAL_BATCH_SIZE = 2
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "is_main", lambda: True)
+    for name, value in {"world_size": 1, "rank": 0, "is_main": True}.items():
+        monkeypatch.setattr(distributed, name, lambda value=value: value)
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value])
 
 
 @pytest.fixture
@@ -35,7 +41,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def make(run_dir: Path, stage: str, max_steps: int = 100, steps_done: int = 0, log_freq: int = 1) -> Metrics:
+def make(
+    run_dir: Path,
+    stage: str,
+    max_steps: int = 100,
+    steps_done: int = 0,
+    log_freq: int = 1,
+    planned: Planned | None = None,
+) -> Metrics:
     return Metrics(
         run_dir,
         stage=stage,
@@ -43,6 +56,7 @@ def make(run_dir: Path, stage: str, max_steps: int = 100, steps_done: int = 0, l
         max_steps=max_steps,
         log_freq=log_freq,
         steps_done=steps_done,
+        planned=planned,
     )
 
 
@@ -57,7 +71,6 @@ def step(number: int, started_s: float = 0.0, skipped_steps: int = 0) -> StepSum
         grad_norm=0.5,
         skipped_steps=skipped_steps,
         started_s=started_s,
-        waited_s=0.0,
     )
 
 
@@ -190,7 +203,7 @@ def test_bad_lines_are_dropped_with_a_warning(tmp_path: Path, capfd: pytest.Capt
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full, on which no byte fits")
 def test_a_full_disk_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     metrics = make(tmp_path, "text")
-    metrics.file.file = Path("/dev/full").open("w")  # noqa: SIM115 (metrics closes it)
+    metrics.report.steps.file = Path("/dev/full").open("w")  # noqa: SIM115 (metrics closes it)
     for number in (1, 2):
         metrics.add(step(number))
     metrics.close()
@@ -211,21 +224,12 @@ def test_without_curves_the_run_continues(
         def refuse(*point: object) -> None:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-        monkeypatch.setattr(metrics.curves.writer, "add_scalar", refuse)
+        monkeypatch.setattr(metrics.report.curves.writer.file_writer, "add_summary", refuse)
     for number in (1, 2):
         metrics.add(step(number))
     metrics.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert capfd.readouterr().err.count("WARNING: no more curves are written") == 1
-
-
-def test_a_heartbeat_that_cannot_be_written_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "heartbeat").touch()
-    heartbeat = Heartbeat(tmp_path, rank=0, timeout_s=1000)
-    heartbeat.beat(1)
-    heartbeat.beat(2)
-    heartbeat.stop()
-    assert capfd.readouterr().err.count("WARNING: no heartbeat was written") == 1
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
@@ -236,3 +240,80 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     for name, keys in {"metrics.jsonl": (*LOSSES, "grad_norm"), "validation.jsonl": tuple(LOSSES)}.items():
         record = json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
         assert [record[key] for key in keys] == [None] * len(keys)
+
+
+GPU_FIGURES = ("mfu_pct", "max_allocated_gib", "max_reserved_gib", "planned_gib")
+GPU_TAGS = {"throughput/mfu_pct", "memory/max_allocated_gib", "memory/max_reserved_gib", "memory/planned_gib"}
+
+
+def tags_of(run_dir: Path) -> set[str]:
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return set(events.Tags()["scalars"])
+
+
+def test_figures_of_a_gpu(
+    tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: 6e12 FLOPs and 100 tokens in 10 s, on a GPU of 2e12 FLOPs per second."""
+    monkeypatch.setattr(step_sums.device, "peak_bytes", lambda: (3 * 2**30, 4 * 2**30))
+    metrics = make(tmp_path, "text", planned=Planned(None, None, peak_flops=2e12, peak_bytes=5 * 2**30))
+    clock[0] += 10
+    metrics.add(dataclasses.replace(step(1, clock[0] - 10), flops=6e12))
+    metrics.close()
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert record["flops"] == 6e12
+    assert [record[name] for name in GPU_FIGURES] == pytest.approx([30.0, 3.0, 4.0, 5.0])
+    assert record["tokens_per_s_per_gpu"] == pytest.approx(10.0)
+    assert tags_of(tmp_path) >= GPU_TAGS
+    assert " | data 0% | MFU 30.0% | 3.0 GiB (planned 5.0)" in capsys.readouterr().out
+
+
+def test_a_cpu_has_none_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = make(tmp_path, "text", planned=Planned(None, None, peak_flops=None, peak_bytes=None))
+    metrics.add(dataclasses.replace(step(1), flops=6e12))
+    metrics.close()
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert record["flops"] == 6e12
+    assert [record[name] for name in GPU_FIGURES] == [None] * 4
+    assert not tags_of(tmp_path) & GPU_TAGS
+    assert not re.search("MFU|GiB|goodput", capsys.readouterr().out)
+
+
+class Ranks:
+    """Four ranks in one process: each reports in turn, and rank 0, the last one, gets the sum."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rank, self.reports = 0, []
+        monkeypatch.setattr(distributed, "world_size", lambda: 4)
+        monkeypatch.setattr(distributed, "rank", lambda: self.rank)
+        monkeypatch.setattr(distributed, "is_main", lambda: self.rank == 0)
+        monkeypatch.setattr(distributed, "gather", lambda value: [f"node{rank}" for rank in range(4)])
+        monkeypatch.setattr(distributed, "sum_over_ranks", self.sum)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        self.reports.append(values.clone())
+        return values if self.rank else torch.stack(self.reports).sum(0)
+
+
+def test_a_slow_rank_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    """On the console, in the record and as a curve; parts are means over the ranks."""
+    ranks = Ranks(monkeypatch)
+    for ranks.rank in (3, 2, 1, 0):
+        metrics = make(tmp_path, "text", log_freq=WINDOW_STEPS + 1)
+        for number in range(1, WINDOW_STEPS + 2):
+            tower_s = 100.0 if number == 1 else [0.9, 0.9, 1.4, 0.9][ranks.rank]  # the first step is always slow
+            times = StepTimes(host_s={"data": 0.1, "tower": tower_s, "forward": tower_s})
+            clock[0] += 4.0
+            metrics.add(dataclasses.replace(step(number, clock[0] - 4.0), times=times))
+        metrics.close()
+    assert "slow rank: 2 on node2 takes 1.50 s a step" in capsys.readouterr().out.splitlines()[-1]
+    first, *between, last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (last["slowest_rank"], last["slowest_host"]) == (2, "node2")
+    assert last["slowest_pct"] == pytest.approx(50)
+    assert {record["slowest_pct"] for record in (first, *between)} == {None}
+    assert (last["tower_s"], last["data_s"], last["data_pct"]) == pytest.approx((1.025, 0.1, 2.5))
+    assert last["tokens_per_s"] == pytest.approx(4 * last["tokens_per_s_per_gpu"]) == pytest.approx(4 * 100 / 4)
+    assert "time/slowest_rank_pct" in tags_of(tmp_path)
