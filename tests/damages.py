@@ -53,7 +53,11 @@ def configuration(run: Path, keep: int) -> Config:
 
 
 def digest(engine: Any) -> str:
-    groups = engine.optimizer.fp32_partitioned_groups_flat
+    return digest_of(engine.optimizer.fp32_partitioned_groups_flat)
+
+
+def digest_of(groups: list[torch.Tensor]) -> str:
+    """sha256 of a rank's float32 masters."""
     return hashlib.sha256(b"".join(group.detach().numpy().tobytes() for group in groups)).hexdigest()
 
 
