@@ -256,15 +256,27 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are saved, and how many are kept."""
+    """When and how checkpoints are saved, and how many are kept."""
 
     interval: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end."""
+    mode: Literal["background", "blocking"] = "background"
+    """`background`: training waits only while the state is copied to host memory; a process of each rank writes it
+    while the next steps are made. Needs host memory for one checkpoint, shared by the nodes; a run that finds too
+    little says so and saves as `blocking`: training waits until all is written. The last checkpoint always blocks."""
+    verify: Literal["none", "read_back"] = "none"
+    """`none`: sha256 and size are taken from the bytes while they are written. `read_back`: each file is then also read
+    from the disk and compared. A resume compares the sha256 of all files in any case."""
     keep_latest_k: PositiveInt = 2
     """Checkpoints to keep; older ones are deleted after a newer one is complete."""
     copy_to: UserPath | None = None
     """A second folder, for example on another file system, to which each checkpoint is copied in the background;
     unset: no copies."""
+
+    @property
+    def in_background(self) -> bool:
+        """Whether a checkpoint is written while training goes on: never the last one, for which the run waits."""
+        return self.mode == "background" and self.interval > 0
 
 
 class EvaluationConfig(Section):

@@ -31,11 +31,12 @@ from transformers.utils import logging as transformers_logging
 from mirage_ds.batch import Batch
 from mirage_ds.checkpoint.copies import Copies
 from mirage_ds.checkpoint.load import load_weights, resume
-from mirage_ds.checkpoint.save import check_room
+from mirage_ds.checkpoint.save import Saves, check_room, own_bytes
+from mirage_ds.checkpoint.writer import Writer, with_memory
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.stream import Share, make_loader
-from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
+from mirage_ds.errors import DataError, DiskFullError, MirageError, TrainingError, leave, name_full_disk
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.owner import Owner
@@ -61,6 +62,7 @@ from mirage_ds.zero3.engine import (
 
 def train(config: Config) -> None:
     """The run, from configuration to last checkpoint."""
+    writer = Writer() if config.checkpoint.in_background else None  # a fork, before this process has threads or a GPU
     prepare_torch(config)
     check_training()
     start = prepare(config)
@@ -70,9 +72,12 @@ def train(config: Config) -> None:
     with own(config.run.dir, start.tags) as owner:
         engine = load_engine(config, start)
         state = load_state(engine, config, start.checkpoint)
-        trainer = make_trainer(engine, config, start, state)
         copies = open_copies(config)
-        train_steps(trainer, config, start, copies, owner)
+        if writer is not None:
+            writer = with_memory(writer, own_bytes(engine.module))
+        saves = Saves(engine, config, start.facts, writer=writer, copies=copies)
+        trainer = make_trainer(engine, config, start, state, saves)
+        train_steps(trainer, config, start, saves, owner)
         end(trainer, config)
         if copies is not None:
             copies.wait()
@@ -102,7 +107,7 @@ def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
     return engine
 
 
-def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: TrainState) -> Trainer:
+def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: TrainState, saves: Saves) -> Trainer:
     """The training loop from `state` on, with this rank's data and the run's metrics."""
     metrics = Metrics(
         config.run.dir,
@@ -123,6 +128,7 @@ def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: T
         device=start.device,
         agree_on_passes=start.gather == "layer" and config.train.stage == "stage2",
         early_end=watch_end(config),
+        save_progress=saves.progress,
     )
     trainer.clock.watch(engine.module.tower, "tower")
     if start.gather == "rollout":
@@ -130,19 +136,22 @@ def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: T
     return trainer
 
 
-def train_steps(trainer: Trainer, config: Config, start: Start, copies: Copies | None, owner: Owner | None) -> None:
+def train_steps(trainer: Trainer, config: Config, start: Start, saves: Saves, owner: Owner | None) -> None:
     """All steps that are left, with what is due after each of them."""
     beating = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s, trainer.state.step)
     with beating as heartbeat, profiler(config, trainer.state) as profile_step:
-        trainer.train(
-            after_step=[
-                lambda state: heartbeat.beat(state.step),
-                lambda state: owner.check(state.step) if owner else None,
-                validate_if_due(trainer, config, start.encoder),
-                save_if_due(trainer, config, start.facts, copies),
-                profile_step,
-            ]
-        )
+        actions = [
+            lambda state: heartbeat.beat(state.step),
+            lambda state: owner.check(state.step) if owner else None,
+            validate_if_due(trainer, config, start.encoder),
+            save_if_due(trainer, config.checkpoint.interval, saves),
+            profile_step,
+        ]
+        try:
+            trainer.train(after_step=actions)
+        except TrainingError:  # which all ranks have: the steps before it stay saved
+            saves.finish()
+            raise
     early_end.ignore()
 
 

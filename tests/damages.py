@@ -17,7 +17,8 @@ import torch
 
 from mirage_ds.checkpoint.find import find_undamaged
 from mirage_ds.checkpoint.load import resume
-from mirage_ds.checkpoint.save import save
+from mirage_ds.checkpoint.save import Saves
+from mirage_ds.checkpoint.writer import Writer
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError
 from mirage_ds.train_state import TrainState
@@ -52,7 +53,11 @@ def configuration(run: Path, keep: int) -> Config:
 
 
 def digest(engine: Any) -> str:
-    groups = engine.optimizer.fp32_partitioned_groups_flat
+    return digest_of(engine.optimizer.fp32_partitioned_groups_flat)
+
+
+def digest_of(groups: list[torch.Tensor]) -> str:
+    """sha256 of a rank's float32 masters."""
     return hashlib.sha256(b"".join(group.detach().numpy().tobytes() for group in groups)).hexdigest()
 
 
@@ -71,7 +76,9 @@ def load(engine: Any, run: Path) -> dict[str, str]:
 
 def save_steps(run: Path, notes: Path, steps: int, keep: int) -> None:
     """Resumes from the newest undamaged checkpoint, and saves each step; notes/loaded_RANK has what was loaded."""
+    writer = Writer()
     engine = make_engine()
+    saves = Saves(engine, configuration(run, keep), {"world_size": 2, "config": {}}, writer=writer)
     rank, found = distributed.rank(), load(engine, run)
     with (notes / f"loaded_{rank}").open("a") as file:
         file.write(json.dumps(found) + "\n")
@@ -84,7 +91,8 @@ def save_steps(run: Path, notes: Path, steps: int, keep: int) -> None:
         note.replace(note.with_suffix(""))
         (notes / f"saving_{rank}").write_text(str(step))
         state = TrainState(step=step, position=step)
-        save(engine, configuration(run, keep), state, {"world_size": 2, "config": {}})
+        saves.save(state, wait=False)
+    saves.finish()
 
 
 def load_all(runs: list[Path], results: Path) -> None:
@@ -102,7 +110,7 @@ def no_room(run: Path, results: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     try:
-        save(engine, configuration(run, 2), TrainState(step=9, position=9), {"world_size": 2})
+        Saves(engine, configuration(run, 2), {"world_size": 2}).save(TrainState(step=9, position=9), wait=True)
     except CheckpointError as error:
         (results / f"no_room_{rank}").write_text(str(error))
 

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import time
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,23 +25,6 @@ def describe_file(file: Path) -> dict[str, Any]:
     """The entry of a file in files.json."""
     with file.open("rb") as content:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
-
-
-def check_written(file: Path) -> dict[str, Any]:
-    """Flushes a file of torch.save to disk, verifies torch's own checksums, and returns its entry in files.json.
-
-    Raises:
-        OSError: the file could not be stored, or differs from what was written.
-    """
-    sync(file)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            wrong = archive.testzip()
-    except zipfile.BadZipFile as error:
-        raise OSError(f"{file.name} differs from what was written: {error}") from error
-    if wrong:
-        raise OSError(f"{file.name} differs from what was written: the checksum of {wrong} is wrong")
-    return describe_file(file)
 
 
 def read_files(checkpoint: Path) -> dict[str, dict[str, Any]]:

@@ -1,14 +1,19 @@
-"""Writes a checkpoint: everything that a run needs to resume (engine, position, random state, configuration).
+"""Saves checkpoints: everything that a run needs to resume (engine, position, random state, configuration).
 
 RUN/checkpoints/global_step20/...        DeepSpeed's files, with each rank's random state
 RUN/checkpoints/global_step20/run.json   step, position, ranks, configuration, the manifest's digest
 RUN/checkpoints/global_step20/files.json names, sizes and sha256 of all these; see complete.py
+
+Every rank writes its own files: its writer process (writer.py), while training goes on, or the rank itself. When all
+ranks have written theirs, rank 0 completes the checkpoint.
 """
 
 import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +23,11 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from mirage_ds.checkpoint import complete
 from mirage_ds.checkpoint.complete import FOLDER
+from mirage_ds.checkpoint.copies import Copies
 from mirage_ds.checkpoint.facts import FACTS_NAME
 from mirage_ds.checkpoint.find import newest_complete
+from mirage_ds.checkpoint.writer import Writer
+from mirage_ds.checkpoint.written import Written, write_states
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError
 from mirage_ds.housekeeping import housekeeping
@@ -30,60 +38,136 @@ from mirage_ds.zero3.engine import whole_numel
 ADAM_BYTES = 12  # per trained element, all float32: the master and AdamW's two moments
 
 
-class Writer(TorchCheckpointEngine):
-    """Writes this rank's files for DeepSpeed, and verifies each.
+class Progress(IntEnum):
+    """How far one rank is with the save under way; the largest value of the ranks holds for all of them."""
 
-    Keeps an error instead of raising it, so that this rank stays in DeepSpeed's collectives and all ranks end together.
-    """
+    DONE = 0  # or no save is under way
+    WRITING = 1
+    FAILED = 2
+
+
+@dataclass
+class UnderWay:
+    """A save whose files are being written."""
+
+    part: Path  # the folder
+    state: TrainState
+    started_s: float
+    waited_s: float = 0.0  # that training waited for it
+    written: Written | None = None  # this rank's files; None while they are being written
+
+
+class Saves:
+    """Saves a run's checkpoints, at most one at a time. Every rank makes the same calls."""
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        config: Config,
+        facts: dict[str, Any],
+        *,
+        writer: Writer | None = None,
+        copies: Copies | None = None,
+    ) -> None:
+        """
+        Args:
+            facts: what run.json says besides step and position, see `describe_run`.
+            writer: writes while training goes on; without one, `save` returns when all is written.
+            copies: gets each complete checkpoint, on rank 0.
+        """
+        self.engine, self.config, self.facts = engine, config, facts
+        self.writer, self.copies = writer, copies
+        self.under_way: UnderWay | None = None
+
+    def save(self, state: TrainState, *, wait: bool) -> None:
+        """Saves this step, after the end of a save that is under way.
+
+        With a writer and without `wait`, it returns when the state is copied: the run may change it, and calls `finish`
+        once `progress` says so. Otherwise the checkpoint is complete when it returns, and the oldest one beyond
+        `checkpoint.keep_latest_k` is deleted. The folder's name ends with .part until then.
+
+        Raises:
+            CheckpointError: on every rank: there is no room for it, or a rank could not write its files.
+        """
+        self.finish()
+        folder = self.config.run.dir / FOLDER
+        part = folder / f"global_step{state.step}{complete.PART}"
+        save = UnderWay(part, TrainState(state.step, state.position), time.monotonic())
+        _on_main(part, lambda: complete.remove_parts(folder))
+        check_room(self.config.run.dir, self.engine.module, self.engine.device)
+        states, read_back = engine_states(self.engine, part), self.config.checkpoint.verify == "read_back"
+        wait = wait or self.writer is None
+        if self.writer is None or wait:
+            save.written = write_states(part, states.items(), read_back=read_back)
+        else:
+            self.writer.begin(part, states, read_back=read_back)
+        save.waited_s = time.monotonic() - save.started_s
+        self.under_way = save
+        if wait:
+            self.finish()
+
+    def progress(self) -> Progress:
+        """How far this rank is."""
+        save = self.under_way
+        if save is None:
+            return Progress.DONE
+        if save.written is None and self.writer and self.writer.is_done():
+            save.written = self.writer.wait()
+        if save.written is None:
+            return Progress.WRITING
+        return Progress.FAILED if save.written.error else Progress.DONE
+
+    def finish(self) -> None:
+        """Waits for the save under way, if there is one, and completes it.
+
+        Raises:
+            CheckpointError: on every rank: a rank could not write its files.
+        """
+        save, self.under_way = self.under_way, None
+        if save is None:
+            return
+        began_s = time.monotonic()
+        if save.written is None and self.writer:
+            save.written = self.writer.wait()
+        outcomes: list[Written] = distributed.gather(save.written)
+        _raise_failure(save.part, [written.error for written in outcomes])
+        files = {name: entry for written in outcomes for name, entry in written.files.items()}
+        facts = {"step": save.state.step, "position": save.state.position} | self.facts
+        _on_main(save.part, lambda: _make_current(save.part, facts, files, self.config.checkpoint.keep_latest_k))
+        save.waited_s += time.monotonic() - began_s
+        if distributed.is_main():
+            final = save.part.with_suffix("")
+            size, passed_s = complete.total_bytes(files.values()), time.monotonic() - save.started_s
+            print(
+                f"Saved {final}: {size / 1e6:.1f} MB in {passed_s:.1f} s, {size / 1e6 / passed_s:.1f} MB/s; "
+                f"training waited {save.waited_s:.1f} s",
+                flush=True,
+            )
+            if self.copies is not None:
+                self.copies.add(final)
+
+
+class States(TorchCheckpointEngine):
+    """Keeps what DeepSpeed would write on this rank, by file name; the tensors are the engine's own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.files: dict[str, dict[str, Any]] = {}  # as in files.json
-        self.error: str | None = None
+        self.by_name: dict[str, Any] = {}
 
     def save(self, state_dict: Any, path: str) -> None:
-        file = Path(path)
-        try:
-            torch.save(state_dict, file)
-            self.files[file.name] = complete.check_written(file)
-        except (OSError, RuntimeError) as error:
-            # torch's C++ writer raises RuntimeError for a system error, without its code.
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-                raise
-            self.error = f"{file.name}: {error}"
-            file.unlink(missing_ok=True)
+        self.by_name[Path(path).name] = state_dict
 
 
-def save(engine: DeepSpeedEngine, config: Config, state: TrainState, facts: dict[str, Any]) -> Path:
-    """Writes a checkpoint of all ranks and returns its folder; deletes the oldest beyond `checkpoint.keep_latest_k`.
-
-    The folder's name ends with .part until every rank's files are on disk and verified.
-
-    Raises:
-        CheckpointError: on every rank: there is no room for it, or a rank could not write its files.
-    """
-    started_s = time.monotonic()
-    folder, tag = config.run.dir / FOLDER, f"global_step{state.step}"
-    part = folder / (tag + complete.PART)
-    _on_main(part, lambda: complete.remove_parts(folder))
-    check_room(config.run.dir, engine.module, engine.device)
-    original, writer = engine.checkpoint_engine, Writer()
-    engine.checkpoint_engine = writer
+def engine_states(engine: DeepSpeedEngine, part: Path) -> dict[str, Any]:
+    """What this rank has to write into `part`, which DeepSpeed makes, by file name; valid until the next step."""
+    original, states = engine.checkpoint_engine, States()
+    engine.checkpoint_engine = states
     try:
         client_state = {"random": random_state()}
-        engine.save_checkpoint(str(folder), tag=part.name, client_state=client_state, save_latest=False)
+        engine.save_checkpoint(str(part.parent), tag=part.name, client_state=client_state, save_latest=False)
     finally:
         engine.checkpoint_engine = original
-    outcomes = distributed.gather((writer.files, writer.error))
-    _raise_failure(part, [error for _, error in outcomes])
-    files = {name: entry for own, _ in outcomes for name, entry in own.items()}
-    position = {"step": state.step, "position": state.position}
-    _on_main(part, lambda: _make_current(part, position | facts, files, config.checkpoint.keep_latest_k))
-    if distributed.is_main():
-        size, passed_s = complete.total_bytes(files.values()), time.monotonic() - started_s
-        rate = size / 1e6 / passed_s
-        print(f"Saved {folder / tag}: {size / 1e6:.1f} MB in {passed_s:.1f} s, {rate:.1f} MB/s", flush=True)
-    return folder / tag
+    return states.by_name
 
 
 def _make_current(part: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]], keep_latest_k: int) -> None:
@@ -138,6 +222,16 @@ def size_in_bytes(model: torch.nn.Module) -> int:
         whole_numel(parameter) * (ADAM_BYTES if parameter.requires_grad else parameter.element_size())
         for parameter in model.parameters()
     )
+
+
+def own_bytes(model: torch.nn.Module) -> int:
+    """At most so many bytes of tensors are in this rank's files: its shards, and small ones such as random states."""
+    shards = sum(
+        getattr(parameter, "ds_tensor", parameter).numel()
+        * (ADAM_BYTES if parameter.requires_grad else parameter.element_size())
+        for parameter in model.parameters()
+    )
+    return shards + 2**20
 
 
 def check_room(run_dir: Path, model: torch.nn.Module, device: torch.device) -> None:

@@ -3,12 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
 
 import torch
 
-from mirage_ds.checkpoint.copies import Copies
-from mirage_ds.checkpoint.save import save
+from mirage_ds.checkpoint.save import Progress, Saves
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, Encoder
@@ -56,18 +54,17 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
     return action
 
 
-def save_if_due(trainer: Trainer, config: Config, facts: dict[str, Any], copies: Copies | None) -> Action:
-    """Saves every `checkpoint.interval` steps and after the last step of this start; copies each checkpoint."""
-    interval = config.checkpoint.interval
+def save_if_due(trainer: Trainer, interval: int, saves: Saves) -> Action:
+    """Saves every `interval` steps, if it is not 0, and after the last step of this start, which waits for the save."""
 
     def action(state: TrainState) -> None:
+        if trainer.save_progress != Progress.WRITING:
+            saves.finish()
         last = state.ends_early or state.step == trainer.max_steps
         if last or (interval and state.step % interval == 0):
             trainer.metrics.flush()  # a run that resumes here has all earlier steps in metrics.jsonl
             with trainer.clock.host("save"):
-                saved = save(trainer.engine, config, state, facts)
-            if copies is not None:
-                copies.add(saved)
+                saves.save(state, wait=last)
 
     return action
 

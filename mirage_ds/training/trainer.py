@@ -37,12 +37,14 @@ class Trainer:
         device: torch.device,
         agree_on_passes: bool,
         early_end: EarlyEnd,
+        save_progress: Callable[[], int] = lambda: 0,
     ) -> None:
         """
         Args:
             batches: this rank's micro-batches, endless.
             agree_on_passes: all ranks make the same number of latent passes; needed where ZeRO-3 gathers inside them.
             early_end: called after each step; if it gives one rank a reason to end, all ranks end.
+            save_progress: called after each step; the largest value of the ranks is then in `save_progress`.
         """
         self.engine, self.batches, self.train_config = engine, batches, train
         self.metrics, self.state, self.device = metrics, state, device
@@ -50,6 +52,7 @@ class Trainer:
         self.agree_on_passes = agree_on_passes
         self.early_end = early_end
         self.clock = StepClock()
+        self.own_save_progress, self.save_progress = save_progress, 0
         self.world_size = distributed.world_size()
         self.global_batch_size = train.samples_per_step(self.world_size)
         self.accumulation_steps = train.accumulation_steps(self.world_size)
@@ -169,9 +172,13 @@ class Trainer:
             )
 
     def agree_on_end(self) -> None:
-        """Whether the run ends here, before its last step: one rank with a reason is enough, as it alone may know."""
+        """Whether the run ends here, before its last step: one rank with a reason is enough, as it alone may know.
+
+        In the same all-reduce, how far the save under way is.
+        """
         reason = self.early_end()
-        ends, faulty = distributed.max_over_ranks([reason is not None, self.fault is not None], self.device)
+        own = [reason is not None, self.fault is not None, self.own_save_progress()]
+        ends, faulty, self.save_progress = distributed.max_over_ranks(own, self.device)
         self.any_fault = bool(faulty)
         self.state.ends_early = bool(ends or faulty)
         if reason is not None:

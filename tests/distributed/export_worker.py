@@ -13,7 +13,7 @@ import torch
 
 from mirage_ds.batch import MERGE_SIZE, Batch
 from mirage_ds.checkpoint.facts import describe_run
-from mirage_ds.checkpoint.save import save
+from mirage_ds.checkpoint.save import Saves
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import load_encoder
@@ -89,7 +89,7 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
     )
     trainer.train()
     metrics.close()
-    save(engine, config, state, describe_run(config, deepspeed_config, "unused", steps))
+    Saves(engine, config, describe_run(config, deepspeed_config, "unused", steps)).save(state, wait=True)
     # Without latents, so that a model without support for them computes the same.
     computed = what_it_computes(engine, next(batches(config, rows, "text")).to(device))
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
