@@ -35,6 +35,7 @@ from mirage_ds.checkpoint.save import check_room
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.stream import Share, make_loader
+from mirage_ds.data.target_cache import TargetCache
 from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
@@ -43,6 +44,7 @@ from mirage_ds.self_check import check_training
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end, lost_peer
 from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
+from mirage_ds.training.cached_targets import open_target_cache
 from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.run_folder import own, write_folder
@@ -69,7 +71,8 @@ def train(config: Config) -> None:
     with own(config.run.dir, start.tags) as owner:
         engine = load_engine(config, start)
         state = load_state(engine, config, start.checkpoint)
-        trainer = make_trainer(engine, config, start, state)
+        targets = open_target_cache(engine, config, start)
+        trainer = make_trainer(engine, config, start, state, targets)
         copies = open_copies(config)
         train_steps(trainer, config, start, copies, owner)
         end(trainer, config)
@@ -101,7 +104,9 @@ def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
     return engine
 
 
-def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: TrainState) -> Trainer:
+def make_trainer(
+    engine: DeepSpeedEngine, config: Config, start: Start, state: TrainState, targets: TargetCache | None
+) -> Trainer:
     """The training loop from `state` on, with this rank's data and the run's metrics."""
     metrics = Metrics(
         config.run.dir,
@@ -113,7 +118,7 @@ def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: T
     )
     return Trainer(
         engine,
-        open_stream(config, start, state),
+        open_stream(config, start, state, targets),
         config.train,
         metrics,
         state,
@@ -215,7 +220,7 @@ def watch_end(config: Config) -> early_end.EarlyEnd:
     return early_end.EarlyEnd(end_s, config.run.save_before_end_s, config.distributed.timeout_s)
 
 
-def open_stream(config: Config, start: Start, state: TrainState) -> Iterator[Batch]:
+def open_stream(config: Config, start: Start, state: TrainState, targets: TargetCache | None) -> Iterator[Batch]:
     """This rank's micro-batches from the run's position on."""
     share = Share(
         rank=distributed.rank(),
@@ -235,6 +240,7 @@ def open_stream(config: Config, start: Start, state: TrainState) -> Iterator[Bat
         on_fault=config.data.on_fault,
         # Sooner than the other ranks' collectives, so that they still answer, and the run can save.
         timeout_s=max(1, config.distributed.timeout_s * 4 // 5),
+        targets=targets,
     )
     return iter(loader)
 

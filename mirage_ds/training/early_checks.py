@@ -27,6 +27,8 @@ def read_command_line() -> Config:
         check_inputs(config)
         check_folder_is_free(config.run)
         check_folder_is_writable(config.run)
+        if config.model.cache_targets is not None:
+            check_writable(config.model.cache_targets, "model.cache_targets")
         refuse_living(config.run.dir)
     except MirageError as error:
         leave(error)
