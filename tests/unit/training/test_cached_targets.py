@@ -164,6 +164,26 @@ def test_mixed_micro_batches_have_the_losses_of_the_plain_loop(
         assert grad_norm(model) == pytest.approx(expected["grad_norms"][0], rel=1e-4)
 
 
+class Copied:
+    """A GPU's event after a copy to the host."""
+
+    is_over = False
+
+    def query(self) -> bool:
+        return self.is_over
+
+
+def test_a_copy_that_is_under_way_is_written_later(cache: TargetCache) -> None:
+    """The step does not wait for it. Copies of one stream end in their order."""
+    writer, copied = TargetWriter(cache), Copied()
+    values = torch.ones(LATENT_SIZE, (cache.slot_bytes // 4 - 1) // LATENT_SIZE)
+    writer.copies.append(([0], values, copied))
+    for slot in (1, 2):
+        writer([slot], LatentTargets(values[:, :-1], values[:, :-1] * slot, values[:, -1]))
+        assert [cache.read(range(each, each + 1)) is not None for each in range(3)] == [slot == 2] * 3
+        copied.is_over = True
+
+
 def test_workers_do_not_need_images_that_are_kept(
     ground: Path, shards: ShardFolder, encoder: Encoder, cache: TargetCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
