@@ -20,7 +20,7 @@ from mirage_ds.owner import refuse_living
 from mirage_ds.paths import expanded
 from mirage_ds.programs import without_current_folder
 from mirage_ds.recipe import load_config
-from mirage_ds.training.early_checks import check_folder_is_free, check_folder_is_writable, check_inputs
+from mirage_ds.training.early_checks import check_folder_is_free, check_folders_are_writable, check_inputs
 from mirage_ds.versions import check_versions
 
 GRACE_S = 30  # from SIGTERM to SIGKILL, for the other ranks when one has failed
@@ -50,7 +50,7 @@ def local(
     config = load_config(recipe, overrides)
     check_inputs(config)
     check_folder_is_free(config.run)
-    check_folder_is_writable(config.run)
+    check_folders_are_writable(config)
     refuse_living(config.run.dir)
     gpus = count_gpus()
     if ranks and gpus and ranks > gpus:

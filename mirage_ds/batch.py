@@ -38,7 +38,10 @@ class Batch:
     image_grids: list[Grid]  # [N], input images first
     helper_grids: list[Grid]  # of the helper images (stage 1), else empty
     latent_sizes: list[int]  # K of each helper image (stage 1), else empty
-    num_grounded_samples: int  # rows with a latent loss: those with encoded helper images
+    target_slots: list[int]  # of each helper image, where the target cache keeps its targets; empty without a cache
+    cached_targets: torch.Tensor  # [C, D + 1] float32: targets and inverse norms of latents, from the target cache
+    latent_order: torch.Tensor  # [M] int64: place of each latent among those of helper images, then the cached ones
+    num_grounded_samples: int  # rows with a latent loss: those with helper images or cached targets
     row_tokens: list[int]  # [B] tokens of each row, without padding
     keys: list[str]  # [B] the sample's key of each row, for messages
     faults: list[str] = field(default_factory=list)  # of samples that could not be used, and whose places rows took

@@ -93,6 +93,20 @@ class ModelConfig(Section):
     """`full`: the activations of each decoder layer are recomputed in backward; `none`: they are stored."""
     train_tower: bool = False
     """Train the vision tower too; the method keeps it frozen."""
+    cache_targets: UserPath | None = None
+    """Stage 1: folder that keeps the latent targets of helper images, so that later epochs do not encode them again;
+    see [training](training.md#keep-latent-targets). Unset: every epoch encodes them."""
+    cache_targets_gib: float = Field(default=64, gt=0)
+    """Largest size of the file in `model.cache_targets`; helper images beyond it are encoded in every epoch."""
+
+    @model_validator(mode="after")
+    def _cached_targets_stay_valid(self) -> "ModelConfig":
+        if self.cache_targets is not None and self.train_tower:
+            raise ValueError(
+                "cache_targets keeps what the vision tower computes, which train_tower=true changes; only one of the "
+                "two is possible; unset model.cache_targets or model.train_tower"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -318,3 +332,12 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     distributed: DistributedConfig = DistributedConfig()
     launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _targets_are_used(self) -> "Config":
+        if self.model.cache_targets is not None and self.train.stage != "stage1":
+            raise ValueError(
+                f"model.cache_targets is set, but {self.train.stage} has no latent targets; it is for "
+                "train.stage=stage1; unset model.cache_targets"
+            )
+        return self

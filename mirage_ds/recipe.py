@@ -84,7 +84,8 @@ def _describe(details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return f"{key} is missing: set it in the recipe or with {key}=VALUE"
     message = details["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" + ("" if details["type"] == "value_error" else f" (got {details['input']!r:.80})")
+    where = f"{key}: " if key else ""  # what two sections must not have together has no key
+    return f"{where}{message}" + ("" if details["type"] == "value_error" else f" (got {details['input']!r:.80})")
 
 
 def hint(name: str, allowed: Iterable[str]) -> str:

@@ -36,6 +36,7 @@ from mirage_ds.checkpoint.writer import Writer, with_memory
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.stream import Share, make_loader
+from mirage_ds.data.target_cache import TargetCache
 from mirage_ds.errors import DataError, DiskFullError, MirageError, TrainingError, leave, name_full_disk
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
@@ -44,6 +45,7 @@ from mirage_ds.self_check import check_training
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end, lost_peer
 from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
+from mirage_ds.training.cached_targets import open_target_cache
 from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.planned import plan
@@ -72,11 +74,12 @@ def train(config: Config) -> None:
     with own(config.run.dir, start.tags) as owner:
         engine = load_engine(config, start)
         state = load_state(engine, config, start.checkpoint)
+        targets = open_target_cache(engine, config, start)
         copies = open_copies(config)
         if writer is not None:
             writer = with_memory(writer, own_bytes(engine.module))
         saves = Saves(engine, config, start.facts, writer=writer, copies=copies)
-        trainer = make_trainer(engine, config, start, state, saves)
+        trainer = make_trainer(engine, config, start, state, saves, targets)
         train_steps(trainer, config, start, saves, owner)
         end(trainer, config)
         if copies is not None:
@@ -107,7 +110,14 @@ def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
     return engine
 
 
-def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: TrainState, saves: Saves) -> Trainer:
+def make_trainer(
+    engine: DeepSpeedEngine,
+    config: Config,
+    start: Start,
+    state: TrainState,
+    saves: Saves,
+    targets: TargetCache | None,
+) -> Trainer:
     """The training loop from `state` on, with this rank's data and the run's metrics."""
     metrics = Metrics(
         config.run.dir,
@@ -120,7 +130,7 @@ def make_trainer(engine: DeepSpeedEngine, config: Config, start: Start, state: T
     )
     trainer = Trainer(
         engine,
-        open_stream(config, start, state),
+        open_stream(config, start, state, targets),
         config.train,
         metrics,
         state,
@@ -228,7 +238,7 @@ def watch_end(config: Config) -> early_end.EarlyEnd:
     return early_end.EarlyEnd(end_s, config.run.save_before_end_s, config.distributed.timeout_s)
 
 
-def open_stream(config: Config, start: Start, state: TrainState) -> Iterator[Batch]:
+def open_stream(config: Config, start: Start, state: TrainState, targets: TargetCache | None) -> Iterator[Batch]:
     """This rank's micro-batches from the run's position on."""
     share = Share(
         rank=distributed.rank(),
@@ -248,6 +258,7 @@ def open_stream(config: Config, start: Start, state: TrainState) -> Iterator[Bat
         on_fault=config.data.on_fault,
         # Sooner than the other ranks' collectives, so that they still answer, and the run can save.
         timeout_s=max(1, config.distributed.timeout_s * 4 // 5),
+        targets=targets,
     )
     return iter(loader)
 

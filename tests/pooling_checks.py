@@ -86,6 +86,7 @@ def check_forward(
     _, exact, exact_inverse_norms = definition.latent_pool(patch_embeds.double().cpu(), *segments, torch.float64)
     assert_as_exact_as(targets.cpu(), exact)
     assert_as_exact_as(inputs.cpu(), exact)
+    assert torch.equal(inputs, targets.to(out_dtype))  # so that kept targets give the same inputs
     torch.testing.assert_close(1 / inverse_norms.cpu().double(), 1 / exact_inverse_norms, rtol=1e-6, atol=1e-6)
 
 

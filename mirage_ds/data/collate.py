@@ -44,6 +44,10 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool) -> Batch:
     if not len(target_rows):  # the loss head is still entered, with weight 0
         target_rows, target_ids, target_weights = torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1)
 
+    cached = [sample.cached_targets for sample in samples if sample.cached_targets is not None]
+    has_cached = torch.tensor([sample.cached_targets is not None for sample in samples])
+    is_cached = has_cached[:, None].expand_as(latent_mask)[latent_mask]
+
     pixels = [sample.pixel_values for sample in samples] + [sample.pixel_values_latent for sample in samples]
     pixel_values = torch.cat(pixels)
     input_grids = _merged([sample.image_grid_thw for sample in samples])
@@ -70,7 +74,10 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool) -> Batch:
         image_grids=image_grids,
         helper_grids=helper_grids,
         latent_sizes=[sample.latent_size for sample in samples for _ in sample.image_grid_thw_latent],
-        num_grounded_samples=sum(len(sample.image_grid_thw_latent) > 0 for sample in samples),
+        target_slots=[slot for sample in samples for slot in sample.target_slots],
+        cached_targets=torch.cat(cached) if cached else torch.zeros(0, 1),
+        latent_order=is_cached.argsort(stable=True).argsort(),
+        num_grounded_samples=len(cached) + sum(len(sample.image_grid_thw_latent) > 0 for sample in samples),
         row_tokens=[len(sample.input_ids) for sample in samples],
         keys=[sample.key for sample in samples],
         faults=[fault for sample in samples for fault in sample.faults],

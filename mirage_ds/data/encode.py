@@ -6,7 +6,7 @@ Shape legend: L tokens, P patches, N images, K latents per block.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jinja2 import TemplateError
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mirage_ds.config import CompressStrategy, Stage
 from mirage_ds.data.conversation import IMAGE_BLOCK, LATENT_BLOCK, load_tokenizer, prompt_text, train_text
+from mirage_ds.data.ids import expand_pads, find_prompt_length, supervised_labels
 from mirage_ds.data.images import decode
 from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
@@ -22,11 +23,7 @@ from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_quest
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import MALFORMED, ConfigError, DataError
 from mirage_ds.ops.segments import image_segments
-from mirage_ds.tokens import (
-    ASSISTANT_MARKER,
-    IGNORE_INDEX,
-    TokenIds,
-)
+from mirage_ds.tokens import ASSISTANT_MARKER, IGNORE_INDEX, TokenIds
 
 # Of the texts that an encoder keeps encoded, in all: rows of one task often have the same question and one of a few
 # answers. A token takes 42 bytes.
@@ -46,7 +43,10 @@ class EncodedText(NamedTuple):
 
 @dataclass
 class EncodedSample:
-    """A sample as the model takes it, before padding. Helper images are only encoded in stage 1."""
+    """A sample as the model takes it, before padding.
+
+    Helper images are only encoded in stage 1, and not where a target cache has their targets.
+    """
 
     key: str
     input_ids: torch.Tensor  # [L] int64
@@ -61,6 +61,8 @@ class EncodedSample:
     image_grid_thw_latent: torch.Tensor  # [N, 3] int64
     latent_size: int  # K
     faults: list[str] = field(default_factory=list)  # of the samples before it that could not be used
+    target_slots: range = range(0)  # of the encoded helper images in the run's target cache, if it has one
+    cached_targets: torch.Tensor | None = None  # [N * K, D + 1] float32: targets and their inverse norms
 
 
 def load_encoder(
@@ -91,43 +93,6 @@ def load_encoder(
         compress_strategy=compress_strategy,
         exif_orientation=exif_orientation,
     )
-
-
-def expand_pads(input_ids: torch.Tensor, num_merged: Sequence[int], latent_size: int, ids: TokenIds) -> torch.Tensor:
-    """Repeats the one pad of each block: once per merged token for an image, as K latent pads for a latent block.
-
-    Works on ids instead of text: special tokens split the text, so the result is the same, without tokenizing the pads.
-
-    Args:
-        input_ids: [short L], with one <|image_pad|> per block.
-        num_merged: merged tokens of each input image, in order.
-    Returns:
-        [L] int64
-    """
-    pads = input_ids == ids.image_pad
-    latents = pads & (input_ids.roll(1) == ids.latent_start)
-    assert int((pads & ~latents).sum()) == len(num_merged), "one pad for each image"
-    repeats = torch.ones_like(input_ids)
-    repeats[pads & ~latents] = torch.tensor(num_merged, dtype=torch.int64)
-    repeats[latents] = latent_size
-    return torch.where(latents, ids.latent_pad, input_ids).repeat_interleave(repeats)
-
-
-def find_prompt_length(input_ids: torch.Tensor, marker: torch.Tensor) -> int:
-    """Tokens of ids [L] up to the end of the first `marker`, the ids of <|im_start|>assistant."""
-    found = (input_ids.unfold(0, len(marker), 1) == marker).all(dim=1).nonzero()
-    return int(found[0]) + len(marker)
-
-
-def supervised_labels(input_ids: torch.Tensor, prompt_length: int, ids: TokenIds) -> torch.Tensor:
-    """Labels [L] of ids [L], not shifted: the answer's tokens, the newline before and after it, and its markers.
-
-    IGNORE_INDEX at the prompt, at <|endoftext|>, and at latent pads, which have the latent loss.
-    """
-    labels = input_ids.clone()
-    labels[:prompt_length] = IGNORE_INDEX
-    labels[(input_ids == ids.end_of_text) | (input_ids == ids.latent_pad)] = IGNORE_INDEX
-    return labels
 
 
 class Encoder:
@@ -175,7 +140,8 @@ class Encoder:
         check_sample(sample, sample.key)
         self._check_blocks(num_latent_blocks(sample.text_output, len(sample.helper_images)), sample.key)
         pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
-        helper_images = sample.helper_images if self._stage == "stage1" else ()
+        is_cached = sample.cached_targets is not None
+        helper_images = sample.helper_images if self._stage == "stage1" and not is_cached else ()
         pixel_values_latent, grid_thw_latent = self._patches(helper_images, f"{sample.key}.helper")
         self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sample.key)
         text = self._text(sample, grid_thw)
@@ -187,7 +153,18 @@ class Encoder:
             pixel_values_latent=pixel_values_latent,
             image_grid_thw_latent=grid_thw_latent,
             latent_size=self.latent_size,
+            target_slots=range(0) if is_cached else sample.target_slots,
+            cached_targets=self._cached_targets(sample),
         )
+
+    def helper_facts(self) -> dict[str, Any]:
+        """All that decides, beside the tower, which targets a helper image gets."""
+        return {
+            "image_processor": self._image_processor.facts(),
+            "exif_orientation": self._exif_orientation,
+            "latent_size": self.latent_size,
+            "compress_strategy": self._compress_strategy,
+        }
 
     def prompt(self, sample: Sample) -> EncodedSample:
         """Encodes a sample's question and input images as a prompt for decoding.
@@ -295,6 +272,12 @@ class Encoder:
         return self._image_processor(
             [decode(data, f"{where}_{number}", exif_orientation=turn) for number, data in enumerate(images)]
         )
+
+    def _cached_targets(self, sample: Sample) -> torch.Tensor | None:
+        if sample.cached_targets is None:
+            return None
+        values = torch.frombuffer(bytearray(sample.cached_targets), dtype=torch.float32)
+        return values.view(len(sample.helper_images) * self.latent_size, -1)
 
     def _text(self, sample: Sample, grid_thw: torch.Tensor) -> EncodedText:
         """The text side of a sample whose input images have these grids; encoded once, as long as it is kept."""

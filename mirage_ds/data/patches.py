@@ -8,6 +8,7 @@ Shape legend: P patches, N images.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -151,6 +152,13 @@ class ImageProcessor:
         limits = self._processor.size
         rows, columns = smart_resize(height, width, side, limits["shortest_edge"], limits["longest_edge"])
         return rows // side, columns // side
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the patches of an image."""
+        names = ("size", "image_mean", "image_std", "rescale_factor", "resample")
+        sizes = ("patch_size", "merge_size", "temporal_patch_size")
+        facts = {name: getattr(self._processor, name) for name in (*names, *sizes)}
+        return facts | {"size": dict(self._processor.size), "resample": int(self._processor.resample)}
 
     def save(self, folder: Path) -> None:
         """Writes preprocessor_config.json, with the limits that are used."""

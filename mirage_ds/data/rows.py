@@ -43,6 +43,8 @@ class Sample:
     input_images: tuple[bytes, ...] = ()
     helper_images: tuple[bytes, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)  # the row's other fields, including the user's id
+    target_slots: range = range(0)  # of the helper images in the run's target cache, if it has one
+    cached_targets: bytes | None = None  # what the cache has there, if it is complete
 
 
 def read_rows(path: Path, reject: Reject | None = None, numbers: range | None = None) -> Iterator[tuple[str, Sample]]:

@@ -16,6 +16,7 @@ from mirage_ds.data.plan import Plan, micro_batch_start
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
 from mirage_ds.data.shards import ShardFolder
+from mirage_ds.data.target_cache import TargetCache
 from mirage_ds.errors import ConfigError, DataError, StallError
 
 T = TypeVar("T")
@@ -23,9 +24,10 @@ MAX_FAULTS_IN_ROW = 100  # then it is not single samples
 
 
 class SampleReader:
-    """Reads samples of a shard folder by their number."""
+    """Reads samples of a shard folder by their number, and what a target cache has for them."""
 
-    def __init__(self, folder: ShardFolder) -> None:
+    def __init__(self, folder: ShardFolder, targets: TargetCache | None = None) -> None:
+        self._targets = targets
         index = load_index(folder)
         self._paths = [folder.path / shard.name for shard in folder.manifest.shards]
         # Arrays instead of objects: forked workers share their memory, as no reference counts are written.
@@ -41,7 +43,11 @@ class SampleReader:
         shard, offset, size = self._locations[number].tolist()
         path, key = self._paths[shard], str(self._keys[number])
         where = f"{path.name}/{key}"
-        return from_members(where, parse_members(read_range(path, offset, size, where), key, where))
+        sample = from_members(where, parse_members(read_range(path, offset, size, where), key, where))
+        if self._targets is None:
+            return sample
+        slots = self._targets.slots(number)
+        return replace(sample, target_slots=slots, cached_targets=self._targets.read(slots))
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,7 @@ def make_loader(
     pin_memory: bool = False,
     on_fault: OnFault = "stop",
     timeout_s: int | None = None,
+    targets: TargetCache | None = None,
 ) -> Loader[T]:
     """The micro-batches of one rank in the plan's order, without end.
 
@@ -185,12 +192,13 @@ def make_loader(
         timeout_s: longest wait for a batch; None: no limit.
         on_fault: what becomes of a sample that cannot be used, see `first_usable`.
         pin_memory: calls pin_memory() of each batch, for asynchronous copies to a GPU.
+        targets: helper images whose latent targets are there are not encoded.
     Raises:
         DataError: the index does not match the manifest; while iterating: a sample cannot be used.
     """
     plan = Plan(folder.num_samples, folder.digest, seed)
     loader: Loader[T] = Loader(
-        MicroBatches(SampleReader(folder), plan, encoder, collate, share, on_fault),
+        MicroBatches(SampleReader(folder, targets), plan, encoder, collate, share, on_fault),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,

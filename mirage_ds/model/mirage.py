@@ -5,6 +5,7 @@
 - text: no latents; text loss
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from mirage_ds.config import CompressStrategy, Stage
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.model.losses import LossHead, latent_losses
 from mirage_ds.model.rollout import Rollout
-from mirage_ds.model.targets import LatentTargets, build_inputs_embeds, latent_targets
+from mirage_ds.model.targets import LatentTargets, add_cached, build_inputs_embeds, latent_targets
 from mirage_ds.model.tower import Tower
 
 # Prefixes of MirageModel's parameter names -> those of transformers.
@@ -58,6 +59,7 @@ class MirageModel(torch.nn.Module):
         super().__init__()
         self.stage, self.compress_strategy = stage, compress_strategy
         self.ce_loss_weight, self.latent_loss_weight = ce_loss_weight, latent_loss_weight
+        self.keep_targets: Callable[[Sequence[int], LatentTargets], None] | None = None  # gets slots and their targets
         self.tower = Tower(backbone.visual, trained=train_tower, attention=backbone.attention)
         self.embed_tokens = backbone.embed_tokens
         self.rollout = Rollout(
@@ -78,7 +80,10 @@ class MirageModel(torch.nn.Module):
         """
         image_embeds, helper_embeds = self.tower.encode(batch)
         text_embeds = self.embed_tokens(batch.input_ids)
-        latents = latent_targets(helper_embeds, batch, self.compress_strategy, text_embeds.dtype)
+        pooled = latent_targets(helper_embeds, batch, self.compress_strategy, text_embeds.dtype)
+        if self.keep_targets is not None and batch.target_slots:
+            self.keep_targets(batch.target_slots, pooled)
+        latents = add_cached(pooled, batch)
         inputs_embeds = build_inputs_embeds(text_embeds, image_embeds, latents.inputs, batch)
         hidden, target_losses = self.rollout(
             inputs_embeds,

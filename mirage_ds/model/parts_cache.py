@@ -22,18 +22,19 @@ class PartsCache:
     def __init__(self, past: Sequence[KeyValue]) -> None:
         self.past = past
         self.new: KeyValue | None = None
-        self.joined: KeyValue | None = None
+        self.joined: tuple[torch.Tensor, ...] = ()  # this pass's copies of all parts, while the layer runs
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
         """Keeps this pass's part and returns past and new together (transformers' `Cache.update`).
 
         Versions of transformers pass different further arguments, which only its own kinds of cache read.
         """
-        self.new = self.joined = (key, value)
-        if self.past:
-            keys, values = zip(*self.past, self.new, strict=True)
-            self.joined = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-        return self.joined
+        self.new = (key, value)
+        if not self.past:
+            return self.new
+        keys, values = zip(*self.past, self.new, strict=True)
+        joined = self.joined = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        return joined
 
 
 class Remade:
@@ -52,10 +53,10 @@ class Remade:
         address = tensor.data_ptr()
         if address in self.weights:
             return self.weights[address].detach, tensor.shape, tensor.stride()
-        for number, joined in enumerate(self.cache.joined or ()):
-            if self.cache.past and address == joined.data_ptr():
+        for number, joined in enumerate(self.cache.joined):
+            if address == joined.data_ptr():
                 # Detached: a stored part would refer to the graph that stores it.
-                parts = [key_value[number].detach() for key_value in (*self.cache.past, self.cache.new)]
+                parts = [part[number].detach() for part in (*self.cache.past, self.cache.new) if part]
                 return partial(torch.cat, parts, dim=2), tensor.shape, tensor.stride()
         return tensor
 

@@ -143,14 +143,13 @@ class Rollout(torch.nn.Module):
         key; SDPA the first query with the first key, which is the same in the first pass, and for a single query.
         """
         flash = self.attention == "flash_attention_2"
-        if attention_mask is None and (flash or start == 0 or end == start + 1):
-            return None
-        if flash:
-            return attention_mask[:, :end]
         columns = torch.arange(end, device=device)
         queries = columns[start:, None]
         if attention_mask is None:
-            return (columns <= queries)[None, None]  # [1, 1, Q, end]
+            exact = flash or start == 0 or end == start + 1
+            return None if exact else (columns <= queries)[None, None]  # [1, 1, Q, end]
+        if flash:
+            return attention_mask[:, :end]
         # Padding attends to itself: a softmax over no entries would be NaN.
         seen = ((columns <= queries) & attention_mask[:, None, :end]) | (columns == queries)
         return seen[:, None]  # [B, 1, Q, end]
@@ -178,5 +177,5 @@ def run_layer(
         )
     if cache.new is None:
         raise RuntimeError("the decoder layer did not use the KV cache")
-    cache.joined = None
+    cache.joined = ()
     return output, cache.new

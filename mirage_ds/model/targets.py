@@ -21,12 +21,28 @@ class LatentTargets(NamedTuple):
 def latent_targets(
     helper_embeds: torch.Tensor, batch: Batch, strategy: CompressStrategy, dtype: torch.dtype
 ) -> LatentTargets:
-    """Pools the helper images' embeddings [their patches, D] to the inputs and targets of their latents."""
+    """Pools the helper images' embeddings [their patches, D] to the inputs and targets of their M - C latents."""
     segments = batch_segments(batch.helper_grids, batch.latent_sizes, strategy)
     if segments is None:
         empty = helper_embeds.new_zeros((0, helper_embeds.shape[1]), dtype=torch.float32)
         return LatentTargets(empty.to(dtype), empty, empty[:, 0])
-    return LatentTargets(*latent_pool(helper_embeds, *segments, len(batch.latent_rows), dtype))
+    num_pooled = len(batch.latent_rows) - len(batch.cached_targets)
+    return LatentTargets(*latent_pool(helper_embeds, *segments, num_pooled, dtype))
+
+
+def add_cached(pooled: LatentTargets, batch: Batch) -> LatentTargets:
+    """Adds the targets of helper images that were not encoded, so that all are in the order of the latents.
+
+    They are what `latent_pool` returned once, and its inputs are its targets in another dtype: no bit differs.
+    """
+    if not len(batch.cached_targets):
+        return pooled
+    cached = batch.cached_targets[:, :-1]
+    return LatentTargets(
+        torch.cat([pooled.inputs, cached.to(pooled.inputs.dtype)])[batch.latent_order],
+        torch.cat([pooled.targets, cached])[batch.latent_order],
+        torch.cat([pooled.inverse_norms, batch.cached_targets[:, -1]])[batch.latent_order],
+    )
 
 
 def build_inputs_embeds(

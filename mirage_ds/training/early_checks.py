@@ -26,7 +26,7 @@ def read_command_line() -> Config:
         config = load_config(options.recipe, options.overrides)
         check_inputs(config)
         check_folder_is_free(config.run)
-        check_folder_is_writable(config.run)
+        check_folders_are_writable(config)
         refuse_living(config.run.dir)
     except MirageError as error:
         leave(error)
@@ -69,11 +69,13 @@ def check_folder_is_free(run: RunConfig) -> None:
         )
 
 
-def check_folder_is_writable(run: RunConfig) -> None:
-    """Whether this user may write the run's folder and its checkpoints, which may be links to other disks.
+def check_folders_are_writable(config: Config) -> None:
+    """Whether this user may write the run's folder, its checkpoints and its targets, which may be on other disks.
 
     Raises:
         DataError: with the system's reason.
     """
-    for folder in (run.dir, run.dir / complete.FOLDER):
+    for folder in (config.run.dir, config.run.dir / complete.FOLDER):
         check_writable(folder, "run.dir")
+    if config.model.cache_targets is not None:
+        check_writable(config.model.cache_targets, "model.cache_targets")

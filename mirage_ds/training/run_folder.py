@@ -39,6 +39,8 @@ HARMLESS = (
     "run.init_from",
     "run.save_before_end_s",
     "model.cache_dir",
+    "model.cache_targets",
+    "model.cache_targets_gib",
     "model.attention",
     "model.gather",
     "model.activation_checkpointing",
@@ -59,7 +61,7 @@ HARMLESS = (
     "launch.*",
 )
 # What older runs did, whose checkpoints do not have these keys.
-MEANT_BEFORE = {"data.exif_orientation": False}
+MEANT_BEFORE = {"data.exif_orientation": False, "model.cache_targets_gib": 64.0}
 # What `run.resume=extend` may change too, if the run becomes longer by it.
 LENGTH = ("train.max_steps", "train.epochs")
 UNWRITABLE_REMEDY = "set run.dir to a folder where you may write"

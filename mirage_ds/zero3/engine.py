@@ -1,5 +1,6 @@
 """Makes the DeepSpeed engine: what ZeRO-3 gathers as one unit, which parameters decay, the learning rate."""
 
+import hashlib
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils import cpp_extension
 from mirage_ds.config import ModelConfig, Stage, TrainConfig
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.mirage import MirageModel
+from mirage_ds.zero3 import distributed
 
 GIB = 2**30
 BUILD_S = 600  # longer than any op takes to compile
@@ -68,6 +70,15 @@ def describe_gather(model: MirageModel, gather: str, deepspeed_config: dict[str,
         f"Gathers the decoder {how} (model.gather={gather}): {memory}; before it the tower: "
         f"{tower * dtype.itemsize / GIB:.2f} GiB"
     )
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """sha256 of a module's weights, the same on every rank and for every number of ranks; all of them call it."""
+    digest = hashlib.sha256()
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        for parameter in module.parameters() if distributed.is_main() else ():
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return distributed.gather(digest.hexdigest())[0]
 
 
 def whole_dim(parameter: torch.nn.Parameter) -> int:

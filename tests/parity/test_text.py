@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mirage_ds.data.conversation import prompt_text, train_text
-from mirage_ds.data.encode import Encoder, expand_pads, find_prompt_length, supervised_labels
+from mirage_ds.data.encode import Encoder
+from mirage_ds.data.ids import expand_pads, find_prompt_length, supervised_labels
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import RESERVED_TOKENS, Sample, check_sample

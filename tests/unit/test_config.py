@@ -49,12 +49,22 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
             "train.global_batch_size=9",
             r"global_batch_size is 9, not a multiple of the 2 .*set train\.global_batch_size",
         ),
+        (
+            "model={path: m, cache_targets: t, train_tower: true}",
+            r"  - model: cache_targets keeps .*unset model\.cache_targets or model\.train_tower",
+        ),
+        ("model.cache_targets_gib=0", r"model\.cache_targets_gib: .*greater than 0"),
         ("train.profile_steps=[5, 3]", r"profile_steps \(5, 3\) end before they begin"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(RECIPE, [override])
+
+
+def test_latent_targets_are_kept_in_stage_1_only() -> None:
+    with pytest.raises(ConfigError, match=r"  - model\.cache_targets is set, but stage2 .*unset model\.cache_targets"):
+        load_config(RECIPES / "tiny-stage2.yaml", ["model.cache_targets=targets"])
 
 
 def test_a_missing_key_and_a_missing_recipe(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import (
     check_folder_is_free,
-    check_folder_is_writable,
+    check_folders_are_writable,
     check_inputs,
     read_command_line,
 )
@@ -104,7 +104,7 @@ def test_a_run_of_a_colleague_and_a_link_to_nowhere(here: Path, monkeypatch: pyt
     with pytest.raises(
         DataError, match=r"No such file .* link to .*gone \(run/checkpoints\).*set run\.dir to a folder"
     ):
-        check_folder_is_writable(configuration("run.resume=auto").run)
+        check_folders_are_writable(configuration("run.resume=auto"))
     (here / "run" / "checkpoints").unlink()
 
     def refuse(dir: Path) -> object:
@@ -112,4 +112,10 @@ def test_a_run_of_a_colleague_and_a_link_to_nowhere(here: Path, monkeypatch: pyt
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(DataError, match=r"Permission denied \(run\).*a place where you may write; set run\.dir"):
-        check_folder_is_writable(configuration("run.resume=auto").run)
+        check_folders_are_writable(configuration("run.resume=auto"))
+
+
+def test_a_target_cache_that_cannot_be_made(here: Path) -> None:
+    (here / "targets").touch()
+    with pytest.raises(DataError, match=r"Not a directory \(targets\).*; set model\.cache_targets to a folder"):
+        check_folders_are_writable(configuration("model.cache_targets=targets"))

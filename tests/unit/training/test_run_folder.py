@@ -47,6 +47,7 @@ def changed(facts: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     [
         ("config.data.num_workers", 7),
         ("config.model.gather", "layer"),
+        ("config.model.cache_targets", "targets"),
         ("config.train.micro_batch_size_per_gpu", 2),
         ("config.checkpoint.interval", 3),
         ("config.run.dir", "moved"),

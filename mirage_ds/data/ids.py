@@ -1,0 +1,47 @@
+"""A sample's token ids: pads repeated to the number of their embeddings, the prompt's end, labels.
+
+Shape legend: L tokens, K latents per block.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from mirage_ds.tokens import IGNORE_INDEX, TokenIds
+
+
+def expand_pads(input_ids: torch.Tensor, num_merged: Sequence[int], latent_size: int, ids: TokenIds) -> torch.Tensor:
+    """Repeats the one pad of each block: once per merged token for an image, as K latent pads for a latent block.
+
+    Works on ids instead of text: special tokens split the text, so the result is the same, without tokenizing the pads.
+
+    Args:
+        input_ids: [short L], with one <|image_pad|> per block.
+        num_merged: merged tokens of each input image, in order.
+    Returns:
+        [L] int64
+    """
+    pads = input_ids == ids.image_pad
+    latents = pads & (input_ids.roll(1) == ids.latent_start)
+    assert int((pads & ~latents).sum()) == len(num_merged), "one pad for each image"
+    repeats = torch.ones_like(input_ids)
+    repeats[pads & ~latents] = torch.tensor(num_merged, dtype=torch.int64)
+    repeats[latents] = latent_size
+    return torch.where(latents, ids.latent_pad, input_ids).repeat_interleave(repeats)
+
+
+def find_prompt_length(input_ids: torch.Tensor, marker: torch.Tensor) -> int:
+    """Tokens of ids [L] up to the end of the first `marker`, the ids of <|im_start|>assistant."""
+    found = (input_ids.unfold(0, len(marker), 1) == marker).all(dim=1).nonzero()
+    return int(found[0]) + len(marker)
+
+
+def supervised_labels(input_ids: torch.Tensor, prompt_length: int, ids: TokenIds) -> torch.Tensor:
+    """Labels [L] of ids [L], not shifted: the answer's tokens, the newline before and after it, and its markers.
+
+    IGNORE_INDEX at the prompt, at <|endoftext|>, and at latent pads, which have the latent loss.
+    """
+    labels = input_ids.clone()
+    labels[:prompt_length] = IGNORE_INDEX
+    labels[(input_ids == ids.end_of_text) | (input_ids == ids.latent_pad)] = IGNORE_INDEX
+    return labels

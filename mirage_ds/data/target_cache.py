@@ -1,0 +1,94 @@
+"""Latent targets on disk: a helper image that went through the frozen tower once is not encoded again.
+
+FOLDER/KEY.json     what the targets depend on: data, image processing, pooling, tower; KEY is its digest
+FOLDER/KEY.targets  one slot for each helper image of the shards, in the order of the index: the CRC-32 of the values,
+                    then K targets with their inverse norms, [K, D + 1] float32
+
+A slot counts only if its checksum is right: one that was never written, was cut off, or is being written is not there.
+So any number of ranks, data workers and runs share a file, through the page cache, without a lock. It is read and
+written by calls instead of mapped into memory: a full disk and a file that was cut off would kill a process that maps
+it. The file is sparse: it takes the space of the slots that were written. Needs no torch.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mirage_ds.data.index import load_index
+from mirage_ds.data.shards import ShardFolder
+from mirage_ds.errors import name_unwritable
+from mirage_ds.housekeeping import housekeeping
+
+CHECKSUM = struct.Struct("<I")
+KEY_DIGITS = 16  # hexadecimal
+REMEDY = "check the disk of model.cache_targets"
+
+
+@dataclass(frozen=True)
+class TargetCache:
+    """The targets of one folder of shards, for one tower and one way to pool."""
+
+    path: Path  # KEY.targets
+    first_slots: npt.NDArray[np.int64]  # [samples + 1]: helper images in all samples before each
+    slot_bytes: int
+    num_slots: int  # that fit into the size limit; later helper images are not kept
+
+    @classmethod
+    def open(
+        cls, directory: Path, shards: ShardFolder, facts: dict[str, Any], *, values: int, limit_bytes: int
+    ) -> "TargetCache":
+        """The cache in `directory` of what `facts` decide; it may have targets of earlier runs.
+
+        Args:
+            facts: all that decides the targets of the shards' helper images, beside the shards themselves; JSON.
+            values: float32 values of a helper image, K * (D + 1).
+            limit_bytes: largest size of the file.
+        Raises:
+            DataError: the directory cannot be written, or the index does not match the manifest.
+        """
+        description = json.dumps({"shards": shards.digest, **facts}, indent=2, sort_keys=True) + "\n"
+        key = hashlib.sha256(description.encode()).hexdigest()[:KEY_DIGITS]
+        with name_unwritable(directory, "set model.cache_targets to a folder where you may write"):
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / f"{key}.json").write_text(description)
+        counts = np.array([len(entry.helper_sizes) for entry in load_index(shards)], dtype=np.int64)
+        first_slots = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
+        slot_bytes = CHECKSUM.size + 4 * values
+        num_slots = min(int(first_slots[-1]), limit_bytes // slot_bytes)
+        return cls(directory / f"{key}.targets", first_slots, slot_bytes, num_slots)
+
+    def slots(self, number: int) -> range:
+        """The slots of a sample's helper images."""
+        return range(*self.first_slots[number : number + 2].tolist())
+
+    def read(self, slots: range) -> bytes | None:
+        """The values of a sample's slots, [K, D + 1] float32 each; None if there is none, or one is not there."""
+        size, blocks = self.slot_bytes, b""
+        if 0 < slots.stop <= self.num_slots and self.path.exists():
+            with housekeeping(f"latent targets were not read ({self.path})", REMEDY), self.path.open("rb", 0) as file:
+                blocks = os.pread(file.fileno(), len(slots) * size, slots.start * size)
+        if not blocks or len(blocks) < len(slots) * size:
+            return None
+        parts = [blocks[start : start + size] for start in range(0, len(blocks), size)]
+        complete = all(CHECKSUM.unpack_from(part)[0] == zlib.crc32(part[CHECKSUM.size :]) for part in parts)
+        return b"".join(part[CHECKSUM.size :] for part in parts) if complete else None
+
+    def write(self, slots: Sequence[int], values: Sequence[bytes]) -> None:
+        """Keeps the values of helper images in their slots. Where the system refuses, the run continues without."""
+        with housekeeping(f"latent targets were not kept ({self.path})", REMEDY):
+            file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                for slot, data in zip(slots, values, strict=True):
+                    if slot < self.num_slots:
+                        os.pwrite(file, CHECKSUM.pack(zlib.crc32(data)) + data, slot * self.slot_bytes)
+            finally:
+                os.close(file)

@@ -1,0 +1,79 @@
+"""The target cache of a run: which file is its own, and how targets get from the device into it."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from mirage_ds.config import Config
+from mirage_ds.data.target_cache import TargetCache
+from mirage_ds.model.targets import LatentTargets
+from mirage_ds.training.start import Start
+from mirage_ds.zero3 import distributed
+from mirage_ds.zero3.engine import GIB, weights_digest
+
+
+def open_target_cache(engine: DeepSpeedEngine, config: Config, start: Start) -> TargetCache | None:
+    """The cache in `model.cache_targets`, which the model fills from now on; None if there is to be none.
+
+    Every rank calls it, after the weights are loaded: the digest of the tower's weights is in the file's name.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    if config.model.cache_targets is None:
+        return None
+    tower = engine.module.tower
+    facts = start.encoder.helper_facts() | {
+        "tower": weights_digest(tower),
+        # What computes decides the last bits.
+        "dtype": config.train.dtype,
+        "attention": tower.attention,
+        "device": start.device.type,
+        "torch": torch.__version__,
+    }
+    values = config.model.latent_size * (tower.visual.config.out_hidden_size + 1)
+    limit_bytes = int(config.model.cache_targets_gib * GIB)
+    cache = TargetCache.open(config.model.cache_targets, start.shards, facts, values=values, limit_bytes=limit_bytes)
+    engine.module.keep_targets = TargetWriter(cache)
+    if distributed.is_main():
+        size_gib = cache.num_slots * cache.slot_bytes / GIB
+        print(
+            f"Keeps the latent targets of {cache.num_slots} of {cache.first_slots[-1]} helper images: {cache.path}, at "
+            f"most {size_gib:.2f} GiB",
+            flush=True,
+        )
+    return cache
+
+
+class TargetWriter:
+    """Writes targets into a cache, without waiting for the device: as soon as they have been copied to the host.
+
+    The last ones of a run may never be written. Then another run computes them.
+    """
+
+    def __init__(self, cache: TargetCache) -> None:
+        self.cache = cache
+        self.copies: deque[tuple[Sequence[int], torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def __call__(self, slots: Sequence[int], pooled: LatentTargets) -> None:
+        """
+        Args:
+            slots: of N helper images.
+            pooled: their N * K latents.
+        """
+        values = torch.cat([pooled.targets, pooled.inverse_norms[:, None]], dim=1)
+        on_host = values.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        copied = torch.cuda.Event() if values.is_cuda else None
+        if copied is not None:
+            copied.record()
+        self.copies.append((slots, on_host, copied))
+        while self.copies and is_over(self.copies[0][2]):
+            slots, on_host, _ = self.copies.popleft()
+            images = on_host.view(len(slots), -1).numpy()
+            self.cache.write(slots, [image.tobytes() for image in images])
+
+
+def is_over(copied: torch.cuda.Event | None) -> bool:
+    return copied is None or copied.query()
