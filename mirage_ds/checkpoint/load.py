@@ -34,7 +34,7 @@ def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
 def restore_random_state(states: dict[str, torch.Tensor]) -> None:
     """Sets this rank's random generators to `states`, as `save.random_state` returns them.
 
-    A run that goes on with another kind of device keeps that device's own state.
+    A run that was saved on another kind of device keeps this device's own state.
     """
     torch.set_rng_state(states["cpu"])
     accelerator = get_accelerator()
