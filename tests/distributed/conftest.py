@@ -47,6 +47,8 @@ def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     nothing_stays = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     kinds = {
         "plain": shipped | {"zero_optimization": shipped["zero_optimization"] | small},
+        "bf16-communication": shipped
+        | {"zero_optimization": shipped["zero_optimization"] | small, "communication_data_type": "bf16"},
         "offload": offload | {"zero_optimization": offload["zero_optimization"] | small},
         "logged": shipped
         | {
