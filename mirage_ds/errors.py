@@ -45,7 +45,12 @@ class OwnerError(MirageError):
 
 
 class DeviceError(MirageError):
-    """A rank without a GPU of its own; the other ranks of its node may have theirs."""
+    """A rank without a GPU of its own; the other ranks of its node may have theirs.
+
+    A node may have lost one. Another start may get other nodes, so SLURM jobs start again.
+    """
+
+    exit_code = 1
 
 
 class DiskFullError(MirageError):

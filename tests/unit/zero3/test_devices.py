@@ -57,8 +57,9 @@ def rank_5(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 @pytest.mark.parametrize("num_devices", [0, 4])
 def test_a_rank_without_a_device(rank_5: dict[str, str], num_devices: int) -> None:
     words = rf"rank 13 has .*CUDA_VISIBLE_DEVICES 0,1,2,3\): .*number 5 .*sees {num_devices} GPUs; each .*; start"
-    with pytest.raises(DeviceError, match=words):
+    with pytest.raises(DeviceError, match=words) as error:
         distributed.take_device(num_devices)
+    assert error.value.exit_code == 1  # as of a node that has lost a GPU: SLURM jobs start again, on others
 
 
 def test_two_ranks_on_one_device(rank_5: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
