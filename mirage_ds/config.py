@@ -85,7 +85,7 @@ class ModelConfig(Section):
     remainder dropped, as in the reference; `average_all`: means of K segments, no patch dropped; `grid`: means of the
     cells of a grid over the image, whose rows times columns are K."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
-    """Attention kernels. `auto`: `flash_attention_2` on a GPU in bf16 where it is installed, else `sdpa`."""
+    """Attention kernels. `auto`: `flash_attention_2` on a GPU in bf16 where flash-attn can be imported, else `sdpa`."""
     gather: Literal["auto", "layer", "rollout"] = "auto"
     """What ZeRO-3 gathers at a time. `layer`: one decoder layer; `rollout`: the complete decoder, once for all passes;
     `auto`: `rollout` in stage 2, else `layer`."""

@@ -44,9 +44,22 @@ class OwnerError(MirageError):
     """A run's folder that another start writes to."""
 
 
+class DeviceError(MirageError):
+    """A rank without a GPU of its own; the other ranks of its node may have theirs.
+
+    A node may have lost one. Another start may get other nodes, so SLURM jobs start again.
+    """
+
+    exit_code = 1
+
+
 class DiskFullError(MirageError):
     """A disk, or a user's quota on it, with no room for what was to be written."""
 
+
+LOCAL_RANK_NAMES = ("MIRAGE_LOCAL_RANK", "LOCAL_RANK", "SLURM_LOCALID")
+"""Variables with a rank's number on its node; the first that is set counts. `zero3/distributed.py` sets the first of
+them where LOCAL_RANK has to be something else."""
 
 # What libraries raise while they read a user's files that are not as they expect.
 MALFORMED = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -101,7 +114,7 @@ def leave(error: MirageError, *, every_rank: bool = False) -> NoReturn:
         every_rank: this rank may be the only one with the error, so it prints. Otherwise the first rank of each node
             prints for all ranks there: a folder may be missing on one node only.
     """
-    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    local_rank = next((os.environ[name] for name in LOCAL_RANK_NAMES if os.environ.get(name)), "0")
     if every_rank or local_rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     early_end.listen()  # a signal during the imports must not end the run unsaved
 
     from mirage_ds import console, library_noise
+    from mirage_ds.training import allocator
     from mirage_ds.training.early_checks import read_command_line
     from mirage_ds.versions import leave_if_unsuitable
 
@@ -18,7 +19,9 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     leave_if_unsuitable()  # another version may lack what the imports name
     command_line = read_command_line()
     library_noise.silence()
+    allocator.grow_segments()
 
+import faulthandler
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -37,7 +40,7 @@ from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.stream import Share, make_loader
 from mirage_ds.data.target_cache import TargetCache
-from mirage_ds.errors import DataError, DiskFullError, MirageError, TrainingError, leave, name_full_disk
+from mirage_ds.errors import DataError, DeviceError, DiskFullError, MirageError, TrainingError, leave, name_full_disk
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.owner import Owner
@@ -91,6 +94,7 @@ def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
     backbone = load_backbone(
         config.model.path,
         dtype=DTYPES[config.train.dtype],
+        device_type=start.device.type,
         attention=config.model.attention,
         train_tower=config.model.train_tower,
         cache_dir=config.model.cache_dir,
@@ -219,6 +223,8 @@ def prepare_torch(config: Config) -> None:
         # transformers' FlashAttention reads this variable and does not ask torch
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
         torch.use_deterministic_algorithms(True)
+        # torch then also fills every new tensor with NaN, such as ZeRO-3's large buffers, which are overwritten anyway.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def load_state(engine: DeepSpeedEngine, config: Config, checkpoint: Path | None) -> TrainState:
@@ -273,7 +279,7 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
         numel[parameter.requires_grad] += whole_numel(parameter)
     return (
         f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
-        f"{train.dtype} on {start.device.type}, attention {backbone.attention}, "
+        f"{train.dtype} on {start.device.type}, attention {backbone.describe_attention()}, "
         f"latent_size {config.model.latent_size}\n"
         f"{num_samples} samples; global batch {size} = {ranks} ranks x {train.micro_batch_size_per_gpu} x "
         f"{train.accumulation_steps(ranks)} accumulated; {start.max_steps} steps = "
@@ -283,13 +289,16 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
 
 def run(config: Config) -> None:
     """Trains. A user's mistake is one message and exit code 2; a bug keeps its traceback."""
+    faulthandler.enable()  # NCCL ends a rank whose collective times out by SIGABRT; this shows where the rank waited
     transformers_logging.disable_progress_bar()
     try:
         with name_full_disk(config.run.dir, "free some space, and start again, with run.resume=auto if a run is there"):
             train(config)
     except MirageError as error:
-        # All ranks have the same configuration; bad data or a full disk may be one rank's alone.
-        alone = isinstance(error, (DataError, DiskFullError)) and torch.distributed.is_initialized()
+        # All ranks have the same configuration; bad data, a full disk or a missing GPU may be one rank's alone.
+        alone = isinstance(error, DeviceError) or (
+            isinstance(error, (DataError, DiskFullError)) and torch.distributed.is_initialized()
+        )
         leave(error, every_rank=alone)
     except RuntimeError as error:
         if not lost_peer.is_lost_peer(error):

@@ -11,7 +11,8 @@ from mirage_ds.data.index import load_index
 from mirage_ds.data.shard_samples import parse_members, read_range
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.errors import ConfigError, DataError
-from mirage_ds.model.backbone import DTYPES, check_config, choose_attention
+from mirage_ds.model.attention import choose_attention
+from mirage_ds.model.backbone import DTYPES, check_config
 from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
 from mirage_ds.training.start import open_encoder
@@ -20,14 +21,15 @@ SAMPLES_READ = 8  # per folder of shards, spread evenly over its index
 
 
 def check_attention(config: Config) -> Row:
+    """What `model.attention` becomes here, and why it is not FlashAttention 2."""
+    device_type = get_accelerator().device_name()
     try:
-        chosen = choose_attention(config.model.attention, DTYPES[config.train.dtype])
+        chosen, no_flash = choose_attention(config.model.attention, DTYPES[config.train.dtype], device_type)
     except ConfigError as error:
         return failure("attention", error)
-    if chosen == "sdpa" and config.model.attention == "auto" and torch.cuda.is_available():
-        reason = "flash-attn is not installed" if config.train.dtype == "bf16" else "train.dtype is fp32"
-        return Row("attention", f"sdpa: {reason}")
-    return Row("attention", chosen)
+    reason = f" ({no_flash})" if no_flash else ""
+    kernels = ", by torch's kernels without cuDNN's" if chosen == "sdpa" and device_type == "cuda" else ""
+    return Row("attention", chosen + reason + kernels)
 
 
 def check_kernels() -> Row:

@@ -10,6 +10,7 @@ from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.gpus import USABLE, find_gpu
+from mirage_ds.sizing.host_memory import offload_bytes
 from mirage_ds.sizing.memory import Memory, estimate_memory, offloads
 from mirage_ds.sizing.model_sizes import ModelSizes, model_sizes
 from mirage_ds.sizing.workload import Workload, workload
@@ -31,6 +32,8 @@ class Estimate:
     memory: Memory
     limit_bytes: int
     """GPU memory available to a run."""
+    offload_bytes: int
+    """Host memory per node for what is offloaded; 0 without offload."""
     traffic: Traffic
     time: StepTime | None
     """None with offload, where it depends on the host."""
@@ -91,6 +94,7 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         rows=rows,
         memory=memory,
         limit_bytes=limit_bytes,
+        offload_bytes=gpus_per_node * offload_bytes(sizes, config, deepspeed_config, world_size),
         traffic=traffic(sizes, config, deepspeed_config, nodes, gpus_per_node),
         time=step_time(sizes, config, deepspeed_config, rows.mean, nodes, gpus_per_node, card) if timed else None,
         samples_per_step=samples_per_step,

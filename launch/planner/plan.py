@@ -76,6 +76,8 @@ def figures(found: "Estimate") -> list[tuple[str, str]]:
         "peak": memory.peak,
     }
     rows = [(f"GiB per GPU: {name}", f"{size / GIB:.1f}") for name, size in parts.items()]
+    if found.offload_bytes:
+        rows.append(("GiB per node: host memory for offload", f"{found.offload_bytes / GIB:.1f}"))
     rows += [
         ("fits", "yes" if found.fits else "no"),
         ("samples per step", str(found.samples_per_step)),

@@ -35,7 +35,11 @@ class Cluster(Section):
     gpu: str | None = None
     """GPU type from mirage_ds/sizing/gpus.py; recipes that do not fit in its memory are refused. Unset: not checked."""
     cpus_per_rank: PositiveInt | None = None
-    """CPU cores per rank; unset: the cluster's default per task, and one thread."""
+    """CPU cores per rank. Unset: with GPUs 2 more than data.num_workers; else the cluster's default per task, and one
+    thread."""
+    mem: str | None = None
+    """Memory of each node as sbatch's --mem takes it, for example 500G; `partition`: what the partition gives. Unset:
+    with GPUs all memory of the node (0), unless `sbatch` has an option for it; else what the partition gives."""
     container_image: UserName | None = None
     """Image in which the ranks run (pyxis), with its `python`; mirage_ds must be installed there. The batch script runs
     outside the container, with the Python that submitted the job."""

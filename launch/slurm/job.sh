@@ -21,13 +21,12 @@ export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 1
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 # A killed build leaves its lock behind, so torch compiles in a new folder at each start.
 cache=@@{local_disk}/mirage_ds-$(id -un)
-export TRITON_CACHE_DIR="$cache/triton"
-export TORCH_EXTENSIONS_DIR="$cache/torch_extensions-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+export TRITON_CACHE_DIR="$cache/triton" TORCH_EXTENSIONS_DIR="$cache/torch_extensions-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 @@{environment}
 export PYTHONPATH="$job/code${PYTHONPATH:+:$PYTHONPATH}"   # the code at submission
 export PYTHONSAFEPATH=1                                    # not the current folder
 echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
-env | grep -E '^(MASTER_|OMP_|NCCL_|UCX_|TORCH|TRITON|CUDA|DS_|HF_|PYTHON)' | grep -vE '^[^=]*(TOKEN|KEY)' | sort
+env | grep -E '^(MASTER_|OMP_|NCCL_|UCX_|TORCH|TRITON|CUDA|DS_|HF_|PYTHON|PYTORCH_)' | grep -vE '^[^=]*(TOKEN|KEY)' | sort
 
 # Runs a step of srun and sets $code to its exit code. A signal ends bash's wait, not the step. A step that cannot start
 # within two minutes fails: SLURM may have taken a node out of the allocation, and srun would wait until the time limit.

@@ -138,6 +138,26 @@ def ranks_per_node_of(cluster: Cluster) -> int:
     return cluster.gpus_per_node or cluster.ranks_per_node or 0
 
 
+def cores_of_a_rank(config: Config, cluster: Cluster) -> int | None:
+    """CPU cores per rank; None: what the cluster gives.
+
+    By default a rank with a GPU has one for itself, one for its background threads (NCCL, pinning), and one for each
+    data worker. SLURM's own default is one for all of them.
+    """
+    return cluster.cpus_per_rank or (config.data.num_workers + 2 if cluster.gpus_per_node else None)
+
+
+def memory_of_a_node(cluster: Cluster) -> str | None:
+    """sbatch's --mem; None: what the partition gives.
+
+    By default a node with GPUs gives all it has: rank 0 reads the complete model, a resume reads every rank's states.
+    """
+    if cluster.mem is not None:
+        return None if cluster.mem == "partition" else cluster.mem
+    is_set = any(option.startswith("--mem") for option in cluster.sbatch)
+    return "0" if cluster.gpus_per_node and not is_set else None
+
+
 def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
     """Refuses a job that would fail after hours in the queue; runs no SLURM command.
 
@@ -231,6 +251,7 @@ def write(recipe: Path, config: Config, cluster: Cluster, nodes: int) -> Path:
 
 def render(recipe: Path, config: Config, cluster: Cluster, nodes: int, job: Path) -> str:
     """The batch script."""
+    cores = cores_of_a_rank(config, cluster)
     options = {
         "job-name": config.run.dir.name,
         "partition": cluster.partition,
@@ -239,14 +260,15 @@ def render(recipe: Path, config: Config, cluster: Cluster, nodes: int, job: Path
         "nodes": nodes,
         "ntasks-per-node": ranks_per_node_of(cluster),
         "gpus-per-node": cluster.gpus_per_node,
-        "cpus-per-task": cluster.cpus_per_rank,
+        "cpus-per-task": cores,
+        "mem": memory_of_a_node(cluster),
         "chdir": Path.cwd(),
         "output": str(job / LOG_NAME).replace("%", "%%"),  # sbatch replaces %j, %s, ...
     }
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     step = ""
-    if cluster.cpus_per_rank:
-        step += f"--cpus-per-task={cluster.cpus_per_rank} "  # srun no longer inherits it from sbatch
+    if cores:
+        step += f"--cpus-per-task={cores} "  # srun no longer inherits it from sbatch
     if cluster.container_image:
         step += f"--container-image={shlex.quote(cluster.container_image)} "
         step += f"--container-workdir={shlex.quote(str(Path.cwd()))} "  # the recipe's paths may be relative
@@ -277,6 +299,7 @@ def submission_environment(cluster: Cluster) -> dict[str, str]:
         "SBATCH_PARTITION": cluster.partition,
         "SBATCH_TIMELIMIT": cluster.time,
         "SBATCH_GPUS_PER_NODE": cluster.gpus_per_node,
+        "SBATCH_MEM_PER_NODE": cluster.mem,
     }
     removed = {name for name, value in overriding.items() if value is not None} | {
         *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_EXPORT", "SBATCH_NO_KILL", "SBATCH_NO_REQUEUE"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 
 from mirage_ds.checkpoint import reshard
 from mirage_ds.checkpoint.facts import FACTS_NAME, read_facts
@@ -20,10 +21,7 @@ def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
     facts = read_facts(checkpoint / FACTS_NAME)
     state = TrainState(step=facts["step"], position=facts["position"])
     if facts["world_size"] == distributed.world_size():
-        client_state = _load(engine, checkpoint)
-        torch.set_rng_state(client_state["random"]["cpu"])
-        if "cuda" in client_state["random"]:
-            torch.cuda.set_rng_state(client_state["random"]["cuda"])
+        restore_random_state(_load(engine, checkpoint)["random"])
         return state
     # Each rank keeps the random state of its seed: a step draws no random numbers.
     reshard.load_weights(engine, checkpoint, facts["world_size"])
@@ -31,6 +29,17 @@ def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
     engine.global_steps, engine.global_samples = state.step, state.position
     engine.skipped_steps = state.step - updates
     return state
+
+
+def restore_random_state(states: dict[str, torch.Tensor]) -> None:
+    """Sets this rank's random generators to `states`, as `save.random_state` returns them.
+
+    A run that was saved on another kind of device keeps this device's own state.
+    """
+    torch.set_rng_state(states["cpu"])
+    accelerator = get_accelerator()
+    if accelerator.device_name() in states:
+        accelerator.set_rng_state(states[accelerator.device_name()])
 
 
 def check_start(run_dir: Path, config: Config) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from mirage_ds.checkpoint import complete
@@ -261,6 +262,6 @@ def _remedy(run_dir: Path) -> str:
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """The state of this rank's random generators."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    """The states of this rank's random generators, by device type."""
+    accelerator = get_accelerator()
+    return {"cpu": torch.get_rng_state(), accelerator.device_name(): accelerator.get_rng_state()}

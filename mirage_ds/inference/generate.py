@@ -11,6 +11,7 @@ The reference decodes with `model` and 8 (transformers' generation/utils.py:3286
 53f26de), but moves all rows of a batch in and out of latent mode together, and may never end a second block.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,7 +188,7 @@ def load_decoder(
     dtype: torch.dtype | None = None,
     cache_dir: Path | None = None,
 ) -> tuple[Decoder, Encoder]:
-    """Loads a model folder or hub id on the GPU, or on the CPU without a GPU, and the encoder of its prompts.
+    """Loads a model folder or hub id on the device of `choose_device`, and the encoder of its prompts.
 
     Args:
         latent_size, system_turn: None: as `mirage export` wrote into the folder's config.json.
@@ -212,7 +213,7 @@ def load_decoder(
             f"the number of latents per block is not known ({model}: config.json has no entry `mirage`, which `mirage "
             "export` writes); expected an exported run, or --latent-size; export the run, or set --latent-size"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     if dtype is None:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
     encoder = load_encoder(
@@ -225,11 +226,17 @@ def load_decoder(
     )
     _check_ids(settings, encoder.ids, model)
     check_decoding()
-    backbone = load_backbone(model, dtype=dtype, cache_dir=cache_dir)
+    backbone = load_backbone(model, dtype=dtype, device_type=device, cache_dir=cache_dir)
     check_latent_ids(encoder.ids, backbone, model)
     backbone.to(device)
     decoder = Decoder(backbone, encoder.ids, latent_size, latent_end, max_new_tokens, sampling)
     return decoder, encoder
+
+
+def choose_device() -> str:
+    """`cuda` if there is a GPU, unless DS_ACCELERATOR=cpu, as in training; DeepSpeed itself is not needed here."""
+    wanted = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return "cuda" if wanted else "cpu"
 
 
 def _check_ids(settings: LatentSettings | None, ids: TokenIds, model: str) -> None:

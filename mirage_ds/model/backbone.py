@@ -6,7 +6,6 @@ The only file that names transformers' Qwen model classes.
 import pickle
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers.utils.hub import cached_file
 
 from mirage_ds.config import Dtype
 from mirage_ds.errors import MALFORMED, ConfigError
+from mirage_ds.model.attention import choose_attention
 from mirage_ds.model_folder import check_model, check_not_quantized
 from mirage_ds.tokens import TokenIds
 
@@ -40,6 +40,7 @@ class Backbone:
 
     hf: PreTrainedModel
     attention: str
+    no_flash: str = ""  # why `attention` is not FlashAttention 2, if that was looked for
 
     @property
     def visual(self) -> torch.nn.Module:
@@ -99,32 +100,23 @@ class Backbone:
 
     def describe(self) -> str:
         """Dtype, device and attention, for the log."""
-        return f"{self.embed_tokens.weight.dtype} on {self.device}, attention {self.attention}".removeprefix("torch.")
+        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        return f"{dtype} on {self.device}, attention {self.describe_attention()}"
+
+    def describe_attention(self) -> str:
+        """The attention, and why it is not FlashAttention 2."""
+        return self.attention + (f" ({self.no_flash})" if self.no_flash else "")
 
     @property
     def vocab_size(self) -> int:
         return self.hf.config.text_config.vocab_size
 
 
-def choose_attention(wanted: str, dtype: torch.dtype) -> str:
-    """Resolves `model.attention`: flash_attention_2 for bf16 on a GPU where it is installed, else sdpa.
-
-    Raises:
-        ConfigError: flash_attention_2 was requested and cannot run.
-    """
-    flash = torch.cuda.is_available() and dtype == torch.bfloat16 and find_spec("flash_attn") is not None
-    if wanted == "flash_attention_2" and not flash:
-        raise ConfigError(
-            "model.attention is flash_attention_2, which cannot run (on this machine): it needs a GPU, "
-            "train.dtype=bf16 and the package flash-attn; install flash-attn, or set model.attention=auto or sdpa"
-        )
-    return "flash_attention_2" if flash and wanted != "sdpa" else "sdpa"
-
-
 def load_backbone(
     path: str,
     *,
     dtype: torch.dtype,
+    device_type: str = "cpu",
     attention: str = "auto",
     train_tower: bool = False,
     cache_dir: Path | None = None,
@@ -133,6 +125,7 @@ def load_backbone(
     """Loads a folder or hub id.
 
     Args:
+        device_type: where the model will be computed, `cuda` or `cpu`; it decides the attention.
         deepspeed_config: under ZeRO-3 the weights are sharded while they are loaded, so that no rank ever holds the
             full model; the process group must be initialized.
 
@@ -141,7 +134,10 @@ def load_backbone(
             does not support.
     """
     check_config(path, cache_dir)
-    implementation = choose_attention(attention, dtype)
+    implementation, no_flash = choose_attention(attention, dtype, device_type)
+    # torch prefers cuDNN's sdpa on H100 and B200, which makes a plan for each new shape, and stage 2 and decoding have
+    # new shapes all the time (https://github.com/modelscope/FunASR/issues/3704: about a second each).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     zero3 = None
     if deepspeed_config is not None:
         from transformers.integrations import HfDeepSpeedConfig  # imports DeepSpeed, which decoding does not need
@@ -151,7 +147,7 @@ def load_backbone(
     del zero3
     hf.model.visual.requires_grad_(train_tower)
     hf.train()
-    return Backbone(hf, implementation)
+    return Backbone(hf, implementation, no_flash)
 
 
 def load_complete(path: str, **settings: Any) -> Any:
@@ -197,7 +193,8 @@ def check_config(path: str, cache_dir: Path | None = None) -> None:
     """Refuses a model that is not a Qwen2.5-VL, or that the rollout would not compute exactly.
 
     Raises:
-        ConfigError: it cannot be loaded, or is another model, or quantized, or uses sliding-window attention.
+        ConfigError: it cannot be loaded, or is another model, or quantized, or has attention dropout or sliding-window
+            attention.
     """
     remedy = "name a Qwen2.5-VL"
     check_model(path, f"model {path}", cache_dir)
@@ -211,7 +208,14 @@ def check_config(path: str, cache_dir: Path | None = None) -> None:
     if not isinstance(config, Qwen2_5_VLConfig):
         raise ConfigError(f"the model is a {config.model_type} ({path}); only qwen2_5_vl can be trained; {remedy}")
     check_not_quantized(getattr(config, "quantization_config", None), path)
-    if "sliding_attention" in config.get_text_config().layer_types:
+    text = config.get_text_config()
+    if text.attention_dropout:
+        raise ConfigError(
+            f"the model drops attention weights (attention_dropout={text.attention_dropout} in {path}/config.json); "
+            "only 0 is supported, as a step draws no random numbers: layers that are recomputed would drop others; set "
+            "attention_dropout to 0.0 there, as in Qwen2.5-VL's own checkpoints"
+        )
+    if "sliding_attention" in text.layer_types:
         raise ConfigError(
             f"the model uses sliding-window attention (use_sliding_window in {path}/config.json); only full attention "
             "is supported; set use_sliding_window to false there, as in Qwen2.5-VL's own checkpoints"

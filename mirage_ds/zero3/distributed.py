@@ -9,6 +9,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from mirage_ds.errors import DeviceError
 from mirage_ds.programs import ask
 
 
@@ -47,17 +48,52 @@ def _free_port() -> int:
 
 
 def init(timeout_s: int) -> torch.device:
-    """Joins the process group; a collective that waits longer than `timeout_s` raises. Returns this rank's device."""
+    """Joins the process group; a collective that waits longer than `timeout_s` ends this rank. Returns its device.
+
+    Raises:
+        DeviceError: this rank has no GPU of its own.
+    """
     map_launcher_variables()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # DeepSpeed's all-reduce through shared memory, which g++ would compile at the first start; gloo replaces it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
-        # srun may show each task its own GPU alone, which is then number 0
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]) % accelerator.device_count())
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+        accelerator.set_device(take_device(accelerator.device_count()))
+    try:
+        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+    except torch.distributed.DistBackendError as error:
+        if "Duplicate GPU" not in str(error):  # NCCL's words
+            raise
+        raise no_device("it shares its GPU with another rank") from error
     return torch.device(accelerator.current_device_name())
+
+
+def take_device(num_devices: int) -> int:
+    """The number of this rank's GPU among the `num_devices` that it sees: its own alone, or those of its node.
+
+    LOCAL_RANK becomes that number, as DeepSpeed takes LOCAL_RANK for it (comm/torch.py, init_process_group;
+    runtime/zero/partition_parameters.py, Init). The number of the rank on its node stays in MIRAGE_LOCAL_RANK.
+
+    Raises:
+        DeviceError: there are several GPUs, but fewer than ranks, or none.
+    """
+    local_rank = os.environ["LOCAL_RANK"]
+    device = 0 if num_devices == 1 else int(local_rank)
+    if device >= num_devices:
+        raise no_device(f"it is number {local_rank} of its node, counted from 0, and sees {num_devices} GPUs")
+    os.environ.update(LOCAL_RANK=str(device), MIRAGE_LOCAL_RANK=local_rank)
+    return device
+
+
+def no_device(reason: str) -> DeviceError:
+    """The error of a rank without a GPU of its own."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    return DeviceError(
+        f"rank {os.environ['RANK']} has no GPU of its own (on {socket.gethostname()}, CUDA_VISIBLE_DEVICES {visible}): "
+        f"{reason}; each rank needs one, and may see that one alone or all GPUs of its node; start as many ranks per "
+        "node as it has GPUs, or make more GPUs visible"
+    )
 
 
 def shut_down() -> None:

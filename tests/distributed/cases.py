@@ -87,6 +87,7 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
         settings={"model": {"activation_checkpointing": "none"}},
     )
     add(2, "bf16", "stage2", steps=5, accumulation=2, latent_sizes=FIXED, settings={"train": {"dtype": "bf16"}})
+    add(2, "bf16-communication", "stage1", config="bf16-communication", steps=5, latent_sizes=FIXED, accumulation=2)
     return cases
 
 

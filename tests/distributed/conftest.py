@@ -52,6 +52,8 @@ def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     logged = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True}}
     kinds = {
         "plain": shipped | {"zero_optimization": shipped["zero_optimization"] | small},
+        "bf16-communication": shipped
+        | {"zero_optimization": shipped["zero_optimization"] | small, "communication_data_type": "bf16"},
         "offload": offload | {"zero_optimization": offload["zero_optimization"] | small},
         "logged": shipped | {"zero_optimization": shipped["zero_optimization"] | small | nothing_stays} | logged,
         "shipped": shipped

@@ -13,6 +13,7 @@ import pytest
 
 from mirage_ds.config import Config
 from mirage_ds.model.backbone import DTYPES, random_model
+from mirage_ds.sizing.host_memory import offload_bytes
 from mirage_ds.sizing.memory import Memory, estimate_memory, kept_bytes
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.workload import Row
@@ -35,6 +36,11 @@ CASES = {
     "stage2-rollout": ("stage2", "rollout", "bf16", "full", LIMITED),
     "stage2-layer-stored": ("stage2", "layer", "fp32", "none", SMALL),
 }
+OFFLOAD = {f"offload_{part}": {"device": "cpu", "pin_memory": True} for part in ("optimizer", "param")}
+OFFLOADED = {
+    "both": ("stage1", "layer", "bf16", "full", LIMITED | OFFLOAD),
+    "optimizer": ("stage1", "layer", "fp32", "full", LIMITED | {"offload_optimizer": OFFLOAD["offload_optimizer"]}),
+}
 KINDS = ("parameters", "optimizer", "gradients", "gathered", "full_gradients", "logits", "kept")
 # Where the formula is an upper bound: what DeepSpeed holds within its limits, and gradients that accumulate inside
 # autograd, where no hook sees them.
@@ -49,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, di
     random_model(1024, ids, seed=0).save_pretrained(folder / "model")
     shipped = json.loads((HERE.parents[1] / "ds_configs" / "zero3.json").read_text())
     configs = {}
-    for name, (stage, gather, dtype, checkpointing, zero) in CASES.items():
+    for name, (stage, gather, dtype, checkpointing, zero) in (CASES | OFFLOADED).items():
         settings = shipped | {"zero_optimization": shipped["zero_optimization"] | zero}
         (folder / f"{name}.zero.json").write_text(json.dumps(settings))
         configs[name] = Config.model_validate(
@@ -89,3 +95,11 @@ def test_each_kind_is_within_10_percent(runs: dict[str, tuple[Config, dict[str, 
         assert measured[kind] <= expected
     else:
         assert expected == pytest.approx(measured[kind], rel=0.1)
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_the_host_memory_of_offload(runs: dict[str, tuple[Config, dict[str, Any]]], name: str) -> None:
+    config, measured = runs[name]
+    expected = offload_bytes(model_sizes(config.model), config, resolve_deepspeed_config(config), world_size=2)
+    print(f"{name}: planned {expected}, measured {measured['host']}")
+    assert expected == pytest.approx(measured["host"], rel=0.01)

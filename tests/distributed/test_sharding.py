@@ -101,6 +101,16 @@ def test_bf16_stays_near_fp32(outcome: Outcomes, models: dict[str, str]) -> None
     assert outcome("bf16").losses == pytest.approx(expected["losses"], rel=2e-2)
 
 
+def test_gradients_that_are_reduced_in_bf16(outcome: Outcomes, models: dict[str, str]) -> None:
+    """A setting of the DeepSpeed JSON, off by default: half the traffic, gradients rounded to 8 significant bits."""
+    expected = plain(models["untied"], "stage1", "fixed", 5, 4, tuple(rates(5)))
+    result = outcome("bf16-communication")
+    assert result.losses == pytest.approx(expected["losses"], rel=2e-4)
+    assert [record["grad_norm"] for record in result.records] == pytest.approx(expected["grad_norms"], rel=1e-3)
+    # Rounded all the same: in float32 these losses deviate by about 5e-7.
+    assert result.losses[1:] != pytest.approx(expected["losses"][1:], rel=5e-6)
+
+
 @pytest.mark.slow  # DeepSpeed compiles its CPU Adam, about a minute
 def test_offload(models: dict[str, str], deepspeed_configs: dict[str, str], tmp_path: Path) -> None:
     """zero3_offload.json, parameters and DeepSpeedCPUAdam's states on the host: the losses of the plain loop."""

@@ -6,6 +6,8 @@ import sys
 import launching
 import pytest
 
+from mirage_ds.errors import LOCAL_RANK_NAMES
+
 
 @pytest.mark.parametrize(
     ("rank", "every_rank", "speaks"),
@@ -15,6 +17,7 @@ import pytest
         ({"LOCAL_RANK": "1", "RANK": "1"}, False, False),
         ({"LOCAL_RANK": "1", "RANK": "1"}, True, True),
         ({"SLURM_LOCALID": "1"}, False, False),
+        ({"MIRAGE_LOCAL_RANK": "1", "LOCAL_RANK": "0"}, False, False),  # each rank sees one GPU, number 0
     ],
 )
 def test_leave(rank: dict[str, str], every_rank: bool, speaks: bool) -> None:
@@ -27,4 +30,4 @@ def test_leave(rank: dict[str, str], every_rank: bool, speaks: bool) -> None:
 def environment() -> dict[str, str]:
     """Without what a launcher may have set for these tests."""
     whole = launching.environment()
-    return {name: value for name, value in whole.items() if name not in ("LOCAL_RANK", "RANK", "SLURM_LOCALID")}
+    return {name: value for name, value in whole.items() if name not in (*LOCAL_RANK_NAMES, "RANK")}

@@ -82,6 +82,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         entries("config.json", "text_config", rope_parameters={"rope_type": "x"}, rope_scaling=None),
         "describes no model",
     ),
+    "dropout": (entries("config.json", "text_config", attention_dropout=0.1), "attention_dropout=0.1 .*only 0 .*set"),
     "text": (entries("config.json", text_config=None), "text_config is no object"),
     "twice": (written("config.json", b'{"a": 1, "a": 2}'), r'damaged \(.*config\.json\): the key "a" stands twice'),
     "defaults": (

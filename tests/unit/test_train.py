@@ -4,12 +4,14 @@ test_bad_input.py has the other mistakes.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import launching
 import pytest
+import torch
 from generated_rows import write_rows
 from zero3_files import complete_by_hand
 
@@ -17,15 +19,16 @@ from data_tools.build import build
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.recipe import load_config
+from mirage_ds.train import prepare_torch
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "launch" / "recipes" / "tiny-stage1.yaml")
 
 
-def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "mirage_ds.train", RECIPE, *arguments],
-        env=launching.environment(),
+        env=launching.environment() | variables,
         cwd=folder,
         capture_output=True,
         text=True,
@@ -73,12 +76,19 @@ def write_finished_run(folder: Path, overrides: list[str]) -> Path:
     return folder / "run"
 
 
-def test_a_finished_run_says_so(tmp_path: Path) -> None:
+OVERRIDES = ["run.dir=run", "model.path=model", "data.shards=shards"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's folder `run`; its model and shards are beside it."""
+    return write_finished_run(tmp_path_factory.mktemp("finished"), OVERRIDES)
+
+
+def test_a_finished_run_says_so(finished: Path) -> None:
     """With exit code 0 and no mark of a preempted run, so that SLURM's job ends; before the model is loaded."""
-    overrides = ["run.dir=run", "model.path=model", "data.shards=shards"]
-    run = write_finished_run(tmp_path, overrides)
-    before = sorted(run.rglob("*"))
-    result = start(tmp_path, *overrides, "run.resume=auto")
+    before = sorted(finished.rglob("*"))
+    result = start(finished.parent, *OVERRIDES, "run.resume=auto")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "finished already: step 20 of 20 is saved in run/checkpoints/global_step20",
@@ -86,4 +96,42 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
         "to train longer: run.resume=extend with a larger train.max_steps or train.epochs; or a new run from these "
         "weights, with run.init_from=run and another run.dir",
     ]
-    assert sorted(run.rglob("*")) == before
+    assert sorted(finished.rglob("*")) == before
+
+
+SHOW = 'import os; print([os.environ.get(f"PYTORCH_{name}ALLOC_CONF") for name in ("CUDA_", "")]); os._exit(0)'
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, ["expandable_segments:True", None]),
+        ({"PYTORCH_ALLOC_CONF": "pinned_use_background_threads:True"}, [None, "pinned_use_background_threads:True"]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, ["backend:native", None]),
+    ],
+    ids=["unset", "newer name", "older name"],
+)
+def test_torch_is_loaded_with_segments_that_grow(
+    finished: Path, tmp_path: Path, given: dict[str, str], seen: list[str | None]
+) -> None:
+    """Unless the user has set something. In torch's place stands a package that prints what it would read."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(SHOW)
+    path = f"{tmp_path}:{launching.environment()['PYTHONPATH']}"
+    result = start(finished.parent, *OVERRIDES, "run.resume=auto", PYTHONPATH=path, **given)
+    assert result.stdout.strip() == str(seen), result.stderr
+
+
+def test_deterministic_runs_do_not_fill_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would fill each with NaN: of gigabytes, when ZeRO-3 gathers."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    random, fill = torch.get_rng_state(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        prepare_torch(load_config(RECIPE, ["train.deterministic=true"]))
+        assert torch.are_deterministic_algorithms_enabled()
+        torch.full((1000,), 7.0)
+        assert not torch.empty(1000).isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.set_rng_state(random)

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.accelerator import real_accelerator
 from zero3_files import complete_by_hand
 
 from mirage_ds.checkpoint import complete
-from mirage_ds.checkpoint.load import check_start
+from mirage_ds.checkpoint.load import check_start, restore_random_state
+from mirage_ds.checkpoint.save import random_state
 from mirage_ds.errors import CheckpointError
 from mirage_ds.recipe import load_config
 from mirage_ds.zero3 import distributed
@@ -98,3 +101,42 @@ def test_weights_of_another_latent_size_are_refused(
 def test_a_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         check_start(tmp_path, load_config(RECIPE))
+
+
+class Gpu:
+    """Of DeepSpeed's accelerators, the part that draws random numbers."""
+
+    def __init__(self, state: int) -> None:
+        self.state = torch.tensor([state])
+
+    def device_name(self) -> str:
+        return "cuda"
+
+    def get_rng_state(self) -> torch.Tensor:
+        return self.state
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        self.state = state
+
+
+def test_random_states_of_the_host_and_of_the_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", Gpu(7))
+    states = random_state()
+    drawn, new = torch.rand(3), Gpu(8)
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", new)
+    restore_random_state(states)
+    assert torch.equal(torch.rand(3), drawn)
+    assert new.state.item() == 7
+
+
+def test_random_states_on_the_cpu_of_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With DS_ACCELERATOR=cpu, as in these tests; the GPU, which others may use, is not touched. So resumes on the CPU
+    a run that was saved on GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", None)
+    states = random_state()
+    assert set(states) == {"cpu"}
+    drawn = torch.rand(3)
+    restore_random_state(states | {"cuda": torch.tensor([7])})
+    assert torch.equal(torch.rand(3), drawn)

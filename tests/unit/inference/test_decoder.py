@@ -16,7 +16,7 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.rows import read_questions
 from mirage_ds.errors import ConfigError
-from mirage_ds.inference.generate import Decoder, Generation, load_decoder
+from mirage_ds.inference.generate import Decoder, Generation, choose_device, load_decoder
 from mirage_ds.inference.sampling import Sampling
 from mirage_ds.inference.terminal import LATENT_MARK, answer
 
@@ -203,3 +203,16 @@ def test_a_model_that_computes_nan_is_named(model: str, questions: Path, samplin
         decoder.backbone.hf.lm_head.weight[7] = float("nan")
     with pytest.raises(ConfigError, match=f"logits are not finite .{model}, at {rows[0].key}.*--dtype fp32"):
         next(steps)
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "device"),
+    [(True, None, "cuda"), (True, "cuda", "cuda"), (True, "cpu", "cpu"), (False, None, "cpu")],
+)
+def test_the_device(monkeypatch: pytest.MonkeyPatch, there: bool, wanted: str | None, device: str) -> None:
+    """DS_ACCELERATOR=cpu keeps decoding off a GPU too, as it does training."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if wanted:
+        monkeypatch.setenv("DS_ACCELERATOR", wanted)
+    assert choose_device() == device

@@ -60,7 +60,7 @@ def test_results(model: str, tmp_path: Path) -> None:
     assert summary["rates"]["all"]["strict"]["num_rows"] == 12
     assert summary["settings"]["temperature"] == 0
     assert summary["settings"]["latent_size"] == 3
-    assert summary["settings"]["computed"] == "float32 on cpu, attention sdpa"
+    assert summary["settings"]["computed"] == "float32 on cpu, attention sdpa (flash-attn needs a GPU)"
     cut_off = [record for record in records if not record["complete"]]
     assert all(record["num_tokens"] == 12 for record in cut_off)
     assert f"{len(cut_off)} answers were cut off by --max-new-tokens" in printed

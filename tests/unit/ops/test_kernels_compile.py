@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 is set, so that Triton does not compile"
 )
 DIM = 3584
+CAPABILITIES = (80, 90, 100)  # A100, H100, B200
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -39,7 +40,7 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has_index", [False, True], ids=["rows in order", "index"])
 @pytest.mark.parametrize("dtype", NAMES, ids=str)
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_pool(capability: int, dtype: torch.dtype, has_index: bool) -> None:
     """Each thread has eight 16-byte loads of a tile in flight, as the table of launch shapes assumes."""
     shape = kernels.launch_shape(DIM, dtype)
@@ -51,17 +52,19 @@ def test_pool(capability: int, dtype: torch.dtype, has_index: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", NAMES, ids=str)
-def test_mean_backward(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_mean_backward(capability: int, dtype: torch.dtype) -> None:
     shape = kernels.launch_shape(DIM, torch.float32)
     types = {"row_grads": "*fp32", "patch_bounds": "*i64", "segments": "*i64", "grad": f"*{NAMES[dtype]}"}
     types |= {"num_patches": "i32", "dim": "i32", "most_segments": "i32"}
     constants = {"BLOCK_ROWS": shape.block_rows, "BLOCK_DIM": shape.block_dim}
-    ptx = ptx_of(kernels._mean_backward_kernel, 90, shape.num_warps, types, constants)
+    ptx = ptx_of(kernels._mean_backward_kernel, capability, shape.num_warps, types, constants)
     assert len(re.findall(r"ld\.global\S*\.v4\.", ptx)) == 8
     assert "atom." not in ptx
 
 
-def test_inverse_norm() -> None:
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_inverse_norm(capability: int) -> None:
     types = {"squares": "*fp32", "inverse_norms": "*fp32", "num_parts": "i32", "eps": "fp32"}
-    ptx = ptx_of(kernels._inverse_norm_kernel, 90, 1, types, {"BLOCK": 8})
+    ptx = ptx_of(kernels._inverse_norm_kernel, capability, 1, types, {"BLOCK": 8})
     assert len(re.findall(r"st\.global", ptx)) == 1

@@ -1,19 +1,25 @@
-"""A rank whose collective fails because another rank has left: by real processes, and what it then prints."""
+"""A rank whose collective fails, mostly because another rank has left: by real processes, and what it then prints."""
 
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import launching
 import pytest
 import torch
 import torch.distributed
 
+from mirage_ds import train
+from mirage_ds.config import Config
+from mirage_ds.recipe import load_config
 from mirage_ds.training import early_end, lost_peer
 from mirage_ds.training.lost_peer import is_lost_peer
 
+RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 MESSAGE = "error: rank 3 cannot continue: Connection closed by peer [127.0.0.1]:1\n"
 
 
@@ -71,6 +77,25 @@ def test_a_connection_to_somewhere_else_is_no_peer(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     assert not is_lost_peer(error)
+
+
+def wait_for_nccl() -> None:
+    """What a timeout is under NCCL: a thread of C++ ends the process, while Python waits elsewhere."""
+    config = load_config(RECIPE)
+    with mock.patch.object(train, "train", wait_in_a_collective):
+        train.run(config)
+
+
+def wait_in_a_collective(config: Config) -> None:
+    threading.Timer(0.1, os.abort).start()
+    time.sleep(600)
+
+
+def test_a_rank_that_nccl_ends_shows_where_it_waited(tmp_path: Path) -> None:
+    with launching.start(1, main=wait_for_nccl, log=tmp_path / "log") as ranks:
+        assert ranks.wait(timeout_s=600) == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in ranks.log.read_text()
+    assert " in wait_in_a_collective" in ranks.log.read_text()
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -1,4 +1,4 @@
-"""What is gathered as one unit, which parameters decay, and which attention is used."""
+"""What is gathered as one unit, which parameters decay, and builds of DeepSpeed's ops."""
 
 import os
 import time
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from mirage_ds.errors import ConfigError
-from mirage_ds.model import backbone
 from mirage_ds.recipe import load_config
 from mirage_ds.zero3 import engine
 from mirage_ds.zero3.engine import choose_gather, parameter_groups
@@ -39,17 +38,6 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert [tuple(parameter.shape) for parameter in decayed["params"]] == [(4, 4)]
     assert kept["weight_decay"] == 0.0
     assert [tuple(parameter.shape) for parameter in kept["params"]] == [(4,), (4,), (4,)]
-
-
-@pytest.mark.parametrize("wanted", ["auto", "sdpa"])
-def test_attention_without_flash_attn(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
-    """Also on a GPU in bf16, where `auto` uses flash-attn if it is installed."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backbone, "find_spec", lambda name: None)
-    assert backbone.choose_attention(wanted, torch.bfloat16) == "sdpa"
-    monkeypatch.setattr(backbone, "find_spec", lambda name: name)
-    assert backbone.choose_attention(wanted, torch.float32) == "sdpa"
-    assert backbone.choose_attention(wanted, torch.bfloat16) == {"auto": "flash_attention_2", "sdpa": "sdpa"}[wanted]
 
 
 def test_a_build_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_a_model_that_does_not_exist(data: Path, tmp_path: Path) -> None:
 
 
 def test_attention_that_cannot_run(data: Path) -> None:
-    assert recipe_checks.check_attention(configure(data)).found == "sdpa"
+    assert recipe_checks.check_attention(configure(data)).found == "sdpa (flash-attn needs a GPU)"
     # in fp32, on any machine
     row = recipe_checks.check_attention(configure(data, "model.attention=flash_attention_2"))
     assert row.state == "fail"

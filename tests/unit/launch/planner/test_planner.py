@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.planner.estimate import check_fits, estimate
+from launch.planner.plan import figures
 from launch.slurm import submit as slurm
 from launch.slurm.cluster import Cluster
 from mirage_ds.config import Config, ModelConfig
@@ -113,6 +114,18 @@ def test_offload_has_no_time() -> None:
     assert found.memory.optimizer == 0
     assert found.time is None
     assert found.samples_per_day is None
+
+
+def test_offload_needs_host_memory() -> None:
+    """Of a node: 20 bytes per trained parameter for the optimizer, 2 per parameter in bf16; half of it on two nodes."""
+    offloaded = recipe(1, "distributed.deepspeed_config=zero3_offload.json")
+    one, two = (estimate(offloaded, nodes, 8, "h100-80gb") for nodes in (1, 2))
+    trained, everything = sum(one.sizes.language), sum(one.sizes.all)
+    assert one.offload_bytes == pytest.approx(20 * trained + 2 * everything, rel=1e-5)
+    assert two.offload_bytes == pytest.approx(one.offload_bytes / 2, rel=1e-5)
+    assert dict(figures(one))["GiB per node: host memory for offload"] == f"{one.offload_bytes / 2**30:.1f}"
+    kept = estimate(recipe(1), 1, 8, "h100-80gb")
+    assert not [name for name, _ in figures(kept) if "host" in name]
 
 
 def test_row_sizes_are_those_of_the_shards(tmp_path: Path) -> None:

@@ -39,6 +39,12 @@ srun: error: node2: task 1: Exited with exit code 2
 HUNG = """slurmstepd-node2: error: *** STEP 7.0 ON node2 CANCELLED AT 2026-11-24T12:03:59 DUE TO TIME LIMIT ***
 srun: error: node2: task 1: Terminated
 """
+# A collective of NCCL timed out, which ends ranks by SIGABRT. Not taken from a run: torch's and srun's words.
+ABORTED = """[rank0]:[E ProcessGroupNCCL.cpp] [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9)
+Fatal Python error: Aborted
+srun: error: node1: task 0: Aborted (core dumped)
+srun: error: node2: task 2: Aborted (core dumped)
+"""
 # SLURM lost node2 and kept the job with node1 alone; the step did not fit into it.
 BUSY = "srun: error: Unable to create step for job 7: Requested nodes are busy\n"
 LOST = "srun: error: Node failure on node2\n"
@@ -71,6 +77,7 @@ def beats(*steps: int, times: tuple[float, ...] = (100.0,) * 4) -> dict[int, dic
         (2, False, False, NO_PYTHON, "failed"),
         (143, False, False, HUNG, "failed"),
         (1, False, False, BUSY, "failed"),
+        (134, False, False, ABORTED, "failed"),
     ],
 )
 def test_how_an_attempt_ended(code: int, terminated: bool, marked: bool, log: str, outcome: str) -> None:

@@ -5,6 +5,7 @@ Small scripts replace SLURM's commands here; tests/cluster uses the real ones.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,46 @@ def test_a_cluster_file_and_the_command_line(here: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'partition'"):
         submit("--nodes", "2")
     assert not (here / "a run").exists()
+
+
+def asked(*arguments: str, cluster: dict | None = None) -> dict[str, str]:
+    """Cores and memory that a job asks for, by sbatch's names; the cores of its ranks' step under `srun`."""
+    Path("cluster.yaml").write_text(yaml.safe_dump(cluster or {}))
+    script = submit("--nodes", "1", "--cluster", "cluster.yaml", "--dry-run", *arguments)
+    options = [line.split()[1] for line in script.splitlines() if line.startswith("#SBATCH --")]
+    found = dict(option.removeprefix("--").split("=") for option in options if re.match("--(mem|cpus)", option))
+    steps = set(re.findall(r"run_step .*--cpus-per-task=(\d+)", script))
+    return found | ({"srun": steps.pop()} if steps else {})
+
+
+def test_cores_and_memory_of_ranks_with_gpus(here: Path) -> None:
+    """By SLURM's defaults a rank and its data workers would share a core, and memory may be a few GB per core."""
+    gpus = ("--gpus-per-node", "8")
+    cores = {"cpus-per-task": "6", "srun": "6"}
+    assert asked(*gpus, "data.num_workers=4") == cores | {"mem": "0"}
+    assert asked(*gpus, cluster={"cpus_per_rank": 12}) == {"cpus-per-task": "12", "srun": "12", "mem": "0"}
+    assert asked(*gpus, "data.num_workers=4", cluster={"mem": "500G"}) == cores | {"mem": "500G"}
+    assert asked(*gpus, "data.num_workers=4", cluster={"mem": "partition"}) == cores
+    # SLURM refuses two of --mem, --mem-per-cpu and --mem-per-gpu
+    own = asked(*gpus, "data.num_workers=4", "--sbatch", "--mem-per-gpu=100G")
+    assert own == cores | {"mem-per-gpu": "100G"}
+
+
+def test_ranks_on_cpus_take_what_the_cluster_gives(here: Path) -> None:
+    """A trial must not take a shared node."""
+    assert asked("--ranks-per-node", "2") == {}
+    assert asked("--ranks-per-node", "2", cluster={"cpus_per_rank": 1}) == {"cpus-per-task": "1", "srun": "1"}
+    assert asked("--ranks-per-node", "2", cluster={"mem": "4G"}) == {"mem": "4G"}
+
+
+def test_the_log_shows_the_variables_that_change_a_run(here: Path) -> None:
+    script = submit("--nodes", "1", "--gpus-per-node", "1", "--dry-run")
+    (line,) = [line for line in script.splitlines() if line.startswith("env |")]
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_DEBUG", "OMP_NUM_THREADS", "HF_TOKEN", "HOME")
+    shown = subprocess.run(
+        ["bash", "-c", line], env=dict.fromkeys(names, "1"), capture_output=True, text=True, check=True
+    )
+    assert [each.split("=")[0] for each in shown.stdout.split()] == sorted(names[:4])
 
 
 @pytest.mark.parametrize(
