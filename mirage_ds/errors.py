@@ -48,6 +48,10 @@ class DiskFullError(MirageError):
     """A disk, or a user's quota on it, with no room for what was to be written."""
 
 
+class MemoryFullError(MirageError):
+    """A GPU or a host with too little memory for the run's micro-batches."""
+
+
 # What libraries raise while they read a user's files that are not as they expect.
 MALFORMED = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 

@@ -35,7 +35,7 @@ from mirage_ds.checkpoint.save import check_room
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.stream import Share, make_loader
-from mirage_ds.errors import DataError, DiskFullError, MirageError, leave, name_full_disk
+from mirage_ds.errors import DataError, DiskFullError, MemoryFullError, MirageError, leave, name_full_disk
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.owner import Owner
@@ -43,6 +43,7 @@ from mirage_ds.self_check import check_training
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end, lost_peer
 from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
+from mirage_ds.training.dry_run import dry_run
 from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.run_folder import own, write_folder
@@ -63,6 +64,7 @@ def train(config: Config) -> None:
     prepare_torch(config)
     check_training()
     start = prepare(config)
+    config = start.config
     if start.is_finished:
         end_finished(config, start)
         return
@@ -70,6 +72,7 @@ def train(config: Config) -> None:
         engine = load_engine(config, start)
         state = load_state(engine, config, start.checkpoint)
         trainer = make_trainer(engine, config, start, state)
+        dry_run(trainer, config, start)
         copies = open_copies(config)
         train_steps(trainer, config, start, copies, owner)
         end(trainer, config)
@@ -220,7 +223,7 @@ def open_stream(config: Config, start: Start, state: TrainState) -> Iterator[Bat
     share = Share(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        micro_batch_size=config.train.micro_batch_size_per_gpu,
+        micro_batch_size=config.train.micro_batch_size,
         gradient_accumulation_steps=config.train.accumulation_steps(distributed.world_size()),
         start=state.position,
     )
@@ -251,7 +254,7 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
         f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
         f"{train.dtype} on {start.device.type}, attention {backbone.attention}, "
         f"latent_size {config.model.latent_size}\n"
-        f"{num_samples} samples; global batch {size} = {ranks} ranks x {train.micro_batch_size_per_gpu} x "
+        f"{num_samples} samples; global batch {size} = {ranks} ranks x {train.micro_batch_size} x "
         f"{train.accumulation_steps(ranks)} accumulated; {start.max_steps} steps = "
         f"{start.max_steps * size / num_samples:.1f} epochs"
     )
@@ -264,8 +267,8 @@ def run(config: Config) -> None:
         with name_full_disk(config.run.dir, "free some space, and start again, with run.resume=auto if a run is there"):
             train(config)
     except MirageError as error:
-        # All ranks have the same configuration; bad data or a full disk may be one rank's alone.
-        alone = isinstance(error, (DataError, DiskFullError)) and torch.distributed.is_initialized()
+        # All ranks have the same configuration; bad data, a full disk or memory may be one rank's alone.
+        alone = isinstance(error, (DataError, DiskFullError, MemoryFullError)) and torch.distributed.is_initialized()
         leave(error, every_rank=alone)
     except RuntimeError as error:
         if not lost_peer.is_lost_peer(error):

@@ -28,7 +28,7 @@ def work(sizes: ModelSizes, config: Config, row: Row) -> Work:
     tower      2 x elements x patches (an upper bound: the merger runs on merged patches only) and
                4 x full-attention blocks x hidden x patches^2
     """
-    rows = config.train.micro_batch_size_per_gpu
+    rows = config.train.micro_batch_size
     tokens = rows * row.tokens
     decoder = 2 * sum(sizes.layers) * tokens + 2 * sizes.num_layers * sizes.hidden * tokens * row.tokens
     head = 2 * sizes.vocab * sizes.hidden * rows * row.targets
