@@ -39,7 +39,7 @@ class Estimate:
     micro_batch_size: int
     """The recipe's, or what `auto` takes."""
     fastest: tuple[int, float] | None
-    """The micro-batch with the best time of those that fit, and its seconds per step."""
+    """The micro-batch with the best time of those that fit, the smallest of equal ones, and its seconds per step."""
     checkpoint_bytes: int
     advice: tuple[str, ...]
     """Changes, each of which makes the run fit; empty if it fits."""
@@ -99,7 +99,8 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
     zero = deepspeed_config["zero_optimization"]
     timed = not any(offloads(zero, part) for part in ("param", "optimizer"))
     cuts = {size: with_micro_batch(config, size, world_size) for size in candidates(config.train, world_size)}
-    times = [(time_of(cut).step_s, size) for size, cut in cuts.items() if memory_of(cut).peak <= limit_bytes]
+    fitting = [size for size, cut in cuts.items() if memory_of(cut).peak <= limit_bytes]
+    fastest = min(fitting, key=lambda size: round(time_of(cuts[size]).step_s, 6), default=None) if timed else None
     return Estimate(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -112,7 +113,7 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         time=time_of(config) if timed else None,
         samples_per_step=samples_per_step,
         micro_batch_size=config.train.micro_batch_size,
-        fastest=min(times)[::-1] if timed and times else None,
+        fastest=(fastest, time_of(cuts[fastest]).step_s) if fastest else None,
         checkpoint_bytes=checkpoint_bytes(sizes, config),
         advice=find_advice(sizes, rows, config, nodes, gpus_per_node, limit_bytes) if memory.peak > limit_bytes else (),
     )

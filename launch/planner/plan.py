@@ -93,7 +93,7 @@ def times(found: "Estimate") -> list[tuple[str, str]]:
     time = found.time
     if time is None or found.samples_per_day is None:
         return [("seconds per step", "no estimate with offload")]
-    waiting_s = time.step_s - time.compute_s - time.single_columns_s - time.update_s
+    waiting_s = max(0.0, time.step_s - time.compute_s - time.single_columns_s - time.update_s)  # not minus rounding
     epochs, best = found.epochs_per_day, found.fastest
     return [
         ("seconds per step", f"{time.step_s:.2f}"),

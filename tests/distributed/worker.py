@@ -166,9 +166,13 @@ def rehearse_case(case: Case, trainer: Trainer) -> dict[str, Any]:
 
     before = state()
     batch = collate(ragged_batch(7, 4, stage=case.stage), align_latents=case.stage == "stage2")
-    draws = trainer.engine.module.register_forward_hook(lambda *_: torch.rand(1))
+
+    def draw(*_: object) -> None:
+        torch.rand(1)
+
+    hook = trainer.engine.module.register_forward_hook(draw)
     rehearse(trainer, batch)
-    draws.remove()
+    hook.remove()
     return {name: value for name, value in state().items() if value != before[name]}
 
 
