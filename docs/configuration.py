@@ -12,10 +12,11 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BeforeValidator, Strict
+from pydantic import AfterValidator, BeforeValidator, Strict, WrapValidator
 from pydantic.fields import FieldInfo
 
-from mirage_ds.config import LARGEST, Config, Section
+from mirage_ds.config import Config
+from mirage_ds.config_values import LARGEST, Section
 
 PAGE = Path(__file__).with_suffix(".md")
 INTRODUCTION = r"""
@@ -89,8 +90,8 @@ def _values(annotation: Any, limits: Any = ()) -> str:
         kind, *more = get_args(annotation)
         return _values(kind, [*limits, *more])
     if get_origin(annotation) in (Union, UnionType):
-        (kind,) = (kind for kind in get_args(annotation) if kind is not type(None))
-        return _values(kind, limits)
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        return " or ".join(_values(kind, limits) for kind in kinds)
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) is tuple:
@@ -105,7 +106,7 @@ def _limit(limit: Any) -> list[str]:
     """The limits in an annotation; the largest integer is in the introduction."""
     if isinstance(limit, FieldInfo):
         return [words for part in limit.metadata for words in _limit(part)]
-    if isinstance(limit, (AfterValidator, BeforeValidator, Strict)) or limit == Le(LARGEST):
+    if isinstance(limit, (AfterValidator, BeforeValidator, Strict, WrapValidator)) or limit == Le(LARGEST):
         return []
     if isinstance(limit, Gt):
         return [f"> {limit.gt}"]

@@ -59,7 +59,7 @@ def local(
             "another --ranks, or CUDA_VISIBLE_DEVICES, or DS_ACCELERATOR=cpu to train without GPUs"
         )
     ranks = ranks or max(1, gpus)
-    config.train.accumulation_steps(ranks)
+    config.train.samples_per_rank(ranks)
     command = [sys.executable, "-u", "-m", "mirage_ds.train", str(recipe), *(overrides or [])]
     sys.exit(Launch(command, ranks).wait())
 

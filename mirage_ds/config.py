@@ -4,13 +4,22 @@ Every number has one owner. What DeepSpeed alone decides is set in `ds_configs/*
 """
 
 import math
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Literal, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import Field, model_validator
 
+from mirage_ds.config_values import (
+    MAX_SECONDS,
+    NonNegativeInt,
+    Pair,
+    PositiveInt,
+    PositiveIntOrAuto,
+    Rate,
+    Section,
+    UserName,
+    UserPath,
+)
 from mirage_ds.errors import ConfigError
-from mirage_ds.paths import expand
 
 Stage = Literal["text", "stage1", "stage2"]
 CompressStrategy = Literal["average", "average_all", "grid"]
@@ -18,39 +27,6 @@ Dtype = Literal["bf16", "fp32"]
 OnFault = Literal["stop", "skip"]
 LatentEnd = Literal["fixed", "model"]
 TaskName = Literal["vsp-spatial-planning", "vsp-spatial-reasoning"]
-Item = TypeVar("Item")
-
-
-def _to_path(value: Any) -> Any:
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise ValueError(f"{value!r:.80} is no path; write a path, in quotes if YAML takes it for something else")
-    return Path(expand(str(value)))
-
-
-UserPath = Annotated[Path, BeforeValidator(_to_path)]
-"""A path with `~` and `$VARIABLES` expanded."""
-UserName = Annotated[str, AfterValidator(expand)]
-"""A path or another name, expanded alike."""
-Pair = Annotated[tuple[Item, Item], Strict(False)]
-Listed = Annotated[tuple[Item, ...], Strict(False)]
-"""Values that YAML and JSON write as a list."""
-
-LARGEST = 2**31 - 1  # of steps, samples, tokens and pixels
-PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-MAX_SECONDS = 366 * 24 * 3600
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values cannot change after the start.
-
-    Strict: `yes` is no number, a text is none either, and every number is finite.
-
-    The docstring below each key is its entry in docs/configuration.md.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -142,8 +118,10 @@ class TrainConfig(Section):
     """Length of the run in steps. Set either this or `train.epochs`."""
     epochs: float | None = Field(default=None, gt=0)
     """Length of the run in passes over the data; the last step may reach into the next pass."""
-    micro_batch_size_per_gpu: PositiveInt = 1
-    """Samples that a rank computes at a time."""
+    micro_batch_size_per_gpu: PositiveIntOrAuto = 1
+    """Samples that a rank computes at a time. `auto`: the largest of 1, 2, 4, 8, ... that divides a rank's share of
+    `train.global_batch_size`, which must be set, and fits into memory by the formulas of `mirage-launch plan`. The
+    losses do not depend on it."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches of each rank per step; unset: as many as `train.global_batch_size` needs, or 1."""
     global_batch_size: PositiveInt | None = None
@@ -188,7 +166,14 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "TrainConfig":
-        """Checks what does not depend on the number of ranks; `accumulation_steps` checks the rest."""
+        """Checks what does not depend on the number of ranks; `samples_per_rank` checks the rest."""
+        if self.micro_batch_size_per_gpu == "auto":
+            if self.global_batch_size is None or self.gradient_accumulation_steps is not None:
+                raise ValueError(
+                    "micro_batch_size_per_gpu is auto, which divides a global batch of a known size; set "
+                    "train.global_batch_size, and leave train.gradient_accumulation_steps unset"
+                )
+            return self
         share = self.micro_batch_size_per_gpu * (self.gradient_accumulation_steps or 1)
         if self.global_batch_size is not None and self.global_batch_size % share:
             raise ValueError(
@@ -221,15 +206,22 @@ class TrainConfig(Section):
             return self.ce_loss_weight
         return 0.1 if self.stage == "stage1" else 1.0
 
-    def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches of each rank per optimizer step.
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of a micro-batch, once `auto` has become a number (sizing/micro_batch.py)."""
+        if self.micro_batch_size_per_gpu == "auto":
+            raise ValueError("train.micro_batch_size_per_gpu is still auto: the run must choose a number first")
+        return self.micro_batch_size_per_gpu
+
+    def samples_per_rank(self, world_size: int) -> int:
+        """Samples of each rank per optimizer step.
 
         Raises:
             ConfigError: `global_batch_size` is not possible with this many ranks.
         """
         if self.global_batch_size is None:
-            return self.gradient_accumulation_steps or 1
-        micro_step = self.micro_batch_size_per_gpu * world_size
+            return self.micro_batch_size * (self.gradient_accumulation_steps or 1)
+        micro_step = world_size * (1 if self.micro_batch_size_per_gpu == "auto" else self.micro_batch_size_per_gpu)
         steps, rest = divmod(self.global_batch_size, micro_step)
         if rest or self.gradient_accumulation_steps not in (None, steps):
             wanted = self.gradient_accumulation_steps
@@ -245,11 +237,19 @@ class TrainConfig(Section):
                 + (" train.gradient_accumulation_steps=null" if wanted else "")
                 + ", or change the number of ranks"
             )
-        return steps
+        return self.global_batch_size // world_size
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of each rank per optimizer step.
+
+        Raises:
+            ConfigError: as `samples_per_rank`.
+        """
+        return self.samples_per_rank(world_size) // self.micro_batch_size
 
     def samples_per_step(self, world_size: int) -> int:
         """G: samples per optimizer step, over all ranks."""
-        return self.micro_batch_size_per_gpu * self.accumulation_steps(world_size) * world_size
+        return self.samples_per_rank(world_size) * world_size
 
     def num_steps(self, num_samples: int, world_size: int) -> int:
         """Optimizer steps of the run over a data set of `num_samples`.

@@ -57,6 +57,10 @@ class DiskFullError(MirageError):
     """A disk, or a user's quota on it, with no room for what was to be written."""
 
 
+class MemoryFullError(MirageError):
+    """A GPU or a host with too little memory for the run's micro-batches."""
+
+
 LOCAL_RANK_NAMES = ("MIRAGE_LOCAL_RANK", "LOCAL_RANK", "SLURM_LOCALID")
 """Variables with a rank's number on its node; the first that is set counts. `zero3/distributed.py` sets the first of
 them where LOCAL_RANK has to be something else."""

@@ -40,7 +40,16 @@ from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.stream import Share, make_loader
 from mirage_ds.data.target_cache import TargetCache
-from mirage_ds.errors import DataError, DeviceError, DiskFullError, MirageError, TrainingError, leave, name_full_disk
+from mirage_ds.errors import (
+    DataError,
+    DeviceError,
+    DiskFullError,
+    MemoryFullError,
+    MirageError,
+    TrainingError,
+    leave,
+    name_full_disk,
+)
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.owner import Owner
@@ -49,6 +58,7 @@ from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end, lost_peer
 from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.training.cached_targets import open_target_cache
+from mirage_ds.training.dry_run import dry_run
 from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.planned import plan
@@ -71,18 +81,18 @@ def train(config: Config) -> None:
     prepare_torch(config)
     check_training()
     start = prepare(config)
+    config = start.config
     if start.is_finished:
         end_finished(config, start)
         return
     with own(config.run.dir, start.tags) as owner:
         engine = load_engine(config, start)
         state = load_state(engine, config, start.checkpoint)
-        targets = open_target_cache(engine, config, start)
         copies = open_copies(config)
-        if writer is not None:
-            writer = with_memory(writer, own_bytes(engine.module))
-        saves = Saves(engine, config, start.facts, writer=writer, copies=copies)
+        saves = open_saves(engine, config, start, writer, copies)
+        targets = open_target_cache(engine, config, start)
         trainer = make_trainer(engine, config, start, state, saves, targets)
+        dry_run(trainer, config, start)
         train_steps(trainer, config, start, saves, owner)
         end(trainer, config)
         if copies is not None:
@@ -201,6 +211,15 @@ def open_copies(config: Config) -> Copies | None:
     return Copies(config.checkpoint.copy_to / name, config.checkpoint.keep_latest_k)
 
 
+def open_saves(
+    engine: DeepSpeedEngine, config: Config, start: Start, writer: Writer | None, copies: Copies | None
+) -> Saves:
+    """This run's checkpoints, written in the background if there is memory for it."""
+    if writer is not None:
+        writer = with_memory(writer, own_bytes(engine.module))
+    return Saves(engine, config, start.facts, writer=writer, copies=copies)
+
+
 def make_model(config: Config, backbone: Backbone) -> MirageModel:
     """The method's losses on top of a backbone."""
     return MirageModel(
@@ -249,7 +268,7 @@ def open_stream(config: Config, start: Start, state: TrainState, targets: Target
     share = Share(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        micro_batch_size=config.train.micro_batch_size_per_gpu,
+        micro_batch_size=config.train.micro_batch_size,
         gradient_accumulation_steps=config.train.accumulation_steps(distributed.world_size()),
         start=state.position,
     )
@@ -281,7 +300,7 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
         f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
         f"{train.dtype} on {start.device.type}, attention {backbone.describe_attention()}, "
         f"latent_size {config.model.latent_size}\n"
-        f"{num_samples} samples; global batch {size} = {ranks} ranks x {train.micro_batch_size_per_gpu} x "
+        f"{num_samples} samples; global batch {size} = {ranks} ranks x {train.micro_batch_size} x "
         f"{train.accumulation_steps(ranks)} accumulated; {start.max_steps} steps = "
         f"{start.max_steps * size / num_samples:.1f} epochs"
     )
@@ -295,9 +314,9 @@ def run(config: Config) -> None:
         with name_full_disk(config.run.dir, "free some space, and start again, with run.resume=auto if a run is there"):
             train(config)
     except MirageError as error:
-        # All ranks have the same configuration; bad data, a full disk or a missing GPU may be one rank's alone.
+        # All ranks have the same configuration; bad data, a missing GPU, a full disk or memory may be one rank's alone.
         alone = isinstance(error, DeviceError) or (
-            isinstance(error, (DataError, DiskFullError)) and torch.distributed.is_initialized()
+            isinstance(error, (DataError, DiskFullError, MemoryFullError)) and torch.distributed.is_initialized()
         )
         leave(error, every_rank=alone)
     except RuntimeError as error:

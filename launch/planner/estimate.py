@@ -1,8 +1,7 @@
 """Estimates a run on a number of GPUs: memory, traffic, time, disk; whether it fits, and what to change if not."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from launch.planner.time_estimate import StepTime, Traffic, step_time, traffic
 from mirage_ds.checkpoint.save import ADAM_BYTES
@@ -12,7 +11,9 @@ from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.gpus import USABLE, find_gpu
 from mirage_ds.sizing.host_memory import offload_bytes
 from mirage_ds.sizing.memory import Memory, estimate_memory, offloads
+from mirage_ds.sizing.micro_batch import candidates, choose, with_micro_batch
 from mirage_ds.sizing.model_sizes import ModelSizes, model_sizes
+from mirage_ds.sizing.savings import savings
 from mirage_ds.sizing.workload import Workload, workload
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import GIB
@@ -38,6 +39,10 @@ class Estimate:
     time: StepTime | None
     """None with offload, where it depends on the host."""
     samples_per_step: int
+    micro_batch_size: int
+    """The recipe's, or what `auto` takes."""
+    fastest: tuple[int, float] | None
+    """The micro-batch with the best time of those that fit, the smallest of equal ones, and its seconds per step."""
     checkpoint_bytes: int
     advice: tuple[str, ...]
     """Changes, each of which makes the run fit; empty if it fits."""
@@ -82,10 +87,23 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
     samples_per_step = config.train.samples_per_step(world_size)
     deepspeed_config = resolve_deepspeed_config(config)
     sizes, rows = model_sizes(config.model), workload(config)
-    memory = estimate_memory(sizes, config, deepspeed_config, rows.largest, world_size)
     limit_bytes = int(card.memory_bytes * USABLE)
+    if config.train.micro_batch_size_per_gpu == "auto":
+        choice = choose(sizes, config, deepspeed_config, rows.largest, world_size, limit_bytes)
+        config = with_micro_batch(config, choice.size, world_size)
+
+    def memory_of(run: Config) -> Memory:
+        return estimate_memory(sizes, run, deepspeed_config, rows.largest, world_size)
+
+    def time_of(run: Config) -> StepTime:
+        return step_time(sizes, run, deepspeed_config, rows.mean, nodes, gpus_per_node, card)
+
+    memory = memory_of(config)
     zero = deepspeed_config["zero_optimization"]
     timed = not any(offloads(zero, part) for part in ("param", "optimizer"))
+    cuts = {size: with_micro_batch(config, size, world_size) for size in candidates(config.train, world_size)}
+    fitting = [size for size, cut in cuts.items() if memory_of(cut).peak <= limit_bytes]
+    fastest = min(fitting, key=lambda size: round(time_of(cuts[size]).step_s, 6), default=None) if timed else None
     return Estimate(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -96,8 +114,10 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         limit_bytes=limit_bytes,
         offload_bytes=gpus_per_node * offload_bytes(sizes, config, deepspeed_config, world_size),
         traffic=traffic(sizes, config, deepspeed_config, nodes, gpus_per_node),
-        time=step_time(sizes, config, deepspeed_config, rows.mean, nodes, gpus_per_node, card) if timed else None,
+        time=time_of(config) if timed else None,
         samples_per_step=samples_per_step,
+        micro_batch_size=config.train.micro_batch_size,
+        fastest=(fastest, time_of(cuts[fastest]).step_s) if fastest else None,
         checkpoint_bytes=checkpoint_bytes(sizes, config),
         advice=find_advice(sizes, rows, config, nodes, gpus_per_node, limit_bytes) if memory.peak > limit_bytes else (),
     )
@@ -135,7 +155,7 @@ def find_advice(
         memory = estimate_memory(sizes, changed, deepspeed_config, rows.largest, num_nodes * gpus_per_node)
         return memory.peak <= limit_bytes
 
-    changes = list(savings(config, nodes * gpus_per_node))
+    changes = list(all_savings(config, nodes * gpus_per_node))
     found = [setting for setting, changed in changes if fits(changed, nodes)]
     found += more_nodes(config, fits, nodes, gpus_per_node)
     if found:
@@ -143,7 +163,7 @@ def find_advice(
     settings, combined = [], config
     for setting, _ in changes:
         settings.append(setting)
-        combined = dict(savings(combined, nodes * gpus_per_node))[setting]
+        combined = dict(all_savings(combined, nodes * gpus_per_node))[setting]
         if fits(combined, nodes):
             return (" and ".join(settings),)
     with_more_nodes = more_nodes(combined, fits, nodes, gpus_per_node)
@@ -154,24 +174,19 @@ def find_advice(
     )
 
 
-def savings(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
-    """Settings that save memory and are not in use yet, the cheapest first."""
-    train, setting = config.train, "train.micro_batch_size_per_gpu=1"
-    if config.model.activation_checkpointing == "none":
-        yield "model.activation_checkpointing=full", _change(config, "model", activation_checkpointing="full")
-    if train.micro_batch_size_per_gpu > 1:
-        steps = train.accumulation_steps(world_size) * train.micro_batch_size_per_gpu
-        if train.gradient_accumulation_steps or train.global_batch_size is None:
-            setting += f" with train.gradient_accumulation_steps={steps}"
-        yield setting, _change(config, "train", micro_batch_size_per_gpu=1, gradient_accumulation_steps=steps)
-    if config.model.gather == "rollout" or (config.model.gather == "auto" and train.stage == "stage2"):
-        yield "model.gather=layer", _change(config, "model", gather="layer")
-    if config.distributed.deepspeed_config == "zero3.json":
-        name = "zero3_offload.json"
-        yield f"distributed.deepspeed_config={name}", _change(config, "distributed", deepspeed_config=name)
+def all_savings(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
+    """The smallest micro-batch, under the name of `auto`, which takes the largest that fits; and other settings."""
+    train, setting = config.train, "train.micro_batch_size_per_gpu=auto"
+    if train.micro_batch_size > 1:
+        if train.global_batch_size is None:
+            setting += f" with train.global_batch_size={train.samples_per_step(world_size)}"
+        if train.gradient_accumulation_steps is not None:
+            setting += " with train.gradient_accumulation_steps=null"
+        yield setting, with_micro_batch(config, 1, world_size)
+    yield from savings(config)
 
 
-def more_nodes(config: Config, fits: Any, nodes: int, gpus_per_node: int) -> list[str]:
+def more_nodes(config: Config, fits: Callable[[Config, int], bool], nodes: int, gpus_per_node: int) -> list[str]:
     """The smallest doubling of the nodes that fits, with the global batch size that it needs."""
     more = 2 * nodes
     while more <= MAX_NODES:
@@ -182,12 +197,8 @@ def more_nodes(config: Config, fits: Any, nodes: int, gpus_per_node: int) -> lis
 
 
 def _batch_setting(config: Config, world_size: int) -> str:
-    share = world_size * config.train.micro_batch_size_per_gpu
+    share = world_size * config.train.micro_batch_size
     size = config.train.global_batch_size
     if size is None or size % share == 0:
         return ""
     return f" with train.global_batch_size={-(-size // share) * share} (a multiple of {share})"
-
-
-def _change(config: Config, section: str, **values: Any) -> Config:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})

@@ -81,6 +81,7 @@ def figures(found: "Estimate") -> list[tuple[str, str]]:
     rows += [
         ("fits", "yes" if found.fits else "no"),
         ("samples per step", str(found.samples_per_step)),
+        ("micro-batch", str(found.micro_batch_size)),
         ("GB per GPU and step: NVLink", f"{found.traffic.nvlink / GB:.0f}"),
         ("GB per GPU and step: network", f"{found.traffic.network / GB:.1f}"),
         *times(found),
@@ -94,12 +95,14 @@ def times(found: "Estimate") -> list[tuple[str, str]]:
     time = found.time
     if time is None or found.samples_per_day is None:
         return [("seconds per step", "no estimate with offload")]
-    waiting_s = time.step_s - time.compute_s - time.single_columns_s - time.update_s
-    epochs = found.epochs_per_day
+    waiting_s = max(0.0, time.step_s - time.compute_s - time.single_columns_s - time.update_s)  # not minus rounding
+    epochs, best = found.epochs_per_day, found.fastest
     return [
         ("seconds per step", f"{time.step_s:.2f}"),
         ("of these, waiting for communication", f"{waiting_s:.2f}"),
         ("MFU, %", f"{100 * time.mfu:.1f}"),
+        ("micro-batch with the best time", "none fits" if best is None else str(best[0])),
+        ("seconds per step with it", "-" if best is None else f"{best[1]:.2f}"),
         ("samples per day, thousands", f"{found.samples_per_day / 1000:.0f}"),
         ("epochs per day", "no shards" if epochs is None else f"{epochs:.1f}"),
     ]

@@ -12,7 +12,7 @@ import typer
 from pydantic import Field, ValidationError, model_validator
 
 from mirage_ds import strict_yaml
-from mirage_ds.config import Listed, PositiveInt, Section, UserName, UserPath
+from mirage_ds.config_values import Listed, PositiveInt, Section, UserName, UserPath
 from mirage_ds.errors import ConfigError
 from mirage_ds.programs import ask
 from mirage_ds.recipe import hint

@@ -165,7 +165,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
         ConfigError: the batch does not divide, the time limit is too short, or the run does not fit on the GPUs.
         DataError: an input of the run is missing on this machine, or a sample is longer than data.max_length.
     """
-    config.train.accumulation_steps(nodes * ranks_per_node_of(cluster))
+    config.train.samples_per_rank(nodes * ranks_per_node_of(cluster))
     limit_s = seconds(cluster.time) if cluster.time else None
     if limit_s is not None and limit_s <= config.run.save_before_end_s:
         raise ConfigError(

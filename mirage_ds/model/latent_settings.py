@@ -10,7 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
-from mirage_ds.config import ModelConfig, NonNegativeInt, PositiveInt, Section, Stage
+from mirage_ds.config import ModelConfig, Stage
+from mirage_ds.config_values import NonNegativeInt, PositiveInt, Section
 from mirage_ds.errors import ConfigError
 
 KEY = "mirage"

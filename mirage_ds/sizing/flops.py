@@ -39,7 +39,7 @@ def work(sizes: ModelSizes, config: Config, row: Row) -> Work:
     An upper bound for the tower's attention, at most a few percent of it all: as if a row's patches were one image,
     and every window complete.
     """
-    rows = config.train.micro_batch_size_per_gpu
+    rows = config.train.micro_batch_size
     load = Load(
         tokens=rows * row.tokens,
         token_pairs=rows * row.tokens * (row.tokens + 1) // 2,

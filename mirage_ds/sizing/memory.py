@@ -71,22 +71,17 @@ def estimate_memory(
 ) -> Memory:
     """All kinds for a micro-batch of rows of this size."""
     zero = deepspeed_config["zero_optimization"]
-    rows, e = config.train.micro_batch_size_per_gpu, DTYPES[config.train.dtype].itemsize
-    recompute = config.model.activation_checkpointing == "full"
+    rows, e = config.train.micro_batch_size, DTYPES[config.train.dtype].itemsize
     trained = sizes.all if config.model.train_tower else sizes.language
     shard = shard_numel(trained, world_size)
     gathered, gathering = gathered_elements(sizes, config, zero)
     offloaded = {part: offloads(zero, part) for part in ("param", "optimizer")}
-    kept = rows * kept_bytes(sizes, config, row, e)
-    if recompute:
-        kept += 2 * rows * layer_bytes(sizes, config, row, e)  # the recomputed activations and their gradients
-    tower = rows * row.patches * tower_bytes(sizes, config, e)
     return Memory(
         parameters=parameter_bytes(sizes, zero, world_size, e, offloaded=offloaded["param"]),
         optimizer=0 if offloaded["optimizer"] else shard * ADAM_BYTES,
         gradients=gradient_bytes(shard, deepspeed_config, offloaded=offloaded["optimizer"]),
         gathered=gathered * e,
-        activations=kept + tower if config.model.train_tower else max(kept, tower),
+        activations=rows * activation_bytes(sizes, config, row, e),
         logits=logit_bytes(sizes, rows * row.targets, e),
         gathering=gathering * e,
         full_gradients=waiting_gradients(sizes, config) * e,
@@ -168,6 +163,15 @@ def reduced_elements(sizes: ModelSizes, zero: dict[str, Any]) -> int:
     """Elements that are copied to be reduced: a bucket, or one larger weight (DS stage3.py, __avg_scatter_grads)."""
     bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
     return max(min(bucket, sum(sizes.language)), *sizes.language)
+
+
+def activation_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
+    """Bytes that one row takes in the tower and the decoder; a frozen tower's are freed before the decoder's exist."""
+    kept = kept_bytes(sizes, config, row, e)
+    if config.model.activation_checkpointing == "full":
+        kept += 2 * layer_bytes(sizes, config, row, e)  # the recomputed activations and their gradients
+    tower = row.patches * tower_bytes(sizes, config, e)
+    return kept + tower if config.model.train_tower else max(kept, tower)
 
 
 def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:

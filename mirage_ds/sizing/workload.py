@@ -4,7 +4,7 @@ Image tokens are exact: the index has the size of every image, from which the pr
 is estimated from its number of characters, so that no tokenizer is needed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mirage_ds.config import Config
 from mirage_ds.data.index import IndexEntry, load_index
 from mirage_ds.data.patches import ImageProcessor
-from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
+from mirage_ds.data.shards import MANIFEST_NAME, ShardFolder, read_manifest
 
 CHARS_PER_TOKEN = 3  # a cautious assumption: English prose has about 4, numbers and markup fewer
 TEMPLATE_TOKENS = 30  # of the chat template: a system turn, start and end of two turns
@@ -43,6 +43,9 @@ class Row:
     patches: int  # into the tower, before groups of four are merged
 
 
+SIZES = tuple(field.name for field in fields(Row))
+
+
 @dataclass(frozen=True)
 class Workload:
     """The rows of a run. Memory depends on the largest, time on the mean."""
@@ -59,27 +62,39 @@ def workload(config: Config) -> Workload:
     Raises:
         DataError: the shards' manifest or index is damaged.
     """
-    processor = _processor(config)
     if not (config.data.shards / MANIFEST_NAME).is_file():
-        row = measure(ASSUMED, config, processor)
+        row = measure(ASSUMED, config, _processor(config))
         source = (
             f"no shards at {config.data.shards}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
         )
         return Workload(row, row, None, source)
-    shards = read_manifest(config.data.shards)
-    rows = [measure(entry, config, processor) for entry in load_index(shards)]
+    rows = measure_all(read_manifest(config.data.shards), config)
 
-    def each(name: str) -> list[int]:
-        return [getattr(row, name) for row in rows]
+    def mean(name: str) -> int:
+        return round(sum(getattr(row, name) for row in rows) / len(rows))
 
-    names = ("tokens", "lead", "targets", "patches")
     return Workload(
-        largest=Row(**{name: max(each(name)) for name in names}),
-        mean=Row(**{name: round(sum(each(name)) / len(rows)) for name in names}),
+        largest=largest_of(rows),
+        mean=Row(**{name: mean(name) for name in SIZES}),
         num_samples=len(rows),
         source=f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token",
     )
+
+
+def measure_all(shards: ShardFolder, config: Config) -> list[Row]:
+    """Every sample of the shards, in the order of their numbers.
+
+    Raises:
+        DataError: the index is damaged.
+    """
+    processor = _processor(config)
+    return [measure(entry, config, processor) for entry in load_index(shards)]
+
+
+def largest_of(rows: list[Row]) -> Row:
+    """No row is larger than this in any of its sizes."""
+    return Row(**{name: max(getattr(row, name) for row in rows) for name in SIZES})
 
 
 def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Row:

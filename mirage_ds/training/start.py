@@ -18,6 +18,9 @@ from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.model.backbone import check_config
 from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
+from mirage_ds.sizing import micro_batch
+from mirage_ds.sizing.model_sizes import model_sizes
+from mirage_ds.sizing.workload import workload
 from mirage_ds.training.run_folder import find_start
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
@@ -29,6 +32,7 @@ class Start:
     """A run that may start: its data, its length, and the checkpoint that it resumes from, if there is one."""
 
     began: float  # seconds since the epoch
+    config: Config  # the run's, its micro-batch a number
     deepspeed_config: dict[str, Any]
     shards: ShardFolder
     encoder: Encoder
@@ -60,6 +64,9 @@ def prepare(config: Config) -> Start:
         check_latent_size(config.model)
     encoder = open_encoder(config)
     device = distributed.init(config.distributed.timeout_s)
+    if config.train.micro_batch_size_per_gpu == "auto":
+        config = choose_micro_batch(config, deepspeed_config, device)
+        deepspeed_config = resolve_deepspeed_config(config)
     pooling = describe_path(device)
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     check_init_from(config)
@@ -67,6 +74,7 @@ def prepare(config: Config) -> Start:
     facts = describe_run(config, deepspeed_config, shards.digest, max_steps)
     return Start(
         began=began,
+        config=config,
         deepspeed_config=deepspeed_config,
         shards=shards,
         encoder=encoder,
@@ -78,6 +86,16 @@ def prepare(config: Config) -> Start:
         tags=tags,
         checkpoint=find_start(config, facts),
     )
+
+
+def choose_micro_batch(config: Config, deepspeed_config: dict[str, Any], device: torch.device) -> Config:
+    """The run with the micro-batch that `auto` takes on these ranks: the same on all, as limit and index are."""
+    sizes, rows, world_size = model_sizes(config.model), workload(config), distributed.world_size()
+    limit_bytes = micro_batch.usable_bytes(device)
+    choice = micro_batch.choose(sizes, config, deepspeed_config, rows.largest, world_size, limit_bytes)
+    if distributed.is_main():
+        print(choice, flush=True)
+    return micro_batch.with_micro_batch(config, choice.size, world_size)
 
 
 def open_encoder(config: Config) -> Encoder:

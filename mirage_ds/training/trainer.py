@@ -98,7 +98,7 @@ class Trainer:
         skipped_steps = self.engine.skipped_steps
         for micro_step, on_host in enumerate(self.ready):
             batch = on_host.to(self.device)
-            own_losses = self.forward_backward(batch, micro_step)
+            own_losses = self.forward_backward(batch, last=micro_step == self.accumulation_steps - 1)
             done.append((batch, own_losses[0]))
             losses += own_losses
             num_grounded_samples += batch.num_grounded_samples
@@ -137,7 +137,7 @@ class Trainer:
 
     def describe(self, batch: Batch, loss: torch.Tensor, micro_step: int) -> dict[str, Any]:
         """A micro-batch of the step that was just made, for RUN/bad_batches.jsonl, with the mean of its losses."""
-        rank, size = distributed.rank(), self.train_config.micro_batch_size_per_gpu
+        rank, size = distributed.rank(), self.train_config.micro_batch_size
         start = self.state.position - self.global_batch_size
         position = micro_batch_start(start, micro_step, rank, self.world_size, size)
         return {"position": position, "rank": rank, "keys": batch.keys, "loss": loss.item() / len(batch.keys)}
@@ -221,13 +221,15 @@ class Trainer:
             )
         return len(batch.faults)
 
-    def forward_backward(self, batch: Batch, micro_step: int) -> torch.Tensor:
+    def forward_backward(self, batch: Batch, *, last: bool) -> torch.Tensor:
         """Adds one micro-batch's gradient; returns [loss, ce_loss, latent_loss] of its rows.
 
         The gradient of a step is the mean over the global batch of each sample's own loss. ZeRO-3 averages over the
         ranks, so each rank's sum is scaled by world_size / global_batch_size.
+
+        Args:
+            last: of its step.
         """
-        last = micro_step == self.accumulation_steps - 1
         self.engine.set_gradient_accumulation_boundary(last)
         with self.clock.device("forward"):
             losses = self.engine(batch=batch, num_passes=self.num_passes(batch))

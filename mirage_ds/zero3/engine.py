@@ -109,6 +109,16 @@ def initialize(
     return engine
 
 
+def forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Drops what backward has accumulated since the last step, as if it had not been called.
+
+    DS stage3.py: with `micro_step_id` 0, which `zero_grad` sets, the next backward copies its gradients over those in
+    the flat buffer instead of adding them. The buffer is cleared too, for parameters that get no gradient then.
+    """
+    engine.optimizer.zero_grad()
+    engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+
 def wait_for_build(op: str) -> None:
     """Waits while another process compiles an op of DeepSpeed; torch alone would wait for a killed one for ever.
 

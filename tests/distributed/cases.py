@@ -76,18 +76,15 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
     )
     for stage in ("text", "stage1"):
         add(1, f"{stage}-deep", stage, model="deep", steps=2, accumulation=1, settings={"train": {"warmup_steps": 1}})
-    add(2, "tower", "stage1", steps=5, settings={"model": {"train_tower": True}})
-    add(
-        2,
-        "stored",
-        "stage2",
-        steps=5,
-        accumulation=2,
-        latent_sizes=FIXED,
-        settings={"model": {"activation_checkpointing": "none"}},
-    )
-    add(2, "bf16", "stage2", steps=5, accumulation=2, latent_sizes=FIXED, settings={"train": {"dtype": "bf16"}})
     add(2, "bf16-communication", "stage1", config="bf16-communication", steps=5, latent_sizes=FIXED, accumulation=2)
+    for prefix, rehearsed in (("", False), ("rehearsed-", True)):
+        more = {"steps": 5, "rehearsed": rehearsed}
+        add(2, f"{prefix}tower", "stage1", settings={"model": {"train_tower": True}}, **more)
+        two = more | {"accumulation": 2, "latent_sizes": FIXED}
+        add(2, f"{prefix}stored", "stage2", settings={"model": {"activation_checkpointing": "none"}}, **two)
+        add(2, f"{prefix}bf16", "stage2", settings={"train": {"dtype": "bf16"}}, **two)
+    settings = {"model": {"gather": "layer"}, "train": {"warmup_steps": 1}}
+    add(2, "rehearsed-layer-K4", "stage2", steps=3, latent_sizes=[[4, 4]], settings=settings, rehearsed=True)
     return cases
 
 

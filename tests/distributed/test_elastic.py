@@ -79,16 +79,20 @@ def weights(run_dir: Path, ranks: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def chain(ground: Path) -> list[int]:
-    """The runs `whole` and `chain`; the first steps of the chain's second, third and fourth start."""
-    first_weights = f"run.init_from={ground / 'base'}"
+    """The runs `whole`, with micro-batches of 1, and `chain`, whose starts choose their own; the first steps of the
+    chain's second, third and fourth start."""
+    first_weights, auto = f"run.init_from={ground / 'base'}", "train.micro_batch_size_per_gpu=auto"
     run(ground, "whole", 2, first_weights)
     begins = []
     for number, ranks in enumerate(RANKS):
         begins.append(last_step(ground / "chain") + 1)
         last = number == len(RANKS) - 1
-        text = run(ground, "chain", ranks, first_weights, until=None if last else begins[-1] + LEG - 1)
+        text = run(ground, "chain", ranks, first_weights, auto, until=None if last else begins[-1] + LEG - 1)
+        assert f"micro-batch {4 // ranks} (auto: a rank has {4 // ranks} in each step; " in text
         if number:
-            assert f"changed since the last start: ranks: {RANKS[number - 1]} -> {ranks}" in text
+            before = RANKS[number - 1]
+            sizes = f"train.micro_batch_size_per_gpu: {4 // before} -> {4 // ranks}"
+            assert f"changed since the last start: {sizes}; ranks: {before} -> {ranks}" in text
             assert f"Resuming from {ground / 'chain'}/checkpoints/global_step{begins[-1] - 1}" in text
     return begins[1:]
 

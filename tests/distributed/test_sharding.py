@@ -111,6 +111,16 @@ def test_gradients_that_are_reduced_in_bf16(outcome: Outcomes, models: dict[str,
     assert result.losses[1:] != pytest.approx(expected["losses"][1:], rel=5e-6)
 
 
+@pytest.mark.parametrize("name", ["tower", "stored", "bf16", "layer-K4"])
+def test_a_dry_run_leaves_no_trace(outcome: Outcomes, name: str) -> None:
+    """Every loss, gradient norm and trained weight is that of the run without one, to the bit."""
+    without, rehearsed = outcome(name), outcome(f"rehearsed-{name}")
+    for field in ("loss_hex", "grad_norm", "lr", "position", "step"):
+        assert [record[field] for record in rehearsed.records] == [record[field] for record in without.records], field
+    assert rehearsed.report["final_param_norm"] == without.report["final_param_norm"]
+    assert rehearsed.report["left_by_dry_run"] == {}
+
+
 @pytest.mark.slow  # DeepSpeed compiles its CPU Adam, about a minute
 def test_offload(models: dict[str, str], deepspeed_configs: dict[str, str], tmp_path: Path) -> None:
     """zero3_offload.json, parameters and DeepSpeedCPUAdam's states on the host: the losses of the plain loop."""

@@ -25,6 +25,7 @@ from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.ops.latent_pool import describe_path
 from mirage_ds.train_state import TrainState
+from mirage_ds.training.dry_run import rehearse
 from mirage_ds.training.early_end import EarlyEnd
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.trainer import Trainer
@@ -55,6 +56,8 @@ class Case:
     """More of the configuration, by section."""
     spoiled: list[list[int]] = field(default_factory=list)
     """[step, number in its global batch] of samples whose pixels are NaN."""
+    rehearsed: bool = False
+    """Whether a dry run comes before the first step, of other and more samples."""
 
     def samples(self, step: int, size: int) -> list[EncodedSample]:
         """The global batch of a step: of the golden set in an order, or random ones with `latent_sizes[step % len]`
@@ -139,6 +142,7 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
         agree_on_passes=gather == "layer" and case.stage == "stage2",
         early_end=EarlyEnd(end_s=None, margin_s=0),
     )
+    left = rehearse_case(case, trainer) if case.rehearsed else {}
     take_gathered_bytes()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         model_bytes = take_gathered_bytes()
@@ -161,7 +165,28 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
         "under_way_after_tower": early,
         "micro_losses": micro_losses,
         "final_param_norm": norms,
+        "left_by_dry_run": left,
     }
+
+
+def rehearse_case(case: Case, trainer: Trainer) -> dict[str, Any]:
+    """A dry run of ragged rows, by a model that draws random numbers; what it changed of what a run reads and saves."""
+
+    def state() -> dict[str, Any]:
+        names = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+        counters = {name: getattr(trainer.engine, name) for name in names}
+        return counters | asdict(trainer.state) | {"random": torch.get_rng_state().tolist()}
+
+    before = state()
+    batch = collate(ragged_batch(7, 4, stage=case.stage), align_latents=case.stage == "stage2")
+
+    def draw(*_: object) -> None:
+        torch.rand(1)
+
+    hook = trainer.engine.module.register_forward_hook(draw)
+    rehearse(trainer, batch)
+    hook.remove()
+    return {name: value for name, value in state().items() if value != before[name]}
 
 
 def take_gathered_bytes() -> int:

@@ -6,7 +6,8 @@ import configuration
 import pytest
 from pydantic import Field
 
-from mirage_ds.config import Config, Section
+from mirage_ds.config import Config
+from mirage_ds.config_values import Section
 
 
 def test_the_page_is_not_stale() -> None:

@@ -54,6 +54,11 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
             r"  - model: cache_targets keeps .*unset model\.cache_targets or model\.train_tower",
         ),
         ("model.cache_targets_gib=0", r"model\.cache_targets_gib: .*greater than 0"),
+        (
+            "train.micro_batch_size_per_gpu=fast",
+            r"micro_batch_size_per_gpu: must be an integer .*, or auto \(got 'fast'",
+        ),
+        ("train.micro_batch_size_per_gpu=auto", r"is auto, .*; set train\.global_batch_size, and leave .* unset"),
         ("train.profile_steps=[5, 3]", r"profile_steps \(5, 3\) end before they begin"),
     ],
 )
@@ -99,6 +104,17 @@ def test_accumulation_follows_the_global_batch(settings: dict[str, int], world_s
     train = TrainConfig(stage="text", max_steps=20, micro_batch_size_per_gpu=2, **settings)
     assert train.accumulation_steps(world_size) == steps
     assert train.samples_per_step(world_size) == 2 * steps * world_size
+
+
+def test_auto_is_no_number_before_the_run_chooses_one() -> None:
+    """What does not depend on the choice is known before: the share of a rank, and whether the batch divides."""
+    train = TrainConfig(stage="text", max_steps=20, micro_batch_size_per_gpu="auto", global_batch_size=16)
+    assert (train.samples_per_rank(4), train.samples_per_step(4)) == (4, 16)
+    with pytest.raises(ConfigError, match=r"does not divide over 3 ranks with .*=auto; allowed: multiples of 3; set"):
+        train.samples_per_rank(3)
+    for use in (lambda: train.micro_batch_size, lambda: train.accumulation_steps(4)):
+        with pytest.raises(ValueError, match="still auto"):
+            use()
 
 
 @pytest.mark.parametrize(

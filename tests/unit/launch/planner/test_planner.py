@@ -109,10 +109,46 @@ def assert_it_helps(config: Config, advice: str) -> None:
     check_fits(Config.model_validate(changed), nodes, 2, "a100-40gb")
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("gpu", ["h100-80gb", "a100-40gb"])
+def test_the_best_micro_batch_is_that_of_a_search(stage: int, gpu: str) -> None:
+    """Every number that divides a rank's 64 samples as the recipe's own; auto takes the largest that fits."""
+    batch = "train.global_batch_size=512"
+    tried = {}
+    for size in range(1, 65):
+        if 64 % size == 0:
+            found = estimate(recipe(stage, batch, f"train.micro_batch_size_per_gpu={size}"), 1, 8, gpu)
+            assert found.micro_batch_size == size
+            if found.fits:
+                tried[size] = found.time.step_s
+    auto = estimate(recipe(stage, batch), 1, 8, gpu)
+    if not tried:
+        assert (auto.micro_batch_size, auto.fits, auto.fastest) == (1, False, None)
+        return
+    assert auto.micro_batch_size == max(tried)
+    best = min(tried.values())
+    assert auto.fastest[1] == pytest.approx(best)
+    assert tried[auto.fastest[0]] == pytest.approx(best)
+    assert all(tried[size] > best * (1 + 1e-6) for size in tried if size < auto.fastest[0])
+
+
+def test_a_large_micro_batch_is_told_of_auto() -> None:
+    """With the same samples per step, which the recipe gives in another way."""
+    shape = ["train.global_batch_size=null", "train.micro_batch_size_per_gpu=64"]
+    config = recipe(2, *shape, "train.gradient_accumulation_steps=2")
+    found = estimate(config, 1, 8, "h100-80gb")
+    advice = (
+        "train.micro_batch_size_per_gpu=auto with train.global_batch_size=1024 with "
+        "train.gradient_accumulation_steps=null"
+    )
+    assert advice in found.advice
+    check_fits(recipe(2, *[word for word in advice.split() if "=" in word]), 1, 8, "h100-80gb")
+
+
 def test_offload_has_no_time() -> None:
     found = estimate(recipe(1, "distributed.deepspeed_config=zero3_offload.json"), 1, 8, "h100-80gb")
     assert found.memory.optimizer == 0
-    assert found.time is None
+    assert found.time is found.fastest is None
     assert found.samples_per_day is None
 
 
@@ -166,6 +202,8 @@ def test_the_command_says_whether_it_fits() -> None:
         "| GiB per GPU: peak",
         "seconds per step",
         "epochs per day",
+        "| micro-batch ",
+        "| micro-batch with the best time ",
         "no shards at gone",
         "not checked  gather and reduction buffers, optimizer-step buffer, offload, every time, anything on a GPU",
     ):

@@ -1,0 +1,62 @@
+"""The kinds of values that a configuration may have, and its sections."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+
+from mirage_ds.paths import expand
+
+Item = TypeVar("Item")
+
+
+def _to_path(value: Any) -> Any:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError(f"{value!r:.80} is no path; write a path, in quotes if YAML takes it for something else")
+    return Path(expand(str(value)))
+
+
+UserPath = Annotated[Path, BeforeValidator(_to_path)]
+"""A path with `~` and `$VARIABLES` expanded."""
+UserName = Annotated[str, AfterValidator(expand)]
+"""A path or another name, expanded alike."""
+Pair = Annotated[tuple[Item, Item], Strict(False)]
+Listed = Annotated[tuple[Item, ...], Strict(False)]
+"""Values that YAML and JSON write as a list."""
+
+LARGEST = 2**31 - 1  # of steps, samples, tokens and pixels
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+MAX_SECONDS = 366 * 24 * 3600
+
+
+def _number_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError as error:  # of the number and of `auto`, each with a message of its own
+        raise ValueError(f"must be an integer greater than 0, or auto (got {value!r:.80})") from error
+
+
+PositiveIntOrAuto = Annotated[PositiveInt | Literal["auto"], WrapValidator(_number_or_auto)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values cannot change after the start.
+
+    Strict: `yes` is no number, a text is none either, and every number is finite.
+
+    The docstring below each key is its entry in docs/configuration.md.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

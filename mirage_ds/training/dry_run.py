@@ -1,0 +1,111 @@
+"""The dry run of a start: forward and backward of its costliest micro-batch before its first step.
+
+A run that lacks memory ends in its first minute instead of at the hour in which its longest samples come.
+"""
+
+import socket
+from collections.abc import Iterable
+from itertools import cycle
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from mirage_ds.batch import Batch
+from mirage_ds.config import Config
+from mirage_ds.data.collate import collate
+from mirage_ds.data.stream import SampleReader, first_usable
+from mirage_ds.errors import MemoryFullError
+from mirage_ds.model.backbone import DTYPES
+from mirage_ds.sizing.memory import activation_bytes, estimate_memory
+from mirage_ds.sizing.micro_batch import candidates
+from mirage_ds.sizing.model_sizes import model_sizes
+from mirage_ds.sizing.savings import savings
+from mirage_ds.sizing.workload import largest_of, measure_all
+from mirage_ds.training.start import Start
+from mirage_ds.training.trainer import Trainer
+from mirage_ds.zero3 import distributed
+from mirage_ds.zero3.engine import GIB, forget_gradients
+
+# What torch, its allocators, cuBLAS and NCCL say, where the type alone does not tell.
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
+    """Computes the costliest micro-batch, the same on every rank, and leaves no trace of it.
+
+    Raises:
+        MemoryFullError: it does not fit, maybe on this rank alone.
+        DataError: as in training, if many samples in a row cannot be used.
+    """
+    sizes, e = model_sizes(config.model), DTYPES[config.train.dtype].itemsize
+    rows = measure_all(start.shards, config)
+    plan = estimate_memory(sizes, config, start.deepspeed_config, largest_of(rows), distributed.world_size())
+    costs = [activation_bytes(sizes, config, row, e) for row in rows]
+    batch = take(config, start, sorted(range(len(costs)), key=costs.__getitem__, reverse=True))
+    get_accelerator().reset_peak_memory_stats()
+    try:
+        rehearse(trainer, batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryFullError(describe_lack(error, config, batch, plan.peak)) from error
+    if distributed.is_main():
+        print(describe_success(batch, trainer.device, plan.peak), flush=True)
+    get_accelerator().reset_peak_memory_stats()
+
+
+def take(config: Config, start: Start, numbers: Iterable[int]) -> Batch:
+    """A micro-batch of these samples, again from the first where there are too few.
+
+    A sample that cannot be used is left for the run to meet, which may never read it; the next one takes its place.
+    """
+    read, following = SampleReader(start.shards), cycle(numbers)
+    samples = [
+        first_usable(lambda number: start.encoder(read(number)), following, "skip")
+        for _ in range(config.train.micro_batch_size)
+    ]
+    return collate(samples, align_latents=config.train.stage == "stage2")
+
+
+def rehearse(trainer: Trainer, batch: Batch) -> None:
+    """Forward and backward as in a step; afterwards gradients, counters and random state are as before.
+
+    Twice: in the first pass DeepSpeed records the order of the modules, from the second on it prefetches by it, which
+    takes more memory, and gradients are added to those that are there.
+    """
+    devices = [] if trainer.device.type == "cpu" else [trainer.device]
+    on_device = batch.to(trainer.device)
+    with torch.random.fork_rng(devices, device_type=trainer.device.type):
+        for _ in range(2):
+            trainer.forward_backward(on_device, last=False)
+    forget_gradients(trainer.engine)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the host had no memory left for what was computed."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def describe_lack(error: RuntimeError, config: Config, batch: Batch, planned_bytes: int) -> str:
+    """What does not fit, where, what is allowed, and what to set."""
+    smaller = [size for size in candidates(config.train, distributed.world_size()) if size < len(batch.keys)]
+    settings = [f"train.micro_batch_size_per_gpu={smaller[-1]}"] if smaller else []
+    settings += [setting for setting, _ in savings(config)]
+    settings += ["more GPUs or nodes", "smaller images (data.max_pixels)"]
+    reason = (str(error).splitlines() or ["out of memory"])[0]
+    return (
+        f"the costliest micro-batch does not fit into memory (train.micro_batch_size_per_gpu={len(batch.keys)}, rank "
+        f"{distributed.rank()} on {socket.gethostname()}): {reason:.160}; the run may meet as many of the costliest "
+        f"samples at a time, here {batch.input_ids.shape[1]} columns, and its estimate is {planned_bytes / GIB:.1f} "
+        f"GiB; use {', or '.join(settings)}"
+    )
+
+
+def describe_success(batch: Batch, device: torch.device, planned_bytes: int) -> str:
+    """One line for the log; on a GPU with the peak and the plan."""
+    columns = batch.input_ids.shape[1]
+    found = f"dry run: the costliest micro-batch fits (samples: {len(batch.keys)}, columns: {columns})"
+    if device.type == "cpu":
+        return found
+    peak, total = get_accelerator().max_memory_allocated(), get_accelerator().total_memory(device.index)
+    return f"{found}: peak {peak / GIB:.1f} of {total / GIB:.1f} GiB, planned {planned_bytes / GIB:.1f}"

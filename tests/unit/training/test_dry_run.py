@@ -1,0 +1,61 @@
+"""The dry run's samples, what counts as a lack of memory, and its line for the log; real starts: tests/distributed/."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from random_samples import random_sample
+
+from mirage_ds.data.encode import EncodedSample
+from mirage_ds.errors import DataError
+from mirage_ds.recipe import load_config
+from mirage_ds.training import dry_run
+from mirage_ds.training.dry_run import describe_success, is_out_of_memory, take
+
+RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "taken"),
+    [([4, 2, 0, 1], [4, 2, 0]), ([3, 4, 3, 2, 1], [4, 2, 1]), ([2, 3], [2, 2, 2])],
+    ids=["costliest first", "unusable ones left out", "too few"],
+)
+def test_which_samples_are_taken(monkeypatch: pytest.MonkeyPatch, numbers: list[int], taken: list[int]) -> None:
+    """Sample 3 cannot be used. That is for the run to meet, even with data.on_fault=stop, which the recipe has."""
+
+    def encode(number: int) -> EncodedSample:
+        if number == 3:
+            raise DataError("the image cannot be decoded (a/3)")
+        return random_sample(number, stage="stage1")
+
+    monkeypatch.setattr(dry_run, "SampleReader", lambda shards: lambda number: number)
+    config = load_config(RECIPE, ["train.micro_batch_size_per_gpu=3"])
+    batch = take(config, SimpleNamespace(shards=None, encoder=encode), numbers)
+    assert batch.keys == [random_sample(number, stage="stage1").key for number in taken]
+
+
+def errors() -> Iterator[tuple[RuntimeError, bool]]:
+    with pytest.raises(RuntimeError) as no_memory:  # the allocator's own words
+        torch.empty(2**60, dtype=torch.uint8)
+    yield no_memory.value, True
+    yield torch.OutOfMemoryError(""), True
+    yield RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True
+    yield RuntimeError("Connection closed by peer [127.0.0.1]:1"), False
+    yield RuntimeError("shape '[2]' is invalid for input of size 3"), False
+
+
+def test_what_is_a_lack_of_memory() -> None:
+    for error, expected in errors():
+        assert is_out_of_memory(error) == expected, error
+
+
+def test_a_gpus_peak_is_shown_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(max_memory_allocated=lambda: 61.2 * 2**30, total_memory=lambda index: 79.6 * 2**30)
+    monkeypatch.setattr(dry_run, "get_accelerator", lambda: gpu)
+    batch = SimpleNamespace(keys=["a/1", "a/2"], input_ids=torch.zeros(2, 30))
+    words = "dry run: the costliest micro-batch fits (samples: 2, columns: 30)"
+    assert describe_success(batch, torch.device("cpu"), 0) == words
+    on_gpu = describe_success(batch, torch.device("cuda:0"), int(58.8 * 2**30))
+    assert on_gpu == f"{words}: peak 61.2 of 79.6 GiB, planned 58.8"
