@@ -1,0 +1,115 @@
+"""The training benchmark: what it compares is equal, and every line that a GPU will run has run on the CPU."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import cost_table
+import measuring
+import plain_loop
+import pytest
+import torch
+import train_shapes
+import train_step
+from reference_step import reference_loss
+
+CPU = torch.device("cpu")
+VOCAB = 320
+
+
+@pytest.fixture(scope="module")
+def hf() -> Any:
+    return train_shapes.make_hf(train_shapes.tiny(2, VOCAB), dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])
+def test_the_restated_step_is_the_plain_loop(hf: Any, stage: str) -> None:
+    """Loss and gradients of the step that ours is compared with, against a loop that shares nothing with either."""
+    row = train_shapes.make_row(1, cost_table.SMALL_SHAPE, VOCAB, stage)
+    sample = vars(row)
+    assert torch.equal(plain_loop.positions(hf, sample)[:, 0], row.position_ids)
+
+    def plain() -> torch.Tensor:
+        ce_loss, latent_loss = plain_loop.sample_losses(hf, sample, stage)
+        return 0.1 * ce_loss + latent_loss
+
+    expected, theirs = cost_table.loss_and_gradients(hf, plain)
+    loss, gradients = cost_table.loss_and_gradients(hf, lambda: reference_loss(hf, row, stage, 0.1))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert gradients.keys() == theirs.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_benchmark_compares_equal_steps(hf: Any, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, stored and recomputed, has the loss and gradients of the restated step; another loss is noticed."""
+    row = train_shapes.make_row(2, cost_table.SMALL_SHAPE, VOCAB, stage)
+    cost_table.check_equal(hf, stage, row)
+    monkeypatch.setattr(cost_table, "reference_loss", lambda *arguments: 1.0001 * reference_loss(*arguments))
+    with pytest.raises(AssertionError, match=f"{stage}: loss"):
+        cost_table.check_equal(hf, stage, row)
+
+
+def test_rows_have_their_shape() -> None:
+    shape = cost_table.SHAPE
+    row = train_shapes.make_row(3, shape, VOCAB, "stage1")
+    assert (len(row.input_ids), len(row.pixel_values), len(row.pixel_values_latent)) == (502, 1296, 1296)
+    assert (int(row.image_mask.sum()), int((row.labels >= 0).sum()), int(row.latent_mask.sum())) == (324, 60, 4)
+    with pytest.raises(ValueError, match="no room"):
+        train_shapes.make_row(3, train_shapes.RowShape((18, 18), 380, 60, 4), VOCAB, "stage1")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, path: Path, *arguments: str) -> Any:
+    """Runs the command; what it wrote."""
+    threads = str(torch.get_num_threads())
+    words = ["train_step.py", "--small", "--runs", "1", "--threads", threads, "--json", str(path), *arguments]
+    monkeypatch.setattr(sys, "argv", words)
+    train_step.main()
+    return json.loads(path.read_text())
+
+
+def test_the_cost_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = run(monkeypatch, tmp_path / "cost.json", "--micro-batch", "1,2", "--only", "stage2")
+    assert {"torch", "git_commit"} <= set(written["environment"]["versions"])
+    ways = [(each["way"], each["rows"]) for each in written["results"]]
+    assert ways == [("stored", 1), ("reference", 1), ("recomputed", 1), ("stored", 2), ("recomputed", 2)]
+    reference_s = written["results"][1]["row_s"]
+    for each in written["results"]:
+        assert each["row_s"] == each["steps"][0]["seconds"] / each["rows"]
+        assert each["speedup"] == reference_s / each["row_s"]
+        assert each["of_floor"] == pytest.approx(each["flops_per_row"] / each["product_flops"] / each["row_s"])
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| stage2")]
+    assert [(cells[2], int(cells[3])) for cells in table] == ways
+
+
+def test_the_cases_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """On the CPU and tiny: both depths of each case, and losses in bf16 near those in float32."""
+    arguments = ["--cases", "seven-b", "--micro-batch", "2", "--only", "stage1,stage2"]
+    results = run(monkeypatch, tmp_path / "7b.json", *arguments)["results"]
+    cases = [(each["stage"], each["latent_size"], each["recompute"], each["varying"]) for each in results["steps"]]
+    assert len(cases) == 32
+    assert cases[:16] == cases[16:]
+    assert len(set(cases)) == 16
+    assert all(each["ms"] > 0 and each["planned_bytes"] > 0 for each in results["steps"])
+    for each in results["losses"]:
+        assert each["sdpa"] == pytest.approx(each["float32"], rel=1e-2)
+    assert capsys.readouterr().out.count("| sdpa | stage2 | 8 |") == 4
+
+
+def test_waits_for_the_gpu_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch warns of them, also when the same line of the model waits again; the mode is reset after a failure."""
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step() -> None:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("of something else", stacklevel=1)
+
+    assert measuring.host_syncs(step, torch.device("cuda")) == 3
+    with pytest.raises(ZeroDivisionError):
+        measuring.host_syncs(lambda: 1 / 0, torch.device("cuda"))
+    assert modes == ["warn", "default"] * 2
