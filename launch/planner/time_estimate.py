@@ -52,12 +52,13 @@ class StepTime:
 def gathers(stage: Stage, gather: str, latent_size: int) -> float:
     """How often a micro-step gathers the model.
 
-    Measured in stage 2 with a small model on 2 CPU ranks (tests/distributed/test_sharding.py, test_one_gather): 1.73
-    with `rollout`; 4.2, 6.4 and 10.7 with `layer` at K = 2, 4 and 8, which is the line 2.07 + 1.08 K. A single pass
-    with `layer` gathers once in forward and once in backward.
+    Measured in stage 2 with a small model on 2 CPU ranks (tests/distributed/test_sharding.py): 1.0 with `rollout`,
+    which stays gathered from forward to backward by the shipped reuse distance; 4.2, 6.4 and 10.7 with `layer` at
+    K = 2, 4 and 8, which is the line 2.07 + 1.08 K. A single pass with `layer` gathers once in forward and once in
+    backward.
     """
     if gather == "rollout":
-        return 1.73
+        return 1.0
     return 2.07 + 1.08 * latent_size if stage == "stage2" else 2.0
 
 
@@ -95,10 +96,11 @@ def step_time(
     gpu: Gpu,
 ) -> StepTime:
     """With `layer`, gathering overlaps with computing: the longer one counts. A rollout is gathered first: their sum.
+    (Its gather begins while the tower runs, which is not taken off.)
 
     compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) + single columns)
     single columns the K - 1 passes of stage 2 over one column: each accesses all layers' weights in GPU memory
-                   WEIGHT_PASSES times, once more with activation checkpointing
+                   WEIGHT_PASSES times, once more if it is recomputed, as with `layer` and activation checkpointing
     communication  the slower of NVLink and the network, at LINK_EFFICIENCY
     update         UPDATE_BYTES x trained elements / W over the memory bandwidth
 
@@ -113,9 +115,10 @@ def step_time(
     peak = gpu.flops[config.train.dtype]
     memory_bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
     compute_s = micro_steps * done.computed / (peak * COMPUTE_EFFICIENCY)
+    overlaps = choose_gather(config.model, config.train.stage) == "layer"
     single_columns_s = 0.0
     if config.train.stage == "stage2":
-        uses = WEIGHT_PASSES + (config.model.activation_checkpointing == "full")
+        uses = WEIGHT_PASSES + (overlaps and config.model.activation_checkpointing == "full")
         read = uses * sum(sizes.layers) * DTYPES[config.train.dtype].itemsize
         single_columns_s = micro_steps * (config.model.latent_size - 1) * read / memory_bandwidth
     moved = traffic(sizes, config, deepspeed_config, nodes, gpus_per_node)
@@ -123,7 +126,6 @@ def step_time(
     trained = sizes.all if config.model.train_tower else sizes.language
     update_s = UPDATE_BYTES * sum(trained) / world_size / memory_bandwidth
     busy_s = compute_s + single_columns_s
-    overlaps = choose_gather(config.model, config.train.stage) == "layer"
     step_s = (max(busy_s, communication_s) if overlaps else busy_s + communication_s) + update_s
     return StepTime(
         compute_s=compute_s,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mirage_ds.batch import CELL_PATCHES, MERGE_SIZE, Batch, Grid
 from mirage_ds.config import Config
+from mirage_ds.model.losses import LOGIT_BLOCK_ELEMENTS
 from mirage_ds.sizing.model_sizes import ModelSizes
 from mirage_ds.sizing.workload import Row
 
@@ -93,4 +94,7 @@ def work_of(sizes: ModelSizes, config: Config, load: Load) -> Work:
     # Recomputing a layer stops before its last product, whose output backward does not need.
     last = 2 * sizes.num_layers * sizes.intermediate * sizes.hidden * load.tokens
     recomputed = decoder - last if config.model.activation_checkpointing == "full" else 0
-    return Work(model=3 * (decoder + head) + tower, computed=3 * (decoder + head) + tower + recomputed + head)
+    block = max(1, LOGIT_BLOCK_ELEMENTS // sizes.vocab)
+    recomputed += 2 * sizes.vocab * sizes.hidden * ((load.targets - 1) // block * block)
+    model = 3 * (decoder + head) + tower
+    return Work(model=model, computed=model + recomputed)

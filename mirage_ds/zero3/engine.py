@@ -59,7 +59,7 @@ def describe_gather(model: MirageModel, gather: str, deepspeed_config: dict[str,
     tower = sum(whole_numel(parameter) for parameter in model.tower.parameters())
     if gather == "rollout":
         size = rollout * dtype.itemsize / GIB
-        how = "at most once for forward and once for backward, whatever K"
+        how = "as one, while the tower runs, whatever K"
         memory = f"about {size:.2f} GiB, up to {2 * size:.2f} GiB while gathering"
     else:
         # 1e9 is DeepSpeed's default

@@ -81,7 +81,7 @@ def test_the_log_says_what_is_gathered_and_how_latents_are_pooled(job: Path) -> 
     assert "latent_pool: plain torch on cpu" in log
     assert "Gathers the decoder layer by layer, with prefetch (model.gather=layer): about" in log
     assert (
-        "Gathers the decoder at most once for forward and once for backward, whatever K (model.gather=rollout): about"
+        "Gathers the decoder as one, while the tower runs, whatever K (model.gather=rollout): about"
         in log
     )
 
