@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from mirage_ds.ops import latent_pool_definition as definition
-from mirage_ds.ops.latent_pool import latent_pool
+from mirage_ds.ops.latent_pool import interprets, latent_pool
 from mirage_ds.ops.segments import Segments, batch_segments
 
 STRATEGIES = ("average", "average_all", "grid")
@@ -86,7 +86,9 @@ def check_forward(
     _, exact, exact_inverse_norms = definition.latent_pool(patch_embeds.double().cpu(), *segments, torch.float64)
     assert_as_exact_as(targets.cpu(), exact)
     assert_as_exact_as(inputs.cpu(), exact)
-    assert torch.equal(inputs, targets.to(out_dtype))  # so that kept targets give the same inputs
+    # So that kept targets give the same inputs. Triton's interpreter alone cuts bits off where GPUs round to bf16.
+    if out_dtype != torch.bfloat16 or not interprets():
+        assert torch.equal(inputs, targets.to(out_dtype))
     torch.testing.assert_close(1 / inverse_norms.cpu().double(), 1 / exact_inverse_norms, rtol=1e-6, atol=1e-6)
 
 

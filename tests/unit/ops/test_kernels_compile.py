@@ -42,13 +42,18 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", NAMES, ids=str)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_pool(capability: int, dtype: torch.dtype, has_index: bool) -> None:
-    """Each thread has eight 16-byte loads of a tile in flight, as the table of launch shapes assumes."""
+    """Each thread has eight 16-byte loads of a tile in flight, as the table of launch shapes assumes.
+
+    Inputs are rounded to nearest, as torch does, so that kept targets give the same ones.
+    """
     shape = kernels.launch_shape(DIM, dtype)
     types = {"patch_embeds": f"*{NAMES[dtype]}", "bounds": "*i64", "index": "*i64"}
     types |= {"inputs": f"*{NAMES[dtype]}", "targets": "*fp32", "squares": "*fp32", "dim": "i32"}
     constants = {"HAS_INDEX": has_index, "BLOCK_ROWS": shape.block_rows, "BLOCK_DIM": shape.block_dim}
     ptx = ptx_of(kernels._pool_kernel, capability, shape.num_warps, types, constants)
     assert len(re.findall(r"ld\.global\S*\.v4\.", ptx)) == 8
+    roundings = set(re.findall(r"cvt\.(\w+)\.b?f16(?:x2)?\.f32", ptx))
+    assert roundings == (set() if dtype == torch.float32 else {"rn"})
 
 
 @pytest.mark.parametrize("dtype", NAMES, ids=str)
