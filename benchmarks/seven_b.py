@@ -98,21 +98,21 @@ def measure_case(hf: Any, case: Case, shape: RowShape, steps: int, device: torch
     batches = make_batches(case, shape, sizes.vocab, device)
     for _ in range(WARM_UP):
         step_of(model, next(batches))()
-    resident = present_bytes(device)
     measured: list[Measured] = []
-    flops, planned = [], []
+    flops, above, planned = [], [], []
     for _ in range(steps):
         batch = next(batches)
+        resident = present_bytes(device)
         measured.append(measure(step_of(model, batch), device))
-        flops.append(work_of(sizes, case.config, batch_load(sizes, batch)).model)
+        above.append(measured[-1].peak_bytes - resident)
         planned.append(planned_bytes(sizes, case.config, batch))
-    syncs = host_syncs(step_of(model, next(batches)), device)
-    largest = max(range(steps), key=lambda number: measured[number].peak_bytes)
+        flops.append(work_of(sizes, case.config, batch_load(sizes, batch)).model)
+    largest = max(range(steps), key=above.__getitem__)
     return asdict(case) | {
         "ms": 1000 * median(each.seconds for each in measured),
         "flops_per_s": median(work / each.seconds for work, each in zip(flops, measured, strict=True)),
-        "syncs": syncs,
-        "above_resident_bytes": measured[largest].peak_bytes - resident,
+        "syncs": host_syncs(step_of(model, next(batches)), device),
+        "above_resident_bytes": above[largest],
         "planned_bytes": planned[largest],
         "seconds": [each.seconds for each in measured],
     }
