@@ -36,6 +36,8 @@ class Estimate:
     """None with offload, where it depends on the host."""
     samples_per_step: int
     checkpoint_bytes: int
+    host_copy_bytes: int
+    """Host memory of a node for the copy of its ranks' checkpoints; 0 if training waits while they are written."""
     advice: tuple[str, ...]
     """Changes, each of which makes the run fit; empty if it fits."""
 
@@ -80,6 +82,7 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
     deepspeed_config = resolve_deepspeed_config(config)
     sizes, rows = model_sizes(config.model), workload(config)
     memory = estimate_memory(sizes, config, deepspeed_config, rows.largest, world_size)
+    size = checkpoint_bytes(sizes, config)
     limit_bytes = int(card.memory_bytes * USABLE)
     zero = deepspeed_config["zero_optimization"]
     timed = not any(offloads(zero, part) for part in ("param", "optimizer"))
@@ -94,7 +97,8 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         traffic=traffic(sizes, config, deepspeed_config, nodes, gpus_per_node),
         time=step_time(sizes, config, deepspeed_config, rows.mean, nodes, gpus_per_node, card) if timed else None,
         samples_per_step=samples_per_step,
-        checkpoint_bytes=checkpoint_bytes(sizes, config),
+        checkpoint_bytes=size,
+        host_copy_bytes=-(-size // nodes) if config.checkpoint.in_background else 0,
         advice=find_advice(sizes, rows, config, nodes, gpus_per_node, limit_bytes) if memory.peak > limit_bytes else (),
     )
 
