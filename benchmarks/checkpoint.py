@@ -32,6 +32,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from mirage_ds import library_noise
 from mirage_ds.checkpoint.save import ADAM_BYTES, Progress, Saves, own_bytes
 from mirage_ds.checkpoint.writer import Writer, with_memory
 from mirage_ds.config import Config
@@ -76,7 +77,7 @@ class Bench:
         return time.monotonic() - started_s
 
     def save(self, mode: str) -> dict[str, Any]:
-        """Trains until the checkpoint is complete; in one more step than is needed at least."""
+        """The times of one checkpoint, and of the steps before it and while it is written."""
         saves = self.saves[mode]
         alone = [self.step() for _ in range(2)]
         self.number += 1
@@ -108,6 +109,7 @@ def run_rank(rank: int, ranks: int, port: int, size: float, repeats: int, folder
     """What each process does; rank 0 leaves its times in FOLDER/times.json."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in own.items()}
+    library_noise.silence()
     bench = Bench(size, folder, Writer())
     modes = list(bench.saves)
     for mode in modes:  # not counted: the first one of a process

@@ -289,7 +289,7 @@ class CheckpointConfig(Section):
 
     @property
     def in_background(self) -> bool:
-        """Whether a checkpoint is written while training goes on: never the last one, for which the run waits."""
+        """Whether a checkpoint is written while training continues: never the last one, for which the run waits."""
         return self.mode == "background" and self.interval > 0
 
 

@@ -44,6 +44,8 @@ class Estimate:
     fastest: tuple[int, float] | None
     """The micro-batch with the best time of those that fit, the smallest of equal ones, and its seconds per step."""
     checkpoint_bytes: int
+    host_copy_bytes: int
+    """Host memory of a node for the copy of its ranks' checkpoints; 0 if training waits while they are written."""
     advice: tuple[str, ...]
     """Changes, each of which makes the run fit; empty if it fits."""
 
@@ -87,6 +89,7 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
     samples_per_step = config.train.samples_per_step(world_size)
     deepspeed_config = resolve_deepspeed_config(config)
     sizes, rows = model_sizes(config.model), workload(config)
+    saved_bytes = checkpoint_bytes(sizes, config)
     limit_bytes = int(card.memory_bytes * USABLE)
     if config.train.micro_batch_size_per_gpu == "auto":
         choice = choose(sizes, config, deepspeed_config, rows.largest, world_size, limit_bytes)
@@ -118,7 +121,8 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         samples_per_step=samples_per_step,
         micro_batch_size=config.train.micro_batch_size,
         fastest=(fastest, time_of(cuts[fastest]).step_s) if fastest else None,
-        checkpoint_bytes=checkpoint_bytes(sizes, config),
+        checkpoint_bytes=saved_bytes,
+        host_copy_bytes=-(-saved_bytes // nodes) if config.checkpoint.in_background else 0,
         advice=find_advice(sizes, rows, config, nodes, gpus_per_node, limit_bytes) if memory.peak > limit_bytes else (),
     )
 

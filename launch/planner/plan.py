@@ -86,6 +86,7 @@ def figures(found: "Estimate") -> list[tuple[str, str]]:
         ("GB per GPU and step: network", f"{found.traffic.network / GB:.1f}"),
         *times(found),
         ("GB per checkpoint", f"{found.checkpoint_bytes / GB:.0f}"),
+        ("GB per node: host memory for its copy", f"{found.host_copy_bytes / GB:.0f}"),
     ]
     return rows
 

@@ -4,7 +4,7 @@ RUN/checkpoints/global_step20/...        DeepSpeed's files, with each rank's ran
 RUN/checkpoints/global_step20/run.json   step, position, ranks, configuration, the manifest's digest
 RUN/checkpoints/global_step20/files.json names, sizes and sha256 of all these; see complete.py
 
-Every rank writes its own files: its writer process (writer.py), while training goes on, or the rank itself. When all
+Every rank writes its own files: its writer process (writer.py), while training continues, or the rank itself. When all
 ranks have written theirs, rank 0 completes the checkpoint.
 """
 
@@ -73,7 +73,7 @@ class Saves:
         """
         Args:
             facts: what run.json says besides step and position, see `describe_run`.
-            writer: writes while training goes on; without one, `save` returns when all is written.
+            writer: writes while training continues; without one, `save` returns when all is written.
             copies: gets each complete checkpoint, on rank 0.
         """
         self.engine, self.config, self.facts = engine, config, facts
@@ -210,7 +210,7 @@ def _raise_failure(part: Path, errors: list[str | None]) -> None:
     rank, error = next(iter(failed.items()))
     raise CheckpointError(
         f"the checkpoint could not be written ({part}): rank {rank}: {error}; it needs space on the disk and in the "
-        f"user's quota; {_remedy(part.parents[1])}"
+        f"user's quota, and memory for the processes that write it; {_remedy(part.parents[1])}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The process of a rank that writes its files while training goes on.
+"""The process of a rank that writes its files while training continues.
 
 rank: copies the state to host memory (host_copy.py), sends names and pickles -> writer: writes the files (written.py),
 sends their entries in files.json, or why it could not.
@@ -60,7 +60,7 @@ class Writer:
             written: Written = self.connection.recv()
         except (EOFError, OSError):
             code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"  # memory out: SIGKILL
             return Written({}, f"the process that writes its files (pid {self.pid}) was ended {how}")
         return written
 

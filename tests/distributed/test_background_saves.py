@@ -1,4 +1,4 @@
-"""Saves in the background on 2 ranks: exact although training goes on, one at a time, and what a fault does.
+"""Saves in the background on 2 ranks: exact although training continues, one at a time, and what a fault does.
 
 SIGSTOP holds a writer process, so that nothing here depends on how long a write takes.
 """

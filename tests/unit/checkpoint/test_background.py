@@ -64,7 +64,7 @@ def test_the_files_hold_the_state_of_the_copy(writer: Writer, tmp_path: Path) ->
         writer.begin(folder, own, read_back=False)
         assert not writer.is_done()
         for tensor in tensors(own):
-            tensor.detach().zero_()  # training goes on
+            tensor.detach().zero_()  # training continues
         os.kill(writer.pid, signal.SIGCONT)
         written = writer.wait()
         assert written.error is None

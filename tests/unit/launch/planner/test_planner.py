@@ -69,6 +69,8 @@ def test_more_nodes_take_less_sharded_memory_per_gpu() -> None:
     trained = sum(one.sizes.language)
     assert one.memory.optimizer == pytest.approx(12 * trained / 8, rel=1e-6)
     assert one.checkpoint_bytes == 12 * trained + 2 * sum(one.sizes.tower)
+    assert (one.host_copy_bytes, two.host_copy_bytes) == (one.checkpoint_bytes, -(-one.checkpoint_bytes // 2))
+    assert estimate(recipe(1, "checkpoint.mode=blocking"), 1, 8, "h100-80gb").host_copy_bytes == 0
     assert one.fits
     assert one.verdict.startswith("fits: ")
     assert one.epochs_per_day is None  # without shards
