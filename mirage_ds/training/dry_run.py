@@ -95,10 +95,10 @@ def describe_lack(error: RuntimeError, config: Config, batch: Batch, planned_byt
     settings += ["more GPUs or nodes", "smaller images (data.max_pixels)"]
     reason = (str(error).splitlines() or ["out of memory"])[0]
     return (
-        f"the costliest micro-batch does not fit into memory (train.micro_batch_size_per_gpu="
-        f"{train.micro_batch_size}, rank {distributed.rank()} on {socket.gethostname()}): {reason:.160}; the run may meet as many of the costliest "
-        f"samples at a time, here {batch.input_ids.shape[1]} columns, and its estimate is {planned_bytes / GIB:.1f} "
-        f"GiB; use {', or '.join(settings)}"
+        f"the costliest micro-batch does not fit into memory (train.micro_batch_size_per_gpu={train.micro_batch_size}, "
+        f"rank {distributed.rank()} on {socket.gethostname()}): {reason:.160}; the run may meet as many of the "
+        f"costliest samples at a time, here {batch.input_ids.shape[1]} columns, and its estimate is "
+        f"{planned_bytes / GIB:.1f} GiB; use {', or '.join(settings)}"
     )
 
 
