@@ -11,7 +11,7 @@ from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.gpus import USABLE, find_gpu
 from mirage_ds.sizing.host_memory import offload_bytes
 from mirage_ds.sizing.memory import Memory, estimate_memory, offloads
-from mirage_ds.sizing.micro_batch import candidates, choose, with_micro_batch
+from mirage_ds.sizing.micro_batch import candidates, choose, setting_of, with_micro_batch
 from mirage_ds.sizing.model_sizes import ModelSizes, model_sizes
 from mirage_ds.sizing.savings import savings
 from mirage_ds.sizing.workload import Workload, workload
@@ -180,13 +180,8 @@ def find_advice(
 
 def all_savings(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
     """The smallest micro-batch, under the name of `auto`, which takes the largest that fits; and other settings."""
-    train, setting = config.train, "train.micro_batch_size_per_gpu=auto"
-    if train.micro_batch_size > 1:
-        if train.global_batch_size is None:
-            setting += f" with train.global_batch_size={train.samples_per_step(world_size)}"
-        if train.gradient_accumulation_steps is not None:
-            setting += " with train.gradient_accumulation_steps=null"
-        yield setting, with_micro_batch(config, 1, world_size)
+    if config.train.micro_batch_size > 1:
+        yield setting_of("auto", config.train, world_size), with_micro_batch(config, 1, world_size)
     yield from savings(config)
 
 

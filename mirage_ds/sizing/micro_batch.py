@@ -6,7 +6,7 @@ samples 1, 2 and 4. A step's loss does not depend on how its global batch is cut
 
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -72,6 +72,16 @@ def with_micro_batch(config: Config, size: int, world_size: int) -> Config:
         "global_batch_size": config.train.samples_per_step(world_size),
     }
     return config.model_copy(update={"train": config.train.model_copy(update=cut)})
+
+
+def setting_of(size: int | Literal["auto"], train: TrainConfig, world_size: int) -> str:
+    """What a user sets for another micro-batch with the same global batch."""
+    words = f"train.micro_batch_size_per_gpu={size}"
+    if train.global_batch_size is None:
+        words += f" with train.global_batch_size={train.samples_per_step(world_size)}"
+    if train.gradient_accumulation_steps is not None:
+        words += " with train.gradient_accumulation_steps=null"
+    return words
 
 
 def usable_bytes(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from mirage_ds.data.stream import SampleReader, first_usable
 from mirage_ds.errors import MemoryFullError
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.memory import activation_bytes, estimate_memory
-from mirage_ds.sizing.micro_batch import candidates
+from mirage_ds.sizing.micro_batch import candidates, setting_of
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.savings import savings
 from mirage_ds.sizing.workload import largest_of, measure_all
@@ -88,16 +88,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def describe_lack(error: RuntimeError, config: Config, batch: Batch, planned_bytes: int) -> str:
     """What does not fit, where, what is allowed, and what to set."""
-    smaller = [size for size in candidates(config.train, distributed.world_size()) if size < len(batch.keys)]
-    settings = [f"train.micro_batch_size_per_gpu={smaller[-1]}"] if smaller else []
+    train, world_size = config.train, distributed.world_size()
+    smaller = [size for size in candidates(train, world_size) if size < train.micro_batch_size]
+    settings = [setting_of(smaller[-1], train, world_size)] if smaller else []
     settings += [setting for setting, _ in savings(config)]
     settings += ["more GPUs or nodes", "smaller images (data.max_pixels)"]
     reason = (str(error).splitlines() or ["out of memory"])[0]
     return (
-        f"the costliest micro-batch does not fit into memory (train.micro_batch_size_per_gpu={len(batch.keys)}, rank "
-        f"{distributed.rank()} on {socket.gethostname()}): {reason:.160}; the run may meet as many of the costliest "
-        f"samples at a time, here {batch.input_ids.shape[1]} columns, and its estimate is {planned_bytes / GIB:.1f} "
-        f"GiB; use {', or '.join(settings)}"
+        f"the costliest micro-batch does not fit into memory (train.micro_batch_size_per_gpu={train.micro_batch_size}, "
+        f"rank {distributed.rank()} on {socket.gethostname()}): {reason:.160}; the run may meet as many of the "
+        f"costliest samples at a time, here {batch.input_ids.shape[1]} columns, and its estimate is "
+        f"{planned_bytes / GIB:.1f} GiB; use {', or '.join(settings)}"
     )
 
 

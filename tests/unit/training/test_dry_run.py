@@ -12,7 +12,8 @@ from mirage_ds.data.encode import EncodedSample
 from mirage_ds.errors import DataError
 from mirage_ds.recipe import load_config
 from mirage_ds.training import dry_run
-from mirage_ds.training.dry_run import describe_success, is_out_of_memory, take
+from mirage_ds.training.dry_run import describe_lack, describe_success, is_out_of_memory, take
+from mirage_ds.zero3 import distributed
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 
@@ -49,6 +50,20 @@ def errors() -> Iterator[tuple[RuntimeError, bool]]:
 def test_what_is_a_lack_of_memory() -> None:
     for error, expected in errors():
         assert is_out_of_memory(error) == expected, error
+
+
+def test_a_smaller_micro_batch_keeps_the_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a recipe that gives the global batch by its parts; each part of the message is there."""
+    monkeypatch.setattr(distributed, "rank", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    config = load_config(RECIPE, ["train.micro_batch_size_per_gpu=4", "train.gradient_accumulation_steps=3"])
+    batch = SimpleNamespace(input_ids=torch.zeros(4, 30))
+    message = describe_lack(torch.OutOfMemoryError("CUDA out of memory."), config, batch, 7 * 2**30)
+    assert "does not fit into memory (train.micro_batch_size_per_gpu=4, rank 3 on " in message
+    assert "): CUDA out of memory.; the run may meet" in message
+    assert "here 30 columns, and its estimate is 7.0 GiB; use " in message
+    smaller = "train.micro_batch_size_per_gpu=2 with train.global_batch_size=24 with "
+    assert f"{smaller}train.gradient_accumulation_steps=null, or distributed.deepspeed_config=" in message
 
 
 def test_a_gpus_peak_is_shown_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
