@@ -80,10 +80,7 @@ def test_the_log_says_what_is_gathered_and_how_latents_are_pooled(job: Path) -> 
     log = (job / "log").read_text()
     assert "latent_pool: plain torch on cpu" in log
     assert "Gathers the decoder layer by layer, with prefetch (model.gather=layer): about" in log
-    assert (
-        "Gathers the decoder as one, while the tower runs, whatever K (model.gather=rollout): about"
-        in log
-    )
+    assert "Gathers the decoder as one, while the tower runs, whatever K (model.gather=rollout): about" in log
 
 
 def test_the_trained_model_answers(job: Path) -> None:
