@@ -58,12 +58,14 @@ def save_if_due(trainer: Trainer, interval: int, saves: Saves) -> Action:
     """Saves every `interval` steps, if it is not 0, and after the last step of this start, which waits for the save."""
 
     def action(state: TrainState) -> None:
-        if trainer.save_progress != Progress.WRITING:
-            saves.finish()
         last = state.ends_early or state.step == trainer.max_steps
-        if last or (interval and state.step % interval == 0):
+        is_due = last or (interval and state.step % interval == 0)
+        if is_due:
             trainer.metrics.flush()  # a run that resumes here has all earlier steps in metrics.jsonl
-            with trainer.clock.host("save"):
+        with trainer.clock.host("save"):
+            if trainer.save_progress != Progress.WRITING:
+                saves.finish()
+            if is_due:
                 saves.save(state, wait=last)
 
     return action
