@@ -41,13 +41,19 @@ class HostCopy:
         Raises:
             OSError, RuntimeError: the system or the GPU's driver refused.
         """
-        cuda = torch.cuda.cudart() if get_accelerator().device_name() == "cuda" else None
-        if cuda is not None and len(self.memory):
-            torch.cuda.check_error(cuda.cudaHostUnregister(self.memory.data_ptr()))
+        self.release()
         os.ftruncate(self.descriptor, size)
-        self.memory = torch.frombuffer(_mapped(self.descriptor, mmap.MAP_POPULATE), dtype=torch.uint8)
-        if cuda is not None:
-            torch.cuda.check_error(cuda.cudaHostRegister(self.memory.data_ptr(), size, 0))
+        memory = torch.frombuffer(_mapped(self.descriptor, mmap.MAP_POPULATE), dtype=torch.uint8)
+        if _on_cuda():
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+        self.memory = memory
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        if _on_cuda() and len(self.memory):
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr()))
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        os.ftruncate(self.descriptor, 0)
 
     def take(self, states: Mapping[str, Any]) -> dict[str, bytes]:
         """Copies the states, each by its name; returns what `read` needs. They may change as soon as it returns."""
@@ -69,6 +75,10 @@ class HostCopy:
         memory = _mapped(self.descriptor)
         for name, pickled in pickles.items():
             yield name, _Unpickler(io.BytesIO(pickled), memory).load()
+
+
+def _on_cuda() -> bool:
+    return bool(get_accelerator().device_name() == "cuda")
 
 
 def _mapped(descriptor: int, flags: int = 0) -> mmap.mmap:

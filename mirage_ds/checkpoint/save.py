@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -79,6 +80,9 @@ class Saves:
         self.engine, self.config, self.facts = engine, config, facts
         self.writer, self.copies = writer, copies
         self.under_way: UnderWay | None = None
+        # Deletes old checkpoints, on rank 0: the system takes longer for some GB than for their copy to host memory.
+        self.pruner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deletion of old checkpoints")
+        self.pruned: Future[None] | None = None
 
     def save(self, state: TrainState, *, wait: bool) -> None:
         """Saves this step, after the end of a save that is under way.
@@ -94,6 +98,7 @@ class Saves:
         folder = self.config.run.dir / FOLDER
         part = folder / f"global_step{state.step}{complete.PART}"
         save = UnderWay(part, TrainState(state.step, state.position), time.monotonic())
+        self._wait_for_room()
         _on_main(part, lambda: complete.remove_parts(folder))
         check_room(self.config.run.dir, self.engine.module, self.engine.device)
         states, read_back = engine_states(self.engine, part), self.config.checkpoint.verify == "read_back"
@@ -106,6 +111,7 @@ class Saves:
         self.under_way = save
         if wait:
             self.finish()
+            self._wait_for_room()
 
     def progress(self) -> Progress:
         """How far this rank is."""
@@ -134,10 +140,11 @@ class Saves:
         _raise_failure(save.part, [written.error for written in outcomes])
         files = {name: entry for written in outcomes for name, entry in written.files.items()}
         facts = {"step": save.state.step, "position": save.state.position} | self.facts
-        _on_main(save.part, lambda: _make_current(save.part, facts, files, self.config.checkpoint.keep_latest_k))
+        _on_main(save.part, lambda: _make_current(save.part, facts, files))
         save.waited_s += time.monotonic() - began_s
         if distributed.is_main():
-            final = save.part.with_suffix("")
+            final, keep = save.part.with_suffix(""), self.config.checkpoint.keep_latest_k
+            self.pruned = self.pruner.submit(complete.prune, final.parent, save.state.step, keep)
             size, passed_s = complete.total_bytes(files.values()), time.monotonic() - save.started_s
             print(
                 f"Saved {final}: {size / 1e6:.1f} MB in {passed_s:.1f} s, {size / 1e6 / passed_s:.1f} MB/s; "
@@ -146,6 +153,11 @@ class Saves:
             )
             if self.copies is not None:
                 self.copies.add(final)
+
+    def _wait_for_room(self) -> None:
+        """Until the checkpoints that the last one replaced are deleted."""
+        if self.pruned is not None:
+            self.pruned.result()
 
 
 class States(TorchCheckpointEngine):
@@ -171,7 +183,7 @@ def engine_states(engine: DeepSpeedEngine, part: Path) -> dict[str, Any]:
     return states.by_name
 
 
-def _make_current(part: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]], keep_latest_k: int) -> None:
+def _make_current(part: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
     """Completes the checkpoint on rank 0, once every rank has written its `files`."""
     own = part / FACTS_NAME
     own.write_text(json.dumps(facts, indent=2) + "\n")
@@ -182,7 +194,6 @@ def _make_current(part: Path, facts: dict[str, Any], files: dict[str, dict[str, 
     with housekeeping(f"`latest` was not written ({final.parent})", "only DeepSpeed's own tools read it"):
         latest.write_text(final.name)
         latest.replace(final.parent / "latest")
-    complete.prune(final.parent, facts["step"], keep_latest_k)
 
 
 def _on_main(part: Path, action: Callable[[], None]) -> None:

@@ -3,8 +3,8 @@
 rank: copies the state to host memory (host_copy.py), sends names and pickles -> writer: writes the files (written.py),
 sends their entries in files.json, or why it could not.
 
-It is a fork of the rank, made at the very start of the run: it has all imports already, and the rank has no threads, no
-GPU and no connections yet that a fork would share.
+It is a fork of the rank, made at the very start of the run: it has all imports already, and the rank has not yet
+started threads, a GPU or connections, which a fork must not share.
 """
 
 import ctypes
@@ -69,6 +69,7 @@ class Writer:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         self.connection.close()
+        self.copy.release()
         os.close(self.copy.descriptor)
 
 

@@ -12,12 +12,13 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from mirage_ds.checkpoint import host_memory
+from mirage_ds.checkpoint import host_copy, host_memory
 from mirage_ds.checkpoint.writer import IGNORED, Writer
 from mirage_ds.checkpoint.written import write_state
 
@@ -79,6 +80,35 @@ def test_the_files_hold_the_state_of_the_copy(writer: Writer, tmp_path: Path) ->
         assert found[1].item() == 4.0
         views = torch.load(folder / "first.pt", weights_only=True)["views"]
         assert len({view.untyped_storage().data_ptr() for view in views}) == 1
+
+
+def test_on_gpus_the_memory_is_pinned_exactly_while_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the CUDA driver: each mapping is registered, and unregistered before it goes; also if refused."""
+    pinned: dict[int, int] = {}
+
+    def register(address: int, size: int, flags: int) -> int:
+        pinned[address] = size
+        return 0 if size < 10**6 else 2
+
+    def check(code: int) -> None:
+        if code:
+            pinned.popitem()
+            raise RuntimeError("CUDA error: out of memory")
+
+    driver = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0 * pinned.pop(address))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "check_error", check)
+    monkeypatch.setattr(host_copy, "_on_cuda", lambda: True)
+    copy = host_copy.HostCopy()
+    for size in (4096, 8192):
+        copy.reserve(size)
+        assert pinned == {copy.memory.data_ptr(): size}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        copy.reserve(10**6)
+    copy.release()
+    assert not pinned
+    assert os.fstat(copy.descriptor).st_size == 0
+    os.close(copy.descriptor)
 
 
 def test_signals_to_all_processes_of_a_job_leave_it_alive(writer: Writer, tmp_path: Path) -> None:
