@@ -1,9 +1,11 @@
 """Runs on the cluster, started with the commands of a user, and what they write."""
 
 import json
+import os
 import re
 import signal
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from cluster import Cluster, wait_until
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 START_S = 300  # a rank's imports take 10 s on two idle cores
+WRITER = "mirage-writer"  # the name of a process, see mirage_ds/checkpoint/writer.py
 TIMEOUT_S = 20  # of a collective
 # Longer than any test runs, and with the same samples in each step on any number of ranks.
 ENDLESS = ("train.max_steps=1000", "train.global_batch_size=4", "train.gradient_accumulation_steps=null")
@@ -65,6 +68,31 @@ class Run:
     @property
     def checkpoint(self) -> int:
         return max(self.checkpoints, default=0)
+
+    def ranks(self, node: str) -> list[int]:
+        """Process ids of the ranks there; with `data.num_workers=0` only their writers have the same command line."""
+        return [number for number, name in self._processes(node).items() if name != WRITER]
+
+    def hold_writers(self, node: str) -> list[int]:
+        """Stops the processes that write checkpoints in the background there, so that a save stays under way."""
+        held = [number for number, name in self._processes(node).items() if name == WRITER]
+        for number in held:
+            os.kill(number, signal.SIGSTOP)
+        return held
+
+    def _processes(self, node: str) -> dict[int, str]:
+        """Names of the processes with a rank's command line, by number."""
+        found = {}
+        for number, words in self.cluster.processes(node).items():
+            if "-m mirage_ds.train" in words and "srun" not in words:
+                with suppress(FileNotFoundError):  # it has just ended
+                    found[number] = Path(f"/proc/{number}/comm").read_text().strip()
+        return found
+
+    def wait_for_save(self) -> None:
+        """Until a checkpoint is being written."""
+        parts = (self.dir / "checkpoints").glob
+        wait_until(lambda: any(parts("*.part")), "a checkpoint that is being written", START_S, self.details)
 
     def details(self) -> str:
         return f"{self.job}\n{self.log[-6000:]}\n{self.attempts}"

@@ -14,14 +14,8 @@ pytestmark = pytest.mark.slow
 INTERVAL = 5
 
 
-def ranks(run: Run, node: str) -> list[int]:
-    """Process ids of the ranks; with `data.num_workers=0` no other process has their command line."""
-    processes = run.cluster.processes(node).items()
-    return [number for number, words in processes if "-m mirage_ds.train" in words and "srun" not in words]
-
-
 def kill_rank(run: Run, node: str) -> None:
-    (rank,) = ranks(run, node)
+    (rank,) = run.ranks(node)
     os.kill(rank, signal.SIGKILL)
 
 
@@ -35,7 +29,7 @@ def fail(run: Run, fault: Callable[[], object]) -> list[str]:
     run.wait_for_restart(starts, SLURMD_TIMEOUT_S + KILL_WAIT_S + 15)
     left_s = fault_s + TIMEOUT_S + KILL_WAIT_S + 15 - time.monotonic()
     on = [node for node in nodes if run.cluster.is_on(node)]
-    wait_until(lambda: not any(ranks(run, node) for node in on), "the ranks' end", left_s, run.details)
+    wait_until(lambda: not any(run.ranks(node) for node in on), "the ranks' end", left_s, run.details)
     return nodes
 
 
@@ -71,7 +65,7 @@ def test_the_losses_are_those_of_the_run_that_never_failed(ground: Ground) -> No
 def cut_while_saving(run: Run, node: str) -> None:
     """The next checkpoint stays incomplete."""
     before = run.checkpoint
-    checkpoints = run.dir / "checkpoints"
-    wait_until(lambda: any(checkpoints.glob("*.part")), "a checkpoint that is being written", 120, run.details)
+    assert run.hold_writers(node)
+    run.wait_for_save()
     run.cluster.cut(node)
     assert run.checkpoint == before

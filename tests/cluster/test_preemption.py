@@ -1,5 +1,7 @@
 """Interrupted in every way that SLURM has, and restarted on other numbers of nodes: still the same run."""
 
+import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -70,3 +72,29 @@ def test_the_losses_are_those_of_the_run_that_was_never_stopped(ground: Ground, 
     assert [record["position"] for record in got] == [record["position"] for record in expected]
     assert [record["loss_hex"] for record in got[:same]] == [record["loss_hex"] for record in expected[:same]]
     assert [record["loss"] for record in got] == pytest.approx([record["loss"] for record in expected], rel=1e-4)
+
+
+def test_a_save_under_way_is_completed(ground: Ground) -> None:
+    """Preempted while checkpoints are written in the background: that one and the last one are complete, and the next
+    start resumes from the last one."""
+    more = (*ENDLESS, *KEPT[:1], "data.num_workers=0", "checkpoint.interval=6")
+    run = ground.submit("stage1", "saving", *more)
+    run.wait_for_step(2)
+    held = [number for node in run.cluster.expand(run.job["NodeList"]) for number in run.hold_writers(node)]
+    assert len(held) == 2
+    run.wait_for_save()
+    run.wait_for_step(8)
+    assert run.checkpoints == []
+    starts = run.starts
+    run.cluster.run("scontrol", "requeue", run.number)
+    for number in held:
+        os.kill(number, signal.SIGCONT)
+    run.wait_for_restart(starts)
+    wait_until(lambda: len(run.attempts) > 0, "saved", START_S, run.details)
+    assert run.checkpoints == [6, run.step], run.details()
+    last = run.step
+    run.wait_for_step(last + 1)
+    cancel(run)
+    assert f"Resuming from {run.dir / 'checkpoints' / f'global_step{last}'}" in run.log
+    expected = ground.unbroken("stage1", "not-saving", *more, until=last + 1)[: last + 1]
+    assert [record["loss_hex"] for record in run.records[: last + 1]] == [record["loss_hex"] for record in expected]
