@@ -12,7 +12,12 @@ import pytest
 pytest.register_assert_rewrite("deviations")
 
 import deviations  # noqa: E402
+import hypothesis  # noqa: E402
 from main_job import main_job  # noqa: E402
+
+# On a busy machine an example may take longer than the default deadline.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 # Under nohup: tests ignore SIGHUP as before, but what they start must not, as it would not in a terminal.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:

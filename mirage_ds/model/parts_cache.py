@@ -40,8 +40,8 @@ class PartsCache:
 class Remade:
     """Autograd's hooks for a layer that is not recomputed: what backward can make again is not stored.
 
-    That is the joined keys and values, which would be stored anew in every pass, and the weights: ZeRO-3 may release
-    them after forward and gather them elsewhere, and a stored reference would keep the first copy.
+    That is the joined keys and values, of which every pass would store its own copy, and the weights: ZeRO-3 may
+    release them after forward and gather them elsewhere, and a stored reference would keep the first copy.
     """
 
     def __init__(self, layer: torch.nn.Module, cache: PartsCache) -> None:

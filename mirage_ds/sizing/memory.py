@@ -130,8 +130,8 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
 
     rollout: the language model. Its embedding stays gathered, as DeepSpeed does not count a leaf module's elements
         towards the reuse distance; one gather, which begins while the tower runs, brings both.
-    layer: at most stage3_max_live_parameters, or the tower, which is one unit; one gather brings
-        stage3_prefetch_bucket_size elements, or a larger single weight.
+    layer: at most stage3_max_live_parameters and the layer that is needed next, which is one unit in one pass, or the
+        tower, which always is; one gather brings stage3_prefetch_bucket_size elements, or a larger layer or weight.
     In both cases a model smaller than stage3_max_reuse_distance stays gathered completely (DS
     partitioned_param_coordinator.py, __params_to_release).
     """
@@ -141,21 +141,27 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
     if choose_gather(config.model, config.train.stage) == "rollout":
         gathered = everything if small else max(language - persistent_numel(sizes.language, zero), tower)
         return gathered, language
-    live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE), tower)
-    bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), *sizes.language)
+    live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE) + unit_elements(sizes, config), tower)
+    bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), unit_elements(sizes, config))
     return everything if small else min(everything, live), min(bucket, everything)
+
+
+def unit_elements(sizes: ModelSizes, config: Config) -> int:
+    """The largest unit of `layer`, besides the tower: a decoder layer in one pass, else one weight; or the head."""
+    layer = 0 if config.train.stage == "stage2" else sum(sizes.layers) // sizes.num_layers
+    return max(layer, *sizes.language)
 
 
 def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
     """Elements of weights whose full gradients exist at the same time.
 
     A leaf module's gradients are reduced after its backward (DS stage3.py, reduce_leaf_module_grads): those of the
-    complete rollout, or of the head alone. In stage 2 with `layer`, autograd accumulates the gradients of the K + 1
-    passes until the backward of the first pass (as the order of torch's gradient hooks shows), so that all layers have
-    full gradients as well.
+    complete rollout, of one layer, or of the head alone. In stage 2 with `layer`, autograd accumulates the gradients of
+    the K + 1 passes until the backward of the first pass (as the order of torch's gradient hooks shows), so that all
+    layers have full gradients as well.
     """
     rollout = choose_gather(config.model, config.train.stage) == "rollout"
-    waiting = sum(sizes.rollout) if rollout or config.train.stage == "stage2" else max(sizes.language)
+    waiting = sum(sizes.rollout) if rollout or config.train.stage == "stage2" else unit_elements(sizes, config)
     return max(waiting, sum(sizes.tower) if config.model.train_tower else 0)
 
 

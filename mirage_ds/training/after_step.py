@@ -59,14 +59,13 @@ def save_if_due(trainer: Trainer, interval: int, saves: Saves) -> Action:
 
     def action(state: TrainState) -> None:
         last = state.ends_early or state.step == trainer.max_steps
-        is_due = last or (interval and state.step % interval == 0)
-        if is_due:
+        if last or (interval and state.step % interval == 0):
             trainer.metrics.flush()  # a run that resumes here has all earlier steps in metrics.jsonl
-        with trainer.clock.host("save"):
-            if trainer.save_progress != Progress.WRITING:
-                saves.finish()
-            if is_due:
+            with trainer.clock.host("save"):
                 saves.save(state, wait=last)
+        elif saves.under_way and trainer.save_progress != Progress.WRITING:
+            with trainer.clock.host("save"):
+                saves.finish()
 
     return action
 

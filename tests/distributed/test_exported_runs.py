@@ -93,24 +93,40 @@ def test_training_changed_what_is_trained(runs: Path, export: tuple[Path, Any]) 
         assert same == frozen
 
 
-def test_logits_are_the_trainers(export: tuple[Path, Any]) -> None:
+def logits_of(model: Any, kept: dict[str, torch.Tensor]) -> torch.Tensor:
     """transformers computes positions and image embeddings itself."""
-    folder, kept = export
-    model = load(folder)
     image_pads = kept["input_ids"] == model.config.image_token_id
+    assert image_pads.any()
     with torch.no_grad():
-        logits = model(
+        output = model(
             input_ids=kept["input_ids"],
             attention_mask=kept["attention_mask"],
             pixel_values=kept["pixel_values"],
             image_grid_thw=kept["image_grid_thw"],
             mm_token_type_ids=image_pads.int(),
-        ).logits
+        )
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+def test_logits_are_the_trainers(export: tuple[Path, Any]) -> None:
+    folder, kept = export
+    model = load(folder)
+    logits = logits_of(model, kept)
     assert logits.shape == kept["logits"].shape
-    assert image_pads.any()
     assert kept["logits"].std() > 0.1
-    bf16 = folder.name == "bf16"  # another order of summation rounds differently
-    torch.testing.assert_close(logits, kept["logits"], rtol=0, atol=0.05 if bf16 else 1e-5)
+    if folder.name != "bf16":
+        torch.testing.assert_close(logits, kept["logits"], rtol=0, atol=1e-5)
+        return
+    # Another order of summation rounds differently: ours is as near to float32 as that of transformers.
+    exact = logits_of(model.float(), kept)
+    own, theirs = (kept["logits"] - exact).abs(), (logits - exact).abs()
+    print(
+        f"bf16 against float32: ours {own.mean():.2e}, at most {own.max():.2e}; transformers' {theirs.mean():.2e}, "
+        f"{theirs.max():.2e}"
+    )
+    assert own.mean() < 1.05 * theirs.mean()
+    assert own.max() < 1.5 * theirs.max()
 
 
 def test_a_bf16_run_keeps_its_masters_in_fp32(runs: Path, tmp_path: Path) -> None:

@@ -77,10 +77,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, di
 
 
 def planned(config: Config, row: Row) -> tuple[Memory, int]:
-    """The estimate, and what forward stores for backward, which is a part of `activations`."""
+    """The estimate, and what forward stores for backward: a part of `activations`, and the last block of logits."""
     sizes, e = model_sizes(config.model), DTYPES[config.train.dtype].itemsize
     memory = estimate_memory(sizes, config, resolve_deepspeed_config(config), row, world_size=2)
-    return memory, config.train.micro_batch_size_per_gpu * kept_bytes(sizes, config, row, e)
+    return memory, config.train.micro_batch_size * kept_bytes(sizes, config, row, e) + memory.logits // 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -64,13 +64,13 @@ def test_300_images(strategy: str) -> None:
     checks.check_forward("cpu", *segments, 3, torch.float32, torch.bfloat16, seed=0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(case=checks.images(), strategy=st.sampled_from(checks.STRATEGIES), dim=st.integers(1, 20), dtype=dtypes)
 def test_forward_of_any_images(case: Images, strategy: str, dim: int, dtype: torch.dtype) -> None:
     checks.check_forward("cpu", *checks.patches_and_segments(*case, strategy), dim, dtype, torch.bfloat16, seed=1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(case=checks.free_segments(), dim=st.integers(1, 9), dtype=dtypes, out_dtype=dtypes)
 def test_any_segments(case: tuple[int, Segments], dim: int, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
     checks.check_forward("cpu", *case, dim, dtype, out_dtype, seed=2)

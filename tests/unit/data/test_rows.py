@@ -154,7 +154,7 @@ pictures = st.lists(st.sampled_from(sorted(FORMATS)).map(lambda name: image_byte
 
 
 @given(st.text(min_size=1), st.text(min_size=1), pictures, pictures, st.dictionaries(field_names, json_values))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_members_give_the_sample_back(
     question: str, answer: str, inputs: list[bytes], helpers: list[bytes], extra: dict[str, Any]
 ) -> None:
@@ -231,7 +231,7 @@ def test_images_that_cannot_be_used_are_named(data: bytes, message: str) -> None
 
 @pytest.mark.filterwarnings("ignore")
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_damaged_image_opens_or_is_a_data_error(data: st.DataObject) -> None:
     image = bytearray(image_bytes(image_format=data.draw(st.sampled_from(sorted(FORMATS)))))
     for _ in range(data.draw(st.integers(1, 8))):

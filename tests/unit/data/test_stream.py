@@ -241,7 +241,7 @@ def test_a_damaged_header_between_members_is_not_taken_as_the_end() -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_damage_is_a_data_error_or_harmless(data: st.DataObject) -> None:
     content = bytearray(sample_range(member("k.json", size=20), member("k.input_0.png", size=700)))
     for _ in range(data.draw(st.integers(1, 6))):

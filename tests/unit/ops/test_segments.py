@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from pooling_checks import images, patches_and_segments
 
 from mirage_ds.ops import latent_pool_definition as definition
@@ -27,7 +27,6 @@ def rows_of_images(case: Images, strategy: str) -> list[list[list[int]]]:
     return found
 
 
-@settings(deadline=None)
 @given(case=images())
 def test_average_takes_equal_segments_and_drops_the_remainder(case: Images) -> None:
     for (height, width), segments in zip(case[0], rows_of_images(case, "average"), strict=True):
@@ -36,7 +35,6 @@ def test_average_takes_equal_segments_and_drops_the_remainder(case: Images) -> N
         assert list(chain(*segments)) == list(range(run * len(segments)))
 
 
-@settings(deadline=None)
 @given(case=images())
 def test_average_all_takes_every_patch_once(case: Images) -> None:
     for (height, width), segments in zip(case[0], rows_of_images(case, "average_all"), strict=True):
@@ -45,7 +43,6 @@ def test_average_all_takes_every_patch_once(case: Images) -> None:
         assert max(lengths) - min(lengths) <= 1
 
 
-@settings(deadline=None)
 @given(case=images())
 def test_grid_is_adaptive_average_pooling(case: Images) -> None:
     num_patches, segments = patches_and_segments(*case, "grid")

@@ -20,7 +20,7 @@ RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "qwen2.5-vl-7b-stage
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setattr(distributed, "world_size", lambda: 8)
-    return load_config(RECIPE, ["data.shards=gone"])
+    return load_config(RECIPE, ["data.shards=gone", "train.micro_batch_size_per_gpu=1"])
 
 
 @pytest.fixture

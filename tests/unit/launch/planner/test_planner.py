@@ -79,7 +79,7 @@ def test_more_nodes_take_less_sharded_memory_per_gpu() -> None:
 def test_a_rollout_is_gathered_completely() -> None:
     rollout, layer = (estimate(recipe(2, f"model.gather={gather}"), 1, 8, "h100-80gb") for gather in ("auto", "layer"))
     assert rollout.memory.gathered == pytest.approx(2 * sum(rollout.sizes.language), rel=0.01)
-    assert layer.memory.gathered < rollout.memory.gathered / 5
+    assert layer.memory.gathered < rollout.memory.gathered / 4
     assert layer.traffic.gathered > rollout.traffic.gathered
 
 
@@ -163,7 +163,7 @@ def test_offload_needs_host_memory() -> None:
     assert two.offload_bytes == pytest.approx(one.offload_bytes / 2, rel=1e-5)
     assert dict(figures(one))["GiB per node: host memory for offload"] == f"{one.offload_bytes / 2**30:.1f}"
     kept = estimate(recipe(1), 1, 8, "h100-80gb")
-    assert not [name for name, _ in figures(kept) if "host" in name]
+    assert not [name for name, _ in figures(kept) if "offload" in name]
 
 
 def test_row_sizes_are_those_of_the_shards(tmp_path: Path) -> None:
