@@ -1,5 +1,6 @@
 """Streams micro-batches without end: reads byte ranges of tar shards in the plan's order, in worker processes."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -204,9 +205,16 @@ def make_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals,
     )
     loader.timeout_s = timeout_s
     return loader
+
+
+def _leave_signals(worker: int) -> None:
+    """In a worker: the rank answers these signals, whose handlers may wait for a thread that its forks do not have."""
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batch: T) -> T:

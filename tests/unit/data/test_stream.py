@@ -3,6 +3,9 @@
 import contextlib
 import io
 import itertools
+import multiprocessing
+import os
+import signal
 import tarfile
 import time
 from pathlib import Path
@@ -147,6 +150,22 @@ def test_a_start_inside_a_global_batch_is_refused() -> None:
 def test_workers_use_one_thread(shards: ShardFolder) -> None:
     loader = make_loader(shards, as_is, keys_and_threads, Share(0, 1, 1), seed=0, num_workers=1)
     assert next(iter(loader))[1] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_workers_leave_signals_to_their_rank(shards: ShardFolder, number: signal.Signals) -> None:
+    """SLURM and terminals send them to every process; the rank's handlers do not work in a fork of it."""
+    before = signal.signal(number, lambda *_: os._exit(3))
+    try:
+        loader = make_loader(shards, as_is, keys_and_threads, Share(0, 1, 1), seed=3, num_workers=1)
+        batches = iter(loader)
+        first, _ = next(batches)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, number)
+        rest = [key for batch, _ in itertools.islice(batches, 9) for key in batch]
+    finally:
+        signal.signal(number, before)
+    assert sorted(first + rest) == sorted(keys(shards, Share(0, 1, 10), 1))
 
 
 def damage(folder: ShardFolder, number: int, at: int, data: bytes) -> None:
