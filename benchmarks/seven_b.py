@@ -137,9 +137,11 @@ def step_of(model: MirageModel, batch: Batch) -> Step:
 def planned_bytes(sizes: ModelSizes, config: Config, batch: Batch) -> int:
     """Memory of a step above weights and gradients: what forward stores, logits, gradients before they are added."""
     rows, columns = batch.input_ids.shape
+    lead = batch.latent_columns[0] if batch.latent_columns else columns
     row = Row(
         tokens=columns,
-        lead=batch.latent_columns[0] if batch.latent_columns else columns,
+        lead=lead,
+        rest=columns - lead,
         targets=len(batch.target_rows) // rows,
         patches=len(batch.pixel_values) // rows,
     )

@@ -1,6 +1,8 @@
 """One micro-batch through a model: what several tests compare."""
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
@@ -14,3 +16,33 @@ def losses_of(model: MirageModel, samples: list[EncodedSample], num_passes: int 
     losses.loss.backward()
     grads = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
     return losses.loss.item(), torch.stack(grads).norm().item()
+
+
+class LiveStorage(TorchDispatchMode):
+    """Counts the bytes of storages that were created inside it and are still referenced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return output
+
+    def num_bytes(self, *known: torch.Tensor) -> int:
+        skip = {tensor.untyped_storage()._cdata for tensor in known}
+        return sum(size for key, (ref, size) in self.made.items() if key not in skip and not ref.expired())
+
+
+def stored_bytes(model: MirageModel, samples: list[EncodedSample]) -> int:
+    """Bytes that the forward pass of a micro-batch stores for backward."""
+    batch = collate(samples, align_latents=model.stage == "stage2")
+    with LiveStorage() as live:
+        losses = model(batch)
+    stored = live.num_bytes(*model.parameters())
+    losses.loss.backward()
+    return stored

@@ -13,7 +13,7 @@ from mirage_ds.config import Config, Stage
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.flops import work
 from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Gpu
-from mirage_ds.sizing.memory import REDUCTION_BYTES
+from mirage_ds.sizing.memory import REDUCTION_BYTES, stored_columns
 from mirage_ds.sizing.model_sizes import ModelSizes
 from mirage_ds.sizing.workload import Row
 from mirage_ds.zero3.engine import choose_gather
@@ -100,7 +100,7 @@ def step_time(
 
     compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) + single columns)
     single columns the K - 1 passes of stage 2 over one column: each accesses all layers' weights in GPU memory
-                   WEIGHT_PASSES times, once more if it is recomputed, as with `layer` and activation checkpointing
+                   WEIGHT_PASSES times, once more if they are recomputed: of several rows, some are padded on the left
     communication  the slower of NVLink and the network, at LINK_EFFICIENCY
     update         UPDATE_BYTES x trained elements / W over the memory bandwidth
 
@@ -118,7 +118,9 @@ def step_time(
     overlaps = choose_gather(config.model, config.train.stage) == "layer"
     single_columns_s = 0.0
     if config.train.stage == "stage2":
-        uses = WEIGHT_PASSES + (overlaps and config.model.activation_checkpointing == "full")
+        stored = stored_columns(config) > 0 and config.train.micro_batch_size == 1
+        recomputed = config.model.activation_checkpointing == "full" and not stored
+        uses = WEIGHT_PASSES + recomputed
         read = uses * sum(sizes.layers) * DTYPES[config.train.dtype].itemsize
         single_columns_s = micro_steps * (config.model.latent_size - 1) * read / memory_bandwidth
     moved = traffic(sizes, config, deepspeed_config, nodes, gpus_per_node)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # each [B, H, Q, head dimension]
 Geometry = tuple[Callable[[], torch.Tensor], torch.Size, tuple[int, ...]]
@@ -37,6 +38,12 @@ class PartsCache:
         return joined
 
 
+def remade_hooks(layer: torch.nn.Module, cache: PartsCache) -> saved_tensors_hooks:
+    """The hooks of `Remade`, for one forward of the layer."""
+    remade = Remade(layer, cache)
+    return saved_tensors_hooks(remade.pack, remade.unpack)
+
+
 class Remade:
     """Autograd's hooks for a layer that is not recomputed: what backward can make again is not stored.
 
@@ -45,12 +52,14 @@ class Remade:
     """
 
     def __init__(self, layer: torch.nn.Module, cache: PartsCache) -> None:
-        self.cache = cache
-        self.weights = {parameter.data_ptr(): parameter for parameter in layer.parameters() if parameter.numel()}
+        self.layer, self.cache = layer, cache
+        self.weights: dict[int, torch.Tensor] = {}
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Geometry:
         """What is stored instead of `tensor`: itself, or how to make it again."""
         address = tensor.data_ptr()
+        if not self.weights:  # by now ZeRO-3 has gathered them
+            self.weights = {weight.data_ptr(): weight for weight in self.layer.parameters() if weight.numel()}
         if address in self.weights:
             return self.weights[address].detach, tensor.shape, tensor.stride()
         for number, joined in enumerate(self.cache.joined):

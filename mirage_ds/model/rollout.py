@@ -16,11 +16,10 @@ from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.model.losses import LossHead
-from mirage_ds.model.parts_cache import KeyValue, PartsCache, Remade
+from mirage_ds.model.parts_cache import KeyValue, PartsCache, remade_hooks
 
 
 class Rollout(torch.nn.Module):
@@ -45,8 +44,8 @@ class Rollout(torch.nn.Module):
         Args:
             layers, norm, rotary_emb: transformers' own modules.
             recurrent: feed hidden states back at the latents (stage 2).
-            recompute: activation checkpointing, separately for each layer of each pass. A pass of one column is not
-                recomputed: what it stores is small, and recomputing it would read all weights once more.
+            recompute: activation checkpointing, separately for each layer of each pass. A pass of one column without
+                a mask is not recomputed: what it stores is small, and recomputing it would read all weights once more.
             attention: "sdpa" or "flash_attention_2".
         """
         super().__init__()
@@ -98,8 +97,10 @@ class Rollout(torch.nn.Module):
                 inputs = torch.cat([first, inputs[:, 1:]], dim=1)
             mask = self.pass_mask(attention_mask, start, end, inputs.device)
             rotary = (cos[..., start:end, :], sin[..., start:end, :])
-            # Ranks that agree on the number of passes gather inside them, so they must also recompute the same ones.
-            recompute = self.recompute and (end > start + 1 or num_passes is not None)
+            # With a mask, attention may store copies of all keys and values, such as repeated or unpadded ones. Ranks
+            # that agree on the number of passes gather inside them, so they must also recompute the same ones.
+            small = end == start + 1 and mask is None and num_passes is None
+            recompute = self.recompute and not small
             hidden.append(self.one_pass(inputs, past, rotary, mask, recompute=recompute))
             self.check_cache(past, end)
 
@@ -170,8 +171,7 @@ def run_layer(
         remade: see `Remade`; activation checkpointing stores nothing in any case.
     """
     cache = PartsCache(past)
-    hooks = Remade(layer, cache)
-    with saved_tensors_hooks(hooks.pack, hooks.unpack) if remade else nullcontext():
+    with remade_hooks(layer, cache) if remade else nullcontext():
         output = layer(
             hidden, attention_mask=mask, position_embeddings=position_embeddings, past_key_values=cache, use_cache=True
         )

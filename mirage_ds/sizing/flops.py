@@ -79,7 +79,7 @@ def work_of(sizes: ModelSizes, config: Config, load: Load) -> Work:
     """Forward takes 2 FLOPs per element of a matrix and token, backward 4; the frozen tower has forward only.
 
     decoder    2 x matrices of the layers x tokens + 4 x layers x D x token pairs
-    head       2 x V x D x supervised tokens; its logits are always recomputed
+    head       2 x V x D x supervised tokens; its logits are recomputed, those of the last block excepted
     tower      2 x matrices x patches + 2 x matrices of the merger x merged patches
                + 4 x tower's D x (blocks with full attention x image pairs + other blocks x window pairs)
 
@@ -95,6 +95,6 @@ def work_of(sizes: ModelSizes, config: Config, load: Load) -> Work:
     last = 2 * sizes.num_layers * sizes.intermediate * sizes.hidden * load.tokens
     recomputed = decoder - last if config.model.activation_checkpointing == "full" else 0
     block = max(1, LOGIT_BLOCK_ELEMENTS // sizes.vocab)
-    recomputed += 2 * sizes.vocab * sizes.hidden * ((load.targets - 1) // block * block)
+    recomputed += 2 * sizes.vocab * sizes.hidden * (max(0, load.targets - 1) // block * block)
     model = 3 * (decoder + head) + tower
     return Work(model=model, computed=model + recomputed)

@@ -8,7 +8,7 @@ Legend: W ranks, K latents, D hidden, I intermediate, V vocabulary, T trained el
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mirage_ds.checkpoint.save import ADAM_BYTES
@@ -69,7 +69,12 @@ class Memory:
 def estimate_memory(
     sizes: ModelSizes, config: Config, deepspeed_config: dict[str, Any], row: Row, world_size: int
 ) -> Memory:
-    """All kinds for a micro-batch of rows of this size."""
+    """All kinds for a micro-batch of rows of this size.
+
+    In stage 2 latents are aligned, so that one row may be padded to the lead of another and to the rest of a third.
+    """
+    if config.train.stage == "stage2" and config.train.micro_batch_size > 1:
+        row = replace(row, tokens=row.lead + row.rest)
     zero = deepspeed_config["zero_optimization"]
     rows, e = config.train.micro_batch_size, DTYPES[config.train.dtype].itemsize
     trained = sizes.all if config.model.train_tower else sizes.language
@@ -190,7 +195,7 @@ def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     """
     hidden = sizes.hidden
     if config.model.activation_checkpointing == "full":
-        stored = single_columns(config) if choose_gather(config.model, config.train.stage) == "rollout" else 0
+        stored = stored_columns(config)
         layer = hidden * e * row.tokens + past_columns(config, row) * key_value_bytes(sizes, e)
         layer += stored * (column_bytes(sizes, e) - hidden * e)
     else:
@@ -220,9 +225,10 @@ def column_bytes(sizes: ModelSizes, e: int) -> int:
     return 2 * sizes.hidden * (FP32_BYTES + 2 * e) + 2 * sizes.hidden * e + 4 * sizes.intermediate * e
 
 
-def single_columns(config: Config) -> int:
-    """Passes of stage 2 over one column."""
-    return config.model.latent_size - 1 if config.train.stage == "stage2" else 0
+def stored_columns(config: Config) -> int:
+    """Passes over one column that are not recomputed: of a rollout, unless a row is padded on the left."""
+    rollout = choose_gather(config.model, config.train.stage) == "rollout"
+    return config.model.latent_size - 1 if rollout and config.train.stage == "stage2" else 0
 
 
 def key_value_bytes(sizes: ModelSizes, e: int) -> int:

@@ -39,6 +39,7 @@ class Row:
 
     tokens: int  # columns of the decoder
     lead: int  # columns before the first latent
+    rest: int  # columns from the first latent on
     targets: int  # supervised tokens
     patches: int  # into the tower, before groups of four are merged
 
@@ -114,9 +115,11 @@ def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Row
     answer = -(-entry.answer_chars // CHARS_PER_TOKEN)
     question = TEMPLATE_TOKENS - (-entry.question_chars // CHARS_PER_TOKEN) + sum(images) + MARKERS * len(images)
     limit = config.data.max_length or question + answer + latents  # longer rows are refused
+    tokens, lead = min(limit, question + answer + latents), min(limit, question + answer // 2)
     return Row(
-        tokens=min(limit, question + answer + latents),
-        lead=min(limit, question + answer // 2),
+        tokens=tokens,
+        lead=lead,
+        rest=tokens - lead,
         targets=min(limit, answer + latents),
         patches=(sum(images) + sum(helpers)) * processor.merge_size**2,
     )

@@ -20,11 +20,11 @@ from mirage_ds.sizing.memory import activation_bytes, estimate_memory
 from mirage_ds.sizing.micro_batch import candidates, setting_of
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.savings import savings
-from mirage_ds.sizing.workload import largest_of, measure_all
+from mirage_ds.sizing.workload import Row, largest_of, measure_all
 from mirage_ds.training.start import Start
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
-from mirage_ds.zero3.engine import GIB, forget_gradients
+from mirage_ds.zero3.engine import GIB, forget_gradients, future_moments
 
 # What torch, its allocators, cuBLAS and NCCL say, where the type alone does not tell.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
@@ -41,7 +41,7 @@ def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
     rows = measure_all(start.shards, config)
     plan = estimate_memory(sizes, config, start.deepspeed_config, largest_of(rows), distributed.world_size())
     costs = [activation_bytes(sizes, config, row, e) for row in rows]
-    batch = take(config, start, sorted(range(len(costs)), key=costs.__getitem__, reverse=True))
+    batch = take(config, start, costliest_first(rows, costs, config))
     get_accelerator().reset_peak_memory_stats()
     try:
         rehearse(trainer, batch)
@@ -52,6 +52,16 @@ def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
     if distributed.is_main():
         print(describe_success(batch, trainer.device, plan.peak), flush=True)
     get_accelerator().reset_peak_memory_stats()
+
+
+def costliest_first(rows: list[Row], costs: list[int], config: Config) -> list[int]:
+    """Sample numbers by their costs. Where rows are aligned at their latents, the two that pad the others most come
+    first: that with the most columns before its latents, and that with the most after them."""
+    by_cost = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
+    if config.train.stage != "stage2" or config.train.micro_batch_size == 1:
+        return by_cost
+    padding = [max(by_cost, key=lambda number: getattr(rows[number], side)) for side in ("lead", "rest")]
+    return list(dict.fromkeys([*padding, *by_cost]))
 
 
 def take(config: Config, start: Start, numbers: Iterable[int]) -> Batch:
@@ -70,15 +80,18 @@ def take(config: Config, start: Start, numbers: Iterable[int]) -> Batch:
 def rehearse(trainer: Trainer, batch: Batch) -> None:
     """Forward and backward as in a step; afterwards gradients, counters and random state are as before.
 
-    Twice: in the first pass DeepSpeed records the order of the modules, from the second on it prefetches by it, which
-    takes more memory, and gradients are added to those that are there.
+    With memory for AdamW's moments, which a new run has from its first step on. Twice: in the first pass DeepSpeed
+    records the order of the modules, from the second on it prefetches by it, which takes more memory, and gradients are
+    added to those that are there.
     """
+    moments = future_moments(trainer.engine)
     devices = [] if trainer.device.type == "cpu" else [trainer.device]
     on_device = batch.to(trainer.device)
     with torch.random.fork_rng(devices, device_type=trainer.device.type):
         for _ in range(2):
             trainer.forward_backward(on_device, last=False)
     forget_gradients(trainer.engine)
+    del moments
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

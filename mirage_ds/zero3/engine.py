@@ -10,6 +10,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_module
 from torch.utils import cpp_extension
 
@@ -40,6 +41,8 @@ def mark_gather_units(model: MirageModel, gather: str) -> None:
     for module in (model.tower, head):
         set_z3_leaf_module(module, True)
     set_z3_leaf_module(model.rollout, gather == "rollout")
+    if gather == "rollout":
+        model.register_forward_pre_hook(gather_tower)  # before DeepSpeed's own hooks, which come later
     for layer in model.rollout.layers:
         set_z3_leaf_module(layer, gather == "layer" and not model.rollout.recurrent)
     if head.shared:
@@ -109,6 +112,17 @@ def initialize(
     return engine
 
 
+def gather_tower(model: MirageModel, inputs: Any) -> None:
+    """Gathers the tower by itself, before DeepSpeed's hook of the whole model prefetches what comes next.
+
+    DeepSpeed would gather tower, embeddings and rollout in one operation, and the tower would wait for all of it.
+    """
+    weights: list[Any] = list(model.tower.parameters())
+    absent = [weight for weight in weights if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    if absent:
+        absent[0].all_gather_coalesced(absent).wait()
+
+
 def forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
     """Drops what backward has accumulated since the last step, as if it had not been called.
 
@@ -117,6 +131,14 @@ def forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
     """
     engine.optimizer.zero_grad()
     engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+
+def future_moments(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
+    """Memory of the size of AdamW's moments, if its first step will make them on the device."""
+    zero = engine.optimizer
+    if zero.optimizer.state or zero.offload_optimizer:
+        return []
+    return [torch.empty_like(masters) for masters in zero.fp32_partitioned_groups_flat for _ in range(2)]
 
 
 def wait_for_build(op: str) -> None:

@@ -37,7 +37,8 @@ def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     """ds_configs/zero3.json with limits so small that a small model is really sharded, gathered and prefetched.
 
     In `logged` no weight stays gathered between two uses, as in a model far larger than the live-parameter limits, and
-    DeepSpeed logs its communication. `shipped` has the shipped limits and distances, and logs too.
+    DeepSpeed logs its communication. `shipped` has the shipped limits, a reuse distance that is as
+    small beside this model as the shipped one beside the 3B, and logs too.
     """
     folder = tmp_path_factory.mktemp("ds_configs")
     shipped, offload = (
@@ -50,6 +51,7 @@ def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     }
     nothing_stays = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     logged = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True}}
+    short = {"stage3_max_reuse_distance": 1000}
     kinds = {
         "plain": shipped | {"zero_optimization": shipped["zero_optimization"] | small},
         "bf16-communication": shipped
@@ -57,7 +59,7 @@ def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
         "offload": offload | {"zero_optimization": offload["zero_optimization"] | small},
         "logged": shipped | {"zero_optimization": shipped["zero_optimization"] | small | nothing_stays} | logged,
         "shipped": shipped
-        | {"zero_optimization": shipped["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
+        | {"zero_optimization": shipped["zero_optimization"] | {"stage3_param_persistence_threshold": 0} | short}
         | logged,
     }
     for name, content in kinds.items():

@@ -121,6 +121,7 @@ def run(config: Config) -> dict[str, Any]:
         "row": {
             "tokens": batch.input_ids.shape[1],
             "lead": latents[0] if latents else 0,
+            "rest": batch.input_ids.shape[1] - (latents[0] if latents else 0),
             "targets": len(batch.target_rows) // config.train.micro_batch_size_per_gpu,
             "patches": len(batch.pixel_values) // config.train.micro_batch_size_per_gpu,
         },

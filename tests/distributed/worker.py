@@ -221,9 +221,9 @@ def take_fetches() -> int:
 
 
 def share_under_way(module: torch.nn.Module) -> float:
-    """The share of a module's weights whose gather has begun, or is done."""
+    """The share of a module's weights whose gather has begun, and that nothing has waited for yet."""
     weights = list(module.parameters())
-    begun = [weight for weight in weights if weight.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+    begun = [weight for weight in weights if weight.ds_status == ZeroParamStatus.INFLIGHT]
     return sum(weight.ds_numel for weight in begun) / sum(weight.ds_numel for weight in weights)
 
 

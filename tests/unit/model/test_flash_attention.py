@@ -4,7 +4,7 @@ import flash_attn_stub
 import pytest
 import torch
 from flash_attn_stub import DENSE, VARLEN, FlashAttn
-from micro_batch import losses_of
+from micro_batch import losses_of, stored_bytes
 from random_samples import ragged_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -63,6 +63,14 @@ def test_no_mask_without_padding_on_the_left(make_model, flash: FlashAttn, recom
     before = flash.calls[VARLEN]
     assert losses_of(model, samples) == pytest.approx(expected, rel=1e-5)
     assert flash.calls[VARLEN] - before == len(model.tower.visual.blocks)
+
+
+def test_unpadded_keys_are_not_stored_in_every_pass(make_model, flash: FlashAttn) -> None:
+    """Rows padded on the left: with a mask, FlashAttention's copies of all keys and values belong to each pass."""
+    model = make_model("stage2")
+    use_flash(model)
+    few, many = (stored_bytes(model, ragged_batch(5, 2, stage="stage2", latent_sizes=[size] * 2)) for size in (2, 12))
+    assert many < 1.3 * few, (few, many)  # ten more columns and their passes
 
 
 def vars_of(sample, tail: int):

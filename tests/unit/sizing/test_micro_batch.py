@@ -1,6 +1,7 @@
 """Which micro-batch `auto` takes: by the limit, by the global batch, and what it may use on each kind of machine."""
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from mirage_ds.recipe import load_config
 from mirage_ds.sizing import micro_batch
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.model_sizes import model_sizes
-from mirage_ds.sizing.workload import workload
+from mirage_ds.sizing.workload import Row, workload
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
@@ -46,6 +47,19 @@ def test_the_limit_decides(fits: int, reason: str) -> None:
     assert choice.size == fits
     assert str(choice).startswith(f"micro-batch {fits} (auto: {reason}")
     assert choose(peak(fits) - 1).size == max(1, fits // 2)
+
+
+def test_rows_of_stage_2_are_padded_on_both_sides() -> None:
+    """The longest lead and the longest rest may meet in one micro-batch, of rows that are no longer than 1100."""
+    sizes, row = model_sizes(recipe(1).model), Row(tokens=1100, lead=1000, rest=1000, targets=100, patches=400)
+    padded = replace(row, tokens=2000)
+
+    def activations(size: int, row: Row) -> int:
+        config = recipe(size)
+        return estimate_memory(sizes, config, resolve_deepspeed_config(config), row, RANKS).activations
+
+    assert activations(2, row) == activations(2, padded)
+    assert activations(1, row) < activations(1, padded)
 
 
 def test_where_nothing_fits_the_smallest_is_tried() -> None:

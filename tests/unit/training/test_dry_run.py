@@ -12,7 +12,7 @@ from mirage_ds.data.encode import EncodedSample
 from mirage_ds.errors import DataError
 from mirage_ds.recipe import load_config
 from mirage_ds.training import dry_run
-from mirage_ds.training.dry_run import describe_lack, describe_success, is_out_of_memory, take
+from mirage_ds.training.dry_run import costliest_first, describe_lack, describe_success, is_out_of_memory, take
 from mirage_ds.zero3 import distributed
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
@@ -35,6 +35,19 @@ def test_which_samples_are_taken(monkeypatch: pytest.MonkeyPatch, numbers: list[
     config = load_config(RECIPE, ["train.micro_batch_size_per_gpu=3"])
     batch = take(config, SimpleNamespace(shards=None, encoder=encode), numbers)
     assert batch.keys == [random_sample(number, stage="stage1").key for number in taken]
+
+
+def test_the_rows_that_pad_the_others_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a micro-batch that is aligned at its latents."""
+    rows = [SimpleNamespace(lead=lead, rest=rest) for lead, rest in ((50, 50), (90, 5), (10, 80), (60, 45))]
+    costs = [100, 95, 90, 105]
+    for stage, size, expected in (
+        ("stage1", 2, [3, 0, 1, 2]),
+        ("stage2", 1, [3, 0, 1, 2]),
+        ("stage2", 2, [1, 2, 3, 0]),
+    ):
+        config = load_config(RECIPE, [f"train.micro_batch_size_per_gpu={size}", f"train.stage={stage}"])
+        assert costliest_first(rows, costs, config) == expected
 
 
 def errors() -> Iterator[tuple[RuntimeError, bool]]:

@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from mirage_ds.errors import ConfigError
 from mirage_ds.recipe import load_config
 from mirage_ds.zero3 import engine
-from mirage_ds.zero3.engine import choose_gather, parameter_groups
+from mirage_ds.zero3.engine import choose_gather, future_moments, parameter_groups
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 
@@ -38,6 +39,21 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert [tuple(parameter.shape) for parameter in decayed["params"]] == [(4, 4)]
     assert kept["weight_decay"] == 0.0
     assert [tuple(parameter.shape) for parameter in kept["params"]] == [(4,), (4,), (4,)]
+
+
+def test_the_moments_that_the_first_step_will_make() -> None:
+    """DeepSpeed makes an engine without them; 8 bytes per trained element, on the device of the masters."""
+    masters = [torch.zeros(5), torch.zeros(3)]
+    made = torch.optim.AdamW(masters)
+    made.state[masters[0]] = {"exp_avg": torch.zeros(5)}
+    for optimizer, offload, expected in (
+        (torch.optim.AdamW(masters), False, 8 * 8),
+        (torch.optim.AdamW(masters), True, 0),
+        (made, False, 0),
+    ):
+        zero = SimpleNamespace(optimizer=optimizer, offload_optimizer=offload, fp32_partitioned_groups_flat=masters)
+        moments = future_moments(SimpleNamespace(optimizer=zero))
+        assert sum(moment.nbytes for moment in moments) == expected
 
 
 def test_a_build_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
