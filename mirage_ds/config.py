@@ -340,4 +340,8 @@ class Config(Section):
                 f"model.cache_targets is set, but {self.train.stage} has no latent targets; it is for "
                 "train.stage=stage1; unset model.cache_targets"
             )
+        # Not by model_fields_set: a resolved recipe has every key.
+        default = ModelConfig.model_fields["cache_targets_gib"].default
+        if self.model.cache_targets is None and self.model.cache_targets_gib != default:
+            raise ValueError("model.cache_targets_gib limits model.cache_targets, which is unset; set both or neither")
         return self

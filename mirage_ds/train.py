@@ -41,6 +41,7 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.stream import Share, make_loader
 from mirage_ds.data.target_cache import TargetCache
 from mirage_ds.errors import (
+    CheckpointError,
     DataError,
     DeviceError,
     DiskFullError,
@@ -173,8 +174,11 @@ def train_steps(trainer: Trainer, config: Config, start: Start, saves: Saves, ow
         ]
         try:
             trainer.train(after_step=actions)
-        except TrainingError:  # which all ranks have: the steps before it stay saved
-            saves.finish()
+        except TrainingError as error:  # which all ranks have: the steps before it stay saved
+            try:
+                saves.finish()
+            except CheckpointError as lost:
+                raise TrainingError(f"{error}; besides, {lost}") from lost
             raise
     early_end.ignore()
 

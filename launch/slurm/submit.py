@@ -154,7 +154,7 @@ def memory_of_a_node(cluster: Cluster) -> str | None:
     """
     if cluster.mem is not None:
         return None if cluster.mem == "partition" else cluster.mem
-    is_set = any(option.startswith("--mem") for option in cluster.sbatch)
+    is_set = any(re.match(r"--mem(-per-[cg]pu)?([=\s]|$)", option) for option in cluster.sbatch)  # not --mem-bind
     return "0" if cluster.gpus_per_node and not is_set else None
 
 

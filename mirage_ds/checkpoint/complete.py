@@ -132,13 +132,14 @@ def prune(folder: Path, step: int, keep_latest_k: int) -> None:
     """Deletes checkpoints that are older than the last `keep_latest_k` complete ones of steps up to `step`.
 
     Incomplete checkpoints do not count, and are deleted if they are older. Those after `step` were skipped as damaged
-    when the run resumed, and are kept.
+    when the run resumed, and are kept. A folder that cannot be read stays as it is, with a warning.
     """
-    earlier = [path for path in tags(folder) if (step_of(path) or 0) <= step]
-    kept = [path for path in earlier if wrong_size(path) is None][:keep_latest_k]
-    if len(kept) == keep_latest_k:
-        for old in earlier[earlier.index(kept[-1]) + 1 :]:
-            discard(old)
+    with housekeeping(f"old checkpoints were not deleted ({folder})", "the next save tries it again"):
+        earlier = [path for path in tags(folder) if (step_of(path) or 0) <= step]
+        kept = [path for path in earlier if wrong_size(path) is None][:keep_latest_k]
+        if len(kept) == keep_latest_k:
+            for old in earlier[earlier.index(kept[-1]) + 1 :]:
+                discard(old)
 
 
 def sync(path: Path) -> None:

@@ -221,7 +221,8 @@ def _raise_failure(part: Path, errors: list[str | None]) -> None:
     rank, error = next(iter(failed.items()))
     raise CheckpointError(
         f"the checkpoint could not be written ({part}): rank {rank}: {error}; it needs space on the disk and in the "
-        f"user's quota, and memory for the processes that write it; {_remedy(part.parents[1])}"
+        f"user's quota, and memory for the processes that write it; {_remedy(part.parents[1])}, or set "
+        "checkpoint.mode=blocking if host memory is short"
     )
 
 

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 
+import PIL
 import torch
 from deepspeed import DeepSpeedEngine
 
@@ -27,11 +28,13 @@ def open_target_cache(engine: DeepSpeedEngine, config: Config, start: Start) -> 
     tower = engine.module.tower
     facts = start.encoder.helper_facts() | {
         "tower": weights_digest(tower),
+        "vision_config": tower.visual.config.to_dict(),  # with the version of transformers, whose blocks compute
         # What computes decides the last bits.
         "dtype": config.train.dtype,
         "attention": tower.attention,
         "device": start.device.type,
         "torch": torch.__version__,
+        "pillow": PIL.__version__,  # decodes and scales
     }
     values = config.model.latent_size * (tower.visual.config.out_hidden_size + 1)
     limit_bytes = int(config.model.cache_targets_gib * GIB)

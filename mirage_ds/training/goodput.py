@@ -7,13 +7,15 @@ loading, validating, saving, waiting in a queue, and what a killed start had don
 
 RUN/metrics.jsonl       each record has the first start and the seconds counted so far; a resume drops those after its
                         checkpoint
-RUN/first_start.json    {"time": 1780000000.0}, written once; read while there is no record
+RUN/first_start.json    {"time": 1780000000.0}, written once, or again if it is damaged; read while there is no record
 """
 
 import json
 import time
 from pathlib import Path
 from typing import Any
+
+from mirage_ds.errors import MALFORMED
 
 NAME = "first_start.json"
 
@@ -24,11 +26,19 @@ def note_first_start(run_dir: Path, began: float) -> None:
     Args:
         began: when this start began, in seconds since the epoch.
     """
-    file = run_dir / NAME
-    if not file.exists():
+    if read_first_start(run_dir) is None:
+        file = run_dir / NAME
         new = file.with_suffix(".new")
         new.write_text(json.dumps({"time": began}) + "\n")
         new.replace(file)
+
+
+def read_first_start(run_dir: Path) -> float | None:
+    """In seconds since the epoch; None if the file is missing or damaged, as a full disk or a lost node leaves it."""
+    try:
+        return float(json.loads((run_dir / NAME).read_text())["time"])
+    except MALFORMED:
+        return None
 
 
 class Goodput:
@@ -42,11 +52,11 @@ class Goodput:
         if last_record and "first_start" in last_record:  # records of older versions do not have it
             self.first_start, self.counted_s = last_record["first_start"], last_record["counted_s"]
         else:
-            file = run_dir / NAME
-            self.first_start = json.loads(file.read_text())["time"] if file.exists() else time.time()
-            self.counted_s = 0.0
+            self.first_start, self.counted_s = read_first_start(run_dir) or time.time(), 0.0
 
     def add(self, step_s: float, *, ago_s: float, skipped: bool) -> float:
         """Counts a step that ended `ago_s` seconds ago; the goodput up to then."""
         self.counted_s += 0.0 if skipped else step_s
-        return self.counted_s / (time.time() - ago_s - self.first_start)
+        # This host's clock may be behind that of the first start; at least what was counted has passed.
+        passed_s = max(time.time() - ago_s - self.first_start, self.counted_s)
+        return self.counted_s / passed_s if passed_s else 0.0

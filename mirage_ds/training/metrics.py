@@ -59,7 +59,8 @@ class Metrics:
         if not self.pending:
             return
         totals, ranks = sum_over_ranks(self.pending, self.first_step)
-        ends = [sums.started_s for sums in self.pending[1:]] + [time.monotonic()]
+        # A background save may have been completed between two of them, and belongs to neither.
+        ends = [sums.started_s - sums.times.host_s.get("save", 0.0) for sums in self.pending[1:]] + [time.monotonic()]
         if self.report:
             self.report.write([Step(*each) for each in zip(self.pending, totals, ends, strict=True)], ranks)
         self.pending.clear()

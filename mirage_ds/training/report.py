@@ -98,10 +98,12 @@ class Report:
         slowest = self.find_slowest(steps, ranks)
         records = [self.record(step) | describe_memory(ranks, self.planned) | describe_slowest(None) for step in steps]
         shown = records[-1] = records[-1] | describe_slowest(slowest)
+        # Seldom is the last one the step after a save, so its curve has what all of these waited for saves.
+        points = shown | {"save_s": sum(record["save_s"] for record in records)}
         self.steps.add(*(record | {"loss_hex": record["loss"].hex()} for record in records))
         self.curves.add(
-            {tag: shown[name] for name, tag in TAGS.items() if self.has(name) and shown[name] is not None},
-            shown["step"],
+            {tag: points[name] for name, tag in TAGS.items() if self.has(name) and points[name] is not None},
+            points["step"],
         )
         self.recent_step_s.extend(step.seconds for step in steps if step.sums.step > self.steps_done + 1)
         print(self.console_line(shown), flush=True)

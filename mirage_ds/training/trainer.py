@@ -65,8 +65,8 @@ class Trainer:
         """The rest of the run; after each step, the actions of `after_step` in their order.
 
         Raises:
-            TrainingError: on every rank: losses are not finite, or a sample cannot be used; the latter after the
-                actions, which have saved.
+            TrainingError: on every rank: losses are not finite, rows have fewer columns than passes, or a sample cannot
+                be used; the last one after the actions, which have saved.
             StallError: likewise: no data came.
         """
         self.fetch()
@@ -243,7 +243,7 @@ class Trainer:
         """Passes that every rank makes over its micro-batch; None: as many as its own latents need.
 
         Raises:
-            DataError: on every rank, if one rank's rows have fewer columns than another rank makes passes.
+            TrainingError: on every rank, if one rank's rows have fewer columns than another rank makes passes.
         """
         if not self.agree_on_passes:
             return None
@@ -251,9 +251,10 @@ class Trainer:
         own_passes = self.engine.module.rollout.num_passes(batch.latent_columns)
         passes, negative_columns = distributed.max_over_ranks([own_passes, -columns], self.device)
         if passes > -negative_columns:
-            raise DataError(
+            _, keys = min(distributed.gather((columns, batch.keys)))
+            raise TrainingError(
                 f"a micro-batch has {-negative_columns} columns, and one on another rank needs {passes} latent passes "
-                f"(here {', '.join(batch.keys)}); with model.gather=layer every rank makes the same number of passes, "
+                f"({', '.join(keys)}); with model.gather=layer every rank makes the same number of passes, "
                 "at most as many as there are columns; set model.gather=rollout or a smaller model.latent_size"
             )
         return passes

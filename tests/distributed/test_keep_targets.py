@@ -55,3 +55,5 @@ def test_the_losses_of_a_run_that_encodes_all(ground: Path) -> None:
             for name in ("loss", "ce_loss", "latent_loss"):
                 assert ours[name] == pytest.approx(reference[name], rel=1e-5), ours["step"]
             assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+    for ours, reference in zip(finding, expected, strict=True):
+        assert ours["flops"] < reference["flops"], ours["step"]  # no helper image went through the tower

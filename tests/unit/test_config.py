@@ -53,6 +53,10 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
             "model={path: m, cache_targets: t, train_tower: true}",
             r"  - model: cache_targets keeps .*unset model\.cache_targets or model\.train_tower",
         ),
+        (
+            "model.cache_targets_gib=8",
+            r"  - model\.cache_targets_gib limits model\.cache_targets, .*; set both or neither",
+        ),
         ("model.cache_targets_gib=0", r"model\.cache_targets_gib: .*greater than 0"),
         (
             "train.micro_batch_size_per_gpu=fast",

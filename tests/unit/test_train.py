@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import launching
 import pytest
@@ -17,9 +18,12 @@ from zero3_files import complete_by_hand
 
 from data_tools.build import build
 from mirage_ds.data.shards import load_manifest
+from mirage_ds.errors import CheckpointError, TrainingError
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.recipe import load_config
-from mirage_ds.train import prepare_torch
+from mirage_ds.train import prepare_torch, train_steps
+from mirage_ds.train_state import TrainState
+from mirage_ds.zero3 import distributed
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "launch" / "recipes" / "tiny-stage1.yaml")
@@ -135,3 +139,20 @@ def test_deterministic_runs_do_not_fill_new_tensors(monkeypatch: pytest.MonkeyPa
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.set_rng_state(random)
+
+
+def test_an_error_in_training_is_said_beside_that_of_the_save_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    trainer = SimpleNamespace(
+        state=TrainState(), train=lambda after_step: fail(TrainingError("the loss is not finite; take a smaller lr"))
+    )
+    saves = SimpleNamespace(
+        finish=lambda: fail(CheckpointError("the checkpoint could not be written; free some space"))
+    )
+    with pytest.raises(TrainingError, match=r"not finite; take a smaller lr; besides, .*written; free some space"):
+        train_steps(trainer, load_config(RECIPE, [f"run.dir={tmp_path}"]), SimpleNamespace(encoder=None), saves, None)

@@ -146,8 +146,13 @@ def writer_log(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
 
 
 def hold(own: Any) -> None:
-    """A rank that never ends."""
-    own.send(Writer().pid)
+    """A rank that never ends, with a child that holds the connection: its end alone does not close that."""
+    writer = Writer()
+    child = os.fork()
+    if child == 0:
+        time.sleep(300)
+        os._exit(0)
+    own.send((writer.pid, child))
     signal.pause()
 
 
@@ -155,13 +160,17 @@ def test_it_does_not_outlive_its_rank() -> None:
     ours, others = multiprocessing.Pipe()
     rank = multiprocessing.get_context("fork").Process(target=hold, args=(others,))
     rank.start()
-    pid = ours.recv()
+    pid, child = ours.recv()
     rank.kill()
     rank.join()
     deadline_s = time.monotonic() + 60
-    while is_running(pid):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    try:
+        while is_running(pid):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        assert is_running(child)
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def is_running(pid: int) -> bool:

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import PIL
 import plain_loop
 import pytest
 import torch
@@ -25,8 +27,11 @@ from mirage_ds.model import mirage
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.model.targets import LatentTargets, add_cached
-from mirage_ds.training.cached_targets import TargetWriter
+from mirage_ds.recipe import load_config
+from mirage_ds.training.cached_targets import TargetWriter, open_target_cache
+from mirage_ds.zero3 import distributed
 
+RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 SAMPLES, LATENT_SIZE = 10, 3
 
 
@@ -162,6 +167,32 @@ def test_mixed_micro_batches_have_the_losses_of_the_plain_loop(
         expected = plain_loop.train(str(ground / "model"), [samples], "stage1", lrs=[0.0], ce_loss_weight=0.1)
         assert losses.loss.item() / 3 == pytest.approx(expected["losses"][0], rel=1e-5)
         assert grad_norm(model) == pytest.approx(expected["grad_norms"][0], rel=1e-4)
+
+
+def test_whatever_decides_the_targets_has_a_file_of_its_own(
+    ground: Path, shards: ShardFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"rank": 0, "is_main": True}.items():
+        monkeypatch.setattr(distributed, name, lambda value=value: value)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value])
+    config = load_config(RECIPE, [f"model.cache_targets={tmp_path}"])
+    model = make_model(ground)
+    visual = model.tower.visual
+
+    def name(**settings: Any) -> str:
+        encoder = load_encoder(str(ground / "model"), stage="stage1", latent_size=LATENT_SIZE, **settings)
+        start = SimpleNamespace(encoder=encoder, shards=shards, device=torch.device("cpu"))
+        return open_target_cache(SimpleNamespace(module=model), config, start).path.name
+
+    names = [name(), name(max_pixels=56 * 56), name(exif_orientation=False), name(compress_strategy="grid")]
+    assert name() == names[0]
+    visual.config.window_size *= 2
+    names.append(name())
+    visual.patch_embed.proj.weight.data.view(-1)[-1] += 1
+    names.append(name())
+    monkeypatch.setattr(PIL, "__version__", "0.1")
+    names.append(name())
+    assert len(set(names)) == 7
 
 
 class Copied:

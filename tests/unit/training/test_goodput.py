@@ -120,3 +120,22 @@ def test_without_its_records_only_this_start_counts(train: Callable[..., None], 
     file.write_text("".join(json.dumps(record) + "\n" for record in old))
     train(tmp_path, range(3, 4))
     assert records(tmp_path)[-1]["goodput_pct"] == pytest.approx(100 * 10 / 90)
+
+
+@pytest.mark.parametrize("content", ["", '{"time": 17', "[]", '{"time": null}'])
+def test_a_damaged_first_start_is_written_again(train: Callable[..., None], tmp_path: Path, content: str) -> None:
+    (tmp_path / "first_start.json").write_text(content)
+    train(tmp_path, range(1, 2))
+    assert goodput(tmp_path) == pytest.approx([100 * 10 / 30])
+    assert json.loads((tmp_path / "first_start.json").read_text()) == {"time": BEGAN}
+
+
+def test_a_clock_behind_the_first_start(train: Callable[..., None], tmp_path: Path) -> None:
+    """By the clock, the first step ends as the run starts, and the second one 10 s later."""
+    note_first_start(tmp_path, BEGAN + LOADING_S + STEP_S)
+    train(tmp_path, range(1, 4), skipped=(1,))
+    assert goodput(tmp_path) == pytest.approx([0, 100 * 10 / 10, 100 * 20 / 20])
+    (tmp_path / "earlier").mkdir()
+    note_first_start(tmp_path / "earlier", BEGAN + 1000)
+    train(tmp_path / "earlier", range(1, 2))
+    assert goodput(tmp_path / "earlier") == pytest.approx([100])

@@ -280,6 +280,22 @@ def test_a_cpu_has_none_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not re.search("MFU|GiB|goodput", capsys.readouterr().out)
 
 
+def test_waiting_for_a_save_is_in_no_step_and_on_the_curve(tmp_path: Path, clock: list[float]) -> None:
+    """A background save is completed for 4 s between steps 1 and 2, and another one for 3 s between 2 and 3."""
+    metrics = make(tmp_path, "text", log_freq=2)
+    for number, save_s in enumerate((0.0, 4.0, 3.0, 0.0), start=1):
+        clock[0] += 10.0 + save_s
+        metrics.add(dataclasses.replace(step(number, clock[0] - 10.0), times=StepTimes(host_s={"save": save_s})))
+    metrics.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["save_s"] for record in records] == [0.0, 4.0, 3.0, 0.0]
+    assert [record["step_s"] for record in records] == [10.0] * 4
+    assert [record["counted_s"] for record in records] == [10.0, 20.0, 30.0, 40.0]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(point.step, point.value) for point in events.Scalars("time/save_s")] == [(2, 4.0), (4, 3.0)]
+
+
 class Ranks:
     """Four ranks in one process: each reports in turn, and rank 0, the last one, gets the sum."""
 

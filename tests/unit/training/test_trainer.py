@@ -145,6 +145,22 @@ def test_a_fault_in_validation_ends_the_run_after_its_actions(tmp_path: Path) ->
     assert (losses, ends) == ([None], [True])
 
 
+def test_passes_that_another_rank_has_no_columns_for_end_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This rank has 5 columns; another one needs 7 passes over its 9. The message is the same on both."""
+    trainer = make(tmp_path, [1.0])
+    trainer.agree_on_passes = True
+    trainer.engine.module = SimpleNamespace(rollout=SimpleNamespace(num_passes=lambda columns: 2))
+    monkeypatch.setattr(
+        distributed, "max_over_ranks", lambda values, device: [max(each) for each in zip(values, [7, -9], strict=True)]
+    )
+    monkeypatch.setattr(distributed, "gather", lambda value: [(9, ["a/2"]), value])
+    batch = SimpleNamespace(input_ids=torch.zeros(1, 5), latent_columns=[[1, 2]], keys=["a/1"])
+    with pytest.raises(TrainingError, match=r"has 5 columns, and .* needs 7 latent passes \(a/1\); .*gather=rollout"):
+        trainer.num_passes(batch)
+
+
 def test_a_stall_is_no_fault_of_the_user(tmp_path: Path) -> None:
     """Exit code 1, after which SLURM jobs start again."""
     trainer = make(tmp_path, [1.0] * 3)

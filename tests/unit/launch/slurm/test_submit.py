@@ -199,8 +199,10 @@ def test_cores_and_memory_of_ranks_with_gpus(here: Path) -> None:
     assert asked(*gpus, "data.num_workers=4", cluster={"mem": "500G"}) == cores | {"mem": "500G"}
     assert asked(*gpus, "data.num_workers=4", cluster={"mem": "partition"}) == cores
     # SLURM refuses two of --mem, --mem-per-cpu and --mem-per-gpu
-    own = asked(*gpus, "data.num_workers=4", "--sbatch", "--mem-per-gpu=100G")
-    assert own == cores | {"mem-per-gpu": "100G"}
+    for name in ("mem", "mem-per-cpu", "mem-per-gpu"):
+        assert asked(*gpus, "data.num_workers=4", "--sbatch", f"--{name}=100G") == cores | {name: "100G"}
+    bound = asked(*gpus, "data.num_workers=4", "--sbatch", "--mem-bind=local")
+    assert bound == cores | {"mem": "0", "mem-bind": "local"}
 
 
 def test_ranks_on_cpus_take_what_the_cluster_gives(here: Path) -> None:
