@@ -52,14 +52,14 @@ class Remade:
     """
 
     def __init__(self, layer: torch.nn.Module, cache: PartsCache) -> None:
-        self.layer, self.cache = layer, cache
-        self.weights: dict[int, torch.Tensor] = {}
+        self.cache = cache
+        # Those that are there before the layer runs. Others, which are gathered only while it runs, may leave their
+        # memory to an activation, which would then be taken for a weight.
+        self.weights = {weight.data_ptr(): weight for weight in layer.parameters() if weight.numel()}
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Geometry:
         """What is stored instead of `tensor`: itself, or how to make it again."""
         address = tensor.data_ptr()
-        if not self.weights:  # by now ZeRO-3 has gathered them
-            self.weights = {weight.data_ptr(): weight for weight in self.layer.parameters() if weight.numel()}
         if address in self.weights:
             return self.weights[address].detach, tensor.shape, tensor.stride()
         for number, joined in enumerate(self.cache.joined):
