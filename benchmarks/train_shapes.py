@@ -19,7 +19,7 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.model.mirage import MirageModel
-from mirage_ds.sizing.model_sizes import PUBLISHED, TOWER
+from mirage_ds.sizing.model_sizes import PUBLISHED, TOWER, text_section
 from mirage_ds.tokens import IGNORE_INDEX
 
 PATCH_VALUES = 1176
@@ -46,17 +46,6 @@ class RowShape:
     @property
     def cells(self) -> int:
         return self.grid[0] * self.grid[1]
-
-
-def text_section(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
 
 
 def seven_b(layers: int) -> Widths:

@@ -60,7 +60,8 @@ class ModelSizes:
 TOWER = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31]}
 
 
-def _text(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+def text_section(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """The sizes of a decoder as in the text section of config.json."""
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -72,10 +73,10 @@ def _text(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, k
 
 
 PUBLISHED: dict[str, tuple[dict[str, Any], int, bool]] = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": (_text(151936, 2048, 11008, 36, 16, 2), 3420, True),
-    "Qwen/Qwen2.5-VL-7B-Instruct": (_text(152064, 3584, 18944, 28, 28, 4), 3420, False),
-    "Qwen/Qwen2.5-VL-32B-Instruct": (_text(152064, 5120, 27648, 64, 40, 8), 3456, False),
-    "Qwen/Qwen2.5-VL-72B-Instruct": (_text(152064, 8192, 29568, 80, 64, 8), 3456, False),
+    "Qwen/Qwen2.5-VL-3B-Instruct": (text_section(151936, 2048, 11008, 36, 16, 2), 3420, True),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (text_section(152064, 3584, 18944, 28, 28, 4), 3420, False),
+    "Qwen/Qwen2.5-VL-32B-Instruct": (text_section(152064, 5120, 27648, 64, 40, 8), 3456, False),
+    "Qwen/Qwen2.5-VL-72B-Instruct": (text_section(152064, 8192, 29568, 80, 64, 8), 3456, False),
 }
 """Text settings, the tower's intermediate size, whether the head is tied to the embedding."""
 
