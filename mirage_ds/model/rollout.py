@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.model.losses import LossHead
 from mirage_ds.model.parts_cache import KeyValue, PartsCache, remade_hooks
+from mirage_ds.model.weight_gradients import DeferredGradient, deferred_gradients, deferring
 
 
 class Rollout(torch.nn.Module):
@@ -51,6 +52,7 @@ class Rollout(torch.nn.Module):
         super().__init__()
         self.layers, self.norm, self.rotary_emb, self.head = layers, norm, rotary_emb, head
         self.recurrent, self.recompute, self.attention = recurrent, recompute, attention
+        self.deferred = [deferred_gradients(layer) if recurrent else [] for layer in layers]
 
     def num_passes(self, latent_columns: Sequence[int]) -> int:
         """How many passes a micro-batch with latents in these columns takes."""
@@ -99,9 +101,10 @@ class Rollout(torch.nn.Module):
             rotary = (cos[..., start:end, :], sin[..., start:end, :])
             # With a mask, attention may store copies of all keys and values, such as repeated or unpadded ones. Ranks
             # that agree on the number of passes gather inside them, so they must also recompute the same ones.
-            small = end == start + 1 and mask is None and num_passes is None
-            recompute = self.recompute and not small
-            hidden.append(self.one_pass(inputs, past, rotary, mask, recompute=recompute))
+            column = end == start + 1
+            recompute = self.recompute and not (column and mask is None and num_passes is None)
+            deferred = column and start > 0
+            hidden.append(self.one_pass(inputs, past, rotary, mask, recompute=recompute, deferred=deferred))
             self.check_cache(past, end)
 
         hidden_states = torch.cat(hidden, dim=1)
@@ -115,10 +118,11 @@ class Rollout(torch.nn.Module):
         mask: torch.Tensor | None,
         *,
         recompute: bool,
+        deferred: bool,
     ) -> torch.Tensor:
         """Inputs [B, Q, D] -> final-normed hidden states [B, Q, D]; appends this pass's part to every layer's past."""
-        for layer, parts in zip(self.layers, past, strict=True):
-            arguments = (layer, hidden, tuple(parts), position_embeddings, mask)
+        for layer, parts, gradients in zip(self.layers, past, self.deferred, strict=True):
+            arguments = (layer, hidden, tuple(parts), position_embeddings, mask, gradients if deferred else [])
             if recompute:
                 # No layer draws random numbers, whose state would be read from the device in each layer and pass.
                 hidden, key_value = checkpoint(run_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -162,16 +166,18 @@ def run_layer(
     past: Sequence[KeyValue],
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor | None,
+    deferred: Sequence[DeferredGradient],
     *,
     remade: bool = False,
 ) -> tuple[torch.Tensor, KeyValue]:
     """One decoder layer over [B, Q, D] and its past parts -> its output and this pass's keys and values.
 
     Args:
+        deferred: of which the gradient is left for later, see `DeferredGradient`.
         remade: see `Remade`; activation checkpointing stores nothing in any case.
     """
     cache = PartsCache(past)
-    with remade_hooks(layer, cache) if remade else nullcontext():
+    with deferring(deferred), remade_hooks(layer, cache) if remade else nullcontext():
         output = layer(
             hidden, attention_mask=mask, position_embeddings=position_embeddings, past_key_values=cache, use_cache=True
         )

@@ -6,10 +6,13 @@ import pytest
 import torch
 from micro_batch import losses_of, stored_bytes
 from random_samples import ragged_batch, random_sample
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirage_ds.data.collate import collate
 from mirage_ds.model.parts_cache import KeyValue, PartsCache
 from mirage_ds.model.rollout import Rollout
+
+aten = torch.ops.aten
 
 
 def plain_losses(model, samples, stage: str) -> tuple[float, float]:
@@ -114,3 +117,32 @@ def test_stored_bytes_do_not_grow_with_the_number_of_passes(make_model) -> None:
     few, many = bytes_of_one_row(model, 2), bytes_of_one_row(model, 8)
     assert many <= 1.05 * few, (few, many)
     assert bytes_of_one_row(make_model("stage2", recompute=False), 8) > 1.5 * many
+
+
+class WeightGradients(TorchDispatchMode):
+    """Counts the tensors of a shape that are made."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.count += func.overloadpacket in (aten.mm, aten.add, aten.addmm) and output.shape == self.shape
+        return output
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "stored"])
+def test_gradients_of_weights_are_made_as_often_for_any_number_of_latents(make_model, recompute: bool) -> None:
+    """Passes of one column share one. For each pass, a large weight's gradient would be written and added."""
+    model = make_model("stage2", recompute=recompute)
+    counts = []
+    for latent_size in (2, 8):
+        batch = collate(ragged_batch(5, 1, stage="stage2", latent_sizes=[latent_size]), align_latents=True)
+        loss = model(batch).loss
+        with WeightGradients(model.rollout.layers[0].mlp.down_proj.weight.shape) as made:
+            loss.backward()
+        counts.append(made.count)
+    layers = len(model.rollout.layers)
+    # In each layer: of the first and of the last pass, their sum, and the one of all passes between added to it.
+    assert counts == [4 * layers, 4 * layers]
