@@ -1,6 +1,6 @@
 """Collates encoded samples to a Batch: padding, alignment of latents, positions of images, latents and targets."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -22,34 +22,42 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool) -> Batch:
     """
     leads = [_lead(sample) if align_latents else 0 for sample in samples]
     starts = [max(leads) - lead for lead in leads]
-    ends = [start + len(sample.input_ids) for start, sample in zip(starts, samples, strict=True)]
-    shape = (len(samples), max(ends))
-    bounds = enumerate(zip(starts, ends, strict=True))
-    places = torch.cat([torch.arange(row * shape[1] + start, row * shape[1] + end) for row, (start, end) in bounds])
+    places = [torch.arange(start, start + len(each.input_ids)) for start, each in zip(starts, samples, strict=True)]
+    length = max(int(columns[-1]) for columns in places) + 1
+    return lay_out(samples, [row * length + columns for row, columns in enumerate(places)], (len(samples), length))
 
-    def lay_out(rows: Sequence[torch.Tensor], fill: int | bool) -> torch.Tensor:
+
+def lay_out(samples: Sequence[EncodedSample], places: Sequence[torch.Tensor], shape: tuple[int, int]) -> Batch:
+    """A Batch of these rows and columns.
+
+    Args:
+        places: flat positions in [B * L] of each sample's tokens, ascending; all others are padding.
+        shape: B, L.
+    """
+    place = torch.cat(list(places))
+
+    def laid(tokens: Sequence[torch.Tensor], fill: int | bool) -> torch.Tensor:
         """[..., tokens] of each sample -> [..., B, L]."""
-        tokens = torch.cat(list(rows), dim=-1)
-        laid = tokens.new_full((*tokens.shape[:-1], shape[0] * shape[1]), fill)
-        laid[..., places] = tokens
-        return laid.unflatten(-1, shape)
+        joined = torch.cat(list(tokens), dim=-1)
+        flat = joined.new_full((*joined.shape[:-1], shape[0] * shape[1]), fill)
+        flat[..., place] = joined
+        return flat.unflatten(-1, shape)
 
-    latent_mask = lay_out([sample.latent_mask for sample in samples], False)
-    labels = lay_out([sample.labels for sample in samples], IGNORE_INDEX)
-    # A token is predicted by the output one position before it, so the first column has no prediction.
-    supervised = labels[:, 1:] != IGNORE_INDEX
-    target_rows = _flat(torch.nn.functional.pad(supervised, (0, 1)))
-    target_ids = labels[:, 1:][supervised]
-    target_weights = _row_means(supervised)
+    # A token is predicted by the output at the token before it in its sample, so a first one has no prediction.
+    supervised = [each.labels[1:] != IGNORE_INDEX for each in samples]
+    target_rows = _join(columns[:-1][mask] for columns, mask in zip(places, supervised, strict=True))
+    target_ids = _join(each.labels[1:][mask] for each, mask in zip(samples, supervised, strict=True))
+    target_weights = _means(supervised)
     if not len(target_rows):  # the loss head is still entered, with weight 0
         target_rows, target_ids, target_weights = torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1)
 
+    latents = [each.latent_mask for each in samples]
+    latent_mask = laid(latents, False)
     cached = [sample.cached_targets for sample in samples if sample.cached_targets is not None]
-    has_cached = torch.tensor([sample.cached_targets is not None for sample in samples])
-    is_cached = has_cached[:, None].expand_as(latent_mask)[latent_mask]
+    has_cached = [each.cached_targets is not None for each in samples]
+    is_cached = _join(mask[mask] & known for mask, known in zip(latents, has_cached, strict=True))
 
-    pixels = [sample.pixel_values for sample in samples] + [sample.pixel_values_latent for sample in samples]
-    pixel_values = torch.cat(pixels)
+    pixel_values = torch.cat([each.pixel_values for each in samples] + [each.pixel_values_latent for each in samples])
     input_grids = _merged([sample.image_grid_thw for sample in samples])
     helper_grids = _merged([sample.image_grid_thw_latent for sample in samples])
     image_grids = input_grids + helper_grids
@@ -57,16 +65,17 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool) -> Batch:
         image_grids = [DUMMY_GRID]
         pixel_values = pixel_values.new_zeros((CELL_PATCHES, pixel_values.shape[1]))
 
+    is_token = laid([torch.ones_like(each.latent_mask) for each in samples], False)
     return Batch(
-        input_ids=lay_out([sample.input_ids for sample in samples], 0),
-        position_ids=lay_out([sample.position_ids for sample in samples], 0),
-        attention_mask=lay_out([torch.ones_like(sample.latent_mask) for sample in samples], False),
-        left_padded=any(starts),
+        input_ids=laid([sample.input_ids for sample in samples], 0),
+        position_ids=laid([sample.position_ids for sample in samples], 0),
+        attention_mask=is_token,
+        left_padded=bool((is_token[:, 1:] & ~is_token[:, :-1]).any()),
         latent_mask=latent_mask,
         latent_columns=latent_mask.any(dim=0).nonzero().flatten().tolist(),
-        image_rows=_flat(lay_out([sample.image_mask for sample in samples], False)),
-        latent_rows=_flat(latent_mask),
-        latent_weights=_row_means(latent_mask),
+        image_rows=_join(columns[each.image_mask] for columns, each in zip(places, samples, strict=True)),
+        latent_rows=_join(columns[mask] for columns, mask in zip(places, latents, strict=True)),
+        latent_weights=_means(latents),
         target_rows=target_rows,
         target_ids=target_ids,
         target_weights=target_weights,
@@ -95,11 +104,11 @@ def _lead(sample: EncodedSample) -> int:
     return int(latents[0]) if len(latents) else sample.prompt_length
 
 
-def _flat(mask: torch.Tensor) -> torch.Tensor:
-    """[B, L] -> positions of the True entries in the flattened sequence."""
-    return mask.flatten().nonzero().flatten()
+def _join(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """What each sample has, one after the other."""
+    return torch.cat(list(parts))
 
 
-def _row_means(mask: torch.Tensor) -> torch.Tensor:
-    """For each True entry of [B, L], 1 / (True entries of its row): the weights of a mean."""
-    return (1.0 / mask.sum(dim=1, keepdim=True)).expand_as(mask)[mask]
+def _means(masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """For each True entry of each sample's mask, 1 / (True entries of that mask): the weights of a mean."""
+    return torch.cat([(1.0 / mask.sum()).expand(int(mask.sum())) for mask in masks])
