@@ -96,7 +96,7 @@ def times(found: "Estimate") -> list[tuple[str, str]]:
     time = found.time
     if time is None or found.samples_per_day is None:
         return [("seconds per step", "no estimate with offload")]
-    waiting_s = max(0.0, time.step_s - time.compute_s - time.single_columns_s - time.update_s)  # not minus rounding
+    waiting_s = max(0.0, time.step_s - time.compute_s - time.passes_s - time.update_s)  # not minus rounding
     epochs, best = found.epochs_per_day, found.fastest
     return [
         ("seconds per step", f"{time.step_s:.2f}"),
@@ -119,7 +119,8 @@ def assumptions(config: Config, found: "Estimate") -> list[str]:
         f"model        {config.model.path}: {sum(found.sizes.all) / 1e9:.2f} G elements, {config.train.stage}, "
         f"{config.train.dtype}",
         f"rows         {samples} samples; {mean.tokens} tokens and {mean.patches} patches on average, at most "
-        f"{largest.tokens} and {largest.patches} ({found.rows.source})",
+        f"{largest.tokens} and {largest.patches} ({found.rows.source}); latents that are fed back: {mean.latents} on "
+        f"average, at most {largest.latents}",
         f"assumed      {COMPUTE_EFFICIENCY:.0%} of the peak rate, {MEMORY_EFFICIENCY:.0%} of the memory bandwidth, "
         f"{LINK_EFFICIENCY:.0%} of NVLink's and the network's, {USABLE:.0%} of the memory (mirage_ds/sizing/gpus.py)",
         "checked      on a small CPU run (10%): parameters, optimizer states, gradients, logits, kept activations",
