@@ -56,9 +56,9 @@ def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
 
 
 def costliest_first(rows: Workload, cost: Callable[[Row], int], config: Config) -> list[int]:
-    """Sample numbers by their costs. Where rows are aligned at their latent blocks, each is padded to all others: first
-    come those with the largest n-th block, and the longest n-th stretch before a block or at the end, and of these the
-    one that, beside those that are taken, makes a row the costliest."""
+    """Sample numbers by their costs. Where rows are aligned at their latent blocks, each is padded to all others, and
+    those come first that make this row the costliest: for each place, the one with the largest block or the longest
+    stretch there. As there may be more of them than a micro-batch has rows, those that matter least are the last."""
     by_cost = sorted(range(len(rows.rows)), key=lambda number: cost(rows.rows[number]), reverse=True)
     if config.train.stage != "stage2" or config.train.micro_batch_size == 1:
         return by_cost
@@ -68,13 +68,14 @@ def costliest_first(rows: Workload, cost: Callable[[Row], int], config: Config) 
         [shape.stretches[-1:] for shape in rows.shapes],
     ]
     places = [place for part in parts for place in zip_longest(*part, fillvalue=0)]
-    largest = {max(by_cost, key=place.__getitem__) for place in places}
-    taken: list[int] = []
-    while largest:
-        following = max(largest, key=lambda number: cost(aligned([rows.shapes[each] for each in (*taken, number)]).row()))
-        largest.remove(following)
-        taken.append(following)
-    return list(dict.fromkeys([*taken, *by_cost]))
+    largest = list(dict.fromkeys(max(by_cost, key=place.__getitem__) for place in places))
+    least: list[int] = []
+    while len(largest) > 1:
+        without = {number: [each for each in largest if each != number] for number in largest}
+        following = max(largest, key=lambda number: cost(aligned([rows.shapes[each] for each in without[number]]).row()))
+        largest = without[following]
+        least.append(following)
+    return list(dict.fromkeys([*largest, *reversed(least), *by_cost]))
 
 
 def take(config: Config, start: Start, numbers: Iterable[int]) -> Batch:

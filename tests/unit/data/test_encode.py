@@ -324,6 +324,25 @@ def test_positions_are_those_of_transformers(sides: list[tuple[int, int]], texts
     assert torch.equal(mrope_positions(image_mask, grid_thw, merge_size=2), expected[:, 0])
 
 
+@pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])
+def test_the_length_that_is_compared_is_that_of_the_stage(tmp_path: Path, stage: Stage) -> None:
+    """Of a row with two blocks of its own K: its length is allowed, one token less is not."""
+    folder = write_rows(tmp_path / "rows", 1).parent
+    row = make_row(0) | {"image_output": ["images/0_1.png"] * 2, "latent_size": [2, 7]}
+    row["text_output"] = "<think> a map </think><output_image> and another <output_image> So \\boxed{A}."
+    write_tiny(write_jsonl(folder / "rows.jsonl", [row]), tmp_path / "model", seed=0)
+    build(folder / "rows.jsonl", tmp_path / "shards", maxcount=3, maxsize=10**9)
+    shards = load_manifest(tmp_path / "shards")
+    encoder = load_encoder(str(tmp_path / "model"), stage=stage, latent_size=4)
+    encoded = encoder(SampleReader(shards)(0))
+    assert int(encoded.latent_mask.sum()) == (0 if stage == "text" else 2 + 7)
+    encoder.max_length = len(encoded.input_ids)
+    check_lengths(encoder, shards)
+    encoder.max_length -= 1
+    with pytest.raises(DataError, match=rf"data\.max_length={encoder.max_length}: 1 .* with {len(encoded.input_ids)};"):
+        check_lengths(encoder, shards)
+
+
 def test_longer_samples_are_found_before_the_run(tmp_path: Path) -> None:
     """Only the index and the texts near the limit are read; the lengths are those that the encoder gives."""
     rows = [make_row(number) for number in range(8)]
