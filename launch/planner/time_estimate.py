@@ -21,9 +21,9 @@ from mirage_ds.zero3.engine import choose_gather
 # Bytes that AdamW reads and writes per element: DeepSpeed's copy of the gradient (4 + 4) and its use (4), the master
 # weight and two moments (24), the weight (2).
 UPDATE_BYTES = 38
-# How often all weights of the layers are read, or gradients of that size are read or written: by a pass of one column in
-# forward, and in backward to its input (once more if the layers are recomputed); by the sum of the gradients of two
-# longer passes; and once for all passes of one column, whose gradient is added to that sum by one matrix product.
+# How often all weights of the layers are read, or gradients of that size are read or written: by each pass of one
+# column in forward, and in backward to its input (once more if the layers are recomputed); by each sum of the gradients
+# of two longer passes; and by the one matrix product of all passes of one column, which is added to that sum.
 COLUMN_ACCESSES, SUM_ACCESSES, PRODUCT_ACCESSES = 2, 3, 2
 
 

@@ -32,7 +32,12 @@ class Choice:
 
 
 def choose(
-    sizes: ModelSizes, config: Config, deepspeed_config: dict[str, Any], rows: Workload, world_size: int, limit_bytes: int
+    sizes: ModelSizes,
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    rows: Workload,
+    world_size: int,
+    limit_bytes: int,
 ) -> Choice:
     """The largest candidate that fits; 1 if none does, as the formulas have upper bounds and the dry run has not.
 

@@ -72,7 +72,9 @@ def costliest_first(rows: Workload, cost: Callable[[Row], int], config: Config) 
     least: list[int] = []
     while len(largest) > 1:
         without = {number: [each for each in largest if each != number] for number in largest}
-        following = max(largest, key=lambda number: cost(aligned([rows.shapes[each] for each in without[number]]).row()))
+        following = max(
+            largest, key=lambda number: cost(aligned([rows.shapes[each] for each in without[number]]).row())
+        )
         largest = without[following]
         least.append(following)
     return list(dict.fromkeys([*largest, *reversed(least), *by_cost]))

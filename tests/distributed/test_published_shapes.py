@@ -1,7 +1,7 @@
 """Rows of the shape of Monet-SFT-125K and of Zebra-CoT, made by hand: from JSONL through both stages to decoding.
 
-Of the first: an answer with several helper images and text between them, `<observation>` marks what is read from one. Of
-the second: several problem images in the question, and a trace under headings `THOUGHT n:` with its own images.
+Of the first: an answer with several helper images and text between them; `<observation>` marks what is read from one.
+Of the second: several problem images in the question, and a trace under headings `THOUGHT n:` with its own images.
 """
 
 import json
@@ -35,7 +35,7 @@ CONFIGURED, STEPS = 3, 4
 MONET = [
     {
         "text_input": "<image>\nWhich shop has the lower price for the red cup?",
-        "text_output": "I look closer at the left sign. <output_image><observation>The left sign says 12.</observation> "
+        "text_output": "I look closer at the left sign. <output_image><observation>It says 12.</observation> "
         "Now the right sign. <output_image><observation>It says 9.</observation> The right shop is cheaper. "
         "\\boxed{right}",
         "image_input": [(5, 3)],
@@ -60,7 +60,7 @@ MONET = [
 ZEBRA = [
     {
         "text_input": "Here are two views of one solid. <image> <image> How many cubes has it?",
-        "text_output": "THOUGHT 0: I draw the lowest layer. <output_image> THOUGHT 1: Four cubes; then the layer above. "
+        "text_output": "THOUGHT 0: I draw the lowest layer. <output_image> THOUGHT 1: Four cubes; the layer above. "
         "<output_image> THOUGHT 2: Two more. <output_image> THOUGHT 3: One cube is on top. <output_image> In all 7.",
         "image_input": [(3, 2), (2, 3)],
         "image_output": [(2, 2), (2, 3), (3, 2), (2, 2)],
@@ -166,7 +166,7 @@ def samples(trained: Trained) -> Iterator[tuple[Sample, EncodedSample]]:
 
 
 def test_the_export_decodes_all_blocks_as_it_was_trained(trained: Trained) -> None:
-    """Made to write each row's answer, decoding has its blocks, and the log-probabilities are minus stage 2's losses."""
+    """Made to write a row's answer, decoding has its blocks, and its log-probabilities are minus stage 2's losses."""
     decoder, encoder = load_decoder(
         str(trained.export), latent_size=max(map(max, SIZES)), latent_end="model", dtype=torch.float32
     )

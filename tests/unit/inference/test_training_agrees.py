@@ -6,7 +6,6 @@ Answers of any number of blocks, of K states or of as many as the model chose.
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 
 import pytest
 import torch

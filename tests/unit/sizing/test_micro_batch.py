@@ -57,7 +57,9 @@ def test_rows_of_stage_2_are_padded_to_each_other() -> None:
     def needed(row: Row) -> int:
         return estimate_memory(sizes, recipe(2), settings, row, RANKS).peak
 
-    assert needed(rows.aligned) == needed(Shape((6000, 6000), (4,), targets=100, patches=400).row()) > needed(rows.largest)
+    assert (
+        needed(rows.aligned) == needed(Shape((6000, 6000), (4,), targets=100, patches=400).row()) > needed(rows.largest)
+    )
     for limit_bytes, size in ((needed(rows.aligned), 2), (needed(rows.aligned) - 1, 1)):
         assert micro_batch.choose(sizes, config, settings, rows, RANKS, limit_bytes).size == size
 

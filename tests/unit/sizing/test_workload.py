@@ -2,10 +2,10 @@
 
 from itertools import pairwise, product
 
-import golden_set
 import pytest
 from random_samples import random_sample
 from row_shapes import shape_of
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mirage_ds.config import Config
 from mirage_ds.data.alignment import aligned_columns, num_columns
@@ -90,12 +90,12 @@ def measured(stage: str, each: IndexEntry, max_length: int | None = None) -> Sha
     config = Config.model_validate(
         {
             "run": {"dir": "unused"},
-            "model": {"path": golden_set.MODEL, "latent_size": 4},
+            "model": {"path": "unused", "latent_size": 4},
             "data": {"shards": "unused", "max_length": max_length},
             "train": {"stage": stage, "max_steps": 1, "warmup_steps": 0},
         }
     )
-    return measure(each, config, ImageProcessor.load(golden_set.MODEL, None))
+    return measure(each, config, ImageProcessor(Qwen2VLImageProcessorPil()))
 
 
 def test_each_stage_has_the_columns_of_its_latents() -> None:
