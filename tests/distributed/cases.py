@@ -68,7 +68,7 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
             add(2, f"{gather}-{name}", "stage2", config="logged", steps=steps, latent_sizes=sizes, settings=settings)
     for tied, gather in (("untied", "rollout"), ("tied", "layer")):
         for ranks in (1, 2):
-            settings = {"model": {"gather": gather}}
+            settings = {"model": {"gather": gather}, "train": slow}
             shape = {"micro_batch": 2, "accumulation": 2 // ranks, "steps": BLOCKS_STEPS, "latent_sizes": BLOCKS}
             add(ranks, f"blocks-{tied}-{ranks}", "stage2", model=tied, settings=settings, **shape)
     sizes = GATHER_SIZES["alternating"]

@@ -74,7 +74,9 @@ def test_any_cut_gives_the_losses_of_the_plain_loop(
 def test_several_blocks(outcome: Outcomes, models: dict[str, str], tied: str, ranks: int) -> None:
     """Stage 2, rows of 0 to 3 blocks of K 2 and 8. Untied, ranks make different numbers of passes; tied, they gather
     layer by layer and agree on one."""
-    expected = plain(models[tied], "stage2", "blocks", BLOCKS_STEPS, 4, tuple(rates(BLOCKS_STEPS)))
+    # The method's own rate, as below.
+    lrs = tuple(rates(BLOCKS_STEPS, lr=1e-5, lr_decay="constant"))
+    expected = plain(models[tied], "stage2", "blocks", BLOCKS_STEPS, 4, lrs)
     result = outcome(f"blocks-{tied}-{ranks}")
     assert result.losses == pytest.approx(expected["losses"], rel=1e-4)
     assert [record["grad_norm"] for record in result.records] == pytest.approx(expected["grad_norms"], rel=1e-3)
