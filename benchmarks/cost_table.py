@@ -119,7 +119,8 @@ def measure_group(
 
 def way_loss(way: Way, hf: Any, stage: Stage, rows: Sequence[EncodedSample]) -> Callable[[], torch.Tensor]:
     """What computes the loss of the first rows."""
-    config = make_config(stage, way.rows, rows[0].latent_size, "fp32", recompute=way.name == "recomputed")
+    latent_size = max(rows[0].latent_sizes, default=1)
+    config = make_config(stage, way.rows, latent_size, "fp32", recompute=way.name == "recomputed")
     if way.name == "reference":
         return lambda: reference_loss(hf, rows[0], stage, config.train.text_weight)
     model = make_model(hf, "sdpa", config)

@@ -60,7 +60,8 @@ def input_embeds(hf: Any, row: EncodedSample) -> torch.Tensor:
 def pooled_helper(hf: Any, row: EncodedSample) -> torch.Tensor:
     """[K, D]: the means of K runs of the helper image's embeddings, the remainder dropped."""
     patches = encode_images(hf.model.visual, row.pixel_values_latent, row.image_grid_thw_latent)
-    return patches[: len(patches) // row.latent_size * row.latent_size].unflatten(0, (row.latent_size, -1)).mean(dim=1)
+    (size,) = row.latent_sizes
+    return patches[: len(patches) // size * size].unflatten(0, (size, -1)).mean(dim=1)
 
 
 def encode_images(visual: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from mirage_ds.model.mirage import MirageModel
 from mirage_ds.sizing.flops import batch_load, work_of
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.model_sizes import ModelSizes, count
-from mirage_ds.sizing.workload import Row
+from mirage_ds.sizing.workload import Shape
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
 LAYERS, FULL_DEPTH = (4, 8), 28
@@ -137,14 +137,14 @@ def step_of(model: MirageModel, batch: Batch) -> Step:
 def planned_bytes(sizes: ModelSizes, config: Config, batch: Batch) -> int:
     """Memory of a step above weights and gradients: what forward stores, logits, gradients before they are added."""
     rows, columns = batch.input_ids.shape
-    lead = batch.latent_columns[0] if batch.latent_columns else columns
-    row = Row(
-        tokens=columns,
-        lead=lead,
-        rest=columns - lead,
+    latents = len(batch.latent_columns) if config.train.stage == "stage2" else 0
+    lead = batch.latent_columns[0] if latents else columns
+    row = Shape(
+        stretches=(lead, columns - lead - latents) if latents else (lead,),
+        latent_sizes=(latents,) if latents else (),
         targets=len(batch.target_rows) // rows,
         patches=len(batch.pixel_values) // rows,
-    )
+    ).row()
     memory = estimate_memory(sizes, config, resolve_deepspeed_config(config), row, world_size=1)
     return memory.activations + memory.logits + memory.full_gradients
 

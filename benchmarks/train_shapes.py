@@ -145,7 +145,7 @@ def make_row(seed: int, shape: RowShape, vocab: int, stage: Stage) -> EncodedSam
         image_grid_thw=grid_thw,
         pixel_values_latent=torch.randn(helpers * patches, PATCH_VALUES, generator=draw),
         image_grid_thw_latent=grid_thw[:helpers],
-        latent_size=shape.latent_size,
+        latent_sizes=[latents] if latents else [],
     )
 
 

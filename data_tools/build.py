@@ -138,6 +138,7 @@ def facts_of(sample: Sample, where: str) -> dict[str, Any]:
         "answer_chars": len(sample.text_output),
         "image_blocks": num_image_blocks(sample.text_input, len(sample.input_images)),
         "latent_blocks": num_latent_blocks(sample.text_output, len(sample.helper_images)),
+        "latent_sizes": list(sample.latent_sizes) or None,
     }
 
 

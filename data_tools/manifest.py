@@ -30,7 +30,9 @@ def scan_shard(path: Path) -> list[tuple[str, int, int]]:
 
 def write_manifest(folder: Path, shards: Sequence[Shard], index: Iterable[IndexEntry]) -> Manifest:
     """Writes index.jsonl and manifest.json to a folder of finished shards; equal contents give equal bytes."""
-    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in index).encode("ascii")
+    # Without what is None: rows without a latent_size give the index, and so the digest, that they always gave.
+    facts = ({name: value for name, value in asdict(entry).items() if value is not None} for entry in index)
+    lines = "".join(json.dumps(fact) + "\n" for fact in facts).encode("ascii")
     (folder / INDEX_NAME).write_bytes(lines)
     manifest = Manifest(
         format_version=FORMAT_VERSION,

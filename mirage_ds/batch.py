@@ -18,14 +18,15 @@ Grid = tuple[int, int]  # rows and columns of an image's merged patches
 class Batch:
     """One micro-batch of one rank.
 
-    Rows are padded left so that their latent blocks start in one column (stage 2) and right to one length. Positions
-    in the flattened [B * L] sequence locate images, latents and targets, so the model needs no token ids for that.
+    Rows are padded to one length: on the right, and in stage 2 also before their blocks, which then start in the same
+    columns. Positions in the flattened [B * L] sequence locate images, latents and targets, so the model needs no token
+    ids for that. The position before a latent is that of the token before it.
     """
 
     input_ids: torch.Tensor  # [B, L] int64
     position_ids: torch.Tensor  # [3, B, L] int64: time, height, width of each token
     attention_mask: torch.Tensor  # [B, L] bool: False at padding
-    left_padded: bool  # whether any row is padded on the left
+    left_padded: bool  # whether any row has padding before one of its tokens
     latent_mask: torch.Tensor  # [B, L] bool: True at <|latent_pad|>
     latent_columns: list[int]  # columns in which any row has a latent, ascending
     image_rows: torch.Tensor  # [merged patches of input images] int64: flat positions of their embeddings, in order
@@ -37,7 +38,7 @@ class Batch:
     pixel_values: torch.Tensor  # [P, 1176] float32: patches of all input images, then of all helper images; P >= 4
     image_grids: list[Grid]  # [N], input images first
     helper_grids: list[Grid]  # of the helper images (stage 1), else empty
-    latent_sizes: list[int]  # K of each helper image (stage 1), else empty
+    latent_sizes: list[int]  # K of each of the helper images
     target_slots: list[int]  # of each helper image, where the target cache keeps its targets; empty without a cache
     cached_targets: torch.Tensor  # [C, D + 1] float32: targets and inverse norms of latents, from the target cache
     latent_order: torch.Tensor  # [M] int64: place of each latent among those of helper images, then the cached ones

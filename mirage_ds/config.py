@@ -55,7 +55,7 @@ class ModelConfig(Section):
     cache_dir: UserPath | None = None
     """Folder for downloads from the hub; unset: the Hugging Face default."""
     latent_size: PositiveInt = 4
-    """K: latent tokens per helper image."""
+    """K: latent tokens per helper image, for rows without a `latent_size` of their own."""
     compress_strategy: CompressStrategy = "average"
     """How a helper image's patch embeddings are pooled to K targets. `average`: means of K equal segments, the
     remainder dropped, as in the reference; `average_all`: means of K segments, no patch dropped; `grid`: means of the

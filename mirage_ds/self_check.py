@@ -181,5 +181,5 @@ def tiny_sample(prompt: list[int], answer: list[int]) -> EncodedSample:
         image_grid_thw=grids,
         pixel_values_latent=torch.zeros(0, PATCH_VALUES),
         image_grid_thw_latent=torch.zeros(0, 3, dtype=torch.int64),
-        latent_size=answer.count(IDS.latent_pad),
+        latent_sizes=[latents] if (latents := answer.count(IDS.latent_pad)) else [],
     )

@@ -11,7 +11,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 Sample = dict[str, Any]
 """input_ids, labels [L]; latent_mask, image_mask [L] bool; pixel_values [P, 1176]; image_grid_thw [n, 3];
-pixel_values_latent, image_grid_thw_latent: of the helper image, or empty; latent_size."""
+pixel_values_latent, image_grid_thw_latent: of the helper images, or empty; latent_sizes: K of each latent block."""
 
 
 def positions(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
@@ -29,11 +29,14 @@ def images(model: torch.nn.Module, pixel_values: torch.Tensor, grids: torch.Tens
 
 
 def targets(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
-    """Means of K equal runs of patches, the remainder dropped: [K, D]."""
-    patches = images(model, sample["pixel_values_latent"], sample["image_grid_thw_latent"])
-    size = sample["latent_size"]
-    group = len(patches) // size
-    return torch.stack([patches[k * group : (k + 1) * group].mean(0) for k in range(size)])
+    """Of each helper image, the means of K equal runs of patches, the remainder dropped: [latents of all blocks, D]."""
+    grids = sample["image_grid_thw_latent"]
+    helpers = images(model, sample["pixel_values_latent"], grids).split((grids.prod(dim=1) // 4).tolist())
+    means = []
+    for patches, size in zip(helpers, sample["latent_sizes"], strict=True):
+        group = len(patches) // size
+        means += [patches[k * group : (k + 1) * group].mean(0) for k in range(size)]
+    return torch.stack(means)
 
 
 def hidden_states(model: torch.nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Random encoded samples for the golden set's small model: ragged in every way that real rows are."""
 
+from collections.abc import Sequence
+
 import torch
 
 from mirage_ds.data.encode import EncodedSample
@@ -13,12 +15,17 @@ def random_sample(
     seed: int,
     *,
     stage: str,
-    latent_size: int = 4,
+    latent_size: int | Sequence[int] = 4,
     images: int = 1,
     latents: bool = True,
     labels: bool = True,
 ) -> EncodedSample:
-    """A question of text and images, an answer of text, a latent block and text; sizes drawn from the seed."""
+    """A question of text and images, an answer of text, latent blocks and text between; sizes drawn from the seed.
+
+    Args:
+        latent_size: K of the latent block, or of each.
+        latents: whether the answer has latents.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def number(low: int, high: int) -> int:
@@ -31,13 +38,15 @@ def random_sample(
     prompt = text(3, 8)
     for _, height, width in grids:
         prompt += [3, *[IMAGE] * (height * width // 4), 4, *text(1, 3)]
-    latents = latents and stage != "text"
-    block = [START, *[PAD] * latent_size, END] if latents else []
-    input_ids = torch.tensor(prompt + text(1, 6) + block + text(2, 8))
+    sizes = [latent_size] if isinstance(latent_size, int) else list(latent_size)
+    sizes = sizes if latents and stage != "text" else []
+    answer = text(1, 6)
+    for block, size in enumerate(sizes):
+        answer += (text(1, 6) if block else []) + [START, *[PAD] * size, END]
+    input_ids = torch.tensor(prompt + answer + text(2, 8))
     latent_mask, image_mask = input_ids == PAD, input_ids == IMAGE
     supervised = (torch.arange(len(input_ids)) >= len(prompt)) & ~latent_mask if labels else torch.zeros(1).bool()
-    helper = latents and stage == "stage1"
-    helper_grid = [[1, 6, 2 * number(4, 6)]] if helper else []
+    helper_grid = [[1, 6, 2 * number(4, 6)] for _ in sizes] if stage == "stage1" else []
     return EncodedSample(
         key=f"random {seed}",
         input_ids=input_ids,
@@ -50,7 +59,7 @@ def random_sample(
         image_grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         pixel_values_latent=torch.randn(sum(h * w for _, h, w in helper_grid), PATCH_VALUES, generator=draw),
         image_grid_thw_latent=torch.tensor(helper_grid, dtype=torch.int64).reshape(-1, 3),
-        latent_size=latent_size,
+        latent_sizes=sizes,
     )
 
 
@@ -70,8 +79,10 @@ def positions(prompt: list[int], grids: list[list[int]], length: int) -> torch.T
     return torch.tensor(columns).T
 
 
-def ragged_batch(seed: int, size: int, *, stage: str, latent_sizes: list[int] | None = None) -> list[EncodedSample]:
-    """A global batch; `latent_sizes` gives each sample its K, and every sample its latents and labels.
+def ragged_batch(
+    seed: int, size: int, *, stage: str, latent_sizes: Sequence[int | Sequence[int]] | None = None
+) -> list[EncodedSample]:
+    """A global batch; `latent_sizes` gives each sample its K, or that of each of its blocks, and every sample labels.
 
     Without it, samples lack images, latents or labels at random.
     """

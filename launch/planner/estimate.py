@@ -14,9 +14,9 @@ from mirage_ds.sizing.memory import Memory, estimate_memory, offloads
 from mirage_ds.sizing.micro_batch import candidates, choose, setting_of, with_micro_batch
 from mirage_ds.sizing.model_sizes import ModelSizes, model_sizes
 from mirage_ds.sizing.savings import savings
-from mirage_ds.sizing.workload import Workload, workload
+from mirage_ds.sizing.workload import Row, Workload, workload
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
-from mirage_ds.zero3.engine import GIB
+from mirage_ds.zero3.engine import GIB, choose_gather
 
 MAX_NODES = 64  # that advice may suggest
 
@@ -92,14 +92,20 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
     saved_bytes = checkpoint_bytes(sizes, config)
     limit_bytes = int(card.memory_bytes * USABLE)
     if config.train.micro_batch_size_per_gpu == "auto":
-        choice = choose(sizes, config, deepspeed_config, rows.largest, world_size, limit_bytes)
+        choice = choose(sizes, config, deepspeed_config, rows, world_size, limit_bytes)
         config = with_micro_batch(config, choice.size, world_size)
 
     def memory_of(run: Config) -> Memory:
-        return estimate_memory(sizes, run, deepspeed_config, rows.largest, world_size)
+        largest = rows.largest_of(run.train.micro_batch_size)
+        return estimate_memory(sizes, run, deepspeed_config, largest, world_size)
+
+    def row_of(run: Config) -> Row:
+        """Ranks that gather layer by layer make the same passes: as if all their rows were one micro-batch."""
+        alike = choose_gather(run.model, run.train.stage) == "layer"
+        return rows.mean_of(run.train.micro_batch_size * (world_size if alike else 1))
 
     def time_of(run: Config) -> StepTime:
-        return step_time(sizes, run, deepspeed_config, rows.mean, nodes, gpus_per_node, card)
+        return step_time(sizes, run, deepspeed_config, row_of(run), nodes, gpus_per_node, card)
 
     memory = memory_of(config)
     zero = deepspeed_config["zero_optimization"]
@@ -116,7 +122,7 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         memory=memory,
         limit_bytes=limit_bytes,
         offload_bytes=gpus_per_node * offload_bytes(sizes, config, deepspeed_config, world_size),
-        traffic=traffic(sizes, config, deepspeed_config, nodes, gpus_per_node),
+        traffic=traffic(sizes, config, deepspeed_config, row_of(config), nodes, gpus_per_node),
         time=time_of(config) if timed else None,
         samples_per_step=samples_per_step,
         micro_batch_size=config.train.micro_batch_size,
@@ -156,7 +162,8 @@ def find_advice(
 
     def fits(changed: Config, num_nodes: int) -> bool:
         deepspeed_config = resolve_deepspeed_config(changed)
-        memory = estimate_memory(sizes, changed, deepspeed_config, rows.largest, num_nodes * gpus_per_node)
+        largest = rows.largest_of(changed.train.micro_batch_size)
+        memory = estimate_memory(sizes, changed, deepspeed_config, largest, num_nodes * gpus_per_node)
         return memory.peak <= limit_bytes
 
     changes = list(all_savings(config, nodes * gpus_per_node))

@@ -96,7 +96,7 @@ def times(found: "Estimate") -> list[tuple[str, str]]:
     time = found.time
     if time is None or found.samples_per_day is None:
         return [("seconds per step", "no estimate with offload")]
-    waiting_s = max(0.0, time.step_s - time.compute_s - time.single_columns_s - time.update_s)  # not minus rounding
+    waiting_s = max(0.0, time.step_s - time.compute_s - time.passes_s - time.update_s)  # not minus rounding
     epochs, best = found.epochs_per_day, found.fastest
     return [
         ("seconds per step", f"{time.step_s:.2f}"),
@@ -112,6 +112,7 @@ def times(found: "Estimate") -> list[tuple[str, str]]:
 def assumptions(config: Config, found: "Estimate") -> list[str]:
     """How the peak is computed, and the assumptions of the table."""
     largest, mean = found.rows.largest, found.rows.mean
+    fed = f"; {mean.latents} latents fed back on average, at most {largest.latents}" if largest.latents else ""
     samples = "an unknown number of" if found.rows.num_samples is None else str(found.rows.num_samples)
     return [
         "peak         parameters + optimizer states + sharded gradients and bucket + max(optimizer-step buffer, "
@@ -119,7 +120,7 @@ def assumptions(config: Config, found: "Estimate") -> list[str]:
         f"model        {config.model.path}: {sum(found.sizes.all) / 1e9:.2f} G elements, {config.train.stage}, "
         f"{config.train.dtype}",
         f"rows         {samples} samples; {mean.tokens} tokens and {mean.patches} patches on average, at most "
-        f"{largest.tokens} and {largest.patches} ({found.rows.source})",
+        f"{largest.tokens} and {largest.patches} ({found.rows.source}){fed}",
         f"assumed      {COMPUTE_EFFICIENCY:.0%} of the peak rate, {MEMORY_EFFICIENCY:.0%} of the memory bandwidth, "
         f"{LINK_EFFICIENCY:.0%} of NVLink's and the network's, {USABLE:.0%} of the memory (mirage_ds/sizing/gpus.py)",
         "checked      on a small CPU run (10%): parameters, optimizer states, gradients, logits, kept activations",

@@ -3,17 +3,17 @@
 Kernel launches, data loading, logging and saving are not included.
 
 Legend: W ranks on N nodes of G GPUs, n tokens and T supervised tokens of a micro-batch, e bytes of an element,
-D hidden, V vocabulary, K latents.
+D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from mirage_ds.config import Config, Stage
+from mirage_ds.config import Config
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.flops import work
 from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Gpu
-from mirage_ds.sizing.memory import REDUCTION_BYTES, stored_columns
+from mirage_ds.sizing.memory import REDUCTION_BYTES
 from mirage_ds.sizing.model_sizes import ModelSizes
 from mirage_ds.sizing.workload import Row
 from mirage_ds.zero3.engine import choose_gather
@@ -21,9 +21,10 @@ from mirage_ds.zero3.engine import choose_gather
 # Bytes that AdamW reads and writes per element: DeepSpeed's copy of the gradient (4 + 4) and its use (4), the master
 # weight and two moments (24), the weight (2).
 UPDATE_BYTES = 38
-# How often a pass of one column reads or writes all weights of the layers: forward, backward to its input, the weight
-# gradient (written; then read, read and written when it is accumulated); once more if the layers are recomputed.
-WEIGHT_PASSES = 6
+# How often all weights of the layers are read, or gradients of that size are read or written: by each pass of one
+# column in forward, and in backward to its input (once more if the layers are recomputed); by each sum of the gradients
+# of two longer passes; and by the one matrix product of all passes of one column, which is added to that sum.
+COLUMN_ACCESSES, SUM_ACCESSES, PRODUCT_ACCESSES = 2, 3, 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class StepTime:
     """Seconds per optimizer step."""
 
     compute_s: float
-    single_columns_s: float
+    passes_s: float
     communication_s: float
     update_s: float
     step_s: float
@@ -49,21 +50,21 @@ class StepTime:
     """model FLOPs / (step time x peak rate)"""
 
 
-def gathers(stage: Stage, gather: str, latent_size: int) -> float:
-    """How often a micro-step gathers the model.
+def gathers(gather: str, latents: int) -> float:
+    """How often a micro-step gathers the model, with so many latents that are fed back.
 
     Measured in stage 2 with a small model on 2 CPU ranks (tests/distributed/test_sharding.py): 1.0 with `rollout`,
-    which stays gathered from forward to backward by the shipped reuse distance; 4.2, 6.4 and 10.7 with `layer` at
-    K = 2, 4 and 8, which is the line 2.07 + 1.08 K. A single pass with `layer` gathers once in forward and once in
-    backward.
+    which stays gathered from forward to backward by the shipped reuse distance; 4.2, 6.4 and 10.7 with `layer` and
+    2, 4 and 8 latents, which is the line 2.07 + 1.08 latents. A single pass with `layer` gathers once in forward and
+    once in backward.
     """
     if gather == "rollout":
         return 1.0
-    return 2.07 + 1.08 * latent_size if stage == "stage2" else 2.0
+    return 2.07 + 1.08 * latents if latents else 2.0
 
 
 def traffic(
-    sizes: ModelSizes, config: Config, deepspeed_config: dict[str, Any], nodes: int, gpus_per_node: int
+    sizes: ModelSizes, config: Config, deepspeed_config: dict[str, Any], row: Row, nodes: int, gpus_per_node: int
 ) -> Traffic:
     """Per micro-step: gathers x e x all elements + bytes of communication_data_type x trained elements, reduced.
 
@@ -73,7 +74,7 @@ def traffic(
     world_size = nodes * gpus_per_node
     micro_steps = config.train.accumulation_steps(world_size)
     gather = choose_gather(config.model, config.train.stage)
-    count = gathers(config.train.stage, gather, config.model.latent_size)
+    count = gathers(gather, row.latents)
     trained = sizes.all if config.model.train_tower else sizes.language
     gathered = micro_steps * count * DTYPES[config.train.dtype].itemsize * sum(sizes.all)
     reduced = micro_steps * REDUCTION_BYTES[deepspeed_config["communication_data_type"]] * sum(trained)
@@ -98,9 +99,11 @@ def step_time(
     """With `layer`, gathering overlaps with computing: the longer one counts. A rollout is gathered first: their sum.
     (Its gather begins while the tower runs, which is not taken off.)
 
-    compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) + single columns)
-    single columns the K - 1 passes of stage 2 over one column: each accesses all layers' weights in GPU memory
-                   WEIGHT_PASSES times, once more if they are recomputed: of several rows, some are padded on the left
+    compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) + passes)
+    passes         what the row's passes add in stage 2: each one over a single column reads all layers' weights
+                   COLUMN_ACCESSES times, once more if it is recomputed (of several rows, some are padded on the left);
+                   each longer one after the first adds its gradients, SUM_ACCESSES; see also PRODUCT_ACCESSES. Longer
+                   passes are counted by their FLOPs alone, as if reading the weights took no time beside them.
     communication  the slower of NVLink and the network, at LINK_EFFICIENCY
     update         UPDATE_BYTES x trained elements / W over the memory bandwidth
 
@@ -116,22 +119,21 @@ def step_time(
     memory_bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
     compute_s = micro_steps * done.computed / (peak * COMPUTE_EFFICIENCY)
     overlaps = choose_gather(config.model, config.train.stage) == "layer"
-    single_columns_s = 0.0
-    if config.train.stage == "stage2":
-        stored = stored_columns(config) > 0 and config.train.micro_batch_size == 1
-        recomputed = config.model.activation_checkpointing == "full" and not stored
-        uses = WEIGHT_PASSES + recomputed
-        read = uses * sum(sizes.layers) * DTYPES[config.train.dtype].itemsize
-        single_columns_s = micro_steps * (config.model.latent_size - 1) * read / memory_bandwidth
-    moved = traffic(sizes, config, deepspeed_config, nodes, gpus_per_node)
+    stored = not overlaps and config.train.micro_batch_size == 1
+    recomputed = config.model.activation_checkpointing == "full" and not stored
+    accesses = row.single_columns * (COLUMN_ACCESSES + recomputed) + row.blocks * SUM_ACCESSES
+    accesses += PRODUCT_ACCESSES if row.single_columns else 0
+    accessed = micro_steps * accesses * sum(sizes.layers) * DTYPES[config.train.dtype].itemsize
+    passes_s = accessed / memory_bandwidth
+    moved = traffic(sizes, config, deepspeed_config, row, nodes, gpus_per_node)
     communication_s = max(moved.nvlink / gpu.nvlink_bandwidth, moved.network / gpu.network_bandwidth) / LINK_EFFICIENCY
     trained = sizes.all if config.model.train_tower else sizes.language
     update_s = UPDATE_BYTES * sum(trained) / world_size / memory_bandwidth
-    busy_s = compute_s + single_columns_s
+    busy_s = compute_s + passes_s
     step_s = (max(busy_s, communication_s) if overlaps else busy_s + communication_s) + update_s
     return StepTime(
         compute_s=compute_s,
-        single_columns_s=single_columns_s,
+        passes_s=passes_s,
         communication_s=communication_s,
         update_s=update_s,
         step_s=step_s,

@@ -1,10 +1,11 @@
-"""Collates encoded samples to a Batch: padding, alignment of latents, positions of images, latents and targets."""
+"""Collates encoded samples to a Batch: padding, positions of images, latents and targets, weights of the losses."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from mirage_ds.batch import CELL_PATCHES, MERGE_SIZE, Batch, Grid
+from mirage_ds.data.alignment import cheapest_columns, columns_from_left, num_columns
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.tokens import IGNORE_INDEX
 
@@ -17,21 +18,21 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool) -> Batch:
 
     Args:
         samples: B of them.
-        align_latents: pad on the left so that all latent blocks start in one column, which keeps the passes of stage 2
-            at K + 1; otherwise rows start at column 0 and are padded only on the right.
+        align_latents: let latent blocks of several rows share columns where that costs less, for the passes of stage 2;
+            otherwise rows start at column 0.
     """
-    leads = [_lead(sample) if align_latents else 0 for sample in samples]
-    starts = [max(leads) - lead for lead in leads]
-    places = [torch.arange(start, start + len(each.input_ids)) for start, each in zip(starts, samples, strict=True)]
-    length = max(int(columns[-1]) for columns in places) + 1
-    return lay_out(samples, [row * length + columns for row, columns in enumerate(places)], (len(samples), length))
+    columns = cheapest_columns(samples) if align_latents else columns_from_left(samples)
+    length = num_columns(columns)
+    places = [row * length + each for row, each in enumerate(columns)]
+    return lay_out(samples, places, (len(samples), length))
 
 
 def lay_out(samples: Sequence[EncodedSample], places: Sequence[torch.Tensor], shape: tuple[int, int]) -> Batch:
     """A Batch of these rows and columns.
 
     Args:
-        places: flat positions in [B * L] of each sample's tokens, ascending; all others are padding.
+        places: flat positions in [B * L] of each sample's tokens, ascending; all others are padding. A latent must
+            directly follow the token before it, whose output it is, or predicts it.
         shape: B, L.
     """
     place = torch.cat(list(places))
@@ -82,7 +83,7 @@ def lay_out(samples: Sequence[EncodedSample], places: Sequence[torch.Tensor], sh
         pixel_values=pixel_values,
         image_grids=image_grids,
         helper_grids=helper_grids,
-        latent_sizes=[sample.latent_size for sample in samples for _ in sample.image_grid_thw_latent],
+        latent_sizes=[size for sample in samples if len(sample.image_grid_thw_latent) for size in sample.latent_sizes],
         target_slots=[slot for sample in samples for slot in sample.target_slots],
         cached_targets=torch.cat(cached) if cached else torch.zeros(0, 1),
         latent_order=is_cached.argsort(stable=True).argsort(),
@@ -96,12 +97,6 @@ def lay_out(samples: Sequence[EncodedSample], places: Sequence[torch.Tensor], sh
 def _merged(grids: list[torch.Tensor]) -> list[Grid]:
     """Grids [n, 3] of each sample, in patches -> those of all, in merged patches."""
     return [(rows // MERGE_SIZE, columns // MERGE_SIZE) for _, rows, columns in torch.cat(grids).tolist()]
-
-
-def _lead(sample: EncodedSample) -> int:
-    """Columns of a row before its latents, or the prompt's length for a row without latents."""
-    latents = sample.latent_mask.nonzero()
-    return int(latents[0]) if len(latents) else sample.prompt_length
 
 
 def _join(parts: Iterable[torch.Tensor]) -> torch.Tensor:

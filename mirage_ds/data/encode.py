@@ -59,10 +59,10 @@ class EncodedSample:
     image_grid_thw: torch.Tensor  # [N, 3] int64
     pixel_values_latent: torch.Tensor  # [P, 1176] float32: patches of the helper images
     image_grid_thw_latent: torch.Tensor  # [N, 3] int64
-    latent_size: int  # K
+    latent_sizes: list[int]  # K of each latent block
     faults: list[str] = field(default_factory=list)  # of the samples before it that could not be used
     target_slots: range = range(0)  # of the encoded helper images in the run's target cache, if it has one
-    cached_targets: torch.Tensor | None = None  # [N * K, D + 1] float32: targets and their inverse norms
+    cached_targets: torch.Tensor | None = None  # [all latents, D + 1] float32: targets and their inverse norms
 
 
 def load_encoder(
@@ -112,6 +112,7 @@ class Encoder:
     ) -> None:
         """
         Args:
+            latent_size: K of the latent blocks of samples that have none of their own.
             system_turn: start with the chat template's default system turn.
             max_length: maximum tokens of a sample; None: no limit.
             compress_strategy: how the model will pool helper images; each must have enough patches for it.
@@ -138,13 +139,13 @@ class Encoder:
             DataError: the sample cannot be used in this stage; the message names its key.
         """
         check_sample(sample, sample.key)
-        self._check_blocks(num_latent_blocks(sample.text_output, len(sample.helper_images)), sample.key)
+        sizes = self._block_sizes(sample.text_output, len(sample.helper_images), sample.latent_sizes)
         pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
         is_cached = sample.cached_targets is not None
         helper_images = sample.helper_images if self._stage == "stage1" and not is_cached else ()
         pixel_values_latent, grid_thw_latent = self._patches(helper_images, f"{sample.key}.helper")
-        self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sample.key)
-        text = self._text(sample, grid_thw)
+        self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sizes, sample.key)
+        text = self._text(sample, grid_thw, sizes)
         return EncodedSample(
             key=sample.key,
             **text._asdict(),
@@ -152,9 +153,9 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=pixel_values_latent,
             image_grid_thw_latent=grid_thw_latent,
-            latent_size=self.latent_size,
+            latent_sizes=sizes,
             target_slots=range(0) if is_cached else sample.target_slots,
-            cached_targets=self._cached_targets(sample),
+            cached_targets=_cached_targets(sample, sum(sizes)),
         )
 
     def helper_facts(self) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class Encoder:
             system_turn=self._system_turn,
         )
         num_merged = self._image_processor.num_merged(grid_thw)
-        input_ids = expand_pads(self._tokenize(text), num_merged, self.latent_size, self.ids)
+        input_ids = expand_pads(self._tokenize(text), num_merged, [], self.ids)
         image_mask = input_ids == self.ids.image_pad
         no_patches, no_grid = self._patches((), "")
         return EncodedSample(
@@ -196,7 +197,7 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=no_patches,
             image_grid_thw_latent=no_grid,
-            latent_size=self.latent_size,
+            latent_sizes=[],
         )
 
     def check_index(self, folder: ShardFolder) -> None:
@@ -207,19 +208,26 @@ class Encoder:
         """
         for entry in load_index(folder):
             key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
-            self._check_blocks(entry.latent_blocks, key)
             if self._stage == "stage1":
                 merged = [self._image_processor.merged_grid_of(*size) for size in entry.helper_sizes]
-                self._check_helpers(merged, key)
+                self._check_helpers(merged, entry.block_sizes(self.latent_size), key)
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of input images of these sizes (width, height)."""
         return [rows * columns for rows, columns in (self._image_processor.merged_grid_of(*size) for size in sizes)]
 
-    def count_tokens(self, question: str, answer: str, sizes: Sequence[tuple[int, int]], num_helpers: int) -> int:
+    def count_tokens(
+        self,
+        question: str,
+        answer: str,
+        sizes: Sequence[tuple[int, int]],
+        num_helpers: int,
+        latent_sizes: Sequence[int] = (),
+    ) -> int:
         """The length of a sample with input images of these sizes, as `__call__` would encode it."""
         text = self._train_text(question, answer, len(sizes), num_helpers, latents=self._stage != "text")
-        return len(expand_pads(self._tokenize(text), self.image_tokens(sizes), self.latent_size, self.ids))
+        latents = self._block_sizes(answer, num_helpers, latent_sizes)
+        return len(expand_pads(self._tokenize(text), self.image_tokens(sizes), latents, self.ids))
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of emitted ids, without special tokens."""
@@ -241,23 +249,26 @@ class Encoder:
                 f"must write {IMAGE_BLOCK} for an image and {ASSISTANT_MARKER} before the answer; use Qwen2.5-VL's"
             )
 
-    def _check_blocks(self, num_blocks: int, key: str) -> None:
-        if self._stage == "stage2" and num_blocks > 1:
-            raise DataError(
-                f"the sample has {num_blocks} latent blocks ({key}); stage 2 supports at most one; leave such samples "
-                "out of the stage 2 data"
-            )
+    def _block_sizes(self, answer: str, num_helpers: int, own: Sequence[int]) -> list[int]:
+        """K of each latent block of an encoded answer, whose row may have its `own`."""
+        if self._stage == "text":
+            return []
+        return list(own) or [self.latent_size] * num_latent_blocks(answer, num_helpers)
 
-    def _check_helpers(self, grids: Sequence[tuple[int, int]], key: str) -> None:
-        """Refuses helper images, given by their rows and columns of merged patches, that cannot be pooled."""
-        for number, (rows, columns) in enumerate(grids):
+    def _check_helpers(self, grids: Sequence[tuple[int, int]], latent_sizes: Sequence[int], key: str) -> None:
+        """Refuses helper images, given by their rows and columns of merged patches, that cannot be pooled to K.
+
+        Where helper images are not encoded there are no grids.
+        """
+        for number, ((rows, columns), size) in enumerate(zip(grids, latent_sizes, strict=False)):
             try:
-                image_segments(rows, columns, self.latent_size, self._compress_strategy)
+                image_segments(rows, columns, size, self._compress_strategy)
             except ValueError as error:
                 raise DataError(
-                    f"{error} ({key}.helper_{number}); expected model.latent_size <= merged patches, and with "
-                    "model.compress_strategy=grid a product of two factors that fit into their rows and columns; use a "
-                    "larger image or data.min_pixels, or set another model.latent_size"
+                    f"{error} ({key}.helper_{number}); expected the row's latent_size, else model.latent_size <= "
+                    "merged patches, and with model.compress_strategy=grid a product of two factors that fit into "
+                    "their rows and columns; use a larger image or data.min_pixels, or set another model.latent_size, "
+                    "or another latent_size in the row"
                 ) from error
 
     def _check_length(self, length: int, key: str) -> None:
@@ -273,18 +284,12 @@ class Encoder:
             [decode(data, f"{where}_{number}", exif_orientation=turn) for number, data in enumerate(images)]
         )
 
-    def _cached_targets(self, sample: Sample) -> torch.Tensor | None:
-        if sample.cached_targets is None:
-            return None
-        values = torch.frombuffer(bytearray(sample.cached_targets), dtype=torch.float32)
-        return values.view(len(sample.helper_images) * self.latent_size, -1)
-
-    def _text(self, sample: Sample, grid_thw: torch.Tensor) -> EncodedText:
+    def _text(self, sample: Sample, grid_thw: torch.Tensor, latent_sizes: list[int]) -> EncodedText:
         """The text side of a sample whose input images have these grids; encoded once, as long as it is kept."""
         num_helpers, grids = len(sample.helper_images), tuple(grid_thw.flatten().tolist())
-        key = (sample.text_input, sample.text_output, num_helpers, grids)
+        key = (sample.text_input, sample.text_output, num_helpers, grids, *latent_sizes)
         if key not in self._kept_texts:
-            text = self._encode_text(sample, num_helpers, grid_thw)
+            text = self._encode_text(sample, num_helpers, grid_thw, latent_sizes)
             self._kept_tokens += len(text.input_ids)
             if self._kept_tokens > MAX_KEPT_TOKENS:
                 self._kept_texts.clear()
@@ -292,12 +297,14 @@ class Encoder:
             self._kept_texts[key] = text
         return self._kept_texts[key]
 
-    def _encode_text(self, sample: Sample, num_helpers: int, grid_thw: torch.Tensor) -> EncodedText:
+    def _encode_text(
+        self, sample: Sample, num_helpers: int, grid_thw: torch.Tensor, latent_sizes: list[int]
+    ) -> EncodedText:
         text = self._train_text(
             sample.text_input, sample.text_output, len(grid_thw), num_helpers, latents=self._stage != "text"
         )
         num_merged = self._image_processor.num_merged(grid_thw)
-        input_ids = expand_pads(self._tokenize(text), num_merged, self.latent_size, self.ids)
+        input_ids = expand_pads(self._tokenize(text), num_merged, latent_sizes, self.ids)
         self._check_length(len(input_ids), sample.key)
         prompt_length = find_prompt_length(input_ids, self._marker)
         image_mask = input_ids == self.ids.image_pad
@@ -323,3 +330,9 @@ class Encoder:
 
     def _tokenize(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+
+
+def _cached_targets(sample: Sample, num_latents: int) -> torch.Tensor | None:
+    if sample.cached_targets is None:
+        return None
+    return torch.frombuffer(bytearray(sample.cached_targets), dtype=torch.float32).view(num_latents, -1)

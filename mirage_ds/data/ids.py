@@ -10,7 +10,9 @@ import torch
 from mirage_ds.tokens import IGNORE_INDEX, TokenIds
 
 
-def expand_pads(input_ids: torch.Tensor, num_merged: Sequence[int], latent_size: int, ids: TokenIds) -> torch.Tensor:
+def expand_pads(
+    input_ids: torch.Tensor, num_merged: Sequence[int], latent_sizes: Sequence[int], ids: TokenIds
+) -> torch.Tensor:
     """Repeats the one pad of each block: once per merged token for an image, as K latent pads for a latent block.
 
     Works on ids instead of text: special tokens split the text, so the result is the same, without tokenizing the pads.
@@ -18,15 +20,17 @@ def expand_pads(input_ids: torch.Tensor, num_merged: Sequence[int], latent_size:
     Args:
         input_ids: [short L], with one <|image_pad|> per block.
         num_merged: merged tokens of each input image, in order.
+        latent_sizes: K of each latent block, in order.
     Returns:
         [L] int64
     """
     pads = input_ids == ids.image_pad
     latents = pads & (input_ids.roll(1) == ids.latent_start)
     assert int((pads & ~latents).sum()) == len(num_merged), "one pad for each image"
+    assert int(latents.sum()) == len(latent_sizes), "one pad for each latent block"
     repeats = torch.ones_like(input_ids)
     repeats[pads & ~latents] = torch.tensor(num_merged, dtype=torch.int64)
-    repeats[latents] = latent_size
+    repeats[latents] = torch.tensor(latent_sizes, dtype=torch.int64)
     return torch.where(latents, ids.latent_pad, input_ids).repeat_interleave(repeats)
 
 

@@ -24,6 +24,11 @@ class IndexEntry:
     answer_chars: int
     image_blocks: int  # in the question
     latent_blocks: int  # in the answer
+    latent_sizes: list[int] | None = None  # K of each latent block; None: all have the configured one
+
+    def block_sizes(self, latent_size: int) -> list[int]:
+        """K of each latent block, if the configured one is `latent_size`."""
+        return self.latent_sizes or [latent_size] * self.latent_blocks
 
 
 def load_index(folder: ShardFolder) -> list[IndexEntry]:

@@ -30,7 +30,7 @@ def check_lengths(encoder: Encoder, folder: ShardFolder) -> None:
             continue
         sample = reader(number)
         length = encoder.count_tokens(
-            sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images)
+            sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images), sample.latent_sizes
         )
         if length > encoder.max_length:
             too_long.append(f"{sample.key} with {length}")
@@ -46,5 +46,5 @@ def check_lengths(encoder: Encoder, folder: ShardFolder) -> None:
 def _most_tokens(encoder: Encoder, entry: IndexEntry) -> int:
     """No sample with this index entry has more tokens, without those of the template."""
     text = MAX_UTF8_BYTES * (entry.question_chars + entry.answer_chars)
-    latents = entry.latent_blocks * (encoder.latent_size + BLOCK_MARKERS)
+    latents = sum(entry.block_sizes(encoder.latent_size)) + BLOCK_MARKERS * entry.latent_blocks
     return text + sum(encoder.image_tokens(entry.input_sizes)) + BLOCK_MARKERS * entry.image_blocks + latents

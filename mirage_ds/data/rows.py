@@ -1,6 +1,7 @@
 """Reads rows of JSONL files as samples: a question with images, an answer with helper images. Needs no torch.
 
-{"text_input": str, "text_output": str, "image_input": path or list, "image_output": path or list, ...}
+{"text_input": str, "text_output": str, "image_input": path or list, "image_output": path or list,
+ "latent_size": int or list, ...}
 """
 
 import codecs
@@ -27,7 +28,7 @@ RESERVED_TOKENS = (
     tokens.VIDEO_PAD,
     *tokens.LATENT_TOKENS,
 )
-_ROW_FIELDS = ("text_input", "text_output", "image_input", "image_output")
+_ROW_FIELDS = ("text_input", "text_output", "image_input", "image_output", "latent_size")
 
 # Called with a bad row's file:line, its id field (None if it has none) and the error.
 Reject = Callable[[str, Any, DataError], None]
@@ -43,6 +44,7 @@ class Sample:
     input_images: tuple[bytes, ...] = ()
     helper_images: tuple[bytes, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)  # the row's other fields, including the user's id
+    latent_sizes: tuple[int, ...] = ()  # K of each latent block; empty: all have the configured one
     target_slots: range = range(0)  # of the helper images in the run's target cache, if it has one
     cached_targets: bytes | None = None  # what the cache has there, if it is complete
 
@@ -152,12 +154,14 @@ def read_row(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Samp
     Raises:
         DataError: a field of the wrong type, a missing image file, or what `check_sample` refuses.
     """
+    answer, helpers = read_text(row, "text_output", where), _images(row, "image_output", where, folder)
     sample = Sample(
         key=key,
         text_input=read_text(row, "text_input", where),
-        text_output=read_text(row, "text_output", where),
+        text_output=answer,
         input_images=_images(row, "image_input", where, folder),
-        helper_images=_images(row, "image_output", where, folder),
+        helper_images=helpers,
+        latent_sizes=read_latent_sizes(row, num_latent_blocks(answer, len(helpers)), where),
         extra=_extra(row),
     )
     check_sample(sample, where)
@@ -176,6 +180,29 @@ def read_text(row: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise DataError(f"{name} is {value!r:.80} ({where}); expected a non-empty text; fill it in")
     return value
+
+
+def read_latent_sizes(row: Mapping[str, Any], num_blocks: int, where: str) -> tuple[int, ...]:
+    """K of each of the answer's latent blocks by the row's latent_size; empty if it has none.
+
+    Raises:
+        DataError: it is neither a positive integer nor a list of them, one for each block.
+    """
+    value = row.get("latent_size")
+    if value is None:
+        return ()
+    sizes = value if isinstance(value, list) else [value] * max(num_blocks, 1)
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise DataError(
+            f"latent_size is {value!r:.80} ({where}); expected a positive integer, or a list of them, one for each "
+            "latent block; fix the field, or remove it to use model.latent_size"
+        )
+    if isinstance(value, list) and len(sizes) != num_blocks:
+        raise DataError(
+            f"numbers in latent_size: {len(sizes)}, latent blocks in the answer: {num_blocks} ({where}); expected one "
+            "number for each block, or a single integer for all; add or remove numbers"
+        )
+    return tuple(sizes[:num_blocks])
 
 
 def _images(row: Mapping[str, Any], name: str, where: str, folder: Path) -> tuple[bytes, ...]:

@@ -2,7 +2,7 @@
 
 FOLDER/KEY.json     what the targets depend on: data, image processing, pooling, tower; KEY is its digest
 FOLDER/KEY.targets  one slot for each helper image of the shards, in the order of the index: the CRC-32 of the values,
-                    then K targets with their inverse norms, [K, D + 1] float32
+                    then K targets with their inverse norms, [K, D + 1] float32; K may differ between images
 
 A slot counts only if its checksum is right: one that was never written, was cut off, or is being written is not there.
 So any number of ranks, data workers and runs share a file, through the page cache, without a lock. It is read and
@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,26 @@ class TargetCache:
 
     path: Path  # KEY.targets
     first_slots: npt.NDArray[np.int64]  # [samples + 1]: helper images in all samples before each
-    slot_bytes: int
+    offsets: npt.NDArray[np.int64]  # [helper images + 1]: byte at which each slot begins, and the last one ends
     num_slots: int  # that fit into the size limit; later helper images are not kept
 
     @classmethod
     def open(
-        cls, directory: Path, shards: ShardFolder, facts: dict[str, Any], *, values: int, limit_bytes: int
+        cls,
+        directory: Path,
+        shards: ShardFolder,
+        facts: dict[str, Any],
+        *,
+        latent_size: int,
+        values: int,
+        limit_bytes: int,
     ) -> "TargetCache":
         """The cache in `directory` of what `facts` decide; it may have targets of earlier runs.
 
         Args:
             facts: all that decides the targets of the shards' helper images, beside the shards themselves; JSON.
-            values: float32 values of a helper image, K * (D + 1).
+            latent_size: K of helper images for which the index has none; one of the facts.
+            values: float32 values of each latent, D + 1.
             limit_bytes: largest size of the file.
         Raises:
             DataError: the directory cannot be written, or the index does not match the manifest.
@@ -60,11 +69,11 @@ class TargetCache:
         with name_unwritable(directory, "set model.cache_targets to a folder where you may write"):
             directory.mkdir(parents=True, exist_ok=True)
             (directory / f"{key}.json").write_text(description)
-        counts = np.array([len(entry.helper_sizes) for entry in load_index(shards)], dtype=np.int64)
-        first_slots = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
-        slot_bytes = CHECKSUM.size + 4 * values
-        num_slots = min(int(first_slots[-1]), limit_bytes // slot_bytes)
-        return cls(directory / f"{key}.targets", first_slots, slot_bytes, num_slots)
+        latent_sizes = [entry.block_sizes(latent_size) for entry in load_index(shards)]
+        first_slots = _sums([len(sizes) for sizes in latent_sizes])
+        offsets = _sums([CHECKSUM.size + 4 * values * size for sizes in latent_sizes for size in sizes])
+        num_slots = int(np.searchsorted(offsets, limit_bytes, side="right")) - 1
+        return cls(directory / f"{key}.targets", first_slots, offsets, num_slots)
 
     def slots(self, number: int) -> range:
         """The slots of a sample's helper images."""
@@ -72,13 +81,14 @@ class TargetCache:
 
     def read(self, slots: range) -> bytes | None:
         """The values of a sample's slots, [K, D + 1] float32 each; None if there is none, or one is not there."""
-        size, blocks = self.slot_bytes, b""
-        if 0 < slots.stop <= self.num_slots and self.path.exists():
+        first, *ends = self.offsets[slots.start : slots.stop + 1].tolist()
+        data = b""
+        if ends and slots.stop <= self.num_slots and self.path.exists():
             with housekeeping(f"latent targets were not read ({self.path})", REMEDY), self.path.open("rb", 0) as file:
-                blocks = os.pread(file.fileno(), len(slots) * size, slots.start * size)
-        if not blocks or len(blocks) < len(slots) * size:
+                data = os.pread(file.fileno(), ends[-1] - first, first)
+        if not data or len(data) < ends[-1] - first:
             return None
-        parts = [blocks[start : start + size] for start in range(0, len(blocks), size)]
+        parts = [data[start - first : end - first] for start, end in pairwise([first, *ends])]
         complete = all(CHECKSUM.unpack_from(part)[0] == zlib.crc32(part[CHECKSUM.size :]) for part in parts)
         return b"".join(part[CHECKSUM.size :] for part in parts) if complete else None
 
@@ -89,6 +99,11 @@ class TargetCache:
             try:
                 for slot, data in zip(slots, values, strict=True):
                     if slot < self.num_slots:
-                        os.pwrite(file, CHECKSUM.pack(zlib.crc32(data)) + data, slot * self.slot_bytes)
+                        os.pwrite(file, CHECKSUM.pack(zlib.crc32(data)) + data, int(self.offsets[slot]))
             finally:
                 os.close(file)
+
+
+def _sums(numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+    """[n + 1]: the sum of all numbers before each."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(numbers, dtype=np.int64)])

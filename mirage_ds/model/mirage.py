@@ -59,7 +59,8 @@ class MirageModel(torch.nn.Module):
         super().__init__()
         self.stage, self.compress_strategy = stage, compress_strategy
         self.ce_loss_weight, self.latent_loss_weight = ce_loss_weight, latent_loss_weight
-        self.keep_targets: Callable[[Sequence[int], LatentTargets], None] | None = None  # gets slots and their targets
+        # Gets slots of helper images, their K, and their targets.
+        self.keep_targets: Callable[[Sequence[int], Sequence[int], LatentTargets], None] | None = None
         self.tower = Tower(backbone.visual, trained=train_tower, attention=backbone.attention)
         self.embed_tokens = backbone.embed_tokens
         self.rollout = Rollout(
@@ -82,7 +83,7 @@ class MirageModel(torch.nn.Module):
         text_embeds = self.embed_tokens(batch.input_ids)
         pooled = latent_targets(helper_embeds, batch, self.compress_strategy, text_embeds.dtype)
         if self.keep_targets is not None and batch.target_slots:
-            self.keep_targets(batch.target_slots, pooled)
+            self.keep_targets(batch.target_slots, batch.latent_sizes, pooled)
         latents = add_cached(pooled, batch)
         inputs_embeds = build_inputs_embeds(text_embeds, image_embeds, latents.inputs, batch)
         hidden, target_losses = self.rollout(

@@ -6,7 +6,9 @@ and each part is one pass that attends to the keys and values of all earlier par
 
     columns   0 ........ s | s+1 | s+2 | s+3 ...... L      K = 3 latents at s+1, s+2, s+3: K + 1 = 4 passes
 
-In a column with a latent in one row and text in another, each row has its own input, so rows may differ in K.
+Further blocks split their columns likewise. In a column with a latent in one row and text or padding in another, each
+row has its own input: rows may differ in their number of blocks, in K, and in where their blocks lie. Before a column
+with a latent, the row has the token before it (see Batch), whose state is fed back.
 
 Shape legend: B rows, L columns, Q columns of one pass, D hidden, H key-value heads, T supervised tokens.
 """
@@ -73,7 +75,7 @@ class Rollout(torch.nn.Module):
         Args:
             inputs_embeds: [B, L, D]; must require grad, or ZeRO-3's backward does not enter a leaf module.
             position_ids: [3, B, L].
-            attention_mask: [B, L] bool; None if no row is padded on the left, see `pass_mask`.
+            attention_mask: [B, L] bool; None if no row has padding before one of its tokens, see `pass_mask`.
             latent_mask: [B, L] bool.
             latent_columns: ascending columns of latents, none of them 0.
             target_rows, target_ids: [T], see Batch.
@@ -143,9 +145,13 @@ class Rollout(torch.nn.Module):
     ) -> torch.Tensor | None:
         """What the columns [start, end) may attend to, in the form that the attention implementation expects.
 
-        Nothing attends to padding on the right, which comes after all columns of its row. So without padding on the
-        left no mask is needed where attention is causal by itself: FlashAttention aligns the last query with the last
-        key; SDPA the first query with the first key, which is the same in the first pass, and for a single query.
+        Nothing attends to padding that comes after all tokens of its row. So without other padding no mask is needed
+        where attention is causal by itself: FlashAttention aligns the last query with the last key; SDPA the first
+        query with the first key, which is the same in the first pass, and for a single query.
+
+        With a mask, FlashAttention gets the tokens of each row alone, wherever its padding lies: its last queries are
+        its last keys. A row may have no query. In a pass of one column every row has one, also where it is padding,
+        whose output nothing uses; by then every row has tokens, so that it has keys.
         """
         flash = self.attention == "flash_attention_2"
         columns = torch.arange(end, device=device)

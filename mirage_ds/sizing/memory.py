@@ -2,7 +2,7 @@
 
 tests/distributed/test_plan_memory.py compares them with a real run.
 
-Legend: W ranks, K latents, D hidden, I intermediate, V vocabulary, T trained elements, e bytes of an element in
+Legend: W ranks, D hidden, I intermediate, V vocabulary, T trained elements, e bytes of an element in
 `train.dtype`. DS: deepspeed 0.19.8, runtime/zero/.
 """
 
@@ -69,12 +69,7 @@ class Memory:
 def estimate_memory(
     sizes: ModelSizes, config: Config, deepspeed_config: dict[str, Any], row: Row, world_size: int
 ) -> Memory:
-    """All kinds for a micro-batch of rows of this size.
-
-    In stage 2 latents are aligned, so that one row may be padded to the lead of another and to the rest of a third.
-    """
-    if config.train.stage == "stage2" and config.train.micro_batch_size > 1:
-        row = replace(row, tokens=row.lead + row.rest)
+    """All kinds for a micro-batch of rows of this size, padding included: see `Workload.largest_of`."""
     zero = deepspeed_config["zero_optimization"]
     rows, e = config.train.micro_batch_size, DTYPES[config.train.dtype].itemsize
     trained = sizes.all if config.model.train_tower else sizes.language
@@ -162,8 +157,8 @@ def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
 
     A leaf module's gradients are reduced after its backward (DS stage3.py, reduce_leaf_module_grads): those of the
     complete rollout, of one layer, or of the head alone. In stage 2 with `layer`, autograd accumulates the gradients of
-    the K + 1 passes until the backward of the first pass (as the order of torch's gradient hooks shows), so that all
-    layers have full gradients as well.
+    all passes until the backward of the first one (as the order of torch's gradient hooks shows), so that all layers
+    have full gradients as well.
     """
     rollout = choose_gather(config.model, config.train.stage) == "rollout"
     waiting = sum(sizes.rollout) if rollout or config.train.stage == "stage2" else unit_elements(sizes, config)
@@ -180,7 +175,8 @@ def activation_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int
     """Bytes that one row takes in the tower and the decoder; a frozen tower's are freed before the decoder's exist."""
     kept = kept_bytes(sizes, config, row, e)
     if config.model.activation_checkpointing == "full":
-        kept += 2 * layer_bytes(sizes, config, row, e)  # the recomputed activations and their gradients
+        # The recomputed activations and their gradients, of one pass at a time, which attends to at most all columns.
+        kept += 2 * layer_bytes(sizes, replace(row, attended=min(row.attended, row.tokens)), e)
     tower = row.patches * tower_bytes(sizes, config, e)
     return kept + tower if config.model.train_tower else max(kept, tower)
 
@@ -189,35 +185,34 @@ def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     """Bytes that forward stores of one row.
 
     With activation checkpointing, in each layer of each pass: the layer's input, D e per column; in stage 2 also the
-    keys and values that later passes use. Without it, and in passes of one column of a rollout: see `layer_bytes`.
+    keys and values that later passes use. Without it, and in passes of one column: see `layer_bytes`. (Where such a
+    pass is recomputed, the inputs and the gradients that it leaves for later, see `DeferredGradient`, take less.)
     In addition: the input embeddings, D e; the final norm, D (4 + e); cos and sin, 2 x head_dim x e; the rows of the
     head, D e per supervised token.
     """
     hidden = sizes.hidden
     if config.model.activation_checkpointing == "full":
-        stored = stored_columns(config)
-        layer = hidden * e * row.tokens + past_columns(config, row) * key_value_bytes(sizes, e)
-        layer += stored * (column_bytes(sizes, e) - hidden * e)
+        layer = hidden * e * row.tokens + row.past * key_value_bytes(sizes, e)
+        layer += row.single_columns * (column_bytes(sizes, e) - hidden * e)
     else:
-        layer = layer_bytes(sizes, config, row, e)
+        layer = layer_bytes(sizes, row, e)
     once = row.tokens * (hidden * e + hidden * (FP32_BYTES + e) + 2 * sizes.head_dim * e) + row.targets * hidden * e
     return sizes.num_layers * layer + once
 
 
-def layer_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
+def layer_bytes(sizes: ModelSizes, row: Row, e: int) -> int:
     """Bytes that autograd stores of one decoder layer and row; per column:
 
     - each of two norms: its input in float32, the normalized input and its output: D (4 + 2 e)
     - queries and the attention's output: 2 D e; keys and values: 2 x kv_heads x head_dim x e
     - the MLP's gate, its activation, up, and their product: 4 I e
-    In stage 2 keys and values are kept once. They are repeated for every head, 2 D e, in the first and the last pass,
-    where SDPA has a mask (the first one only if a row is padded on the left).
+    In stage 2 keys and values are kept once. They are repeated for every head, 2 D e per column that is attended to, in
+    each pass for which SDPA has a mask: those over several columns (the first one only if a row is padded on the left),
+    and all if a row is padded on the left.
     """
-    columns = row.tokens * column_bytes(sizes, e)
-    if config.train.stage != "stage2":
-        return columns + row.tokens * key_value_bytes(sizes, e)
-    repeated = (row.lead + row.tokens) * 2 * sizes.hidden * e
-    return columns + past_columns(config, row) * key_value_bytes(sizes, e) + repeated
+    kept = row.past if row.blocks else row.tokens
+    repeated = row.attended * 2 * sizes.hidden * e
+    return row.tokens * column_bytes(sizes, e) + kept * key_value_bytes(sizes, e) + repeated
 
 
 def column_bytes(sizes: ModelSizes, e: int) -> int:
@@ -225,20 +220,9 @@ def column_bytes(sizes: ModelSizes, e: int) -> int:
     return 2 * sizes.hidden * (FP32_BYTES + 2 * e) + 2 * sizes.hidden * e + 4 * sizes.intermediate * e
 
 
-def stored_columns(config: Config) -> int:
-    """Passes over one column that are not recomputed: of a rollout, unless a row is padded on the left."""
-    rollout = choose_gather(config.model, config.train.stage) == "rollout"
-    return config.model.latent_size - 1 if rollout and config.train.stage == "stage2" else 0
-
-
 def key_value_bytes(sizes: ModelSizes, e: int) -> int:
     """One column's keys and values in one layer: 2 x kv_heads x head_dim x e."""
     return 2 * sizes.kv_heads * sizes.head_dim * e
-
-
-def past_columns(config: Config, row: Row) -> int:
-    """Columns of one row whose keys and values a later pass uses: all before the last pass of stage 2."""
-    return min(row.lead + config.model.latent_size - 1, row.tokens) if config.train.stage == "stage2" else 0
 
 
 def tower_bytes(sizes: ModelSizes, config: Config, e: int) -> int:

@@ -15,7 +15,7 @@ from mirage_ds.config import Config, TrainConfig
 from mirage_ds.sizing.gpus import USABLE
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.model_sizes import ModelSizes
-from mirage_ds.sizing.workload import Row
+from mirage_ds.sizing.workload import Workload
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import GIB
 
@@ -32,19 +32,23 @@ class Choice:
 
 
 def choose(
-    sizes: ModelSizes, config: Config, deepspeed_config: dict[str, Any], row: Row, world_size: int, limit_bytes: int
+    sizes: ModelSizes,
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    rows: Workload,
+    world_size: int,
+    limit_bytes: int,
 ) -> Choice:
     """The largest candidate that fits; 1 if none does, as the formulas have upper bounds and the dry run has not.
 
     Args:
-        row: the largest row of the run.
         limit_bytes: memory of a GPU that a run may use.
     """
     limit = f"{limit_bytes / GIB:.1f} GiB"
     below = None
     for size in candidates(config.train, world_size):
         cut = with_micro_batch(config, size, world_size)
-        peak = estimate_memory(sizes, cut, deepspeed_config, row, world_size).peak
+        peak = estimate_memory(sizes, cut, deepspeed_config, rows.largest_of(size), world_size).peak
         if peak > limit_bytes:
             if below is None:
                 return Choice(size, f"by the estimate even {size} needs {peak / GIB:.1f} of {limit}")

@@ -4,15 +4,19 @@ Image tokens are exact: the index has the size of every image, from which the pr
 is estimated from its number of characters, so that no tokenizer is needed.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 
+import numpy as np
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mirage_ds.config import Config
 from mirage_ds.data.index import IndexEntry, load_index
 from mirage_ds.data.patches import ImageProcessor
-from mirage_ds.data.shards import MANIFEST_NAME, ShardFolder, read_manifest
+from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
 
 CHARS_PER_TOKEN = 3  # a cautious assumption: English prose has about 4, numbers and markup fewer
 TEMPLATE_TOKENS = 30  # of the chat template: a system turn, start and end of two turns
@@ -38,23 +42,111 @@ class Row:
     """The size of one row; the numbers of a mean are rounded."""
 
     tokens: int  # columns of the decoder
-    lead: int  # columns before the first latent
-    rest: int  # columns from the first latent on
     targets: int  # supervised tokens
     patches: int  # into the tower, before groups of four are merged
+    # Of a rollout, which makes 1 + blocks + single_columns passes; 0 elsewhere.
+    blocks: int = 0  # latent blocks: after the last latent of each, a pass over all columns up to the next block
+    single_columns: int = 0  # passes over one column: K - 1 of each block
+    past: int = 0  # columns whose keys and values a later pass uses: those before the last latent
+    attended: int = 0  # columns that each pass with a mask attends to, added up; 0 without blocks
+
+    @property
+    def latents(self) -> int:
+        """Latents that are fed back: passes after the first."""
+        return self.blocks + self.single_columns
 
 
 SIZES = tuple(field.name for field in fields(Row))
 
 
 @dataclass(frozen=True)
+class Shape:
+    """How the columns of one row follow each other, with N latent blocks that are fed back.
+
+    Like data/alignment.py, a row of stage 2 without latents has a block of size 0 at the end of its question.
+    """
+
+    stretches: tuple[int, ...]  # [N + 1]: columns before each block, after the block before it; and after the last one
+    latent_sizes: tuple[int, ...]  # [N]: K of each block
+    targets: int
+    patches: int
+
+    def row(self) -> Row:
+        """Its numbers."""
+        lengths = [stretch + size for stretch, size in zip(self.stretches, (*self.latent_sizes, 0), strict=True)]
+        starts = [0, *accumulate(lengths)]  # of each stretch, and the end of the last one
+        ends = [start + stretch for start, stretch in zip(starts, self.stretches, strict=False)]
+        blocks, latents = sum(map(bool, self.latent_sizes)), sum(self.latent_sizes)
+        return Row(
+            tokens=ends[-1],
+            targets=self.targets,
+            patches=self.patches,
+            blocks=blocks,
+            single_columns=latents - blocks,
+            past=starts[-2] - 1 if blocks else 0,
+            attended=sum(ends) if blocks else 0,
+        )
+
+
+@dataclass(frozen=True)
 class Workload:
     """The rows of a run. Memory depends on the largest, time on the mean."""
 
-    largest: Row
-    mean: Row
+    shapes: Sequence[Shape]  # of every sample, in the order of their numbers; without shards, of an assumed one
     num_samples: int | None  # None: unknown
     source: str
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        return [shape.row() for shape in self.shapes]
+
+    @cached_property
+    def largest(self) -> Row:
+        """No row is larger than this in any of its sizes."""
+        return Row(**{name: max(getattr(row, name) for row in self.rows) for name in SIZES})
+
+    @cached_property
+    def mean(self) -> Row:
+        return Row(**{name: round(sum(getattr(row, name) for row in self.rows) / len(self.rows)) for name in SIZES})
+
+    @cached_property
+    def aligned(self) -> Row:
+        """As `largest`, where any rows may meet in one micro-batch, and are padded on the left."""
+        row = aligned(self.shapes).row()
+        return replace(row, attended=row.attended + row.single_columns * row.past)
+
+    def largest_of(self, size: int) -> Row:
+        """What no row takes more than, padding included, in micro-batches of `size`."""
+        return self.largest if size == 1 else self.aligned
+
+    def mean_of(self, size: int) -> Row:
+        """The mean row, with the passes of `size` random rows that make them together.
+
+        These are the sums over the blocks of one ordinal of the largest K, of which this is the expected value.
+        """
+        chances = np.diff((np.arange(len(self.shapes) + 1) / len(self.shapes)) ** size)  # that the i-th is the largest
+        ordinals = zip_longest(*(shape.latent_sizes for shape in self.shapes), fillvalue=0)
+        largest = np.array([np.sort(sizes) for sizes in ordinals]).reshape(-1, len(self.shapes))
+        blocks, latents = ((values @ chances).sum() for values in (largest > 0, largest))
+        return replace(self.mean, blocks=round(blocks), single_columns=round(latents - blocks))
+
+
+def aligned(shapes: Sequence[Shape]) -> Shape:
+    """What rows become whose blocks of the same ordinal start in one column: no micro-batch of them is larger.
+
+    (data/alignment.py does not align rows of which this would make too long ones, but they have other passes.)
+    """
+    most = range(max(len(shape.latent_sizes) for shape in shapes))
+    leads = [max(shape.stretches[i] for shape in shapes if i < len(shape.latent_sizes)) for i in most]
+    sizes = [max(shape.latent_sizes[i] for shape in shapes if i < len(shape.latent_sizes)) for i in most]
+    starts = [0, *accumulate(lead + size for lead, size in zip(leads, sizes, strict=True))]
+    end = max(starts[len(shape.latent_sizes)] + shape.stretches[-1] for shape in shapes)
+    return Shape(
+        stretches=(*leads, end - starts[-1]),
+        latent_sizes=tuple(sizes),
+        targets=max(shape.targets for shape in shapes),
+        patches=max(shape.patches for shape in shapes),
+    )
 
 
 def workload(config: Config) -> Workload:
@@ -63,46 +155,23 @@ def workload(config: Config) -> Workload:
     Raises:
         DataError: the shards' manifest or index is damaged.
     """
+    processor = _processor(config)
     if not (config.data.shards / MANIFEST_NAME).is_file():
-        row = measure(ASSUMED, config, _processor(config))
         source = (
             f"no shards at {config.data.shards}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
         )
-        return Workload(row, row, None, source)
-    rows = measure_all(read_manifest(config.data.shards), config)
-
-    def mean(name: str) -> int:
-        return round(sum(getattr(row, name) for row in rows) / len(rows))
-
-    return Workload(
-        largest=largest_of(rows),
-        mean=Row(**{name: mean(name) for name in SIZES}),
-        num_samples=len(rows),
-        source=f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token",
-    )
+        return Workload([measure(ASSUMED, config, processor)], None, source)
+    shapes = [measure(entry, config, processor) for entry in load_index(read_manifest(config.data.shards))]
+    source = f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token"
+    return Workload(shapes, len(shapes), source)
 
 
-def measure_all(shards: ShardFolder, config: Config) -> list[Row]:
-    """Every sample of the shards, in the order of their numbers.
-
-    Raises:
-        DataError: the index is damaged.
-    """
-    processor = _processor(config)
-    return [measure(entry, config, processor) for entry in load_index(shards)]
-
-
-def largest_of(rows: list[Row]) -> Row:
-    """No row is larger than this in any of its sizes."""
-    return Row(**{name: max(getattr(row, name) for row in rows) for name in SIZES})
-
-
-def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Row:
+def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Shape:
     """tokens = template + characters / CHARS_PER_TOKEN + merged patches of the input images + K per latent block.
 
-    Helper images enter the tower in stage 1 only. The position of the latents in the answer is not in the index:
-    `lead` assumes the middle of the answer's text.
+    Helper images enter the tower in stage 1 only, and latents are fed back in stage 2 only. The positions of the blocks
+    in the answer are not in the index: they are assumed to cut its text into equal parts.
     """
 
     def merged(sizes: list[tuple[int, int]]) -> list[int]:
@@ -111,16 +180,21 @@ def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Row
 
     stage = config.train.stage
     images, helpers = merged(entry.input_sizes), merged(entry.helper_sizes) if stage == "stage1" else []
-    latents = 0 if stage == "text" else entry.latent_blocks * (config.model.latent_size + MARKERS)
-    answer = -(-entry.answer_chars // CHARS_PER_TOKEN)
+    sizes = [] if stage == "text" else entry.block_sizes(config.model.latent_size)
+    answer = -(-entry.answer_chars // CHARS_PER_TOKEN) + MARKERS * len(sizes)
     question = TEMPLATE_TOKENS - (-entry.question_chars // CHARS_PER_TOKEN) + sum(images) + MARKERS * len(images)
-    limit = config.data.max_length or question + answer + latents  # longer rows are refused
-    tokens, lead = min(limit, question + answer + latents), min(limit, question + answer // 2)
-    return Row(
-        tokens=tokens,
-        lead=lead,
-        rest=tokens - lead,
-        targets=min(limit, answer + latents),
+    if config.data.max_length is not None:  # longer rows are refused, so that their text has fewer tokens than assumed
+        over = max(0, question + answer + sum(sizes) - config.data.max_length)
+        answer, question = max(0, answer - over), question - max(0, over - answer)
+    cuts = [answer * part // (len(sizes) + 1) for part in range(len(sizes) + 2)]
+    before, *after = [end - start for start, end in pairwise(cuts)]
+    stretches: tuple[int, ...] = (question + before, *after) if sizes else (question, before)
+    if stage != "stage2":
+        stretches = (question + answer + sum(sizes),)
+    return Shape(
+        stretches=stretches,
+        latent_sizes=(tuple(sizes) or (0,)) if stage == "stage2" else (),
+        targets=answer,
         patches=(sum(images) + sum(helpers)) * processor.merge_size**2,
     )
 

@@ -36,12 +36,17 @@ def open_target_cache(engine: DeepSpeedEngine, config: Config, start: Start) -> 
         "torch": torch.__version__,
         "pillow": PIL.__version__,  # decodes and scales
     }
-    values = config.model.latent_size * (tower.visual.config.out_hidden_size + 1)
-    limit_bytes = int(config.model.cache_targets_gib * GIB)
-    cache = TargetCache.open(config.model.cache_targets, start.shards, facts, values=values, limit_bytes=limit_bytes)
+    cache = TargetCache.open(
+        config.model.cache_targets,
+        start.shards,
+        facts,
+        latent_size=config.model.latent_size,
+        values=tower.visual.config.out_hidden_size + 1,
+        limit_bytes=int(config.model.cache_targets_gib * GIB),
+    )
     engine.module.keep_targets = TargetWriter(cache)
     if distributed.is_main():
-        size_gib = cache.num_slots * cache.slot_bytes / GIB
+        size_gib = cache.offsets[cache.num_slots] / GIB
         print(
             f"Keeps the latent targets of {cache.num_slots} of {cache.first_slots[-1]} helper images: {cache.path}, at "
             f"most {size_gib:.2f} GiB",
@@ -58,24 +63,23 @@ class TargetWriter:
 
     def __init__(self, cache: TargetCache) -> None:
         self.cache = cache
-        self.copies: deque[tuple[Sequence[int], torch.Tensor, torch.cuda.Event | None]] = deque()
+        self.copies: deque[tuple[Sequence[int], Sequence[int], torch.Tensor, torch.cuda.Event | None]] = deque()
 
-    def __call__(self, slots: Sequence[int], pooled: LatentTargets) -> None:
+    def __call__(self, slots: Sequence[int], latent_sizes: Sequence[int], pooled: LatentTargets) -> None:
         """
         Args:
-            slots: of N helper images.
-            pooled: their N * K latents.
+            slots, latent_sizes: of helper images.
+            pooled: their latents.
         """
         values = torch.cat([pooled.targets, pooled.inverse_norms[:, None]], dim=1)
         on_host = values.to("cpu", non_blocking=True)  # from a GPU into pinned memory
         copied = torch.cuda.Event() if values.is_cuda else None
         if copied is not None:
             copied.record()
-        self.copies.append((slots, on_host, copied))
-        while self.copies and is_over(self.copies[0][2]):
-            slots, on_host, _ = self.copies.popleft()
-            images = on_host.view(len(slots), -1).numpy()
-            self.cache.write(slots, [image.tobytes() for image in images])
+        self.copies.append((slots, latent_sizes, on_host, copied))
+        while self.copies and is_over(self.copies[0][-1]):
+            slots, latent_sizes, on_host, _ = self.copies.popleft()
+            self.cache.write(slots, [image.numpy().tobytes() for image in on_host.split(list(latent_sizes))])
 
 
 def is_over(copied: torch.cuda.Event | None) -> bool:

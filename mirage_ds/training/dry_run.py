@@ -4,8 +4,8 @@ A run that lacks memory ends in its first minute instead of at the hour in which
 """
 
 import socket
-from collections.abc import Iterable
-from itertools import cycle
+from collections.abc import Callable, Iterable
+from itertools import cycle, zip_longest
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -20,7 +20,7 @@ from mirage_ds.sizing.memory import activation_bytes, estimate_memory
 from mirage_ds.sizing.micro_batch import candidates, setting_of
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.savings import savings
-from mirage_ds.sizing.workload import Row, largest_of, measure_all
+from mirage_ds.sizing.workload import Row, Workload, aligned, workload
 from mirage_ds.training.start import Start
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
@@ -38,10 +38,11 @@ def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
         DataError: as in training, if many samples in a row cannot be used.
     """
     sizes, e = model_sizes(config.model), DTYPES[config.train.dtype].itemsize
-    rows = measure_all(start.shards, config)
-    plan = estimate_memory(sizes, config, start.deepspeed_config, largest_of(rows), distributed.world_size())
-    costs = [activation_bytes(sizes, config, row, e) for row in rows]
-    batch = take(config, start, costliest_first(rows, costs, config))
+    rows = workload(config)
+    largest = rows.largest_of(config.train.micro_batch_size)
+    plan = estimate_memory(sizes, config, start.deepspeed_config, largest, distributed.world_size())
+    numbers = costliest_first(rows, lambda row: activation_bytes(sizes, config, row, e), config)
+    batch = take(config, start, numbers)
     get_accelerator().reset_peak_memory_stats()
     try:
         rehearse(trainer, batch)
@@ -54,14 +55,29 @@ def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
     get_accelerator().reset_peak_memory_stats()
 
 
-def costliest_first(rows: list[Row], costs: list[int], config: Config) -> list[int]:
-    """Sample numbers by their costs. Where rows are aligned at their latents, the two that pad the others most come
-    first: that with the most columns before its latents, and that with the most after them."""
-    by_cost = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
+def costliest_first(rows: Workload, cost: Callable[[Row], int], config: Config) -> list[int]:
+    """Sample numbers by their costs. Where rows are aligned at their latent blocks, each is padded to all others, and
+    those come first that make this row the costliest: for each place, the one with the largest block or the longest
+    stretch there. As there may be more of them than a micro-batch has rows, those that matter least are the last."""
+    by_cost = sorted(range(len(rows.rows)), key=lambda number: cost(rows.rows[number]), reverse=True)
     if config.train.stage != "stage2" or config.train.micro_batch_size == 1:
         return by_cost
-    padding = [max(by_cost, key=lambda number: getattr(rows[number], side)) for side in ("lead", "rest")]
-    return list(dict.fromkeys([*padding, *by_cost]))
+    parts = [
+        [shape.latent_sizes for shape in rows.shapes],
+        [shape.stretches[:-1] for shape in rows.shapes],
+        [shape.stretches[-1:] for shape in rows.shapes],
+    ]
+    places = [place for part in parts for place in zip_longest(*part, fillvalue=0)]
+    largest = list(dict.fromkeys(max(by_cost, key=place.__getitem__) for place in places))
+    least: list[int] = []
+    while len(largest) > 1:
+        without = {number: [each for each in largest if each != number] for number in largest}
+        following = max(
+            largest, key=lambda number: cost(aligned([rows.shapes[each] for each in without[number]]).row())
+        )
+        largest = without[following]
+        least.append(following)
+    return list(dict.fromkeys([*largest, *reversed(least), *by_cost]))
 
 
 def take(config: Config, start: Start, numbers: Iterable[int]) -> Batch:

@@ -92,7 +92,7 @@ def choose_micro_batch(config: Config, deepspeed_config: dict[str, Any], device:
     """The run with the micro-batch that `auto` takes on these ranks: the same on all, as limit and index are."""
     sizes, rows, world_size = model_sizes(config.model), workload(config), distributed.world_size()
     limit_bytes = micro_batch.usable_bytes(device)
-    choice = micro_batch.choose(sizes, config, deepspeed_config, rows.largest, world_size, limit_bytes)
+    choice = micro_batch.choose(sizes, config, deepspeed_config, rows, world_size, limit_bytes)
     if distributed.is_main():
         print(choice, flush=True)
     return micro_batch.with_micro_batch(config, choice.size, world_size)

@@ -13,7 +13,9 @@ CUTS = {"2x1x2": (2, 1, 2), "1x2x2": (1, 2, 2), "1x4x1": (1, 4, 1)}
 """Ranks x micro-batch x accumulation: three ways to split the same global batch of 4."""
 FIXED = [[4, 4, 4, 4]]
 VARYING = [[4, 2, 3, 8], [1, 6, 2, 2], [5, 5, 5, 5]]
-"""K of each sample of a global batch, step by step."""
+BLOCKS = [[[], [2], [8, 2], [2, 8, 2]], [[8, 2, 8], [], [2], [2, 2]], [[2], [2], [], [8, 2]]]
+"""K of each sample of a global batch, or of each of its blocks, step by step."""
+BLOCKS_STEPS = 2 * len(BLOCKS)
 CUT_STEPS = 9  # three rounds of VARYING, over warm-up and decay
 RAGGED_STEPS = 40
 DEEP_LAYERS = 28  # those of the 7B
@@ -64,6 +66,11 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
             settings = {"model": {"gather": gather}, "train": {"warmup_steps": 1}}
             steps = 3 if name in ("K4", "alternating") else 2  # in the first, DeepSpeed records the order of modules
             add(2, f"{gather}-{name}", "stage2", config="logged", steps=steps, latent_sizes=sizes, settings=settings)
+    for tied, gather in (("untied", "rollout"), ("tied", "layer")):
+        for ranks in (1, 2):
+            settings = {"model": {"gather": gather}, "train": slow}
+            shape = {"micro_batch": 2, "accumulation": 2 // ranks, "steps": BLOCKS_STEPS, "latent_sizes": BLOCKS}
+            add(ranks, f"blocks-{tied}-{ranks}", "stage2", model=tied, settings=settings, **shape)
     sizes = GATHER_SIZES["alternating"]
     add(
         2,

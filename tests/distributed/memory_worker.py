@@ -7,6 +7,7 @@ gradients that are complete at the hooks of each module, and what the allocator 
 import gc
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,11 +16,13 @@ import torch
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from random_samples import random_sample
+from row_shapes import shape_of
 from torch.profiler import ProfilerActivity, profile
 
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
+from mirage_ds.data.encode import EncodedSample
 from mirage_ds.model import losses
 from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.train import make_model
@@ -27,12 +30,18 @@ from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import choose_gather, initialize, mark_gather_units, parameter_groups
 
+LATENT_SIZES = (2, 6)
+
 
 def micro_batch(config: Config) -> Batch:
     """Rows of one size, the same at every call."""
-    size = config.train.micro_batch_size_per_gpu
-    samples = [random_sample(7, stage=config.train.stage, latent_size=config.model.latent_size, images=2)] * size
+    samples = [one_row(config)] * config.train.micro_batch_size
     return collate(samples, align_latents=config.train.stage == "stage2")
+
+
+def one_row(config: Config) -> EncodedSample:
+    """With two latent blocks of different K."""
+    return random_sample(7, stage=config.train.stage, latent_size=LATENT_SIZES, images=2)
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
@@ -115,16 +124,8 @@ def run(config: Config) -> dict[str, Any]:
     with mock.patch.object(losses, "chunked_cross_entropy", watch.cross_entropy):
         step()
     states = [value for state in zero.optimizer.state.values() for value in state.values()]
-    batch = micro_batch(config)
-    latents = batch.latent_columns
     report = {
-        "row": {
-            "tokens": batch.input_ids.shape[1],
-            "lead": latents[0] if latents else 0,
-            "rest": batch.input_ids.shape[1] - (latents[0] if latents else 0),
-            "targets": len(batch.target_rows) // config.train.micro_batch_size_per_gpu,
-            "patches": len(batch.pixel_values) // config.train.micro_batch_size_per_gpu,
-        },
+        "row": asdict(shape_of(one_row(config), config.train.stage).row()),
         "parameters": bytes_of(p.ds_tensor for p in model.parameters())
         + bytes_of(p.data for p in model.parameters() if p.ds_persist),
         "optimizer": bytes_of(zero.fp32_partitioned_groups_flat)

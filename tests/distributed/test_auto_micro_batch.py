@@ -63,7 +63,7 @@ def peak(ground: Path, size: int) -> int:
     """The estimate for a micro-batch of `size` on 2 ranks."""
     config = load_config(RECIPE, overrides(ground, "any", size))
     settings = resolve_deepspeed_config(config)
-    return estimate_memory(model_sizes(config.model), config, settings, workload(config).largest, 2).peak
+    return estimate_memory(model_sizes(config.model), config, settings, workload(config).largest_of(size), 2).peak
 
 
 def test_a_rank_without_memory_ends_the_run_before_its_first_step(ground: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import golden_set
 import plain_loop
 import pytest
 from cases import (
+    BLOCKS,
+    BLOCKS_STEPS,
     CUT_STEPS,
     CUTS,
     DEEP_LAYERS,
@@ -40,7 +42,7 @@ def rates(steps: int, **settings: Any) -> list[float]:
 @cache
 def plain(folder: str, stage: str, kind: str, steps: int, size: int, lrs: tuple[float, ...], train_tower: bool = False):
     """The independent loop on the samples of a case; once for all splits of the same global batches."""
-    sizes = {"fixed": FIXED, "varying": VARYING, "ragged": None}[kind]
+    sizes = {"fixed": FIXED, "varying": VARYING, "blocks": BLOCKS, "ragged": None}[kind]
     batches = [
         ragged_batch(step, size, stage=stage, latent_sizes=sizes and sizes[step % len(sizes)]) for step in range(steps)
     ]
@@ -63,6 +65,19 @@ def test_any_cut_gives_the_losses_of_the_plain_loop(
     """Every step; K the same everywhere, or different for every sample: from step to step and between the ranks."""
     expected = plain(models[tied], stage, kind, CUT_STEPS, 4, tuple(rates(CUT_STEPS)))
     result = outcome(f"{stage}-{kind}-{tied}-{cut}")
+    assert result.losses == pytest.approx(expected["losses"], rel=1e-4)
+    assert [record["grad_norm"] for record in result.records] == pytest.approx(expected["grad_norms"], rel=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("tied", ["untied", "tied"])
+def test_several_blocks(outcome: Outcomes, models: dict[str, str], tied: str, ranks: int) -> None:
+    """Stage 2, rows of 0 to 3 blocks of K 2 and 8. Untied, ranks make different numbers of passes; tied, they gather
+    layer by layer and agree on one."""
+    # The method's own rate, as below.
+    lrs = tuple(rates(BLOCKS_STEPS, lr=1e-5, lr_decay="constant"))
+    expected = plain(models[tied], "stage2", "blocks", BLOCKS_STEPS, 4, lrs)
+    result = outcome(f"blocks-{tied}-{ranks}")
     assert result.losses == pytest.approx(expected["losses"], rel=1e-4)
     assert [record["grad_norm"] for record in result.records] == pytest.approx(expected["grad_norms"], rel=1e-3)
 

@@ -50,7 +50,7 @@ class Case:
     steps: int
     micro_batch: int = 1
     accumulation: int = 1
-    latent_sizes: list[list[int]] | None = None
+    latent_sizes: list[list[Any]] | None = None
     golden_order: list[int] | None = None
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """More of the configuration, by section."""
@@ -61,7 +61,7 @@ class Case:
 
     def samples(self, step: int, size: int) -> list[EncodedSample]:
         """The global batch of a step: of the golden set in an order, or random ones with `latent_sizes[step % len]`
-        (one K per sample), or completely ragged ones."""
+        (K of each sample or of its blocks), or completely ragged ones."""
         if self.golden_order:
             return [golden_set.encoded(i, self.stage) for i in self.golden_order[step * size : (step + 1) * size]]
         sizes = self.latent_sizes and self.latent_sizes[step % len(self.latent_sizes)]

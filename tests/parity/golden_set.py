@@ -50,5 +50,5 @@ def encoded(index: int, stage: str) -> EncodedSample:
         image_grid_thw=own["image_grid_thw"].long(),
         pixel_values_latent=own["pixel_values_latent_i8"].float()[: None if helper else 0] / 32,
         image_grid_thw_latent=own["image_grid_thw_latent"].long()[: None if helper else 0],
-        latent_size=facts["latent_size"],
+        latent_sizes=[facts["latent_size"]],
     )

@@ -49,6 +49,7 @@ def prompt(index: int) -> EncodedSample:
         position_ids=row.position_ids[:, :length],
         image_mask=input_ids == token_ids().image_pad,
         latent_mask=torch.zeros(length).bool(),
+        latent_sizes=[],
         prompt_length=length,
     )
 

@@ -236,5 +236,5 @@ def test_golden_pads(index: int) -> None:
     raw = golden_set.tensors("inputs")[f"{index}.raw_input_ids"][0].long()
     repeated = (raw == ids.image_pad) & (raw.roll(1) == ids.image_pad)
     num_merged = (sample.image_grid_thw.prod(dim=1) // merge_size() ** 2).tolist()
-    ours = expand_pads(raw[~repeated], num_merged, sample.latent_size, ids)
+    ours = expand_pads(raw[~repeated], num_merged, sample.latent_sizes, ids)
     check_equal("ids with images and latents", ours, sample.input_ids)

@@ -128,16 +128,42 @@ def test_a_stage_takes_what_it_needs(
     assert encoded.image_grid_thw_latent.shape[1] == 3
     assert encoded.pixel_values_latent.shape == (24 * len(helpers), 1176)
     assert encoded.latent_mask.sum() == (0 if stage == "text" else K)
-    assert (encoded.key, encoded.latent_size) == ("shard/k", K)
+    assert (encoded.key, encoded.latent_sizes) == ("shard/k", [] if stage == "text" else [K])
 
 
-def test_several_blocks_in_stage_1(tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor) -> None:
+@pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])
+def test_several_blocks_with_their_own_k(
+    tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor, stage: Stage
+) -> None:
+    """The same encoder takes them after each other: texts that differ in K alone are told apart."""
+    encoder = Encoder(tiny_tokenizer, image_processor, stage=stage, latent_size=K)
     sample = make_sample(answer="<output_image> then <output_image>.", num_helpers=2)
-    encoded = Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=K)(sample)
-    assert encoded.latent_mask.sum() == 2 * K
-    assert encoded.image_grid_thw_latent.tolist() == [[1, 6, 4]] * 2
-    with pytest.raises(DataError, match=r"the sample has 2 latent blocks \(shard/k\); stage 2 supports at most one"):
-        Encoder(tiny_tokenizer, image_processor, stage="stage2", latent_size=K)(sample)
+    start, end = (tiny_tokenizer.convert_tokens_to_ids(f"<|latent_{name}|>") for name in ("start", "end"))
+    for own in ((), (2, 5), (5, 2)):
+        encoded = encoder(replace(sample, latent_sizes=own))
+        sizes = [] if stage == "text" else list(own or (K, K))
+        assert encoded.latent_sizes == sizes
+        ids = encoded.input_ids
+        starts, ends = ((ids == each).nonzero().flatten() for each in (start, end))
+        assert (ends - starts - 1).tolist() == sizes
+        assert encoded.latent_mask.sum() == sum(sizes)
+        assert all(encoded.latent_mask[first + 1 : last].all() for first, last in zip(starts, ends, strict=True))
+        assert len(encoded.image_grid_thw_latent) == (2 if stage == "stage1" else 0)
+        images = [(84, 56), (140, 112)]
+        counted = encoder.count_tokens(sample.text_input, sample.text_output, images, 2, own)
+        assert counted == len(ids)
+
+
+def test_a_helper_image_that_is_too_small_for_its_own_k(
+    tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
+) -> None:
+    sample = replace(make_sample(answer="<output_image><output_image>", num_helpers=2), latent_sizes=(6, 7))
+    with pytest.raises(
+        DataError,
+        match=r"6 merged patches for 7 latents \(shard/k.helper_1\); expected the row's .* another latent_size in the",
+    ):
+        Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=1)(sample)
+    assert Encoder(tiny_tokenizer, image_processor, stage="stage2", latent_size=1)(sample).latent_sizes == [6, 7]
 
 
 def test_helper_images_are_decoded_only_in_stage_1(
@@ -153,7 +179,7 @@ def test_helper_images_are_decoded_only_in_stage_1(
 def test_more_latents_than_merged_patches_are_refused(
     tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
 ) -> None:
-    assert Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=6)(make_sample()).latent_size == 6
+    assert Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=6)(make_sample()).latent_sizes == [6]
     with pytest.raises(DataError, match=r"6 merged patches for 7 latents \(shard/k.helper_0\)"):
         Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=7)(make_sample())
 
@@ -163,7 +189,7 @@ def test_a_grid_that_does_not_fit_is_refused(
 ) -> None:
     """make_sample's helper image has 6 merged patches as 2 x 3 or 3 x 2: five cells in a line do not fit."""
     grid = {"stage": "stage1", "compress_strategy": "grid"}
-    assert Encoder(tiny_tokenizer, image_processor, latent_size=6, **grid)(make_sample()).latent_size == 6
+    assert Encoder(tiny_tokenizer, image_processor, latent_size=6, **grid)(make_sample()).latent_sizes == [6]
     with pytest.raises(
         DataError, match=r"no grid of 5 cells fits .* merged patches \(shard/k.helper_0\); .*=grid a product of two"
     ):
@@ -173,11 +199,12 @@ def test_a_grid_that_does_not_fit_is_refused(
 def test_the_index_is_checked_before_a_run(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
 ) -> None:
-    """Row 4 has a helper image of 2 x 3 merged patches, the others 3 x 3; row 7 has two latent blocks."""
+    """Row 4 has a helper image of 2 x 3 merged patches, the others more; row 7 has two blocks with their own K."""
     rows = [make_row(number) | {"image_input": None, "text_input": "Q"} for number in range(10)]
     write_rows(tmp_path / "rows", 10)
     (tmp_path / "rows" / "images" / "4_1.png").write_bytes(image_bytes((56, 84)))
-    rows[7] |= {"text_output": "<output_image> <output_image>", "image_output": ["images/7_1.png", "images/8_1.png"]}
+    rows[7] |= {"text_output": "<output_image> <output_image>", "image_output": ["images/7_1.png", "images/4_1.png"]}
+    rows[7] |= {"latent_size": [9, 3]}
     build(write_jsonl(tmp_path / "rows" / "rows.jsonl", rows), tmp_path / "shards", maxcount=4, maxsize=10**9)
     shards = load_manifest(tmp_path / "shards")
 
@@ -188,8 +215,21 @@ def test_the_index_is_checked_before_a_run(
     check("stage1", 6)
     with pytest.raises(DataError, match=r"6 merged patches for 7 latents \(shard-000001\.tar/000000004\.helper_0\)"):
         check("stage1", 7)
-    with pytest.raises(DataError, match=r"the sample has 2 latent blocks \(shard-000001\.tar/000000007\)"):
-        check("stage2", 4)
+    check("stage2", 7)
+
+
+def test_blocks_that_are_too_large_are_found_before_a_run(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor
+) -> None:
+    """By the row's own K, not the configured one."""
+    row = make_row(0) | {"text_output": "<output_image> <output_image>", "image_output": ["images/0_1.png"] * 2}
+    write_rows(tmp_path / "rows", 1)
+    rows = write_jsonl(tmp_path / "rows" / "rows.jsonl", [row | {"latent_size": [9, 10]}])
+    build(rows, tmp_path / "shards", maxcount=4, maxsize=10**9)
+    shards = load_manifest(tmp_path / "shards")
+    Encoder(tiny_tokenizer, image_processor, stage="stage2", latent_size=1).check_index(shards)
+    with pytest.raises(DataError, match=r"9 merged patches for 10 latents \(shard-000000\.tar/000000000\.helper_1\)"):
+        Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=1).check_index(shards)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +362,25 @@ def test_positions_are_those_of_transformers(sides: list[tuple[int, int]], texts
     model.get_vision_position_ids = Qwen2_5_VLModel.get_vision_position_ids.__get__(model)
     expected, _ = Qwen2_5_VLModel.get_rope_index(model, image_mask[None].long(), image_mask[None].int(), grid_thw)
     assert torch.equal(mrope_positions(image_mask, grid_thw, merge_size=2), expected[:, 0])
+
+
+@pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])
+def test_the_length_that_is_compared_is_that_of_the_stage(tmp_path: Path, stage: Stage) -> None:
+    """Of a row with two blocks of its own K: its length is allowed, one token less is not."""
+    folder = write_rows(tmp_path / "rows", 1).parent
+    row = make_row(0) | {"image_output": ["images/0_1.png"] * 2, "latent_size": [2, 7]}
+    row["text_output"] = "<think> a map </think><output_image> and another <output_image> So \\boxed{A}."
+    write_tiny(write_jsonl(folder / "rows.jsonl", [row]), tmp_path / "model", seed=0)
+    build(folder / "rows.jsonl", tmp_path / "shards", maxcount=3, maxsize=10**9)
+    shards = load_manifest(tmp_path / "shards")
+    encoder = load_encoder(str(tmp_path / "model"), stage=stage, latent_size=4)
+    encoded = encoder(SampleReader(shards)(0))
+    assert int(encoded.latent_mask.sum()) == (0 if stage == "text" else 2 + 7)
+    encoder.max_length = len(encoded.input_ids)
+    check_lengths(encoder, shards)
+    encoder.max_length -= 1
+    with pytest.raises(DataError, match=rf"data\.max_length={encoder.max_length}: 1 .* with {len(encoded.input_ids)};"):
+        check_lengths(encoder, shards)
 
 
 def test_longer_samples_are_found_before_the_run(tmp_path: Path) -> None:

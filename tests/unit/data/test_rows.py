@@ -63,6 +63,23 @@ def test_images_may_be_absent_null_one_or_a_list(tmp_path: Path) -> None:
     assert read(image_output="0.png").helper_images == (image_bytes(seed=0),)
 
 
+def test_latent_sizes_are_of_all_blocks_or_of_each(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(image_bytes())
+
+    def read(blocks: int, **more: Any) -> Sample:
+        row = {"text_input": "Q", "text_output": "A" + "<output_image>" * blocks, "image_output": ["0.png"] * blocks}
+        sample = read_row(row | more, key="k", where="here", folder=tmp_path)
+        assert from_members("k", to_members(sample)) == sample
+        return sample
+
+    assert read(2).latent_sizes == read(2, latent_size=None).latent_sizes == ()
+    assert read(2, latent_size=3).latent_sizes == (3, 3)
+    assert read(3, latent_size=[2, 8, 2]).latent_sizes == (2, 8, 2)
+    assert read(0, latent_size=3).latent_sizes == read(0, latent_size=[]).latent_sizes == ()
+    in_front = read(1, latent_size=[5], text_output="No slot")
+    assert (in_front.latent_sizes, in_front.extra) == ((5,), {})
+
+
 def test_empty_lines_are_skipped(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "data", count=2)
     path.write_text(path.read_text().replace("\n", "\n\n"))
@@ -92,6 +109,14 @@ def test_empty_lines_are_skipped(tmp_path: Path) -> None:
             "<output_image> slots in text_output: 0, helper images: 2",
         ),
         ({"text_output": "\ud800 <output_image>"}, "half of a surrogate pair at character 0"),
+        ({"latent_size": 0}, "latent_size is 0"),
+        ({"latent_size": "4"}, "latent_size is '4'"),
+        ({"latent_size": True}, "latent_size is True"),
+        ({"latent_size": 2.0}, "latent_size is 2.0"),
+        ({"latent_size": [4, -1]}, "latent_size is [4, -1]"),
+        ({"latent_size": []}, "numbers in latent_size: 0, latent blocks in the answer: 1"),
+        ({"latent_size": [4, 4]}, "numbers in latent_size: 2, latent blocks in the answer: 1"),
+        ({"text_output": "A", "image_output": None, "latent_size": "x"}, "latent_size is 'x'"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -149,7 +174,7 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
-field_names = st.text().filter(lambda name: not name.startswith(("text_", "image_")))
+field_names = st.text().filter(lambda name: not name.startswith(("text_", "image_", "latent_size")))
 pictures = st.lists(st.sampled_from(sorted(FORMATS)).map(lambda name: image_bytes(image_format=name)), max_size=12)
 
 

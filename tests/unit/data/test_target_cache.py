@@ -10,7 +10,9 @@ import pytest
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.target_cache import TargetCache
 
-VALUES = 3 * (50_000 + 1)  # several pages, so that two writers can mix
+LATENT_SIZE, LATENT_VALUES = 3, 50_000 + 1
+VALUES = LATENT_SIZE * LATENT_VALUES  # several pages, so that two writers can mix
+SLOT_BYTES = 4 + 4 * VALUES
 LIMIT = 2**30
 
 # Another process, which writes one slot again and again, all ones or all twos.
@@ -20,9 +22,10 @@ from pathlib import Path
 import numpy as np
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.target_cache import TargetCache
-folder, targets, values = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-cache = TargetCache.open(targets, load_manifest(folder), {"tower": "a"}, values=values, limit_bytes=2**30)
-data = [np.full(values, number, np.float32).tobytes() for number in (1, 2)]
+folder, targets, size, values = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+facts, limit = {"tower": "a"}, 2**30
+cache = TargetCache.open(targets, load_manifest(folder), facts, latent_size=size, values=values, limit_bytes=limit)
+data = [np.full(size * values, number, np.float32).tobytes() for number in (1, 2)]
 cache.write([1], data[:1])
 print("ready", flush=True)
 while True:
@@ -37,7 +40,8 @@ def cache(shards: ShardFolder, tmp_path: Path) -> TargetCache:
 
 
 def opened(shards: ShardFolder, tmp_path: Path, *, tower: str = "a", limit_bytes: int = LIMIT) -> TargetCache:
-    return TargetCache.open(tmp_path / "targets", shards, {"tower": tower}, values=VALUES, limit_bytes=limit_bytes)
+    sizes = {"latent_size": LATENT_SIZE, "values": LATENT_VALUES, "limit_bytes": limit_bytes}
+    return TargetCache.open(tmp_path / "targets", shards, {"tower": tower}, **sizes)
 
 
 def values(*numbers: int) -> list[bytes]:
@@ -54,26 +58,26 @@ def test_what_was_written_comes_back(cache: TargetCache) -> None:
     cache.write([5], values(5))
     assert cache.read(range(4, 6)) == b"".join(values(4, 5))
     assert cache.read(range(4, 4)) is None
-    assert cache.path.stat().st_blocks * 512 < 5 * cache.slot_bytes  # of eight slots: the file is sparse
+    assert cache.path.stat().st_blocks * 512 < 5 * SLOT_BYTES  # of eight slots: the file is sparse
 
 
-def test_samples_without_a_helper_image_and_with_two(tmp_path: Path) -> None:
-    cache = TargetCache(tmp_path / "a.targets", np.array([0, 1, 1, 3]), 12, 3)
+def test_samples_without_a_helper_image_and_with_two_of_different_sizes(tmp_path: Path) -> None:
+    cache = TargetCache(tmp_path / "a.targets", np.array([0, 1, 1, 3]), np.array([0, 12, 24, 32]), 3)
     assert [cache.slots(number) for number in range(3)] == [range(0, 1), range(1, 1), range(1, 3)]
-    cache.write([0, 1, 2], [b"abcdefgh", b"ABCDEFGH", b"12345678"])
-    assert [cache.read(cache.slots(number)) for number in range(3)] == [b"abcdefgh", None, b"ABCDEFGH12345678"]
+    cache.write([0, 1, 2], [b"abcdefgh", b"ABCDEFGH", b"1234"])
+    assert [cache.read(cache.slots(number)) for number in range(3)] == [b"abcdefgh", None, b"ABCDEFGH1234"]
 
 
 def test_a_slot_that_was_not_written_completely_is_not_there(cache: TargetCache) -> None:
     """Killed in a write: the first half, with the checksum, is new. Cut off: the second half is missing, or all."""
     cache.write([0, 1, 2, 9], values(1, 2, 3, 4))
     with cache.path.open("r+b") as file:
-        file.seek(9 * cache.slot_bytes)
-        half = file.read(cache.slot_bytes // 2)
-        file.seek(cache.slot_bytes)
+        file.seek(9 * SLOT_BYTES)
+        half = file.read(SLOT_BYTES // 2)
+        file.seek(SLOT_BYTES)
         file.write(half)
     assert [cache.read(range(slot, slot + 1)) for slot in range(3)] == [*values(1), None, *values(3)]
-    for size in (2 * cache.slot_bytes + 10, 2 * cache.slot_bytes, 0):
+    for size in (2 * SLOT_BYTES + 10, 2 * SLOT_BYTES, 0):
         with cache.path.open("r+b") as file:
             file.truncate(size)
         assert cache.read(range(2, 3)) is None
@@ -88,7 +92,7 @@ def test_a_slot_that_was_not_written_completely_is_not_there(cache: TargetCache)
 
 def test_another_process_writes_the_same_slot(cache: TargetCache, shards: ShardFolder, tmp_path: Path) -> None:
     """What is read is one of its two contents, complete, or nothing. Without checksums, a tenth was mixed."""
-    command = [sys.executable, "-c", WRITER, str(shards.path), str(tmp_path / "targets"), str(VALUES)]
+    command = [sys.executable, "-c", WRITER, *map(str, (shards.path, tmp_path / "targets", LATENT_SIZE, LATENT_VALUES))]
     written = set(values(1, 2))
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         try:
@@ -103,7 +107,7 @@ def test_the_size_is_limited(shards: ShardFolder, tmp_path: Path) -> None:
     cache = opened(shards, tmp_path, limit_bytes=4 * (4 * VALUES + 4) + 100)
     assert cache.num_slots == 4
     cache.write(range(10), values(*range(10)))
-    assert cache.path.stat().st_size == 4 * cache.slot_bytes
+    assert cache.path.stat().st_size == 4 * SLOT_BYTES
     assert [cache.read(range(slot, slot + 1)) is not None for slot in range(10)] == [True] * 4 + [False] * 6
     assert cache.read(range(3, 5)) is None
 

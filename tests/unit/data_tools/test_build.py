@@ -77,11 +77,21 @@ def test_several_images_of_several_formats(tmp_path: Path) -> None:
             {"text_input": "All in front", "text_output": "A", "image_input": names},
             {"text_input": "None", "text_output": "\u5730\u56fe"},
             {"text_input": "Q", "text_output": "<output_image><output_image>", "image_output": names[:2]},
+            {"text_input": "Q", "text_output": "<output_image>, <output_image>", "image_output": names[:2]}
+            | {"latent_size": [2, 8]},
         ],
     )
     build(rows, tmp_path / "shards", maxcount=10, maxsize=10**9)
     assert_webdataset_reads(rows, tmp_path / "shards")
-    assert len(SampleReader(load_manifest(tmp_path / "shards"))(0).input_images) == 12
+    shards = load_manifest(tmp_path / "shards")
+    assert len(SampleReader(shards)(0).input_images) == 12
+    assert [SampleReader(shards)(number).latent_sizes for number in (2, 3)] == [(), (2, 8)]
+    index = load_index(shards)
+    assert [entry.latent_sizes for entry in index] == [None, None, None, [2, 8]]
+    assert [entry.block_sizes(4) for entry in index] == [[], [], [4, 4], [2, 8]]
+    first, *_, last = (shards.path / "index.jsonl").read_text().splitlines()
+    assert "latent_sizes" not in first, "rows without the field keep the index, and the digest, that they had"
+    assert '"latent_sizes": [2, 8]' in last
 
 
 def test_the_extension_follows_the_content(tmp_path: Path) -> None:

@@ -137,12 +137,13 @@ def test_gradients_of_weights_are_made_as_often_for_any_number_of_latents(make_m
     """Passes of one column share one. For each pass, a large weight's gradient would be written and added."""
     model = make_model("stage2", recompute=recompute)
     counts = []
-    for latent_size in (2, 8):
+    for latent_size in (2, 8, [2, 2], [8, 8]):
         batch = collate(ragged_batch(5, 1, stage="stage2", latent_sizes=[latent_size]), align_latents=True)
         loss = model(batch).loss
         with WeightGradients(model.rollout.layers[0].mlp.down_proj.weight.shape) as made:
             loss.backward()
         counts.append(made.count)
     layers = len(model.rollout.layers)
-    # In each layer: of the first and of the last pass, their sum, and the one of all passes between added to it.
-    assert counts == [4 * layers, 4 * layers]
+    # In each layer: of the first pass and of the last one of each block, their sums, and the one of all passes of one
+    # column added to them.
+    assert counts == [4 * layers, 4 * layers, 6 * layers, 6 * layers]

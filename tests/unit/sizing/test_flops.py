@@ -76,7 +76,7 @@ def test_the_planner_counts_as_the_trainer() -> None:
     """Rows of one square image of complete windows: there the planner's bounds are exact."""
     settings = config("stage1")
     sizes = model_sizes(settings.model)
-    row = Row(tokens=90, lead=40, rest=50, targets=30, patches=256)
+    row = Row(tokens=90, targets=30, patches=256)
     batch = SimpleNamespace(row_tokens=[90, 90], num_tokens=180, target_rows=[0] * 60, image_grids=[(8, 8), (8, 8)])
     batch.pixel_values = torch.zeros(512, 1)
     assert work(sizes, settings, row) == work_of(sizes, settings, batch_load(sizes, batch))

@@ -1,7 +1,6 @@
 """Which micro-batch `auto` takes: by the limit, by the global batch, and what it may use on each kind of machine."""
 
 import socket
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ from mirage_ds.recipe import load_config
 from mirage_ds.sizing import micro_batch
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.model_sizes import model_sizes
-from mirage_ds.sizing.workload import Row, workload
+from mirage_ds.sizing.workload import Row, Shape, Workload, workload
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
@@ -28,14 +27,14 @@ def recipe(size: int | str, *overrides: str) -> Config:
 
 def peak(size: int) -> int:
     config = recipe(size)
-    row = workload(config).largest
+    row = workload(config).largest_of(size)
     return estimate_memory(model_sizes(config.model), config, resolve_deepspeed_config(config), row, RANKS).peak
 
 
 def choose(limit_bytes: int, config: Config | None = None) -> micro_batch.Choice:
     config = config or recipe("auto")
-    settings, row = resolve_deepspeed_config(config), workload(config).largest
-    return micro_batch.choose(model_sizes(config.model), config, settings, row, RANKS, limit_bytes)
+    settings, rows = resolve_deepspeed_config(config), workload(config)
+    return micro_batch.choose(model_sizes(config.model), config, settings, rows, RANKS, limit_bytes)
 
 
 @pytest.mark.parametrize(
@@ -49,17 +48,20 @@ def test_the_limit_decides(fits: int, reason: str) -> None:
     assert choose(peak(fits) - 1).size == max(1, fits // 2)
 
 
-def test_rows_of_stage_2_are_padded_on_both_sides() -> None:
-    """The longest lead and the longest rest may meet in one micro-batch, of rows that are no longer than 1100."""
-    sizes, row = model_sizes(recipe(1).model), Row(tokens=1100, lead=1000, rest=1000, targets=100, patches=400)
-    padded = replace(row, tokens=2000)
+def test_rows_of_stage_2_are_padded_to_each_other() -> None:
+    """What fits one row at a time does not fit two: the longest lead and the longest rest may meet."""
+    shapes = [Shape((leads, rest), (4,), targets=100, patches=400) for leads, rest in ((6000, 100), (100, 6000))]
+    rows, sizes, config = Workload(shapes, 2, ""), model_sizes(recipe(1).model), recipe("auto")
+    settings = resolve_deepspeed_config(config)
 
-    def activations(size: int, row: Row) -> int:
-        config = recipe(size)
-        return estimate_memory(sizes, config, resolve_deepspeed_config(config), row, RANKS).activations
+    def needed(row: Row) -> int:
+        return estimate_memory(sizes, recipe(2), settings, row, RANKS).peak
 
-    assert activations(2, row) == activations(2, padded)
-    assert activations(1, row) < activations(1, padded)
+    assert (
+        needed(rows.aligned) == needed(Shape((6000, 6000), (4,), targets=100, patches=400).row()) > needed(rows.largest)
+    )
+    for limit_bytes, size in ((needed(rows.aligned), 2), (needed(rows.aligned) - 1, 1)):
+        assert micro_batch.choose(sizes, config, settings, rows, RANKS, limit_bytes).size == size
 
 
 def test_where_nothing_fits_the_smallest_is_tried() -> None:

@@ -11,7 +11,7 @@ import PIL
 import plain_loop
 import pytest
 import torch
-from generated_rows import write_rows
+from generated_rows import make_row, write_jsonl, write_rows
 
 from data_tools.build import build
 from mirage_ds.batch import Batch
@@ -57,9 +57,13 @@ def encoder(ground: Path) -> Encoder:
 
 @pytest.fixture
 def cache(ground: Path, shards: ShardFolder, encoder: Encoder, tmp_path: Path) -> TargetCache:
+    return open_cache(ground, shards, encoder, tmp_path)
+
+
+def open_cache(ground: Path, shards: ShardFolder, encoder: Encoder, folder: Path) -> TargetCache:
     hidden_size = load_backbone(str(ground / "model"), dtype=torch.float32).embed_tokens.weight.shape[1]
-    values = LATENT_SIZE * (hidden_size + 1)
-    return TargetCache.open(tmp_path, shards, encoder.helper_facts(), values=values, limit_bytes=2**30)
+    sizes = {"latent_size": LATENT_SIZE, "values": hidden_size + 1, "limit_bytes": 2**30}
+    return TargetCache.open(folder, shards, encoder.helper_facts(), **sizes)
 
 
 @pytest.fixture
@@ -169,6 +173,38 @@ def test_mixed_micro_batches_have_the_losses_of_the_plain_loop(
         assert grad_norm(model) == pytest.approx(expected["grad_norms"][0], rel=1e-4)
 
 
+def test_blocks_of_several_sizes(
+    ground: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K by the configuration, by the row, and for each of two blocks: kept targets have the bits of encoded ones, and a
+    micro-batch of both has the losses of the plain loop."""
+    rows = [make_row(number) for number in range(4)]
+    rows[1] |= {"latent_size": [2, 8], "text_output": "<output_image>a<output_image>b"}
+    rows[1] |= {"image_output": ["images/1_1.png", "images/2_1.png"]}
+    rows[2] |= {"image_output": None, "text_output": "No image"}
+    rows[3] |= {"latent_size": 5}
+    build(write_jsonl(ground / "rows" / "blocks.jsonl", rows), tmp_path / "shards", maxcount=4, maxsize=10**9)
+    shards = load_manifest(tmp_path / "shards")
+    cache = open_cache(ground, shards, encoder, tmp_path / "targets")
+    plain, caching = make_model(ground), make_model(ground, cache)
+    read, read_cached = SampleReader(shards), SampleReader(shards, cache)
+    for number in (1, 3):
+        caching(collate([encoder(read_cached(number))], align_latents=False))
+    for number, latents in ((1, 10), (3, 5)):
+        kept = collate([encoder(read_cached(number))], align_latents=False)
+        assert (len(kept.cached_targets), kept.helper_grids, kept.target_slots) == (latents, [], [])
+        found = Outcome(caching, kept, monkeypatch).latents
+        encoded = Outcome(plain, collate([encoder(read(number))], align_latents=False), monkeypatch).latents
+        assert all(torch.equal(*each) for each in zip(found, encoded, strict=True))
+    batch = collate([encoder(read_cached(number)) for number in range(4)], align_latents=False)
+    assert (batch.latent_sizes, len(batch.cached_targets), batch.num_grounded_samples) == ([LATENT_SIZE], 15, 3)
+    mixed = Outcome(plain, batch, monkeypatch)
+    samples = [vars(encoder(read(number))) for number in range(4)]
+    expected = plain_loop.train(str(ground / "model"), [samples], "stage1", lrs=[0.0], ce_loss_weight=0.1)
+    assert mixed.losses.loss.item() / 4 == pytest.approx(expected["losses"][0], rel=1e-5)
+    assert mixed.grad_norm / 4 == pytest.approx(expected["grad_norms"][0], rel=1e-4)
+
+
 def test_whatever_decides_the_targets_has_a_file_of_its_own(
     ground: Path, shards: ShardFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,10 +243,10 @@ class Copied:
 def test_a_copy_that_is_under_way_is_written_later(cache: TargetCache) -> None:
     """The step does not wait for it. Copies of one stream end in their order."""
     writer, copied = TargetWriter(cache), Copied()
-    values = torch.ones(LATENT_SIZE, (cache.slot_bytes // 4 - 1) // LATENT_SIZE)
-    writer.copies.append(([0], values, copied))
+    values = torch.ones(LATENT_SIZE, (int(cache.offsets[1]) // 4 - 1) // LATENT_SIZE)
+    writer.copies.append(([0], [LATENT_SIZE], values, copied))
     for slot in (1, 2):
-        writer([slot], LatentTargets(values[:, :-1], values[:, :-1] * slot, values[:, -1]))
+        writer([slot], [LATENT_SIZE], LatentTargets(values[:, :-1], values[:, :-1] * slot, values[:, -1]))
         assert [cache.read(range(each, each + 1)) is not None for each in range(3)] == [slot == 2] * 3
         copied.is_over = True
 

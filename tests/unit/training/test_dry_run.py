@@ -11,6 +11,7 @@ from random_samples import random_sample
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.errors import DataError
 from mirage_ds.recipe import load_config
+from mirage_ds.sizing.workload import Shape, Workload
 from mirage_ds.training import dry_run
 from mirage_ds.training.dry_run import costliest_first, describe_lack, describe_success, is_out_of_memory, take
 from mirage_ds.zero3 import distributed
@@ -37,17 +38,30 @@ def test_which_samples_are_taken(monkeypatch: pytest.MonkeyPatch, numbers: list[
     assert batch.keys == [random_sample(number, stage="stage1").key for number in taken]
 
 
-def test_the_rows_that_pad_the_others_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a micro-batch that is aligned at its latents."""
-    rows = [SimpleNamespace(lead=lead, rest=rest) for lead, rest in ((50, 50), (90, 5), (10, 80), (60, 45))]
-    costs = [100, 95, 90, 105]
+def test_the_rows_that_pad_the_others_come_first() -> None:
+    """Of a micro-batch that is aligned at its latent blocks."""
+    columns = [((50, 50), (4,)), ((90, 5), (4,)), ((10, 80), (4,)), ((60, 45), (4,))]
     for stage, size, expected in (
         ("stage1", 2, [3, 0, 1, 2]),
         ("stage2", 1, [3, 0, 1, 2]),
         ("stage2", 2, [1, 2, 3, 0]),
     ):
         config = load_config(RECIPE, [f"train.micro_batch_size_per_gpu={size}", f"train.stage={stage}"])
-        assert costliest_first(rows, costs, config) == expected
+        assert costliest_first(rows_of(columns), lambda row: row.tokens, config) == expected
+
+
+def test_the_costliest_micro_batch_has_the_most_passes() -> None:
+    """A pass costs as much as many columns: short rows with many latents, in different blocks, come first."""
+    columns = [((300, 100), (2,)), ((20, 20), (9,)), ((20, 10, 20), (1, 9)), ((200, 150), (2,)), ((50, 50), (8,))]
+    config = load_config(RECIPE, ["train.micro_batch_size_per_gpu=2", "train.stage=stage2"])
+    numbers = costliest_first(rows_of(columns), lambda row: row.tokens + 60 * row.latents, config)
+    assert numbers[:2] == [2, 1]
+    assert sorted(numbers) == [0, 1, 2, 3, 4]
+
+
+def rows_of(columns: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Workload:
+    """Of these stretches and latent blocks."""
+    return Workload([Shape(*each, targets=0, patches=0) for each in columns], len(columns), "")
 
 
 def errors() -> Iterator[tuple[RuntimeError, bool]]:
