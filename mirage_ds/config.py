@@ -99,6 +99,10 @@ class DataConfig(Section):
     reference does. An exported model decodes as it was trained."""
     max_length: PositiveInt | None = None
     """Most tokens of a sample; a longer sample is an error that names it, and is never truncated. Unset: no limit."""
+    balance: bool = True
+    """Deal the samples of each global batch by their cost: in every micro-step the ranks are level, and rows of a
+    micro-batch are alike. `false`: in order. The losses are the same; see
+    [training](training.md#who-computes-which-sample)."""
     on_fault: OnFault = "stop"
     """What a sample does that turns out to be unusable. `stop`: the run saves and ends with an error; `skip`: the next
     sample of the order takes its place too, with a warning, whatever the number of ranks and after every resume."""
