@@ -70,9 +70,8 @@ class Steps:
 
     def at(self, start: int) -> Step:
         """The step whose global batch begins at position `start`."""
-        dealt, imbalance = self.dealt(start)
-        own = [[start + place for place in ranks[self.share.rank]] for ranks in dealt]
-        return Step(own, imbalance)
+        dealt, level = self.dealt(start)
+        return Step([[start + place for place in ranks[self.share.rank]] for ranks in dealt], imbalance=level)
 
     def dealt(self, start: int) -> tuple[Dealt, float]:
         """What each rank gets of the global batch that begins at position `start`, and the imbalance of that."""
