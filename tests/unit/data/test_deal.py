@@ -120,9 +120,9 @@ DEALS: dict[str, Callable[[Numbers, int, int], Dealt]] = {
 
 
 def figures(world_size: int, rows: int, micro_steps: int) -> dict[str, tuple[float, float]]:
-    """Imbalance and padding of each deal, medians of five global batches."""
+    """Imbalance and padding of each deal, medians of three global batches."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in DEALS}
-    for seed in range(5):
+    for seed in range(3):
         lengths = drawn_lengths(world_size * rows * micro_steps, seed)
         for name, how in DEALS.items():
             dealt = how(lengths, world_size, rows)
