@@ -36,6 +36,7 @@ from train_shapes import RowShape, Widths, make_config, make_hf, make_model, mak
 from mirage_ds.batch import Batch
 from mirage_ds.config import Stage
 from mirage_ds.data.collate import collate
+from mirage_ds.data.costs import TOKEN_PATCHES
 from mirage_ds.data.deal import deal, deal_in_order, deal_packed
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.data.packing import collate_packed
@@ -69,10 +70,12 @@ def shape_of(tokens: int) -> RowShape:
 def micro_batches(way: str, stage: Stage, samples: Sequence[EncodedSample], budget: int) -> list[Batch]:
     """The micro-batches of one global batch on one rank."""
     tokens = np.array([len(sample.input_ids) for sample in samples])
+    patches = np.array([len(sample.pixel_values) + len(sample.pixel_values_latent) for sample in samples])
+    costs = TOKEN_PATCHES * tokens + patches
     if way == "packed":
-        dealt = deal_packed(tokens, tokens, 1, budget)
+        dealt = deal_packed(tokens, costs, 1, budget)
         return [collate_packed([samples[place] for place in places]) for (places,) in dealt]
-    dealt = deal(tokens, 1, MICRO_BATCH) if way == "balanced" else deal_in_order(len(tokens), 1, MICRO_BATCH)
+    dealt = deal(costs, 1, MICRO_BATCH) if way == "balanced" else deal_in_order(len(tokens), 1, MICRO_BATCH)
     return [collate([samples[place] for place in places], align_latents=stage == "stage2") for (places,) in dealt]
 
 
@@ -89,7 +92,10 @@ def run(stage: Stage, rounds: int, num_samples: int, *, small: bool) -> list[dic
     lengths = draw_lengths(num_samples, scale)
     samples = [make_row(seed, shape_of(length), vocab, stage) for seed, length in enumerate(lengths)]
     parts = [samples[start : start + GLOBAL_BATCH] for start in range(0, num_samples, GLOBAL_BATCH)]
-    batches = {way: [b for part in parts for b in micro_batches(way, stage, part, LONGEST // scale)] for way in WAYS[stage]}
+    batches = {
+        way: [batch for part in parts for batch in micro_batches(way, stage, part, LONGEST // scale)]
+        for way in WAYS[stage]
+    }
     check_equal({way: loss_of(model, each) for way, each in batches.items()})
     measured: dict[str, list[Measured]] = {way: [] for way in batches}
     for _ in range(rounds):

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mirage_ds.config import Stage
-from mirage_ds.data.counts import count_texts, exact_lengths, save_counts
+from mirage_ds.data.costs import measure_costs
+from mirage_ds.data.counts import count_texts, save_counts
 from mirage_ds.data.encode import load_encoder
 from mirage_ds.data.index import load_index
 from mirage_ds.data.shards import load_manifest
@@ -50,8 +51,9 @@ def count(
         "stage1 and stage2": ("stage1", "with_latents"),
     }
     for stages, (stage, name) in groups.items():
-        lengths = exact_lengths(counts[name], index, encoder.image_tokens, stage=stage, latent_size=latent_size)
-        yield describe(stages, np.array(lengths), keys, max_length)
+        texts = counts[name]
+        costs = measure_costs(index, encoder.image_tokens, stage=stage, latent_size=latent_size, texts=texts)
+        yield describe(stages, costs.tokens, keys, max_length)
 
 
 def describe(stages: str, lengths: npt.NDArray[np.int64], keys: list[str], max_length: int | None) -> str:

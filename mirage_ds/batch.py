@@ -54,6 +54,11 @@ class Batch:
         """Tokens of all rows, without padding."""
         return sum(self.sample_tokens)
 
+    @property
+    def num_cells(self) -> int:
+        """Columns of all rows, padding among them."""
+        return self.input_ids.numel()
+
     def to(self, device: torch.device | str) -> "Batch":
         """Moves every tensor; copies from pinned memory are asynchronous."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))

@@ -99,6 +99,10 @@ class DataConfig(Section):
     reference does. An exported model decodes as it was trained."""
     max_length: PositiveInt | None = None
     """Most tokens of a sample; a longer sample is an error that names it, and is never truncated. Unset: no limit."""
+    balance: bool = True
+    """Deal the samples of each global batch by their cost: in every micro-step the ranks are level, and rows of a
+    micro-batch are alike. `false`: in order. The losses are the same; see
+    [training](training.md#who-computes-which-sample)."""
     packing: bool = False
     """Text and stage 1: samples share one row without padding, as many as fit into `data.token_budget`, and do not see
     each other; the losses stay the same. A micro-batch is one such row, `train.micro_batch_size_per_gpu` then only

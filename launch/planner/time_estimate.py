@@ -9,6 +9,7 @@ D hidden, V vocabulary, K latents.
 from dataclasses import dataclass
 from typing import Any
 
+from launch.planner.level import Level
 from mirage_ds.config import Config, Stage
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.flops import work
@@ -94,11 +95,13 @@ def step_time(
     nodes: int,
     gpus_per_node: int,
     gpu: Gpu,
+    level: Level,
 ) -> StepTime:
     """With `layer`, gathering overlaps with computing: the longer one counts. A rollout is gathered first: their sum.
     (Its gather begins while the tower runs, which is not taken off.)
 
-    compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) + single columns)
+    compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) x imbalance / (1 - padding)
+                   + single columns)
     single columns the K - 1 passes of stage 2 over one column: each accesses all layers' weights in GPU memory
                    WEIGHT_PASSES times, once more if they are recomputed: of several rows, some are padded on the left
     communication  the slower of NVLink and the network, at LINK_EFFICIENCY
@@ -114,7 +117,7 @@ def step_time(
     done = work(sizes, config, row)
     peak = gpu.flops[config.train.dtype]
     memory_bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
-    compute_s = micro_steps * done.computed / (peak * COMPUTE_EFFICIENCY)
+    compute_s = micro_steps * done.computed / (peak * COMPUTE_EFFICIENCY) * level.factor
     overlaps = choose_gather(config.model, config.train.stage) == "layer"
     single_columns_s = 0.0
     if config.train.stage == "stage2":

@@ -1,13 +1,12 @@
 """Exact numbers of tokens: SHARDS/tokens-DIGEST.npz, which `mirage-data count` writes for one tokenizer.
 
 It has the tokens of a sample's text, with its template and all markers, but without the pads of images and latents:
-their number follows from the sizes in the index and the run's settings, see `exact_lengths`.
+their number follows from the sizes in the index and the run's settings, see costs.py.
 """
 
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from mirage_ds.config import Stage
 from mirage_ds.data.conversation import train_text
-from mirage_ds.data.index import IndexEntry
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.stream import SampleReader
@@ -59,24 +57,6 @@ def count_texts(folder: ShardFolder, tokenizer: PreTrainedTokenizerBase, *, syst
     return counts
 
 
-def exact_lengths(
-    counts: Counts,
-    index: Sequence[IndexEntry],
-    image_tokens: Callable[[Sequence[tuple[int, int]]], list[int]],
-    *,
-    stage: Stage,
-    latent_size: int,
-) -> list[int]:
-    """Tokens of every sample as the encoder makes it: the counts, the pads of input images and those of latents.
-
-    Args:
-        image_tokens: see `Encoder.image_tokens`.
-    """
-    block = 0 if stage == "text" else latent_size
-    pads = (sum(image_tokens(entry.input_sizes)) + entry.latent_blocks * block for entry in index)
-    return [text + more for text, more in zip(counts.tolist(), pads, strict=True)]
-
-
 def save_counts(
     folder: ShardFolder, tokenizer: PreTrainedTokenizerBase, counts: dict[str, Counts], *, system_turn: bool
 ) -> Path:
@@ -92,7 +72,7 @@ def save_counts(
     with name_full_disk(folder.path, remedy), name_unwritable(path, "count in a copy of the shards that you may write"):
         try:
             with part.open("wb") as file:
-                np.savez(file, shards=folder.digest, **counts)
+                np.savez(file, shards=np.array(folder.digest), **counts)  # type: ignore[arg-type]
             part.rename(path)
         finally:
             part.unlink(missing_ok=True)

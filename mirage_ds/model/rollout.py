@@ -197,9 +197,7 @@ def run_layer(
     """
     cache = PartsCache(past)
     with deferring(deferred), remade_hooks(layer, cache) if remade else nullcontext():
-        output = layer(
-            hidden, **seen, position_embeddings=position_embeddings, past_key_values=cache, use_cache=True
-        )
+        output = layer(hidden, **seen, position_embeddings=position_embeddings, past_key_values=cache, use_cache=True)
     if cache.new is None:
         raise RuntimeError("the decoder layer did not use the KV cache")
     cache.joined = ()

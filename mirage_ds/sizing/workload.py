@@ -1,7 +1,6 @@
 """Size of the rows: tokens, patches, supervised tokens. From the index of the shards if there are any, else assumed.
 
-Image tokens are exact: the index has the size of every image, from which the processor's rule gives the patches. Text
-is estimated from its number of characters, so that no tokenizer is needed.
+By data/costs.py, which needs no tokenizer.
 """
 
 import math
@@ -11,13 +10,11 @@ from pathlib import Path
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mirage_ds.config import Config
+from mirage_ds.data.costs import CHARS_PER_TOKEN, row_size
 from mirage_ds.data.index import IndexEntry, load_index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.shards import MANIFEST_NAME, ShardFolder, read_manifest
 
-CHARS_PER_TOKEN = 3  # a cautious assumption: English prose has about 4, numbers and markup fewer
-TEMPLATE_TOKENS = 30  # of the chat template: a system turn, start and end of two turns
-MARKERS = 2  # around each image and each latent block
 PIXEL_LIMITS = (3136, 12_845_056)  # preprocessor_config.json of Qwen2.5-VL-Instruct: 4 and 16384 merged patches
 ASSUMED = IndexEntry(
     key="assumed",
@@ -65,7 +62,7 @@ def workload(config: Config) -> Workload:
         DataError: the shards' manifest or index is damaged.
     """
     if not (config.data.shards / MANIFEST_NAME).is_file():
-        row = measure(ASSUMED, config, _processor(config))
+        row = measure(ASSUMED, config, image_processor(config))
         source = (
             f"no shards at {config.data.shards}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
@@ -90,7 +87,7 @@ def measure_all(shards: ShardFolder, config: Config) -> list[Row]:
     Raises:
         DataError: the index is damaged.
     """
-    processor = _processor(config)
+    processor = image_processor(config)
     return [measure(entry, config, processor) for entry in load_index(shards)]
 
 
@@ -120,33 +117,21 @@ def packed_row(rows: list[Row], budget: int) -> Row:
 
 
 def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Row:
-    """tokens = template + characters / CHARS_PER_TOKEN + merged patches of the input images + K per latent block.
-
-    Helper images enter the tower in stage 1 only. The position of the latents in the answer is not in the index:
-    `lead` assumes the middle of the answer's text.
-    """
-
-    def merged(sizes: list[tuple[int, int]]) -> list[int]:
-        grids = [processor.merged_grid_of(width, height) for width, height in sizes]
-        return [rows * columns for rows, columns in grids]
-
-    stage = config.train.stage
-    images, helpers = merged(entry.input_sizes), merged(entry.helper_sizes) if stage == "stage1" else []
-    latents = 0 if stage == "text" else entry.latent_blocks * (config.model.latent_size + MARKERS)
-    answer = -(-entry.answer_chars // CHARS_PER_TOKEN)
-    question = TEMPLATE_TOKENS - (-entry.question_chars // CHARS_PER_TOKEN) + sum(images) + MARKERS * len(images)
-    limit = config.data.max_length or question + answer + latents  # longer rows are refused
-    tokens, lead = min(limit, question + answer + latents), min(limit, question + answer // 2)
+    """A row by data/costs.py. The position of the latents in the answer is not in the index: `lead` assumes the middle
+    of the answer's text."""
+    size = row_size(entry, processor.image_tokens, config.train.stage, config.model.latent_size)
+    limit = config.data.max_length or size.tokens  # longer rows are refused
+    tokens, lead = min(limit, size.tokens), min(limit, size.question + size.answer // 2)
     return Row(
         tokens=tokens,
         lead=lead,
         rest=tokens - lead,
-        targets=min(limit, answer + latents),
-        patches=(sum(images) + sum(helpers)) * processor.merge_size**2,
+        targets=min(limit, size.answer + size.latents),
+        patches=size.input_patches + size.helper_patches,
     )
 
 
-def _processor(config: Config) -> ImageProcessor:
+def image_processor(config: Config) -> ImageProcessor:
     """The processor of the model folder, or of the published models, with the run's pixel limits."""
     limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
     if Path(config.model.path).is_dir():

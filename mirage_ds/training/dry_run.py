@@ -88,10 +88,7 @@ def take(config: Config, start: Start, numbers: Iterable[int], size: int) -> Bat
     A sample that cannot be used is left for the run to meet, which may never read it; the next one takes its place.
     """
     read, following = SampleReader(start.shards), cycle(numbers)
-    samples = [
-        first_usable(lambda number: start.encoder(read(number)), following, "skip")
-        for _ in range(size)
-    ]
+    samples = [first_usable(lambda number: start.encoder(read(number)), following, "skip") for _ in range(size)]
     if config.data.packing:
         return collate_packed(samples)
     return collate(samples, align_latents=config.train.stage == "stage2")

@@ -12,11 +12,13 @@ from mirage_ds.checkpoint.facts import describe_run
 from mirage_ds.checkpoint.find import find_damage, newest_complete, refuse_damaged, require_latest
 from mirage_ds.checkpoint.load import check_start
 from mirage_ds.config import Config, Stage
-from mirage_ds.data.counts import Counts, exact_lengths, load_counts
+from mirage_ds.data.costs import measure_costs
+from mirage_ds.data.counts import Counts, load_counts
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.index import load_index
 from mirage_ds.data.lengths import check_budget, check_lengths
 from mirage_ds.data.shards import ShardFolder, load_manifest
+from mirage_ds.errors import DataError
 from mirage_ds.model.backbone import check_config
 from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
@@ -138,7 +140,7 @@ def read_counts(config: Config, encoder: Encoder, shards: ShardFolder) -> Counts
         return counts
     if counts is None:
         raise DataError(
-            f"data.packing needs the number of tokens of every sample, which was not counted (data.shards={shards.path}, "
+            f"data.packing needs the tokens of every sample, which were not counted (data.shards={shards.path}, "
             f"model.path={config.model.path}, data.system_turn={config.data.system_turn}); expected a file that "
             "`mirage-data count` wrote for this tokenizer; run "
             f"mirage-data count {shards.path} --model {config.model.path}"
@@ -151,7 +153,9 @@ def read_counts(config: Config, encoder: Encoder, shards: ShardFolder) -> Counts
 def sample_lengths(counts: Counts, encoder: Encoder, shards: ShardFolder, stage: Stage) -> list[int]:
     """Tokens of every sample of the run."""
     index, latent_size = load_index(shards), encoder.latent_size
-    return exact_lengths(counts, index, encoder.image_tokens, stage=stage, latent_size=latent_size)
+    costs = measure_costs(index, encoder.image_tokens, stage=stage, latent_size=latent_size, texts=counts)
+    lengths: list[int] = costs.tokens.tolist()
+    return lengths
 
 
 def check_init_from(config: Config) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import golden_set
 import plain_loop
 import pytest
+import worker
 from cases import (
     CUT_STEPS,
     CUTS,
     DEEP_LAYERS,
     FIXED,
     GATHER_SIZES,
+    RAGGED_CUT,
     RAGGED_STEPS,
     VARYING,
     Outcome,
@@ -69,17 +71,30 @@ def test_any_cut_gives_the_losses_of_the_plain_loop(
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_ragged_steps_do_not_hang(outcome: Outcomes, models: dict[str, str], stage: str) -> None:
-    """Rows without image, helper image, latents or labels, on either rank or both; each of these occurs."""
-    batches = [ragged_batch(step, 2, stage=stage) for step in range(RAGGED_STEPS)]
+    """Rows without image, helper image, latents or labels, on either rank or both, dealt by length."""
+    case = worker.Case("", "", "", stage, RAGGED_STEPS, **RAGGED_CUT)
+    first, second = (list(worker.samples_of(case, worker.steps_of(case, rank, 2))) for rank in (0, 1))
     for has in ("image_mask", "latent_mask", "labels"):
-        there = [[bool((getattr(sample, has) > 0).any()) for sample in batch] for batch in batches]
-        assert all([first, second] in there for first in (False, True) for second in (False, True)), has
+        there = {
+            tuple(bool((getattr(each, has) > 0).any()) for (each,) in pair) for pair in zip(first, second, strict=True)
+        }
+        assert len(there) == 4, has
     # The method's own rate: over many steps, rounding errors grow past the tolerance with a larger one.
     lrs = tuple(rates(RAGGED_STEPS, lr=1e-5, lr_decay="constant"))
-    expected = plain(models["untied"], stage, "ragged", RAGGED_STEPS, 2, lrs)
+    expected = plain(models["untied"], stage, "ragged", RAGGED_STEPS, 4, lrs)
     result = outcome(f"{stage}-ragged")
     assert result.losses == pytest.approx(expected["losses"], rel=1e-4)
     assert [record["grad_norm"] for record in result.records] == pytest.approx(expected["grad_norms"], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_deal_changes_no_loss(outcome: Outcomes, stage: str) -> None:
+    """Only who computes which sample, and so the padding and how level the ranks are."""
+    in_order, balanced = outcome(f"{stage}-in-order").records, outcome(f"{stage}-balanced").records
+    assert [each["loss"] for each in balanced] == pytest.approx([each["loss"] for each in in_order], rel=1e-5)
+    for name, least in (("imbalance", 1), ("padding_pct", 0)):
+        ours, before = (sum(each[name] for each in records) / len(records) for records in (balanced, in_order))
+        assert least < ours < before, name
 
 
 def test_a_trained_tower(outcome: Outcomes, models: dict[str, str]) -> None:

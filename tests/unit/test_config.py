@@ -64,8 +64,14 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
         ),
         ("train.micro_batch_size_per_gpu=auto", r"is auto, .*; set train\.global_batch_size, and leave .* unset"),
         ("train.profile_steps=[5, 3]", r"profile_steps \(5, 3\) end before they begin"),
-        ("data.packing=true", r"  - data: packing is true, but data\.token_budget is unset; .*; set data\.token_budget"),
-        ("data.token_budget=64", r"  - data: token_budget is 64, but rows are not packed .*; set data\.packing=true, or"),
+        (
+            "data.packing=true",
+            r"  - data: packing is true, but data\.token_budget is unset; .*; set data\.token_budget",
+        ),
+        (
+            "data.token_budget=64",
+            r"  - data: token_budget is 64, but rows are not packed .*; set data\.packing=true, or",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override: str, message: str) -> None:
@@ -82,9 +88,13 @@ def test_samples_are_packed_where_they_may_share_a_row() -> None:
     packing = ["data.packing=true", "data.token_budget=64"]
     assert load_config(RECIPE, packing).rows_per_micro_batch == 1
     assert load_config(RECIPE, [*packing, "data.max_length=64"]).data.token_budget == 64
-    with pytest.raises(ConfigError, match=r"token_budget is 64, below max_length=65; .*raise data\.token_budget, or low"):
+    with pytest.raises(
+        ConfigError, match=r"token_budget is 64, below max_length=65; .*raise data\.token_budget, or low"
+    ):
         load_config(RECIPE, [*packing, "data.max_length=65"])
-    with pytest.raises(ConfigError, match=r"  - data\.packing is true, but stage2 .*set data\.packing=false: .*balance"):
+    with pytest.raises(
+        ConfigError, match=r"  - data\.packing is true, but stage2 .*set data\.packing=false: .*balance"
+    ):
         load_config(RECIPES / "tiny-stage2.yaml", packing)
 
 

@@ -1,4 +1,4 @@
-"""collate_packed: every sample keeps its tokens, positions, targets and weights; nothing is predicted across samples."""
+"""collate_packed: samples keep their tokens, positions, targets and weights; nothing is predicted across them."""
 
 import torch
 from random_samples import ragged_batch

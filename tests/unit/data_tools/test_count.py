@@ -14,7 +14,8 @@ from data_tools import cli
 from data_tools.build import build
 from mirage_ds.data import counts as counts_file
 from mirage_ds.data import images
-from mirage_ds.data.counts import count_texts, exact_lengths, load_counts, save_counts
+from mirage_ds.data.costs import measure_costs
+from mirage_ds.data.counts import count_texts, load_counts, save_counts
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.index import load_index
 from mirage_ds.data.shards import ShardFolder, load_manifest
@@ -62,7 +63,8 @@ def open_encoder(place: Path, stage: str, *, system_turn: bool = True) -> Encode
 def lengths_by_counts(folder: ShardFolder, encoder: Encoder, stage: str, *, system_turn: bool = True) -> list[int]:
     counts = load_counts(folder, encoder.tokenizer, stage=stage, system_turn=system_turn)
     assert counts is not None
-    return exact_lengths(counts, load_index(folder), encoder.image_tokens, stage=stage, latent_size=K)
+    costs = measure_costs(load_index(folder), encoder.image_tokens, stage=stage, latent_size=K, texts=counts)
+    return costs.tokens.tolist()
 
 
 @pytest.mark.parametrize("system_turn", [True, False])
@@ -123,7 +125,9 @@ def test_packing_needs_counts_and_room_for_every_sample(place: Path, folder: Sha
 
     encoder = open_encoder(place, "stage1")
     assert read(None) is None
-    expected = rf"was not counted \(data\.shards={folder.path}, .*; run mirage-data count {folder.path} --model {place}"
+    expected = (
+        rf"were not counted \(data\.shards={folder.path}, .*; run mirage-data count {folder.path} --model {place}"
+    )
     with pytest.raises(DataError, match=expected):
         read(1000)
     save_counts(folder, encoder.tokenizer, count_texts(folder, encoder.tokenizer, system_turn=True), system_turn=True)
@@ -146,9 +150,13 @@ def test_damaged_counts_are_refused(place: Path, folder: ShardFolder, damage: st
     encoder, path = saved(place, folder)
     data = bytearray(path.read_bytes())
     if damage == "another byte":
-        data[data.index(np.full(NUM_ROWS, 7, np.int32).tobytes(), len(data) // 2)] ^= 1
-    path.write_bytes({"cut off": data[: len(data) // 2], "empty": b"", "no array": b"some text"}.get(damage, bytes(data)))
-    with pytest.raises(DataError, match=r"counts of tokens cannot be read: .*\.npz\); expected .*; remove it, and run "):
+        data[data.rindex(np.full(NUM_ROWS, 7, np.int32).tobytes())] ^= 1
+    path.write_bytes(
+        {"cut off": data[: len(data) // 2], "empty": b"", "no array": b"some text"}.get(damage, bytes(data))
+    )
+    with pytest.raises(
+        DataError, match=r"counts of tokens cannot be read: .*\.npz\); expected .*; remove it, and run "
+    ):
         load_counts(folder, encoder.tokenizer, stage="stage1", system_turn=True)
 
 
