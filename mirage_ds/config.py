@@ -103,9 +103,37 @@ class DataConfig(Section):
     """Deal the samples of each global batch by their cost: in every micro-step the ranks are level, and rows of a
     micro-batch are alike. `false`: in order. The losses are the same; see
     [training](training.md#who-computes-which-sample)."""
+    packing: bool = False
+    """Text and stage 1: samples share one row without padding, as many as fit into `data.token_budget`, and do not see
+    each other; the losses stay the same. A micro-batch is one such row, `train.micro_batch_size_per_gpu` then only
+    counts for the size of the global batch. Needs the counts of `mirage-data count`; see
+    [training](training.md#packed-rows)."""
+    token_budget: PositiveInt | None = None
+    """Most tokens of a packed row; a sample that is longer is refused before the run."""
     on_fault: OnFault = "stop"
     """What a sample does that turns out to be unusable. `stop`: the run saves and ends with an error; `skip`: the next
     sample of the order takes its place too, with a warning, whatever the number of ranks and after every resume."""
+
+    @model_validator(mode="after")
+    def _packing_has_a_budget(self) -> "DataConfig":
+        if self.packing and self.token_budget is None:
+            raise ValueError(
+                "packing is true, but data.token_budget is unset; a packed row needs a limit, at least the longest "
+                "sample; set data.token_budget to the tokens that fit into memory at a time, or data.packing=false"
+            )
+        if self.token_budget is None:
+            return self
+        if not self.packing:
+            raise ValueError(
+                f"token_budget is {self.token_budget}, but rows are not packed (data.packing=false); a budget is for "
+                "packed rows only; set data.packing=true, or data.token_budget=null"
+            )
+        if self.max_length is not None and self.token_budget < self.max_length:
+            raise ValueError(
+                f"token_budget is {self.token_budget}, below max_length={self.max_length}; a packed row must have room "
+                "for the longest sample; raise data.token_budget, or lower data.max_length"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -184,3 +212,18 @@ class Config(Section):
         if self.model.cache_targets is None and self.model.cache_targets_gib != default:
             raise ValueError("model.cache_targets_gib limits model.cache_targets, which is unset; set both or neither")
         return self
+
+    @model_validator(mode="after")
+    def _packed_rows_take_one_pass(self) -> "Config":
+        if self.data.packing and self.train.stage == "stage2":
+            raise ValueError(
+                "data.packing is true, but stage2 feeds latents back column by column, which packed samples do not "
+                "share; allowed in text and stage1; set data.packing=false: stage2 groups rows by length instead, with "
+                "data.balance"
+            )
+        return self
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows that a rank computes at a time: one where samples are packed."""
+        return 1 if self.data.packing else self.train.micro_batch_size

@@ -269,6 +269,9 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
     """What will be computed, for the start of the log."""
     train, ranks = config.train, distributed.world_size()
     size = train.samples_per_step(ranks)
+    cut = f"{ranks} ranks x {train.micro_batch_size} x {train.accumulation_steps(ranks)} accumulated"
+    if config.data.packing:
+        cut = f"rows of at most {config.data.token_budget} tokens on {ranks} ranks"
     num_samples = start.shards.num_samples
     numel = {True: 0, False: 0}
     for parameter in model.parameters():
@@ -277,8 +280,7 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
         f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
         f"{train.dtype} on {start.device.type}, attention {backbone.describe_attention()}, "
         f"latent_size {config.model.latent_size}\n"
-        f"{num_samples} samples; global batch {size} = {ranks} ranks x {train.micro_batch_size} x "
-        f"{train.accumulation_steps(ranks)} accumulated; {start.max_steps} steps = "
+        f"{num_samples} samples; global batch {size} = {cut}; {start.max_steps} steps = "
         f"{start.max_steps * size / num_samples:.1f} epochs"
     )
 

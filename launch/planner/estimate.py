@@ -190,7 +190,7 @@ def find_advice(
 
 def all_savings(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
     """The smallest micro-batch, under the name of `auto`, which takes the largest that fits; and other settings."""
-    if config.train.micro_batch_size > 1:
+    if config.rows_per_micro_batch > 1:
         yield setting_of("auto", config.train, world_size), with_micro_batch(config, 1, world_size)
     yield from savings(config)
 

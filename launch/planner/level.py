@@ -3,7 +3,7 @@
 Both make a step longer: all ranks wait for the dearest, and padding is computed too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,14 +42,18 @@ class FolderCosts:
         """Of a run with these samples, on this many ranks."""
         rows, accumulation = config.train.micro_batch_size, config.train.accumulation_steps(world_size)
         share = Share(0, world_size, rows, accumulation)
-        steps = Steps(self.plan, self.costs, share, balance=config.data.balance)
+        budget = config.data.token_budget
+        costs = self.costs
+        if budget is not None:  # lengths are estimated, and a run refuses samples that are longer
+            costs = replace(costs, tokens=np.minimum(costs.tokens, budget))
+        steps = Steps(self.plan, costs, share, balance=config.data.balance, token_budget=budget)
         imbalances, tokens, cells = [], 0, 0
         for start in range(0, NUM_STEPS * share.global_batch_size, share.global_batch_size):
-            lengths = self.costs.tokens[self.plan.samples(start, share.global_batch_size)]
+            lengths = costs.tokens[self.plan.samples(start, share.global_batch_size)]
             dealt, imbalance = steps.dealt(start)
             imbalances.append(imbalance)
             tokens += int(lengths.sum())
-            cells += rows * int(lengths[np.array(dealt)].max(axis=-1).sum())
+            cells += int(lengths.sum() if budget else rows * lengths[np.array(dealt)].max(axis=-1).sum())
         return Level(float(np.mean(imbalances)), 1 - tokens / cells)
 
 

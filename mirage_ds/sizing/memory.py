@@ -73,10 +73,10 @@ def estimate_memory(
 
     In stage 2 latents are aligned, so that one row may be padded to the lead of another and to the rest of a third.
     """
-    if config.train.stage == "stage2" and config.train.micro_batch_size > 1:
+    if config.train.stage == "stage2" and config.rows_per_micro_batch > 1:
         row = replace(row, tokens=row.lead + row.rest)
     zero = deepspeed_config["zero_optimization"]
-    rows, e = config.train.micro_batch_size, DTYPES[config.train.dtype].itemsize
+    rows, e = config.rows_per_micro_batch, DTYPES[config.train.dtype].itemsize
     trained = sizes.all if config.model.train_tower else sizes.language
     shard = shard_numel(trained, world_size)
     gathered, gathering = gathered_elements(sizes, config, zero)
@@ -191,7 +191,7 @@ def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     With activation checkpointing, in each layer of each pass: the layer's input, D e per column; in stage 2 also the
     keys and values that later passes use. Without it, and in passes of one column of a rollout: see `layer_bytes`.
     In addition: the input embeddings, D e; the final norm, D (4 + e); cos and sin, 2 x head_dim x e; the rows of the
-    head, D e per supervised token.
+    head, D e per supervised token; the mask of a packed row, L^2 e.
     """
     hidden = sizes.hidden
     if config.model.activation_checkpointing == "full":
@@ -201,7 +201,8 @@ def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     else:
         layer = layer_bytes(sizes, config, row, e)
     once = row.tokens * (hidden * e + hidden * (FP32_BYTES + e) + 2 * sizes.head_dim * e) + row.targets * hidden * e
-    return sizes.num_layers * layer + once
+    mask = row.tokens**2 * e if masks_samples(config) else 0
+    return sizes.num_layers * layer + once + mask
 
 
 def layer_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
@@ -211,13 +212,19 @@ def layer_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     - queries and the attention's output: 2 D e; keys and values: 2 x kv_heads x head_dim x e
     - the MLP's gate, its activation, up, and their product: 4 I e
     In stage 2 keys and values are kept once. They are repeated for every head, 2 D e, in the first and the last pass,
-    where SDPA has a mask (the first one only if a row is padded on the left).
+    where SDPA has a mask (the first one only if a row is padded on the left); and in packed rows, where it has one too.
     """
     columns = row.tokens * column_bytes(sizes, e)
     if config.train.stage != "stage2":
-        return columns + row.tokens * key_value_bytes(sizes, e)
+        repeated = row.tokens * 2 * sizes.hidden * e if masks_samples(config) else 0
+        return columns + row.tokens * key_value_bytes(sizes, e) + repeated
     repeated = (row.lead + row.tokens) * 2 * sizes.hidden * e
     return columns + past_columns(config, row) * key_value_bytes(sizes, e) + repeated
+
+
+def masks_samples(config: Config) -> bool:
+    """Whether packed samples are kept apart by a mask: with sdpa, which `auto` may become."""
+    return config.data.packing and config.model.attention != "flash_attention_2"
 
 
 def column_bytes(sizes: ModelSizes, e: int) -> int:

@@ -3,6 +3,7 @@
 By data/costs.py, which needs no tokenizer.
 """
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -48,7 +49,7 @@ SIZES = tuple(field.name for field in fields(Row))
 class Workload:
     """The rows of a run. Memory depends on the largest, time on the mean."""
 
-    largest: Row
+    largest: Row  # a packed one, if rows are packed
     mean: Row
     num_samples: int | None  # None: unknown
     source: str
@@ -66,14 +67,14 @@ def workload(config: Config) -> Workload:
             f"no shards at {config.data.shards}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
         )
-        return Workload(row, row, None, source)
+        return Workload(largest_of([row], config), row, None, source)
     rows = measure_all(read_manifest(config.data.shards), config)
 
     def mean(name: str) -> int:
         return round(sum(getattr(row, name) for row in rows) / len(rows))
 
     return Workload(
-        largest=largest_of(rows),
+        largest=largest_of(rows, config),
         mean=Row(**{name: mean(name) for name in SIZES}),
         num_samples=len(rows),
         source=f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token",
@@ -90,9 +91,29 @@ def measure_all(shards: ShardFolder, config: Config) -> list[Row]:
     return [measure(entry, config, processor) for entry in load_index(shards)]
 
 
-def largest_of(rows: list[Row]) -> Row:
-    """No row is larger than this in any of its sizes."""
+def largest_of(rows: list[Row], config: Config) -> Row:
+    """No row of a micro-batch is larger than this in any of its sizes."""
+    if config.data.packing and config.data.token_budget:
+        return packed_row(rows, config.data.token_budget)
     return Row(**{name: max(getattr(row, name) for row in rows) for name in SIZES})
+
+
+def packed_row(rows: list[Row], budget: int) -> Row:
+    """A full packed row of `budget` tokens; no choice of samples has more targets or patches than it.
+
+    For each of the two that is the samples with the most per token, the last one in part. Samples may stand there more
+    than once only where all of them together do not fill the row.
+    """
+    times = -(-budget // sum(row.tokens for row in rows))
+
+    def most(name: str) -> int:
+        room, found = float(budget), 0.0
+        for row in sorted(rows, key=lambda row: getattr(row, name) / row.tokens, reverse=True):
+            share = min(times, room / row.tokens)
+            found, room = found + share * getattr(row, name), room - share * row.tokens
+        return math.ceil(found)
+
+    return Row(tokens=budget, lead=0, rest=budget, targets=most("targets"), patches=most("patches"))
 
 
 def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Row:

@@ -8,6 +8,7 @@ from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.costs import measure_costs
 from mirage_ds.data.index import load_index
+from mirage_ds.data.packing import collate_packed
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.steps import Share, Steps
 from mirage_ds.data.stream import make_loader
@@ -31,9 +32,10 @@ def deal_steps(config: Config, start: Start, position: int) -> Steps:
         stage=config.train.stage,
         latent_size=config.model.latent_size,
         keeps_targets=config.model.cache_targets is not None,
+        texts=start.counts,
     )
     plan = Plan(start.shards.num_samples, start.shards.digest, config.run.seed)
-    return Steps(plan, costs, share, balance=config.data.balance)
+    return Steps(plan, costs, share, balance=config.data.balance, token_budget=config.data.token_budget)
 
 
 def open_stream(config: Config, start: Start, steps: Steps, targets: TargetCache | None) -> Iterator[Batch]:
@@ -41,7 +43,7 @@ def open_stream(config: Config, start: Start, steps: Steps, targets: TargetCache
     loader = make_loader(
         start.shards,
         start.encoder,
-        partial(collate, align_latents=config.train.stage == "stage2"),
+        collate_packed if config.data.packing else partial(collate, align_latents=config.train.stage == "stage2"),
         steps,
         num_workers=config.data.num_workers,
         pin_memory=start.device.type == "cuda",
