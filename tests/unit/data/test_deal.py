@@ -140,7 +140,7 @@ def test_drawn_lengths_are_level(world_size: int) -> None:
     for rows, micro_steps, is_level in ((1, 4, False), (4, 1, False), (4, 2, False), (4, 4, True), (1, 64, True)):
         found = figures(world_size, rows, micro_steps)
         assert found["balanced"][0] < found["in order"][0]
-        assert found["packed"][0] <= (1.05 if rows * micro_steps > 4 else 1.10)
+        assert found["packed"][0] <= 1.05
         if is_level:
             assert found["balanced"][0] <= 1.05
             assert found["in order"][0] > 1.5
