@@ -1,4 +1,4 @@
-"""The `mirage-data` command: `mirage-data make-vsp | build | merge | check`."""
+"""The `mirage-data` command: `mirage-data make-vsp | build | merge | check | count`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +14,8 @@ from data_tools.check import check as check_shards
 from data_tools.parts import build_part, parse_part
 from data_tools.parts import merge as merge_parts
 from mirage_ds import errors
-from mirage_ds.data.shards import Manifest
+from mirage_ds.data.shards import Manifest, load_manifest
+from mirage_ds.model_folder import check_model
 from mirage_ds.paths import expanded
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -135,6 +136,38 @@ def check(
     typer.echo(f"{counted(num_faults, 'fault')} in {shards}")
     if num_faults:
         raise typer.Exit(1)
+
+
+@app.command()
+@expanded("model")
+def count(
+    shards: Annotated[Path, typer.Argument(help="A folder that `mirage-data build` wrote.")],
+    model: Annotated[str, typer.Option(help="Model folder or hub id, as model.path.")],
+    max_length: Annotated[int | None, typer.Option(min=1, help="Say which samples have more tokens.")] = None,
+    latent_size: Annotated[int, typer.Option(min=1, help="As model.latent_size.")] = 4,
+    min_pixels: Annotated[int | None, typer.Option(min=1, help="As data.min_pixels.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="As data.max_pixels.")] = None,
+    system_turn: Annotated[bool, typer.Option(help="As data.system_turn.")] = True,
+) -> None:
+    """Counts the tokens of every sample for a model, writes them beside the shards, and prints how long they are."""
+    load_manifest(shards)
+    check_model(model, f"--model {model}")
+    # Imported here, as it imports torch, which takes seconds: a wrong path is reported before that.
+    from data_tools.count import count as count_tokens
+
+    with Console(stderr=True).status("counting tokens"):
+        lines = list(
+            count_tokens(
+                shards,
+                model,
+                latent_size=latent_size,
+                system_turn=system_turn,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
+                max_length=max_length,
+            )
+        )
+    typer.echo("\n".join(lines))
 
 
 def main() -> None:

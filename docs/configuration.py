@@ -23,7 +23,8 @@ INTRODUCTION = r"""
 # Configuration
 
 Every key of a recipe: which values it may have, its default, and what it does. This page is generated from
-[`mirage_ds/config.py`](../mirage_ds/config.py) by `make docs`; change the docstrings there, not this page.
+[`mirage_ds/config.py`](../mirage_ds/config.py) and
+[`config_train.py`](../mirage_ds/config_train.py) by `make docs`; change the docstrings there, not this page.
 
 A recipe is a YAML file with the sections below; [`launch/recipes/`](../launch/recipes) has some to start from. It is
 checked before anything starts: an unknown key or a value that is not allowed is an error that names the key. Every

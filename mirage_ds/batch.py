@@ -1,6 +1,7 @@
 """Batch: all tensors that the data side passes to the model; the only interface between the two.
 
-Shape legend: B rows, L columns, P patches, N images, T supervised tokens, K latents per block, M latents in all.
+Shape legend: B rows, L columns, S samples (B of them, unless rows are packed), P patches, N images,
+T supervised tokens, K latents per block, M latents in all.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,9 @@ class Batch:
     """One micro-batch of one rank.
 
     Rows are padded to one length: on the right, and in stage 2 also before their blocks, which then start in the same
-    columns. Positions in the flattened [B * L] sequence locate images, latents and targets, so the model needs no token
-    ids for that. The position before a latent is that of the token before it.
+    columns; or they are packed: S samples share one row, without padding. Positions in the flattened [B * L] sequence
+    locate images, latents and targets, so the model needs no token ids for that. The position before a latent is that
+    of the token before it.
     """
 
     input_ids: torch.Tensor  # [B, L] int64
@@ -43,14 +45,20 @@ class Batch:
     cached_targets: torch.Tensor  # [C, D + 1] float32: targets and inverse norms of latents, from the target cache
     latent_order: torch.Tensor  # [M] int64: place of each latent among those of helper images, then the cached ones
     num_grounded_samples: int  # rows with a latent loss: those with helper images or cached targets
-    row_tokens: list[int]  # [B] tokens of each row, without padding
-    keys: list[str]  # [B] the sample's key of each row, for messages
-    faults: list[str] = field(default_factory=list)  # of samples that could not be used, and whose places rows took
+    sample_tokens: list[int]  # [S] tokens of each sample
+    keys: list[str]  # [S] each sample's key, for messages
+    faults: list[str] = field(default_factory=list)  # of samples that could not be used, and whose places others took
+    sample_ends: torch.Tensor | None = None  # [S] int32: flat positions where packed samples end; None: not packed
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows, without padding."""
-        return sum(self.row_tokens)
+        return sum(self.sample_tokens)
+
+    @property
+    def num_cells(self) -> int:
+        """Columns of all rows, padding among them."""
+        return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> "Batch":
         """Moves every tensor; copies from pinned memory are asynchronous."""

@@ -3,27 +3,23 @@
 Every number has one owner. What DeepSpeed alone decides is set in `ds_configs/*.json`; everything else is set here.
 """
 
-import math
-from typing import Literal, cast
+from typing import Literal
 
 from pydantic import Field, model_validator
 
+from mirage_ds.config_train import Dtype as Dtype
+from mirage_ds.config_train import Stage as Stage
+from mirage_ds.config_train import TrainConfig
 from mirage_ds.config_values import (
     MAX_SECONDS,
     NonNegativeInt,
-    Pair,
     PositiveInt,
-    PositiveIntOrAuto,
-    Rate,
     Section,
     UserName,
     UserPath,
 )
-from mirage_ds.errors import ConfigError
 
-Stage = Literal["text", "stage1", "stage2"]
 CompressStrategy = Literal["average", "average_all", "grid"]
-Dtype = Literal["bf16", "fp32"]
 OnFault = Literal["stop", "skip"]
 LatentEnd = Literal["fixed", "model"]
 TaskName = Literal["vsp-spatial-planning", "vsp-spatial-reasoning"]
@@ -103,170 +99,41 @@ class DataConfig(Section):
     reference does. An exported model decodes as it was trained."""
     max_length: PositiveInt | None = None
     """Most tokens of a sample; a longer sample is an error that names it, and is never truncated. Unset: no limit."""
+    balance: bool = True
+    """Deal the samples of each global batch by their cost: in every micro-step the ranks are level, and rows of a
+    micro-batch are alike. `false`: in order, except packed rows. The losses are the same; see
+    [training](training.md#who-computes-which-sample)."""
+    packing: bool = False
+    """Text and stage 1: samples share one row without padding, as many as fit into `data.token_budget`, and do not see
+    each other; the losses stay the same. A micro-batch is one such row, `train.micro_batch_size_per_gpu` then only
+    counts for the size of the global batch. Needs the counts of `mirage-data count`; see
+    [training](training.md#packed-rows)."""
+    token_budget: PositiveInt | None = None
+    """Most tokens of a packed row; a sample that is longer is refused before the run."""
     on_fault: OnFault = "stop"
     """What a sample does that turns out to be unusable. `stop`: the run saves and ends with an error; `skip`: the next
     sample of the order takes its place too, with a warning, whatever the number of ranks and after every resume."""
 
-
-class TrainConfig(Section):
-    """Stage, length, batch, optimizer and losses. Steps are optimizer steps."""
-
-    stage: Stage
-    """`text`: no latents, the baseline; `stage1`: latents are learned from helper images; `stage2`: the model's own
-    hidden states are the latents."""
-    max_steps: PositiveInt | None = None
-    """Length of the run in steps. Set either this or `train.epochs`."""
-    epochs: float | None = Field(default=None, gt=0)
-    """Length of the run in passes over the data; the last step may reach into the next pass."""
-    micro_batch_size_per_gpu: PositiveIntOrAuto = 1
-    """Samples that a rank computes at a time. `auto`: the largest of 1, 2, 4, 8, ... that divides a rank's share of
-    `train.global_batch_size`, which must be set, and fits into memory by the formulas of `mirage-launch plan`. The
-    losses do not depend on it."""
-    gradient_accumulation_steps: PositiveInt | None = None
-    """Micro-batches of each rank per step; unset: as many as `train.global_batch_size` needs, or 1."""
-    global_batch_size: PositiveInt | None = None
-    """Samples per step over all ranks; unset: micro-batch size x accumulation steps x ranks."""
-    lr: float = Field(default=1e-5, gt=0)
-    """Peak learning rate."""
-    warmup_steps: NonNegativeInt = 10
-    """Steps over which the learning rate rises to `train.lr`; must be fewer than the steps of the run."""
-    lr_decay: Literal["linear", "constant"] = "linear"
-    """After the warm-up: `linear`: falls linearly towards 0 at the end of the run; `constant`: stays at `train.lr`."""
-    warmup_from_zero: bool = False
-    """`true`: the reference's schedule, whose first step has lr 0; `false`: the first step has lr / warmup_steps."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's weight decay; not applied to norms and biases."""
-    betas: Pair[Rate] = (0.9, 0.999)
-    """AdamW's decay rates of the first and the second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW's epsilon, added to the root of the second moment."""
-    gradient_clipping: float = Field(default=1.0, ge=0)
-    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
-    max_skipped_steps: PositiveInt = 3
-    """A step whose loss or gradient is not finite changes no weight and is written to `RUN/bad_batches.jsonl`; so many
-    in a row end the run. If the run's first loss is not finite, it ends at once."""
-    dtype: Dtype = "bf16"
-    """What the model computes in; master weights and optimizer states are always float32."""
-    ce_loss_weight: float | None = Field(default=None, ge=0)
-    """Weight of the text loss; unset: 0.1 in stage 1 as in the paper, 1 in stage 2 and text."""
-    latent_loss_weight: float = Field(default=1.0, ge=0)
-    """Weight of the latent loss (stage 1)."""
-    log_freq: PositiveInt = 1
-    """Steps between two lines on the console and two points in TensorBoard; `metrics.jsonl` has every step."""
-    deterministic: bool = False
-    """`true`: on GPUs, use only kernels that give the same bits every time (slower). Runs on CPUs always do."""
-    profile_steps: Pair[PositiveInt] | None = None
-    """First and last step that torch's profiler traces into `RUN/profile`, one file per rank; unset: no trace."""
-
     @model_validator(mode="after")
-    def _length_is_set_once(self) -> "TrainConfig":
-        if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError("the length of the run is set twice or not at all; set train.max_steps or train.epochs")
-        return self
-
-    @model_validator(mode="after")
-    def _batches_divide(self) -> "TrainConfig":
-        """Checks what does not depend on the number of ranks; `samples_per_rank` checks the rest."""
-        if self.micro_batch_size_per_gpu == "auto":
-            if self.global_batch_size is None or self.gradient_accumulation_steps is not None:
-                raise ValueError(
-                    "micro_batch_size_per_gpu is auto, which divides a global batch of a known size; set "
-                    "train.global_batch_size, and leave train.gradient_accumulation_steps unset"
-                )
+    def _packing_has_a_budget(self) -> "DataConfig":
+        if self.packing and self.token_budget is None:
+            raise ValueError(
+                "packing is true, but data.token_budget is unset; a packed row needs a limit, at least the longest "
+                "sample; set data.token_budget to the tokens that fit into memory at a time, or data.packing=false"
+            )
+        if self.token_budget is None:
             return self
-        share = self.micro_batch_size_per_gpu * (self.gradient_accumulation_steps or 1)
-        if self.global_batch_size is not None and self.global_batch_size % share:
+        if not self.packing:
             raise ValueError(
-                f"global_batch_size is {self.global_batch_size}, not a multiple of the {share} samples of each rank "
-                "(micro_batch_size_per_gpu x gradient_accumulation_steps); set train.global_batch_size to a "
-                "multiple, or train.micro_batch_size_per_gpu to a divisor and leave "
-                "train.gradient_accumulation_steps unset"
+                f"token_budget is {self.token_budget}, but rows are not packed (data.packing=false); a budget is for "
+                "packed rows only; set data.packing=true, or data.token_budget=null"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _profile_goes_forward(self) -> "TrainConfig":
-        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
-            raise ValueError(f"profile_steps {self.profile_steps} end before they begin; write the smaller step first")
-        return self
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> "TrainConfig":
-        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+        if self.max_length is not None and self.token_budget < self.max_length:
             raise ValueError(
-                f"warmup_steps is {self.warmup_steps}, which is not below max_steps={self.max_steps}; "
-                "set train.warmup_steps below train.max_steps"
+                f"token_budget is {self.token_budget}, below max_length={self.max_length}; a packed row must have room "
+                "for the longest sample; raise data.token_budget, or lower data.max_length"
             )
         return self
-
-    @property
-    def text_weight(self) -> float:
-        """The effective weight of the text loss."""
-        if self.ce_loss_weight is not None:
-            return self.ce_loss_weight
-        return 0.1 if self.stage == "stage1" else 1.0
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Samples of a micro-batch, once `auto` has become a number (sizing/micro_batch.py)."""
-        if self.micro_batch_size_per_gpu == "auto":
-            raise ValueError("train.micro_batch_size_per_gpu is still auto: the run must choose a number first")
-        return self.micro_batch_size_per_gpu
-
-    def samples_per_rank(self, world_size: int) -> int:
-        """Samples of each rank per optimizer step.
-
-        Raises:
-            ConfigError: `global_batch_size` is not possible with this many ranks.
-        """
-        if self.global_batch_size is None:
-            return self.micro_batch_size * (self.gradient_accumulation_steps or 1)
-        micro_step = world_size * (1 if self.micro_batch_size_per_gpu == "auto" else self.micro_batch_size_per_gpu)
-        steps, rest = divmod(self.global_batch_size, micro_step)
-        if rest or self.gradient_accumulation_steps not in (None, steps):
-            wanted = self.gradient_accumulation_steps
-            multiple = -(-self.global_batch_size // micro_step) * micro_step
-            raise ConfigError(
-                f"train.global_batch_size={self.global_batch_size} does not divide over {world_size} "
-                f"{'rank' if world_size == 1 else 'ranks'} with train.micro_batch_size_per_gpu="
-                f"{self.micro_batch_size_per_gpu}"
-                + (f" and train.gradient_accumulation_steps={wanted}" if wanted else "")
-                + f"; allowed: multiples of {micro_step}"
-                + (" with train.gradient_accumulation_steps unset" if wanted else "")
-                + f"; set for example train.global_batch_size={multiple}"
-                + (" train.gradient_accumulation_steps=null" if wanted else "")
-                + ", or change the number of ranks"
-            )
-        return self.global_batch_size // world_size
-
-    def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches of each rank per optimizer step.
-
-        Raises:
-            ConfigError: as `samples_per_rank`.
-        """
-        return self.samples_per_rank(world_size) // self.micro_batch_size
-
-    def samples_per_step(self, world_size: int) -> int:
-        """G: samples per optimizer step, over all ranks."""
-        return self.samples_per_rank(world_size) * world_size
-
-    def num_steps(self, num_samples: int, world_size: int) -> int:
-        """Optimizer steps of the run over a data set of `num_samples`.
-
-        Raises:
-            ConfigError: the run ends before its warm-up.
-        """
-        if self.epochs is None:
-            return cast(int, self.max_steps)
-        steps = math.ceil(self.epochs * num_samples / self.samples_per_step(world_size))
-        if self.warmup_steps >= steps:
-            raise ConfigError(
-                f"train.warmup_steps is {self.warmup_steps}, but the run has {steps} in total (train.epochs="
-                f"{self.epochs}, samples: {num_samples}); the warm-up must be shorter; set train.warmup_steps or "
-                "train.epochs"
-            )
-        return steps
 
 
 class CheckpointConfig(Section):
@@ -345,3 +212,18 @@ class Config(Section):
         if self.model.cache_targets is None and self.model.cache_targets_gib != default:
             raise ValueError("model.cache_targets_gib limits model.cache_targets, which is unset; set both or neither")
         return self
+
+    @model_validator(mode="after")
+    def _packed_rows_take_one_pass(self) -> "Config":
+        if self.data.packing and self.train.stage == "stage2":
+            raise ValueError(
+                "data.packing is true, but stage2 feeds latents back column by column, which packed samples do not "
+                "share; allowed in text and stage1; set data.packing=false: stage2 groups rows by length instead, with "
+                "data.balance"
+            )
+        return self
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows that a rank computes at a time: one where samples are packed."""
+        return 1 if self.data.packing else self.train.micro_batch_size

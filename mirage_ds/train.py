@@ -23,22 +23,17 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import faulthandler
 import os
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 from deepspeed import DeepSpeedEngine
 from transformers.utils import logging as transformers_logging
 
-from mirage_ds.batch import Batch
 from mirage_ds.checkpoint.copies import Copies
 from mirage_ds.checkpoint.load import load_weights, resume
 from mirage_ds.checkpoint.save import Saves, check_room, own_bytes
 from mirage_ds.checkpoint.writer import Writer, with_memory
 from mirage_ds.config import Config
-from mirage_ds.data.collate import collate
-from mirage_ds.data.stream import Share, make_loader
 from mirage_ds.data.target_cache import TargetCache
 from mirage_ds.errors import (
     CheckpointError,
@@ -63,6 +58,7 @@ from mirage_ds.training.dry_run import dry_run
 from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.planned import plan
+from mirage_ds.training.run_data import deal_steps, open_stream
 from mirage_ds.training.run_folder import own, write_folder
 from mirage_ds.training.start import Start, prepare
 from mirage_ds.training.trainer import Trainer
@@ -143,9 +139,11 @@ def make_trainer(
         steps_done=state.step,
         planned=plan(config, start.deepspeed_config),
     )
+    steps = deal_steps(config, start, state.position)
     trainer = Trainer(
         engine,
-        open_stream(config, start, state, targets),
+        open_stream(config, start, steps, targets),
+        steps,
         config.train,
         metrics,
         state,
@@ -267,35 +265,13 @@ def watch_end(config: Config) -> early_end.EarlyEnd:
     return early_end.EarlyEnd(end_s, config.run.save_before_end_s, config.distributed.timeout_s)
 
 
-def open_stream(config: Config, start: Start, state: TrainState, targets: TargetCache | None) -> Iterator[Batch]:
-    """This rank's micro-batches from the run's position on."""
-    share = Share(
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        micro_batch_size=config.train.micro_batch_size,
-        gradient_accumulation_steps=config.train.accumulation_steps(distributed.world_size()),
-        start=state.position,
-    )
-    loader = make_loader(
-        start.shards,
-        start.encoder,
-        partial(collate, align_latents=config.train.stage == "stage2"),
-        share,
-        seed=config.run.seed,
-        num_workers=config.data.num_workers,
-        pin_memory=start.device.type == "cuda",
-        on_fault=config.data.on_fault,
-        # Sooner than the other ranks' collectives, so that they still answer, and the run can save.
-        timeout_s=max(1, config.distributed.timeout_s * 4 // 5),
-        targets=targets,
-    )
-    return iter(loader)
-
-
 def describe(config: Config, start: Start, model: MirageModel, backbone: Backbone) -> str:
     """What will be computed, for the start of the log."""
     train, ranks = config.train, distributed.world_size()
     size = train.samples_per_step(ranks)
+    cut = f"{ranks} ranks x {train.micro_batch_size} x {train.accumulation_steps(ranks)} accumulated"
+    if config.data.packing:
+        cut = f"rows of at most {config.data.token_budget} tokens on {ranks} ranks"
     num_samples = start.shards.num_samples
     numel = {True: 0, False: 0}
     for parameter in model.parameters():
@@ -304,8 +280,7 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
         f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
         f"{train.dtype} on {start.device.type}, attention {backbone.describe_attention()}, "
         f"latent_size {config.model.latent_size}\n"
-        f"{num_samples} samples; global batch {size} = {ranks} ranks x {train.micro_batch_size} x "
-        f"{train.accumulation_steps(ranks)} accumulated; {start.max_steps} steps = "
+        f"{num_samples} samples; global batch {size} = {cut}; {start.max_steps} steps = "
         f"{start.max_steps * size / num_samples:.1f} epochs"
     )
 

@@ -11,6 +11,9 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import modeling_flash_attention_utils as flash_utils
 
+from mirage_ds.model.mirage import MirageModel
+
+FLASH = "flash_attention_2"
 VARLEN, DENSE = "flash_attn_varlen_func", "flash_attn_func"
 
 
@@ -80,3 +83,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FlashAttn:
     monkeypatch.setattr(flash_utils, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
     return stub
+
+
+def use_flash(model: MirageModel) -> None:
+    """As `load_backbone` with this attention, which transformers refuses without a GPU."""
+    model.tower.attention = model.rollout.attention = FLASH
+    model.hf.config._attn_implementation = FLASH

@@ -8,6 +8,10 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.model.mirage import MirageModel
 
+aten = torch.ops.aten
+# Reading a value or a number of entries from a GPU waits for all that it was told to do before.
+WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.is_nonzero, aten.equal}
+
 
 def losses_of(model: MirageModel, samples: list[EncodedSample], num_passes: int | None = None) -> tuple[float, float]:
     """Loss and gradient norm of one micro-batch."""
@@ -46,3 +50,16 @@ def stored_bytes(model: MirageModel, samples: list[EncodedSample]) -> int:
     stored = live.num_bytes(*model.parameters())
     losses.loss.backward()
     return stored
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func.overloadpacket is aten.index and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        self.count += func.overloadpacket in WAITS or by_mask
+        return func(*args, **(kwargs or {}))

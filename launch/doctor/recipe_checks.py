@@ -15,7 +15,7 @@ from mirage_ds.model.attention import choose_attention
 from mirage_ds.model.backbone import DTYPES, check_config
 from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
-from mirage_ds.training.start import open_encoder
+from mirage_ds.training.start import open_encoder, read_counts
 
 SAMPLES_READ = 8  # per folder of shards, spread evenly over its index
 
@@ -52,13 +52,12 @@ def check_model(config: Config) -> Row:
 def check_samples(config: Config) -> Row:
     """What the index says of each sample, and its length if there is a limit, against the model."""
     try:
-        open_encoder(config)
+        read_counts(config, open_encoder(config), load_manifest(config.data.shards))
     except (ConfigError, DataError) as error:
         return failure("data.shards: samples", error)
-    limit = config.data.max_length
-    return Row(
-        "data.shards: samples", "each fits the stage and the model" + (f" and data.max_length={limit}" if limit else "")
-    )
+    limits = {"max_length": config.data.max_length, "token_budget": config.data.token_budget}
+    given = [f"data.{name}={limit}" for name, limit in limits.items() if limit]
+    return Row("data.shards: samples", " and ".join(["each fits the stage and the model", *given]))
 
 
 def check_shards(config: Config) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from launch.planner.level import Level, folder_costs
 from launch.planner.time_estimate import StepTime, Traffic, step_time, traffic
 from mirage_ds.checkpoint.save import ADAM_BYTES
 from mirage_ds.config import Config
@@ -38,6 +39,8 @@ class Estimate:
     traffic: Traffic
     time: StepTime | None
     """None with offload, where it depends on the host."""
+    level: Level | None
+    """Of the ranks, by the deal; None without shards: the time is that of level ranks without padding."""
     samples_per_step: int
     micro_batch_size: int
     """The recipe's, or what `auto` takes."""
@@ -104,8 +107,14 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         alike = choose_gather(run.model, run.train.stage) == "layer"
         return rows.mean_of(run.train.micro_batch_size * (world_size if alike else 1))
 
+    costs = folder_costs(config)
+
+    def level_of(run: Config) -> Level | None:
+        return costs.level(run, world_size) if costs else None
+
     def time_of(run: Config) -> StepTime:
-        return step_time(sizes, run, deepspeed_config, row_of(run), nodes, gpus_per_node, card)
+        level = level_of(run) or Level()
+        return step_time(sizes, run, deepspeed_config, row_of(run), nodes, gpus_per_node, card, level)
 
     memory = memory_of(config)
     zero = deepspeed_config["zero_optimization"]
@@ -124,6 +133,7 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         offload_bytes=gpus_per_node * offload_bytes(sizes, config, deepspeed_config, world_size),
         traffic=traffic(sizes, config, deepspeed_config, row_of(config), nodes, gpus_per_node),
         time=time_of(config) if timed else None,
+        level=level_of(config),
         samples_per_step=samples_per_step,
         micro_batch_size=config.train.micro_batch_size,
         fastest=(fastest, time_of(cuts[fastest]).step_s) if fastest else None,
@@ -187,7 +197,7 @@ def find_advice(
 
 def all_savings(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
     """The smallest micro-batch, under the name of `auto`, which takes the largest that fits; and other settings."""
-    if config.train.micro_batch_size > 1:
+    if config.rows_per_micro_batch > 1:
         yield setting_of("auto", config.train, world_size), with_micro_batch(config, 1, world_size)
     yield from savings(config)
 

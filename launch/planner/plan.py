@@ -19,6 +19,7 @@ from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EF
 
 if TYPE_CHECKING:
     from launch.planner.estimate import Estimate
+    from launch.planner.level import Level
 
 GIB = 2**30
 GB = 10**9
@@ -121,8 +122,17 @@ def assumptions(config: Config, found: "Estimate") -> list[str]:
         f"{config.train.dtype}",
         f"rows         {samples} samples; {mean.tokens} tokens and {mean.patches} patches on average, at most "
         f"{largest.tokens} and {largest.patches} ({found.rows.source}){fed}",
+        describe_level(found.level),
         f"assumed      {COMPUTE_EFFICIENCY:.0%} of the peak rate, {MEMORY_EFFICIENCY:.0%} of the memory bandwidth, "
         f"{LINK_EFFICIENCY:.0%} of NVLink's and the network's, {USABLE:.0%} of the memory (mirage_ds/sizing/gpus.py)",
         "checked      on a small CPU run (10%): parameters, optimizer states, gradients, logits, kept activations",
         "not checked  gather and reduction buffers, optimizer-step buffer, offload, every time, anything on a GPU",
     ]
+
+
+def describe_level(level: "Level | None") -> str:
+    """What the deal of the run's samples adds to the times."""
+    if level is None:
+        return "deal         no shards, so times are those of level ranks and rows without padding"
+    found = f"imbalance {level.imbalance:.2f}, {level.padding:.0%} padding"
+    return f"deal         of the first steps: {found}; both lengthen computing"

@@ -9,6 +9,7 @@ D hidden, V vocabulary.
 from dataclasses import dataclass
 from typing import Any
 
+from launch.planner.level import Level
 from mirage_ds.config import Config
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.flops import work
@@ -95,11 +96,12 @@ def step_time(
     nodes: int,
     gpus_per_node: int,
     gpu: Gpu,
+    level: Level,
 ) -> StepTime:
     """With `layer`, gathering overlaps with computing: the longer one counts. A rollout is gathered first: their sum.
     (Its gather begins while the tower runs, which is not taken off.)
 
-    compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) + passes)
+    compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) x imbalance / (1 - padding) + passes)
     passes         what the row's passes add in stage 2: each one over a single column reads all layers' weights
                    COLUMN_ACCESSES times, once more if it is recomputed (of several rows, some are padded on the left);
                    each longer one after the first adds its gradients, SUM_ACCESSES; see also PRODUCT_ACCESSES. Longer
@@ -117,7 +119,7 @@ def step_time(
     done = work(sizes, config, row)
     peak = gpu.flops[config.train.dtype]
     memory_bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
-    compute_s = micro_steps * done.computed / (peak * COMPUTE_EFFICIENCY)
+    compute_s = micro_steps * done.computed / (peak * COMPUTE_EFFICIENCY) * level.factor
     overlaps = choose_gather(config.model, config.train.stage) == "layer"
     stored = not overlaps and config.train.micro_batch_size == 1
     recomputed = config.model.activation_checkpointing == "full" and not stored

@@ -214,7 +214,7 @@ class Encoder:
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of input images of these sizes (width, height)."""
-        return [rows * columns for rows, columns in (self._image_processor.merged_grid_of(*size) for size in sizes)]
+        return self._image_processor.image_tokens(sizes)
 
     def count_tokens(
         self,

@@ -1,7 +1,9 @@
-"""Finds samples that are longer than `data.max_length` before a run, without decoding an image.
+"""Finds samples that are longer than `data.max_length` or `data.token_budget` before a run, without decoding an image.
 
 The index bounds the length of each sample; only texts that may be too long are read and tokenized.
 """
+
+from collections.abc import Sequence
 
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.index import IndexEntry, load_index
@@ -34,12 +36,31 @@ def check_lengths(encoder: Encoder, folder: ShardFolder) -> None:
         )
         if length > encoder.max_length:
             too_long.append(f"{sample.key} with {length}")
+    _refuse(too_long, f"data.max_length={encoder.max_length}", folder)
+
+
+def check_budget(folder: ShardFolder, lengths: Sequence[int], budget: int) -> None:
+    """Compares every sample with the tokens that a packed row may have.
+
+    Args:
+        lengths: tokens of each sample, in the order of the index.
+
+    Raises:
+        DataError: some are longer; as `check_lengths`.
+    """
+    names = [shard.name for shard in folder.manifest.shards]
+    pairs = zip(load_index(folder), lengths, strict=True)
+    too_long = [f"{names[entry.shard]}/{entry.key} with {length}" for entry, length in pairs if length > budget]
+    _refuse(too_long, f"data.token_budget={budget}", folder)
+
+
+def _refuse(too_long: list[str], limit: str, folder: ShardFolder) -> None:
     if too_long:
         more = f" and {len(too_long) - NUM_LISTED} more" if len(too_long) > NUM_LISTED else ""
         raise DataError(
-            f"samples with more tokens than data.max_length={encoder.max_length}: {len(too_long)} ({folder.path}): "
-            f"{', '.join(too_long[:NUM_LISTED])}{more}; samples are never truncated; raise data.max_length, make the "
-            "images smaller with data.max_pixels, or build the shards without these rows"
+            f"samples with more tokens than {limit}: {len(too_long)} ({folder.path}): "
+            f"{', '.join(too_long[:NUM_LISTED])}{more}; samples are never truncated; raise {limit.partition('=')[0]}, "
+            "make the images smaller with data.max_pixels, or build the shards without these rows"
         )
 
 

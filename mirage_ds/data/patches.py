@@ -153,6 +153,11 @@ class ImageProcessor:
         rows, columns = smart_resize(height, width, side, limits["shortest_edge"], limits["longest_edge"])
         return rows // side, columns // side
 
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Language-model tokens of images whose files have these sizes (width, height)."""
+        grids = [self.merged_grid_of(*size) for size in sizes]
+        return [rows * columns for rows, columns in grids]
+
     def facts(self) -> dict[str, Any]:
         """What decides the patches of an image."""
         names = ("size", "image_mean", "image_std", "rescale_factor", "resample")

@@ -19,18 +19,22 @@ class Plan:
         self.num_samples = num_samples
         self._digest = digest
         self._seed = seed
-        self._epoch = -1
-        self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)  # of the current epoch
+        # Of the last two epochs that were asked for: a global batch that lies in both is not read in order.
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
 
     def samples(self, start: int, count: int) -> list[int]:
         """Sample numbers at positions [start, start + count); they may cross into the next epochs."""
         numbers: list[int] = []
         while len(numbers) < count:
             epoch, offset = divmod(start + len(numbers), self.num_samples)
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, epoch_order(self.num_samples, self._digest, self._seed, epoch)
-            numbers += self._order[offset : offset + count - len(numbers)].tolist()
+            numbers += self._order(epoch)[offset : offset + count - len(numbers)].tolist()
         return numbers
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        if epoch not in self._orders:
+            last = list(self._orders.items())[-1:]
+            self._orders = {**dict(last), epoch: epoch_order(self.num_samples, self._digest, self._seed, epoch)}
+        return self._orders[epoch]
 
 
 def epoch_order(num_samples: int, digest: str, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -50,12 +54,3 @@ def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def micro_batch_start(start: int, number: int, rank: int, world_size: int, micro_batch_size: int) -> int:
-    """First position of a rank's micro-batch `number`, counted from position `start`.
-
-    A step is gradient_accumulation_steps micro-steps of world_size * micro_batch_size samples, so micro-steps follow
-    each other without a gap across steps, and the accumulation does not enter the formula.
-    """
-    return start + (number * world_size + rank) * micro_batch_size

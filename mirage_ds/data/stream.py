@@ -3,8 +3,8 @@
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import count
+from dataclasses import replace
+from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mirage_ds.config import OnFault
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.data.index import load_index
-from mirage_ds.data.plan import Plan, micro_batch_start
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
 from mirage_ds.data.shards import ShardFolder
+from mirage_ds.data.steps import Steps
 from mirage_ds.data.target_cache import TargetCache
-from mirage_ds.errors import ConfigError, DataError, StallError
+from mirage_ds.errors import DataError, StallError
 
 T = TypeVar("T")
 MAX_FAULTS_IN_ROW = 100  # then it is not single samples
@@ -51,26 +51,6 @@ class SampleReader:
         return replace(sample, target_slots=slots, cached_targets=self._targets.read(slots))
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which micro-batches one rank takes, starting from which position."""
-
-    rank: int
-    world_size: int
-    micro_batch_size: int  # per GPU
-    gradient_accumulation_steps: int = 1
-    start: int = 0  # samples that all ranks have consumed before: a multiple of the global batch size
-
-    def __post_init__(self) -> None:
-        global_batch_size = self.world_size * self.micro_batch_size * self.gradient_accumulation_steps
-        if self.start % global_batch_size:
-            raise ConfigError(
-                f"the data position is {self.start} samples (in the checkpoint), but a global batch has "
-                f"{global_batch_size}; a run can only resume between two global batches; set micro_batch_size_per_gpu "
-                "or gradient_accumulation_steps so that the global batch size divides the position"
-            )
-
-
 class MicroBatches(IterableDataset[T | DataError], Generic[T]):
     """One rank's micro-batches, without end.
 
@@ -83,38 +63,30 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
     def __init__(
         self,
         reader: Callable[[int], Sample],
-        plan: Plan,
+        steps: Steps,
         encoder: Callable[[Sample], EncodedSample],
         collate: Callable[[list[EncodedSample]], T],
-        share: Share,
         on_fault: OnFault = "stop",
     ) -> None:
         self._on_fault = on_fault
         self._reader = reader
-        self._plan = plan
+        self._steps = steps
         self._encoder = encoder
         self._collate = collate
-        self._share = share
 
     def __iter__(self) -> Iterator[T | DataError]:
         worker = get_worker_info()
-        number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        while True:
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for positions in islice(self._steps.micro_batches(), first, None, stride):
             batch: T | DataError
             try:
-                batch = self._micro_batch(number)
+                batch = self._collate([self._sample(position) for position in positions])
             except DataError as error:
                 batch = error
             yield batch
-            number += stride
-
-    def _micro_batch(self, number: int) -> T:
-        share = self._share
-        start = micro_batch_start(share.start, number, share.rank, share.world_size, share.micro_batch_size)
-        return self._collate([self._sample(start + row) for row in range(share.micro_batch_size)])
 
     def _sample(self, position: int) -> EncodedSample:
-        numbers = (self._plan.samples(later, 1)[0] for later in count(position))
+        numbers = (self._steps.plan.samples(later, 1)[0] for later in count(position))
         return first_usable(lambda number: self._encoder(self._reader(number)), numbers, self._on_fault)
 
 
@@ -174,9 +146,8 @@ def make_loader(
     folder: ShardFolder,
     encoder: Callable[[Sample], EncodedSample],
     collate: Callable[[list[EncodedSample]], T],
-    share: Share,
+    steps: Steps,
     *,
-    seed: int,
     num_workers: int,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
@@ -184,7 +155,7 @@ def make_loader(
     timeout_s: int | None = None,
     targets: TargetCache | None = None,
 ) -> Loader[T]:
-    """The micro-batches of one rank in the plan's order, without end.
+    """The micro-batches of one rank's steps, from its start on, without end.
 
     Args:
         num_workers: processes that read and encode, each with one thread (torch's DataLoader sets it); 0: in this
@@ -197,9 +168,8 @@ def make_loader(
     Raises:
         DataError: the index does not match the manifest; while iterating: a sample cannot be used.
     """
-    plan = Plan(folder.num_samples, folder.digest, seed)
     loader: Loader[T] = Loader(
-        MicroBatches(SampleReader(folder, targets), plan, encoder, collate, share, on_fault),
+        MicroBatches(SampleReader(folder, targets), steps, encoder, collate, on_fault),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,

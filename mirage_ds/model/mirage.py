@@ -95,6 +95,8 @@ class MirageModel(torch.nn.Module):
             batch.target_rows,
             batch.target_ids,
             num_passes,
+            batch.sample_ends,
+            max(batch.sample_tokens),
         )
         ce_loss = (target_losses * batch.target_weights).sum()
         latent_loss = self.latent_loss(hidden, latents, batch)

@@ -10,17 +10,21 @@ Further blocks split their columns likewise. In a column with a latent in one ro
 row has its own input: rows may differ in their number of blocks, in K, and in where their blocks lie. Before a column
 with a latent, the row has the token before it (see Batch), whose state is fed back.
 
-Shape legend: B rows, L columns, Q columns of one pass, D hidden, H key-value heads, T supervised tokens.
+Without fed-back states, several samples may be packed into one row: see packed.py.
+
+Shape legend: B rows, L columns, Q columns of one pass, D hidden, H key-value heads, T supervised tokens, S samples.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.model.losses import LossHead
+from mirage_ds.model.packed import apart
 from mirage_ds.model.parts_cache import KeyValue, PartsCache, remade_hooks
 from mirage_ds.model.weight_gradients import DeferredGradient, deferred_gradients, deferring
 
@@ -70,6 +74,8 @@ class Rollout(torch.nn.Module):
         target_rows: torch.Tensor,
         target_ids: torch.Tensor,
         num_passes: int | None = None,
+        sample_ends: torch.Tensor | None = None,
+        longest_sample: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -81,11 +87,18 @@ class Rollout(torch.nn.Module):
             target_rows, target_ids: [T], see Batch.
             num_passes: make this many passes (at least `self.num_passes(latent_columns)`, at most L); for ZeRO-3
                 ranks that gather layer by layer and must agree. The extra splits are at the end and change nothing.
+            sample_ends: [S] int32, where the samples of one packed row end, see Batch; None: rows are not packed.
+            longest_sample: tokens of the longest packed sample; a number on the host.
 
         Returns:
             Hidden states after the final norm [B, L, D], and cross-entropies [T] float32.
         """
         length = inputs_embeds.shape[1]
+        packed: dict[str, Any] | None = None
+        if sample_ends is not None:
+            if self.recurrent or len(inputs_embeds) != 1:
+                raise RuntimeError("samples can share one row, and only where no hidden state is fed back")
+            packed = apart(sample_ends, longest_sample, length, inputs_embeds.dtype, self.attention)
         splits = set(latent_columns) if self.recurrent else set()
         spare = (column for column in range(length - 1, 0, -1) if column not in splits)
         splits |= {next(spare) for _ in range((num_passes or 0) - 1 - len(splits))}
@@ -99,14 +112,15 @@ class Rollout(torch.nn.Module):
             if hidden:
                 first = torch.where(latent_mask[:, start, None, None], hidden[-1][:, -1:], inputs[:, :1])
                 inputs = torch.cat([first, inputs[:, 1:]], dim=1)
-            mask = self.pass_mask(attention_mask, start, end, inputs.device)
+            seen = packed or {"attention_mask": self.pass_mask(attention_mask, start, end, inputs.device)}
             rotary = (cos[..., start:end, :], sin[..., start:end, :])
             # With a mask, attention may store copies of all keys and values, such as repeated or unpadded ones. Ranks
             # that agree on the number of passes gather inside them, so they must also recompute the same ones.
             column = end == start + 1
-            recompute = self.recompute and not (column and mask is None and num_passes is None)
+            unmasked = seen["attention_mask"] is None
+            recompute = self.recompute and not (column and unmasked and num_passes is None)
             deferred = column and start > 0
-            hidden.append(self.one_pass(inputs, past, rotary, mask, recompute=recompute, deferred=deferred))
+            hidden.append(self.one_pass(inputs, past, rotary, seen, recompute=recompute, deferred=deferred))
             self.check_cache(past, end)
 
         hidden_states = torch.cat(hidden, dim=1)
@@ -117,14 +131,18 @@ class Rollout(torch.nn.Module):
         hidden: torch.Tensor,
         past: list[list[KeyValue]],
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
+        seen: dict[str, Any],
         *,
         recompute: bool,
         deferred: bool,
     ) -> torch.Tensor:
-        """Inputs [B, Q, D] -> final-normed hidden states [B, Q, D]; appends this pass's part to every layer's past."""
+        """Inputs [B, Q, D] -> final-normed hidden states [B, Q, D]; appends this pass's part to every layer's past.
+
+        Args:
+            seen: the layers' arguments that say what the columns may attend to.
+        """
         for layer, parts, gradients in zip(self.layers, past, self.deferred, strict=True):
-            arguments = (layer, hidden, tuple(parts), position_embeddings, mask, gradients if deferred else [])
+            arguments = (layer, hidden, tuple(parts), position_embeddings, seen, gradients if deferred else [])
             if recompute:
                 # No layer draws random numbers, whose state would be read from the device in each layer and pass.
                 hidden, key_value = checkpoint(run_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -171,7 +189,7 @@ def run_layer(
     hidden: torch.Tensor,
     past: Sequence[KeyValue],
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    mask: torch.Tensor | None,
+    seen: dict[str, Any],
     deferred: Sequence[DeferredGradient],
     *,
     remade: bool = False,
@@ -179,14 +197,13 @@ def run_layer(
     """One decoder layer over [B, Q, D] and its past parts -> its output and this pass's keys and values.
 
     Args:
+        seen: see `one_pass`.
         deferred: of which the gradient is left for later, see `DeferredGradient`.
         remade: see `Remade`; activation checkpointing stores nothing in any case.
     """
     cache = PartsCache(past)
     with deferring(deferred), remade_hooks(layer, cache) if remade else nullcontext():
-        output = layer(
-            hidden, attention_mask=mask, position_embeddings=position_embeddings, past_key_values=cache, use_cache=True
-        )
+        output = layer(hidden, **seen, position_embeddings=position_embeddings, past_key_values=cache, use_cache=True)
     if cache.new is None:
         raise RuntimeError("the decoder layer did not use the KV cache")
     cache.joined = ()

@@ -17,7 +17,7 @@ class Load:
     """What decides the operations of one rank's micro-batch."""
 
     tokens: int  # of all rows, without padding
-    token_pairs: int  # a token and one that it attends to: n (n + 1) / 2 of a row of n tokens
+    token_pairs: int  # a token and one that it attends to: n (n + 1) / 2 of a sample of n tokens
     targets: int  # supervised tokens
     patches: int
     image_pairs: int  # two patches of one image
@@ -57,7 +57,7 @@ def batch_load(sizes: ModelSizes, batch: Batch) -> Load:
     window_cells = sizes.tower_window // MERGE_SIZE
     return Load(
         tokens=batch.num_tokens,
-        token_pairs=sum(tokens * (tokens + 1) // 2 for tokens in batch.row_tokens),
+        token_pairs=sum(tokens * (tokens + 1) // 2 for tokens in batch.sample_tokens),
         targets=len(batch.target_rows),
         patches=len(batch.pixel_values),
         image_pairs=sum((CELL_PATCHES * rows * columns) ** 2 for rows, columns in batch.image_grids),

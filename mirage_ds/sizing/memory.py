@@ -16,7 +16,7 @@ from mirage_ds.config import Config
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.model.losses import LOGIT_BLOCK_ELEMENTS
 from mirage_ds.sizing.model_sizes import ModelSizes
-from mirage_ds.sizing.workload import Row
+from mirage_ds.sizing.workload import Row, masks_samples
 from mirage_ds.zero3.engine import choose_gather
 
 REDUCTION_BYTES = {"fp32": 4, "bf16": 2}
@@ -71,7 +71,7 @@ def estimate_memory(
 ) -> Memory:
     """All kinds for a micro-batch of rows of this size, padding included: see `Workload.largest_of`."""
     zero = deepspeed_config["zero_optimization"]
-    rows, e = config.train.micro_batch_size, DTYPES[config.train.dtype].itemsize
+    rows, e = config.rows_per_micro_batch, DTYPES[config.train.dtype].itemsize
     trained = sizes.all if config.model.train_tower else sizes.language
     shard = shard_numel(trained, world_size)
     gathered, gathering = gathered_elements(sizes, config, zero)
@@ -188,7 +188,7 @@ def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     keys and values that later passes use. Without it, and in passes of one column: see `layer_bytes`. (Where such a
     pass is recomputed, the inputs and the gradients that it leaves for later, see `DeferredGradient`, take less.)
     In addition: the input embeddings, D e; the final norm, D (4 + e); cos and sin, 2 x head_dim x e; the rows of the
-    head, D e per supervised token.
+    head, D e per supervised token; the mask of a packed row, L^2 e.
     """
     hidden = sizes.hidden
     if config.model.activation_checkpointing == "full":
@@ -197,7 +197,8 @@ def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     else:
         layer = layer_bytes(sizes, row, e)
     once = row.tokens * (hidden * e + hidden * (FP32_BYTES + e) + 2 * sizes.head_dim * e) + row.targets * hidden * e
-    return sizes.num_layers * layer + once
+    mask = row.tokens**2 * e if masks_samples(config) else 0
+    return sizes.num_layers * layer + once + mask
 
 
 def layer_bytes(sizes: ModelSizes, row: Row, e: int) -> int:
@@ -208,7 +209,7 @@ def layer_bytes(sizes: ModelSizes, row: Row, e: int) -> int:
     - the MLP's gate, its activation, up, and their product: 4 I e
     In stage 2 keys and values are kept once. They are repeated for every head, 2 D e per column that is attended to, in
     each pass for which SDPA has a mask: those over several columns (the first one only if a row is padded on the left),
-    and all if a row is padded on the left.
+    and all if a row is padded on the left. So are those of a packed row.
     """
     kept = row.past if row.blocks else row.tokens
     repeated = row.attended * 2 * sizes.hidden * e

@@ -44,6 +44,8 @@ def choose(
     Args:
         limit_bytes: memory of a GPU that a run may use.
     """
+    if config.data.packing:
+        return Choice(1, "rows are packed, so data.token_budget decides what is computed at a time")
     limit = f"{limit_bytes / GIB:.1f} GiB"
     below = None
     for size in candidates(config.train, world_size):

@@ -1,9 +1,9 @@
 """Size of the rows: tokens, patches, supervised tokens. From the index of the shards if there are any, else assumed.
 
-Image tokens are exact: the index has the size of every image, from which the processor's rule gives the patches. Text
-is estimated from its number of characters, so that no tokenizer is needed.
+By data/costs.py, which needs no tokenizer.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -14,13 +14,11 @@ import numpy as np
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mirage_ds.config import Config
+from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, row_size
 from mirage_ds.data.index import IndexEntry, load_index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
 
-CHARS_PER_TOKEN = 3  # a cautious assumption: English prose has about 4, numbers and markup fewer
-TEMPLATE_TOKENS = 30  # of the chat template: a system turn, start and end of two turns
-MARKERS = 2  # around each image and each latent block
 PIXEL_LIMITS = (3136, 12_845_056)  # preprocessor_config.json of Qwen2.5-VL-Instruct: 4 and 16384 merged patches
 ASSUMED = IndexEntry(
     key="assumed",
@@ -48,7 +46,7 @@ class Row:
     blocks: int = 0  # latent blocks: after the last latent of each, a pass over all columns up to the next block
     single_columns: int = 0  # passes over one column: K - 1 of each block
     past: int = 0  # columns whose keys and values a later pass uses: those before the last latent
-    attended: int = 0  # columns that each pass with a mask attends to, added up; 0 without blocks
+    attended: int = 0  # columns that each pass with a mask attends to, added up; of a packed row its own
 
     @property
     def latents(self) -> int:
@@ -92,6 +90,7 @@ class Shape:
 class Workload:
     """The rows of a run. Memory depends on the largest, time on the mean."""
 
+    config: Config
     shapes: Sequence[Shape]  # of every sample, in the order of their numbers; without shards, of an assumed one
     num_samples: int | None  # None: unknown
     source: str
@@ -102,7 +101,9 @@ class Workload:
 
     @cached_property
     def largest(self) -> Row:
-        """No row is larger than this in any of its sizes."""
+        """No row is larger than this in any of its sizes: a full one, if rows are packed."""
+        if self.config.data.token_budget is not None:
+            return packed_row(self.rows, self.config, self.config.data.token_budget)
         return Row(**{name: max(getattr(row, name) for row in self.rows) for name in SIZES})
 
     @cached_property
@@ -155,36 +156,28 @@ def workload(config: Config) -> Workload:
     Raises:
         DataError: the shards' manifest or index is damaged.
     """
-    processor = _processor(config)
+    processor = image_processor(config)
     if not (config.data.shards / MANIFEST_NAME).is_file():
         source = (
             f"no shards at {config.data.shards}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
         )
-        return Workload([measure(ASSUMED, config, processor)], None, source)
+        return Workload(config, [measure(ASSUMED, config, processor)], None, source)
     shapes = [measure(entry, config, processor) for entry in load_index(read_manifest(config.data.shards))]
     source = f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token"
-    return Workload(shapes, len(shapes), source)
+    return Workload(config, shapes, len(shapes), source)
 
 
 def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Shape:
-    """tokens = template + characters / CHARS_PER_TOKEN + merged patches of the input images + K per latent block.
+    """A row by data/costs.py. Latents are fed back in stage 2 only.
 
-    Helper images enter the tower in stage 1 only, and latents are fed back in stage 2 only. The positions of the blocks
-    in the answer are not in the index: they are assumed to cut its text into equal parts.
+    The positions of the blocks in the answer are not in the index: they are assumed to cut its text into equal parts.
     """
-
-    def merged(sizes: list[tuple[int, int]]) -> list[int]:
-        grids = [processor.merged_grid_of(width, height) for width, height in sizes]
-        return [rows * columns for rows, columns in grids]
-
     stage = config.train.stage
-    images, helpers = merged(entry.input_sizes), merged(entry.helper_sizes) if stage == "stage1" else []
-    sizes = [] if stage == "text" else entry.block_sizes(config.model.latent_size)
-    answer = -(-entry.answer_chars // CHARS_PER_TOKEN) + MARKERS * len(sizes)
-    question = TEMPLATE_TOKENS - (-entry.question_chars // CHARS_PER_TOKEN) + sum(images) + MARKERS * len(images)
+    size = row_size(entry, processor.image_tokens, stage, config.model.latent_size)
+    sizes, question, answer = size.latent_sizes, size.question, size.answer + MARKERS * len(size.latent_sizes)
     if config.data.max_length is not None:  # longer rows are refused, so that their text has fewer tokens than assumed
-        over = max(0, question + answer + sum(sizes) - config.data.max_length)
+        over = max(0, size.tokens - config.data.max_length)
         answer, question = max(0, answer - over), question - max(0, over - answer)
     cuts = [answer * part // (len(sizes) + 1) for part in range(len(sizes) + 2)]
     before, *after = [end - start for start, end in pairwise(cuts)]
@@ -193,13 +186,37 @@ def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Sha
         stretches = (question + answer + sum(sizes),)
     return Shape(
         stretches=stretches,
-        latent_sizes=(tuple(sizes) or (0,)) if stage == "stage2" else (),
+        latent_sizes=(sizes or (0,)) if stage == "stage2" else (),
         targets=answer,
-        patches=(sum(images) + sum(helpers)) * processor.merge_size**2,
+        patches=size.input_patches + size.helper_patches,
     )
 
 
-def _processor(config: Config) -> ImageProcessor:
+def packed_row(rows: Sequence[Row], config: Config, budget: int) -> Row:
+    """A full packed row of `budget` tokens; no choice of samples has more targets or patches than it.
+
+    For each of the two that is the samples with the most per token, the last one in part. Samples may stand there more
+    than once only where all of them together do not fill the row.
+    """
+    times = -(-budget // sum(row.tokens for row in rows))
+
+    def most(name: str) -> int:
+        room, found = float(budget), 0.0
+        for row in sorted(rows, key=lambda row: getattr(row, name) / row.tokens, reverse=True):
+            share = min(times, room / row.tokens)
+            found, room = found + share * getattr(row, name), room - share * row.tokens
+        return math.ceil(found)
+
+    attended = budget if masks_samples(config) else 0
+    return Row(tokens=budget, targets=most("targets"), patches=most("patches"), attended=attended)
+
+
+def masks_samples(config: Config) -> bool:
+    """Whether packed samples are kept apart by a mask: with sdpa, which `auto` may become."""
+    return config.data.packing and config.model.attention != "flash_attention_2"
+
+
+def image_processor(config: Config) -> ImageProcessor:
     """The processor of the model folder, or of the published models, with the run's pixel limits."""
     limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
     if Path(config.model.path).is_dir():

@@ -38,7 +38,7 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
         trainer.agree_on_fault,
         lambda numbers: collate([usable(number) for number in numbers], align_latents=align),
         spread(shards.num_samples, config.evaluation.max_samples),
-        micro_batch_size=config.train.micro_batch_size,
+        micro_batch_size=config.rows_per_micro_batch,
         device=trainer.device,
     )
 

@@ -4,7 +4,7 @@ A run that lacks memory ends in its first minute instead of at the hour in which
 """
 
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, zip_longest
 
 import torch
@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
+from mirage_ds.data.packing import collate_packed
 from mirage_ds.data.stream import SampleReader, first_usable
 from mirage_ds.errors import MemoryFullError
 from mirage_ds.model.backbone import DTYPES
@@ -21,7 +22,7 @@ from mirage_ds.sizing.micro_batch import candidates, setting_of
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.savings import savings
 from mirage_ds.sizing.workload import Row, Workload, aligned, workload
-from mirage_ds.training.start import Start
+from mirage_ds.training.start import Start, sample_lengths
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import GIB, forget_gradients, future_moments
@@ -38,11 +39,22 @@ def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
         DataError: as in training, if many samples in a row cannot be used.
     """
     sizes, e = model_sizes(config.model), DTYPES[config.train.dtype].itemsize
-    rows = workload(config)
-    largest = rows.largest_of(config.train.micro_batch_size)
-    plan = estimate_memory(sizes, config, start.deepspeed_config, largest, distributed.world_size())
-    numbers = costliest_first(rows, lambda row: activation_bytes(sizes, config, row, e), config)
-    batch = take(config, start, numbers)
+    rows, world_size = workload(config), distributed.world_size()
+    plan = estimate_memory(
+        sizes, config, start.deepspeed_config, rows.largest_of(config.rows_per_micro_batch), world_size
+    )
+
+    def cost(row: Row) -> int:
+        return activation_bytes(sizes, config, row, e)
+
+    if config.data.token_budget is not None and start.counts is not None:
+        lengths = sample_lengths(start.counts, start.encoder, start.shards, config.train.stage)
+        most = config.train.samples_per_step(world_size) - world_size + 1  # no rank is without a sample
+        numbers = costliest_row([cost(row) for row in rows.rows], lengths, config.data.token_budget, most)
+        size = len(numbers)
+    else:
+        numbers, size = costliest_first(rows, cost, config), config.train.micro_batch_size
+    batch = take(config, start, numbers, size)
     get_accelerator().reset_peak_memory_stats()
     try:
         rehearse(trainer, batch)
@@ -80,16 +92,25 @@ def costliest_first(rows: Workload, cost: Callable[[Row], int], config: Config) 
     return list(dict.fromkeys([*largest, *reversed(least), *by_cost]))
 
 
-def take(config: Config, start: Start, numbers: Iterable[int]) -> Batch:
-    """A micro-batch of these samples, again from the first where there are too few.
+def costliest_row(costs: list[int], lengths: Sequence[int], budget: int, most: int) -> list[int]:
+    """Numbers of at most `most` samples for a packed row: those with the highest cost per token that fit into it."""
+    chosen: list[int] = []
+    for number in sorted(range(len(costs)), key=lambda number: costs[number] / lengths[number], reverse=True):
+        if lengths[number] <= budget and len(chosen) < most:
+            chosen.append(number)
+            budget -= lengths[number]
+    return chosen
+
+
+def take(config: Config, start: Start, numbers: Iterable[int], size: int) -> Batch:
+    """A micro-batch of `size` of these samples, again from the first where there are too few.
 
     A sample that cannot be used is left for the run to meet, which may never read it; the next one takes its place.
     """
     read, following = SampleReader(start.shards), cycle(numbers)
-    samples = [
-        first_usable(lambda number: start.encoder(read(number)), following, "skip")
-        for _ in range(config.train.micro_batch_size)
-    ]
+    samples = [first_usable(lambda number: start.encoder(read(number)), following, "skip") for _ in range(size)]
+    if config.data.packing:
+        return collate_packed(samples)
     return collate(samples, align_latents=config.train.stage == "stage2")
 
 
@@ -118,13 +139,16 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def describe_lack(error: RuntimeError, config: Config, batch: Batch, planned_bytes: int) -> str:
     """What does not fit, where, what is allowed, and what to set."""
     train, world_size = config.train, distributed.world_size()
+    where = f"train.micro_batch_size_per_gpu={train.micro_batch_size}"
     smaller = [size for size in candidates(train, world_size) if size < train.micro_batch_size]
     settings = [setting_of(smaller[-1], train, world_size)] if smaller else []
+    if config.data.packing:
+        where, settings = f"data.token_budget={config.data.token_budget}", ["a smaller data.token_budget"]
     settings += [setting for setting, _ in savings(config)]
     settings += ["more GPUs or nodes", "smaller images (data.max_pixels)"]
     reason = (str(error).splitlines() or ["out of memory"])[0]
     return (
-        f"the costliest micro-batch does not fit into memory (train.micro_batch_size_per_gpu={train.micro_batch_size}, "
+        f"the costliest micro-batch does not fit into memory ({where}, "
         f"rank {distributed.rank()} on {socket.gethostname()}): {reason:.160}; the run may meet as many of the "
         f"costliest samples at a time, here {batch.input_ids.shape[1]} columns, and its estimate is "
         f"{planned_bytes / GIB:.1f} GiB; use {', or '.join(settings)}"

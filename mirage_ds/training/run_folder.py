@@ -47,7 +47,10 @@ HARMLESS = (
     "data.shards",
     "data.num_workers",
     "data.max_length",
+    "data.packing",
+    "data.token_budget",
     "data.on_fault",
+    "data.balance",
     "train.micro_batch_size_per_gpu",
     "train.gradient_accumulation_steps",
     "train.global_batch_size",
@@ -61,7 +64,12 @@ HARMLESS = (
     "launch.*",
 )
 # What older runs did, whose checkpoints do not have these keys.
-MEANT_BEFORE = {"data.exif_orientation": False, "model.cache_targets_gib": 64.0}
+MEANT_BEFORE = {
+    "data.exif_orientation": False,
+    "data.balance": False,
+    "data.packing": False,
+    "model.cache_targets_gib": 64.0,
+}
 # What `run.resume=extend` may change too, if the run becomes longer by it.
 LENGTH = ("train.max_steps", "train.epochs")
 UNWRITABLE_REMEDY = "set run.dir to a folder where you may write"

@@ -21,6 +21,7 @@ class StepSums:
     losses: torch.Tensor
     num_grounded_samples: int
     num_tokens: int
+    num_cells: int  # tokens and padding
     lr: float
     grad_norm: torch.Tensor | float
     skipped_steps: int
@@ -29,6 +30,11 @@ class StepSums:
     flops: float = 0.0  # what the mathematics requires
     is_skipped: bool = False  # changed no weight
     num_faults: int = 0  # samples that could not be used
+    imbalance: float = 1.0  # of the ranks, by the deal; the same on all of them
+
+    def numbers(self) -> list[float]:
+        """What is summed over the ranks beside losses and seconds, in the order of Totals."""
+        return [self.num_grounded_samples, self.num_tokens, self.num_cells, self.num_faults, self.flops]
 
 
 @dataclass
@@ -41,6 +47,7 @@ class Totals:
     latent_loss: float
     grounded_samples: float
     tokens: float
+    cells: float
     faults: float
     flops: float
 
@@ -63,10 +70,7 @@ def sum_over_ranks(steps: list[StepSums], first_step: int) -> tuple[list[Totals]
     seconds = [sums.times.seconds() for sums in steps]
     own_s = sum(each[part] for sums, each in zip(steps, seconds, strict=True) if sums.step > first_step for part in OWN)
     losses = torch.stack([sums.losses for sums in steps]).double()
-    numbers = [
-        [sums.num_grounded_samples, sums.num_tokens, sums.num_faults, sums.flops, *(each[part] for part in PARTS)]
-        for sums, each in zip(steps, seconds, strict=True)
-    ]
+    numbers = [[*sums.numbers(), *(each[part] for part in PARTS)] for sums, each in zip(steps, seconds, strict=True)]
     step_rows = torch.cat([losses, losses.new_tensor(numbers)], dim=1)
     # A row for each rank, in which only that rank has numbers: the sum is the table of all.
     figures = losses.new_tensor(astuple(RankFigures(own_s, *device.peak_bytes())))

@@ -10,7 +10,7 @@ from deepspeed import DeepSpeedEngine
 
 from mirage_ds.batch import Batch
 from mirage_ds.config import TrainConfig
-from mirage_ds.data.plan import micro_batch_start
+from mirage_ds.data.steps import Step, Steps
 from mirage_ds.errors import DataError, StallError, TrainingError
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end
@@ -29,6 +29,7 @@ class Trainer:
         self,
         engine: DeepSpeedEngine,
         batches: Iterator[Batch],
+        steps: Steps,
         train: TrainConfig,
         metrics: Metrics,
         state: TrainState,
@@ -42,11 +43,12 @@ class Trainer:
         """
         Args:
             batches: this rank's micro-batches, endless.
+            steps: which samples they are; a step has as many on every rank.
             agree_on_passes: all ranks make the same number of latent passes; needed where ZeRO-3 gathers inside them.
             early_end: called after each step; if it gives one rank a reason to end, all ranks end.
             save_progress: called after each step; the largest value of the ranks is then in `save_progress`.
         """
-        self.engine, self.batches, self.train_config = engine, batches, train
+        self.engine, self.batches, self.steps, self.train_config = engine, batches, steps, train
         self.metrics, self.state, self.device = metrics, state, device
         self.max_steps = max_steps
         self.agree_on_passes = agree_on_passes
@@ -55,9 +57,9 @@ class Trainer:
         self.own_save_progress, self.save_progress = save_progress, 0
         self.world_size = distributed.world_size()
         self.global_batch_size = train.samples_per_step(self.world_size)
-        self.accumulation_steps = train.accumulation_steps(self.world_size)
         self.skipped_in_row = 0
-        self.ready: list[Batch] = []  # the micro-batches of the next step, on the host
+        self.dealt = Step([], 1.0)  # this rank's part of the next step
+        self.ready: list[Batch] = []  # its micro-batches, on the host
         self.fault: DataError | None = None  # why this rank has none
         self.any_fault = False  # on any rank
 
@@ -93,16 +95,17 @@ class Trainer:
         self.clock.begin()
         lr = self.set_learning_rate()
         losses, num_grounded_samples, num_tokens, num_faults = torch.zeros(3, device=self.device), 0, 0, 0
-        flops = 0.0
+        flops, num_cells, dealt = 0.0, 0, self.dealt
         done: list[tuple[Batch, torch.Tensor]] = []
         skipped_steps = self.engine.skipped_steps
         for micro_step, on_host in enumerate(self.ready):
             batch = on_host.to(self.device)
-            own_losses = self.forward_backward(batch, last=micro_step == self.accumulation_steps - 1)
+            own_losses = self.forward_backward(batch, last=micro_step == len(self.ready) - 1)
             done.append((batch, own_losses[0]))
             losses += own_losses
             num_grounded_samples += batch.num_grounded_samples
             num_tokens += batch.num_tokens
+            num_cells += batch.num_cells
             flops += self.metrics.flops(batch)
             num_faults += self.report_faults(batch)
         with self.clock.device("optimizer"):
@@ -120,6 +123,8 @@ class Trainer:
                 losses=losses,
                 num_grounded_samples=num_grounded_samples,
                 num_tokens=num_tokens,
+                num_cells=num_cells,
+                imbalance=dealt.imbalance,
                 lr=lr,
                 grad_norm=self.engine.get_global_grad_norm(),
                 skipped_steps=self.engine.skipped_steps,
@@ -131,16 +136,9 @@ class Trainer:
             )
         )
         if is_skipped:
-            self.report_skipped([self.describe(*each, number) for number, each in enumerate(done)])
+            self.report_skipped([describe(*each) for each in zip(dealt.micro_batches, done, strict=True)])
         else:
             self.skipped_in_row = 0
-
-    def describe(self, batch: Batch, loss: torch.Tensor, micro_step: int) -> dict[str, Any]:
-        """A micro-batch of the step that was just made, for RUN/bad_batches.jsonl, with the mean of its losses."""
-        rank, size = distributed.rank(), self.train_config.micro_batch_size
-        start = self.state.position - self.global_batch_size
-        position = micro_batch_start(start, micro_step, rank, self.world_size, size)
-        return {"position": position, "rank": rank, "keys": batch.keys, "loss": loss.item() / len(batch.keys)}
 
     def report_skipped(self, own: list[dict[str, Any]]) -> None:
         """Names the samples of a skipped step; ends the run if it was one too many.
@@ -207,7 +205,8 @@ class Trainer:
         """
         with self.clock.host("data"):
             try:
-                self.ready = [next(self.batches) for _ in range(self.accumulation_steps)]
+                self.dealt = self.steps.at(self.state.position)
+                self.ready = [next(self.batches) for _ in self.dealt.micro_batches]
             except DataError as error:
                 self.fault = error
 
@@ -258,3 +257,10 @@ class Trainer:
                 "at most as many as there are columns; set model.gather=rollout or a smaller model.latent_size"
             )
         return passes
+
+
+def describe(positions: list[int], done: tuple[Batch, torch.Tensor]) -> dict[str, Any]:
+    """A micro-batch of this rank, for RUN/bad_batches.jsonl, with the mean of its samples' losses."""
+    batch, loss = done
+    mean = loss.item() / len(positions)
+    return {"positions": positions, "rank": distributed.rank(), "keys": batch.keys, "loss": mean}

@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from dealt import in_order
 
 from mirage_ds.batch import MERGE_SIZE, Batch
 from mirage_ds.checkpoint.facts import describe_run
@@ -18,6 +19,7 @@ from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import load_encoder
 from mirage_ds.data.rows import read_rows
+from mirage_ds.data.steps import Share
 from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.model.mirage import MirageModel, hf_name
 from mirage_ds.train_state import TrainState
@@ -79,6 +81,7 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
     trainer = Trainer(
         engine,
         stream,
+        in_order(Share(distributed.rank(), world_size, 1)),
         config.train,
         metrics,
         state,

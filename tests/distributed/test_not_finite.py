@@ -21,7 +21,7 @@ def test_a_step_is_skipped_on_all_ranks_and_the_run_continues(tmp_path: Path) ->
     assert [record["loss"] is None for record in records] == [False, True, False, False]
     (bad,) = (json.loads(line) for line in (tmp_path / "spoiled" / "bad_batches.jsonl").read_text().splitlines())
     key = worker.Case(**case).samples(1, 4)[3].key
-    assert bad == {"step": 2, "position": 4 + 3, "rank": 1, "keys": [key], "loss": None}
+    assert bad == {"step": 2, "positions": [4 + 3], "rank": 1, "keys": [key], "loss": None}
     assert f"skipped: loss or gradient not finite ({key})" in log
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import golden_set
 import plain_loop
 import pytest
+import worker
 from cases import (
     BLOCKS,
     BLOCKS_STEPS,
@@ -19,6 +20,7 @@ from cases import (
     DEEP_LAYERS,
     FIXED,
     GATHER_SIZES,
+    RAGGED_CUTS,
     RAGGED_STEPS,
     VARYING,
     Outcome,
@@ -84,17 +86,32 @@ def test_several_blocks(outcome: Outcomes, models: dict[str, str], tied: str, ra
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_ragged_steps_do_not_hang(outcome: Outcomes, models: dict[str, str], stage: str) -> None:
-    """Rows without image, helper image, latents or labels, on either rank or both; each of these occurs."""
-    batches = [ragged_batch(step, 2, stage=stage) for step in range(RAGGED_STEPS)]
+    """Samples without image, helper image, latents or labels, on either rank or both. In stage 1 they are packed, into
+    more rows in some steps than in others; in stage 2 dealt by length."""
+    case = worker.Case("", "", "", stage, RAGGED_STEPS, **RAGGED_CUTS[stage])
+    ranks = [worker.steps_of(case, rank, 2) for rank in (0, 1)]
+    first, second = (list(worker.samples_of(case, steps)) for steps in ranks)
     for has in ("image_mask", "latent_mask", "labels"):
-        there = [[bool((getattr(sample, has) > 0).any()) for sample in batch] for batch in batches]
-        assert all([first, second] in there for first in (False, True) for second in (False, True)), has
+        there = ([any((getattr(each, has) > 0).any() for each in own) for own in rank] for rank in (first, second))
+        assert len(set(zip(*there, strict=True))) == 4, has
+    num_micro_steps = {len(ranks[0].at(4 * step).micro_batches) for step in range(RAGGED_STEPS)}
+    assert num_micro_steps == ({1, 2} if stage == "stage1" else {2})
     # The method's own rate: over many steps, rounding errors grow past the tolerance with a larger one.
     lrs = tuple(rates(RAGGED_STEPS, lr=1e-5, lr_decay="constant"))
-    expected = plain(models["untied"], stage, "ragged", RAGGED_STEPS, 2, lrs)
+    expected = plain(models["untied"], stage, "ragged", RAGGED_STEPS, 4, lrs)
     result = outcome(f"{stage}-ragged")
     assert result.losses == pytest.approx(expected["losses"], rel=1e-4)
     assert [record["grad_norm"] for record in result.records] == pytest.approx(expected["grad_norms"], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_deal_changes_no_loss(outcome: Outcomes, stage: str) -> None:
+    """Only who computes which sample, and so the padding and how level the ranks are."""
+    in_order, balanced = outcome(f"{stage}-in-order").records, outcome(f"{stage}-balanced").records
+    assert [each["loss"] for each in balanced] == pytest.approx([each["loss"] for each in in_order], rel=1e-5)
+    for name, least in (("imbalance", 1), ("padding_pct", 0)):
+        ours, before = (sum(each[name] for each in records) / len(records) for records in (balanced, in_order))
+        assert least < ours < before, name
 
 
 def test_a_trained_tower(outcome: Outcomes, models: dict[str, str]) -> None:

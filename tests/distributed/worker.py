@@ -6,12 +6,14 @@ Each case trains a small model on random ragged samples; what it reports goes to
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import golden_set
 import torch
+from dealt import by_length
 from deepspeed.comm.comm import comms_logger
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -21,6 +23,8 @@ from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
+from mirage_ds.data.packing import collate_packed
+from mirage_ds.data.steps import Share, Steps
 from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.ops.latent_pool import describe_path
@@ -56,6 +60,10 @@ class Case:
     """More of the configuration, by section."""
     spoiled: list[list[int]] = field(default_factory=list)
     """[step, number in its global batch] of samples whose pixels are NaN."""
+    balance: bool = False
+    """Whether global batches are dealt by length."""
+    token_budget: int | None = None
+    """Of packed rows."""
     rehearsed: bool = False
     """Whether a dry run comes before the first step, of other and more samples."""
 
@@ -73,15 +81,26 @@ class Case:
         return samples
 
 
-def batches(case: Case) -> Iterator[Batch]:
-    """This rank's micro-batches, split from the global ones as in mirage_ds/data/plan.py."""
-    world_size, rank = distributed.world_size(), distributed.rank()
-    size = case.micro_batch * case.accumulation * world_size
+def steps_of(case: Case, rank: int, world_size: int) -> Steps:
+    """Which samples of a case a rank computes."""
+    share = Share(rank, world_size, case.micro_batch, case.accumulation)
+    samples = (each for step in range(case.steps) for each in case.samples(step, share.global_batch_size))
+    return by_length(share, samples, balance=case.balance, token_budget=case.token_budget)
+
+
+def samples_of(case: Case, steps: Steps) -> Iterator[list[EncodedSample]]:
+    """This rank's micro-batches, as samples."""
+    size = steps.share.global_batch_size
     for step in range(case.steps):
         samples = case.samples(step, size)
-        for micro_step in range(case.accumulation):
-            start = micro_step * world_size * case.micro_batch + rank * case.micro_batch
-            yield collate(samples[start : start + case.micro_batch], align_latents=case.stage == "stage2")
+        for positions in steps.at(step * size).micro_batches:
+            yield [samples[position - step * size] for position in positions]
+
+
+def batches(case: Case, steps: Steps) -> Iterator[Batch]:
+    align = partial(collate, align_latents=case.stage == "stage2")
+    for samples in samples_of(case, steps):
+        yield collate_packed(samples) if case.token_budget else align(samples)
 
 
 def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
@@ -131,9 +150,11 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     fetches: list[int] = []
     early: list[float] = []
     model.tower.register_forward_hook(lambda *_: early.append(share_under_way(model.rollout)))
+    steps = steps_of(case, distributed.rank(), distributed.world_size())
     trainer = Trainer(
         engine,
-        batches(case),
+        batches(case, steps),
+        steps,
         config.train,
         metrics,
         TrainState(),

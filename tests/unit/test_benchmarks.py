@@ -6,8 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import batching
 import cost_table
 import measuring
+import numpy as np
 import plain_loop
 import pytest
 import torch
@@ -97,6 +99,36 @@ def test_the_cases_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cap
     for each in results["losses"]:
         assert each["sdpa"] == pytest.approx(each["float32"], rel=1e-2)
     assert capsys.readouterr().out.count("| sdpa | stage2 | 8 |") == 4
+
+
+def test_the_ways_to_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, threads = tmp_path / "batching.json", str(torch.get_num_threads())
+    words = ["--small", "--runs", "1", "--samples", "32", "--threads", threads, "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["batching.py", *words])
+    batching.main()
+    results = {(each["stage"], each["way"]): each for each in json.loads(path.read_text())["results"]}
+    assert [*results] == [(stage, way) for stage, ways in batching.WAYS.items() for way in ways]
+    tokens = sum(batching.draw_lengths(32, batching.SMALL_SCALE))
+    for (stage, _), each in results.items():
+        seconds, in_order_s = (found["steps"][0]["seconds"] for found in (each, results[stage, "in order"]))
+        assert each["tokens_per_s"] == tokens / seconds
+        assert each["speedup"] == in_order_s / seconds
+    padding = [results["stage1", way]["padding"] for way in ("in order", "balanced", "packed")]
+    assert padding[0] > 0.3 > padding[1] > padding[2] == 0
+    assert results["stage2", "in order"]["padding"] > results["stage2", "balanced"]["padding"]
+    table = capsys.readouterr().out
+    assert (table.count("\n| stage1 |"), table.count("\n| stage2 |")) == (3, 2)
+
+
+def test_batching_compares_equal_losses() -> None:
+    with pytest.raises(AssertionError, match=r"packed: loss 1\.0001"):
+        batching.check_equal({"in order": 1.0, "balanced": 1.0, "packed": 1.0001})
+
+
+def test_lengths_are_drawn_as_published_rows_have_them() -> None:
+    lengths = np.array(batching.draw_lengths(20000, 1))
+    assert (lengths.min(), lengths.max()) == (batching.SHORTEST, batching.LONGEST)
+    assert np.median(lengths) == pytest.approx(batching.MIDDLE, rel=0.03)
 
 
 def test_waits_for_the_gpu_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

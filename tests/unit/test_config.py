@@ -64,6 +64,14 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
         ),
         ("train.micro_batch_size_per_gpu=auto", r"is auto, .*; set train\.global_batch_size, and leave .* unset"),
         ("train.profile_steps=[5, 3]", r"profile_steps \(5, 3\) end before they begin"),
+        (
+            "data.packing=true",
+            r"  - data: packing is true, but data\.token_budget is unset; .*; set data\.token_budget",
+        ),
+        (
+            "data.token_budget=64",
+            r"  - data: token_budget is 64, but rows are not packed .*; set data\.packing=true, or",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override: str, message: str) -> None:
@@ -74,6 +82,20 @@ def test_a_mistake_is_named_with_its_remedy(override: str, message: str) -> None
 def test_latent_targets_are_kept_in_stage_1_only() -> None:
     with pytest.raises(ConfigError, match=r"  - model\.cache_targets is set, but stage2 .*unset model\.cache_targets"):
         load_config(RECIPES / "tiny-stage2.yaml", ["model.cache_targets=targets"])
+
+
+def test_samples_are_packed_where_they_may_share_a_row() -> None:
+    packing = ["data.packing=true", "data.token_budget=64"]
+    assert load_config(RECIPE, packing).rows_per_micro_batch == 1
+    assert load_config(RECIPE, [*packing, "data.max_length=64"]).data.token_budget == 64
+    with pytest.raises(
+        ConfigError, match=r"token_budget is 64, below max_length=65; .*raise data\.token_budget, or low"
+    ):
+        load_config(RECIPE, [*packing, "data.max_length=65"])
+    with pytest.raises(
+        ConfigError, match=r"  - data\.packing is true, but stage2 .*set data\.packing=false: .*balance"
+    ):
+        load_config(RECIPES / "tiny-stage2.yaml", packing)
 
 
 def test_a_missing_key_and_a_missing_recipe(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ MISTAKES = {
     "mirage-launch build-shards none.jsonl out --tasks 2 --time 1:00": "cannot read the rows",
     "mirage-data build --input none --output out": "cannot read the rows",
     "mirage-data check none": "no manifest.json",
+    "mirage-data count none --model some/model": "no manifest.json",
+    "mirage-data count shards --model ./none": "the model folder does not exist (--model ./none)",
     "mirage-data merge none --output out": "not a part of a build: ",
     "mirage init --preset tiny --text none --output out": "no such file (--text none)",
     "mirage init --from ./none --output out": "the model folder does not exist (--from ./none)",

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_ds.data.plan import Plan, epoch_order, micro_batch_start, splitmix64
+from mirage_ds.data.plan import Plan, epoch_order, splitmix64
 
 GAMMA = 0x9E3779B97F4A7C15
 
@@ -51,17 +51,3 @@ def test_going_back_gives_the_same() -> None:
     plan = Plan(7, "d", 0)
     forward = [plan.samples(position, 1) for position in range(21)]
     assert [plan.samples(position, 1) for position in reversed(range(21))] == forward[::-1]
-
-
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 5))
-def test_ranks_and_micro_steps_share_each_global_batch(world: int, micro: int, accumulation: int, batch: int) -> None:
-    size = world * micro * accumulation
-    positions = [
-        micro_batch_start(batch * size, micro_step, rank, world, micro) + offset
-        for micro_step in range(accumulation)
-        for rank in range(world)
-        for offset in range(micro)
-    ]
-    assert positions == list(range(batch * size, (batch + 1) * size))
-    # The next step's first micro-batch follows without a gap, so it can be counted from any start.
-    assert micro_batch_start(batch * size, accumulation, 0, world, micro) == (batch + 1) * size

@@ -8,14 +8,17 @@ import os
 import signal
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from dealt import in_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from mirage_ds.data.costs import measure_costs
 from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
@@ -23,8 +26,9 @@ from mirage_ds.data.plan import Plan
 from mirage_ds.data.rows import Sample, read_rows
 from mirage_ds.data.shard_samples import parse_members
 from mirage_ds.data.shards import ShardFolder
-from mirage_ds.data.stream import SampleReader, Share, make_loader
-from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.data.steps import Share, Steps
+from mirage_ds.data.stream import SampleReader, make_loader
+from mirage_ds.errors import DataError
 
 
 def as_is(sample: Sample) -> Sample:
@@ -38,7 +42,7 @@ def keys_and_threads(samples: list[Sample]) -> tuple[list[str], int]:
 
 
 def keys(folder: ShardFolder, share: Share, count: int, num_workers: int = 0) -> list[str]:
-    loader = make_loader(folder, as_is, keys_and_threads, share, seed=3, num_workers=num_workers)
+    loader = make_loader(folder, as_is, keys_and_threads, in_order(share, folder, seed=3), num_workers=num_workers)
     return [key for batch, _ in itertools.islice(loader, count) for key in batch]
 
 
@@ -79,7 +83,7 @@ def test_a_sample_that_cannot_be_used_is_replaced_by_the_next(
     """The others keep their positions, whatever the number of ranks and the start."""
 
     def read(share: Share, num: int) -> list[EncodedSample]:
-        loader = make_loader(shards, encoder, list, share, seed=3, num_workers=0, on_fault="skip")
+        loader = make_loader(shards, encoder, list, in_order(share, shards, seed=3), num_workers=0, on_fault="skip")
         return [sample for batch in itertools.islice(loader, num) for sample in batch]
 
     alone = read(Share(0, 1, 1), 18)
@@ -98,17 +102,27 @@ def test_many_faults_in_a_row_are_not_skipped(shards: ShardFolder) -> None:
     def refuse(sample: Sample) -> EncodedSample:
         raise DataError(f"wrong ({sample.key})")
 
-    loader = make_loader(shards, refuse, list, Share(0, 1, 1), seed=3, num_workers=0, on_fault="skip")
+    loader = make_loader(shards, refuse, list, in_order(Share(0, 1, 1), shards, seed=3), num_workers=0, on_fault="skip")
     with pytest.raises(DataError, match=r"100 samples in a row cannot be used; the first: wrong .*mirage-data check"):
         next(iter(loader))
 
 
+@pytest.fixture(params=[{"balance": False}, {"balance": True}, {"token_budget": 160}], ids=str)
+def dealt(request: pytest.FixtureRequest, shards: ShardFolder, encoder: Encoder) -> Callable[[Share], Steps]:
+    """The steps of a share, dealt in each way."""
+    costs = measure_costs(load_index(shards), encoder.image_tokens, stage="stage1", latent_size=2)
+    plan = Plan(shards.num_samples, shards.digest, 3)
+    return lambda share: Steps(plan, costs, share, **request.param)
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
-def test_the_number_of_workers_changes_nothing(shards: ShardFolder, encoder: Encoder) -> None:
+def test_the_number_of_workers_changes_nothing(
+    shards: ShardFolder, encoder: Encoder, dealt: Callable[[Share], Steps]
+) -> None:
     """With real encoding, over more than an epoch, bit for bit."""
 
     def batches(num_workers: int) -> list[list[EncodedSample]]:
-        loader = make_loader(shards, encoder, list, Share(1, 2, 3), seed=0, num_workers=num_workers)
+        loader = make_loader(shards, encoder, list, dealt(Share(1, 2, 3, 2)), num_workers=num_workers)
         return list(itertools.islice(loader, 7))
 
     expected = batches(0)
@@ -118,6 +132,22 @@ def test_the_number_of_workers_changes_nothing(shards: ShardFolder, encoder: Enc
                 assert sample.key == expected_sample.key
                 for name in ("input_ids", "labels", "position_ids", "pixel_values", "pixel_values_latent"):
                     assert torch.equal(getattr(sample, name), getattr(expected_sample, name))
+
+
+def test_however_dealt_a_step_has_the_samples_of_the_order(
+    shards: ShardFolder, encoder: Encoder, spoiled: list[str], dealt: Callable[[Share], Steps]
+) -> None:
+    """Also where a sample that cannot be used was replaced by the next of the order."""
+    ranks = [dealt(Share(rank, 2, 3)) for rank in (0, 1)]
+    loaders = [iter(make_loader(shards, encoder, list, steps, num_workers=0, on_fault="skip")) for steps in ranks]
+    for start in (0, 6, 12):
+        found = [
+            sample.key.partition("/")[2]
+            for steps, loader in zip(ranks, loaders, strict=True)
+            for _ in steps.at(start).micro_batches
+            for sample in next(loader)
+        ]
+        assert sorted(found) == sorted(spoiled[start : start + 6])
 
 
 def test_the_stream_follows_the_plan_and_can_start_anywhere(shards: ShardFolder) -> None:
@@ -142,13 +172,8 @@ def test_every_split_gives_the_same_global_batches(shards: ShardFolder, split: t
         assert sorted(parts) == sorted(expected[4 * batch : 4 * batch + 4])
 
 
-def test_a_start_inside_a_global_batch_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"the data position is 6 samples .* a global batch has 4"):
-        Share(0, 2, 1, 2, start=6)
-
-
 def test_workers_use_one_thread(shards: ShardFolder) -> None:
-    loader = make_loader(shards, as_is, keys_and_threads, Share(0, 1, 1), seed=0, num_workers=1)
+    loader = make_loader(shards, as_is, keys_and_threads, in_order(Share(0, 1, 1), shards, seed=0), num_workers=1)
     assert next(iter(loader))[1] == 1
 
 
@@ -157,7 +182,7 @@ def test_workers_leave_signals_to_their_rank(shards: ShardFolder, number: signal
     """SLURM and terminals send them to every process; the rank's handlers do not work in a fork of it."""
     before = signal.signal(number, lambda *_: os._exit(3))
     try:
-        loader = make_loader(shards, as_is, keys_and_threads, Share(0, 1, 1), seed=3, num_workers=1)
+        loader = make_loader(shards, as_is, keys_and_threads, in_order(Share(0, 1, 1), shards, seed=3), num_workers=1)
         batches = iter(loader)
         first, _ = next(batches)
         (worker,) = multiprocessing.active_children()
@@ -182,7 +207,7 @@ def test_a_damaged_sample_is_named_at_its_turn(shards: ShardFolder, encoder: Enc
     """Only the message, without a worker's traceback."""
     order = Plan(10, shards.digest, 3).samples(0, 10)
     damage(shards, order[4], 512 + 8, b"garbage")  # in the helper's PNG
-    loader = iter(make_loader(shards, encoder, list, Share(0, 1, 2), seed=3, num_workers=num_workers))
+    loader = iter(make_loader(shards, encoder, list, in_order(Share(0, 1, 2), shards, seed=3), num_workers=num_workers))
     assert [sample.key[-9:] for batch in (next(loader), next(loader)) for sample in batch] == [
         f"{number:09d}" for number in order[:4]
     ]
@@ -277,6 +302,8 @@ def test_data_that_do_not_come_are_an_error(shards: ShardFolder, num_workers: in
         time.sleep(4)
         raise AssertionError
 
-    loader = make_loader(shards, hang, list, Share(0, 1, 1), seed=3, num_workers=num_workers, timeout_s=1)
+    loader = make_loader(
+        shards, hang, list, in_order(Share(0, 1, 1), shards, seed=3), num_workers=num_workers, timeout_s=1
+    )
     with pytest.raises(DataError, match=r"no batch came for 1 s \(micro-batch 0 .*distributed\.timeout_s"):
         next(iter(loader))

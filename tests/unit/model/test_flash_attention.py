@@ -3,31 +3,20 @@
 import flash_attn_stub
 import pytest
 import torch
-from flash_attn_stub import DENSE, VARLEN, FlashAttn
-from micro_batch import losses_of, stored_bytes
+from flash_attn_stub import DENSE, FLASH, VARLEN, FlashAttn, use_flash
+from micro_batch import Waits, losses_of, stored_bytes
 from random_samples import ragged_batch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from mirage_ds.data.collate import collate
 from mirage_ds.self_check import NUM_FED, tiny_backbone, tiny_batch
 
-FLASH = "flash_attention_2"
 SIZES = {"equal": [4, 4, 4], "ragged": [1, 6, 3], "long": [12, 2, 8]}
-aten = torch.ops.aten
-# Reading a value or a number of entries from a GPU waits for all that it was told to do before.
-WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.is_nonzero, aten.equal}
 
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> FlashAttn:
     return flash_attn_stub.install(monkeypatch)
-
-
-def use_flash(model) -> None:
-    """As `load_backbone` with this attention, which transformers refuses without a GPU."""
-    model.tower.attention = model.rollout.attention = FLASH
-    model.hf.config._attn_implementation = FLASH
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -98,19 +87,6 @@ def test_decoding_of_left_padded_rows(flash: FlashAttn) -> None:
         backbone.hf.config._attn_implementation = FLASH
         torch.testing.assert_close(states(), expected, rtol=1e-5, atol=1e-5)
     assert flash.calls[VARLEN] > 0
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations for which the host would wait for a GPU."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        by_mask = func.overloadpacket is aten.index and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        self.count += func.overloadpacket in WAITS or by_mask
-        return func(*args, **(kwargs or {}))
 
 
 def waits(model, samples) -> int:

@@ -42,7 +42,7 @@ def test_a_batch_takes_what_torch_counts(checkpointing: str, train_tower: bool) 
     """
     settings = config("stage1", activation_checkpointing=checkpointing, train_tower=train_tower)
     batch = collate([random_sample(seed, stage="stage1", images=seed) for seed in (1, 2)], align_latents=False)
-    assert batch.row_tokens[0] != batch.row_tokens[1]
+    assert batch.sample_tokens[0] != batch.sample_tokens[1]
     backbone = load_backbone(golden_set.MODEL, dtype=torch.float32, train_tower=train_tower)
     recompute = checkpointing == "full"
     model = MirageModel(backbone, stage="stage1", ce_loss_weight=0.1, recompute=recompute, train_tower=train_tower)
@@ -58,7 +58,7 @@ def test_a_batch_takes_what_torch_counts(checkpointing: str, train_tower: bool) 
 def test_attention_is_causal_and_padding_is_not_counted() -> None:
     """By hand: rows of 3 and 5 tokens have 6 and 15 pairs."""
     sizes = model_sizes(ModelConfig(path=golden_set.MODEL))
-    batch = SimpleNamespace(row_tokens=[3, 5], num_tokens=8, target_rows=[0] * 4, pixel_values=[0] * 24)
+    batch = SimpleNamespace(sample_tokens=[3, 5], num_tokens=8, target_rows=[0] * 4, pixel_values=[0] * 24)
     batch.image_grids = [(1, 2), (2, 2)]
     load = batch_load(sizes, batch)
     assert (load.tokens, load.token_pairs, load.targets) == (8, 21, 4)
@@ -77,7 +77,7 @@ def test_the_planner_counts_as_the_trainer() -> None:
     settings = config("stage1")
     sizes = model_sizes(settings.model)
     row = Row(tokens=90, targets=30, patches=256)
-    batch = SimpleNamespace(row_tokens=[90, 90], num_tokens=180, target_rows=[0] * 60, image_grids=[(8, 8), (8, 8)])
+    batch = SimpleNamespace(sample_tokens=[90, 90], num_tokens=180, target_rows=[0] * 60, image_grids=[(8, 8), (8, 8)])
     batch.pixel_values = torch.zeros(512, 1)
     assert work(sizes, settings, row) == work_of(sizes, settings, batch_load(sizes, batch))
 

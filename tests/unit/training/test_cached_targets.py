@@ -11,6 +11,7 @@ import PIL
 import plain_loop
 import pytest
 import torch
+from dealt import in_order
 from generated_rows import make_row, write_jsonl, write_rows
 
 from data_tools.build import build
@@ -19,7 +20,8 @@ from mirage_ds.data import encode
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.shards import ShardFolder, load_manifest
-from mirage_ds.data.stream import SampleReader, Share, make_loader
+from mirage_ds.data.steps import Share
+from mirage_ds.data.stream import SampleReader, make_loader
 from mirage_ds.data.target_cache import TargetCache
 from mirage_ds.errors import DataError
 from mirage_ds.hf.preset import write_tiny
@@ -89,7 +91,7 @@ def make_model(ground: Path, cache: TargetCache | None = None, dtype: torch.dtyp
 def batches(shards: ShardFolder, encoder: Encoder, size: int, cache: TargetCache | None = None) -> Iterator[Batch]:
     """Read in this process, each when it is due, so that a batch sees what those before it have kept."""
     align = partial(collate, align_latents=False)
-    return iter(make_loader(shards, encoder, align, Share(0, 1, size), seed=0, num_workers=0, targets=cache))
+    return iter(make_loader(shards, encoder, align, in_order(Share(0, 1, size), shards), num_workers=0, targets=cache))
 
 
 class Outcome:
@@ -268,7 +270,7 @@ def test_workers_do_not_need_images_that_are_kept(
     monkeypatch.setattr(encode, "decode", decode)
     align = partial(collate, align_latents=False)
     for targets in (cache, None):
-        loader = make_loader(shards, encoder, align, Share(0, 1, 2), seed=0, num_workers=1, targets=targets)
+        loader = make_loader(shards, encoder, align, in_order(Share(0, 1, 2), shards), num_workers=1, targets=targets)
         if targets is None:
             with pytest.raises(DataError, match="decoded"):
                 next(iter(loader))

@@ -13,7 +13,14 @@ from mirage_ds.errors import DataError
 from mirage_ds.recipe import load_config
 from mirage_ds.sizing.workload import Shape, Workload
 from mirage_ds.training import dry_run
-from mirage_ds.training.dry_run import costliest_first, describe_lack, describe_success, is_out_of_memory, take
+from mirage_ds.training.dry_run import (
+    costliest_first,
+    costliest_row,
+    describe_lack,
+    describe_success,
+    is_out_of_memory,
+    take,
+)
 from mirage_ds.zero3 import distributed
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
@@ -34,7 +41,7 @@ def test_which_samples_are_taken(monkeypatch: pytest.MonkeyPatch, numbers: list[
 
     monkeypatch.setattr(dry_run, "SampleReader", lambda shards: lambda number: number)
     config = load_config(RECIPE, ["train.micro_batch_size_per_gpu=3"])
-    batch = take(config, SimpleNamespace(shards=None, encoder=encode), numbers)
+    batch = take(config, SimpleNamespace(shards=None, encoder=encode), numbers, 3)
     assert batch.keys == [random_sample(number, stage="stage1").key for number in taken]
 
 
@@ -62,6 +69,37 @@ def test_the_costliest_micro_batch_has_the_most_passes() -> None:
 def rows_of(columns: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Workload:
     """Of these stretches and latent blocks."""
     return Workload([Shape(*each, targets=0, patches=0) for each in columns], len(columns), "")
+
+
+PACKING = ["data.packing=true", "data.token_budget=100"]
+
+
+def test_a_packed_row_of_the_costliest_samples() -> None:
+    """The most per token first, as long as they fit, and no more than another rank leaves."""
+    lengths, costs = [50, 40, 30, 20, 10], [50, 90, 70, 20, 30]
+    assert costliest_row(costs, lengths, budget=100, most=9) == [4, 2, 1, 3]
+    assert costliest_row(costs, lengths, budget=60, most=9) == [4, 2, 3]
+    assert costliest_row(costs, lengths, budget=100, most=2) == [4, 2]
+
+
+def test_a_packed_row_is_taken_as_the_run_packs_it() -> None:
+    samples = [random_sample(number, stage="stage1") for number in range(3)]
+    start = SimpleNamespace(shards=None, encoder=samples.__getitem__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dry_run, "SampleReader", lambda shards: lambda number: number)
+        batch = take(load_config(RECIPE, PACKING), start, [2, 0], 2)
+    assert batch.input_ids.shape == (1, len(samples[2].input_ids) + len(samples[0].input_ids))
+    assert batch.sample_ends is not None
+
+
+def test_what_to_set_where_a_packed_row_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    config = load_config(RECIPE, [*PACKING, "train.micro_batch_size_per_gpu=4"])
+    message = describe_lack(torch.OutOfMemoryError("no room"), config, SimpleNamespace(input_ids=torch.zeros(1, 90)), 1)
+    assert "does not fit into memory (data.token_budget=100, rank 0 on " in message
+    assert "GiB; use a smaller data.token_budget, or " in message
+    assert "micro_batch" not in message
 
 
 def errors() -> Iterator[tuple[RuntimeError, bool]]:

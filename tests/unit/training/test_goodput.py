@@ -55,7 +55,7 @@ def train(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             started_s = time.monotonic()
             clock.sleep(STEP_S)
             metrics.add(
-                StepSums(number, number, torch.ones(3), 0, 1, 1e-4, 1.0, 0, started_s, is_skipped=number in skipped)
+                StepSums(number, number, torch.ones(3), 0, 1, 1, 1e-4, 1.0, 0, started_s, is_skipped=number in skipped)
             )
         metrics.close()
 

@@ -67,6 +67,7 @@ def step(number: int, started_s: float = 0.0, skipped_steps: int = 0) -> StepSum
         losses=torch.tensor(list(LOSSES.values())) * GLOBAL_BATCH_SIZE,
         num_grounded_samples=GLOBAL_BATCH_SIZE,
         num_tokens=100,
+        num_cells=125,
         lr=1e-4,
         grad_norm=0.5,
         skipped_steps=skipped_steps,

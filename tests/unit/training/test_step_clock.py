@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from dealt import in_order
 from torch.overrides import TorchFunctionMode
 
 from mirage_ds.config import TrainConfig
+from mirage_ds.data.steps import Share
 from mirage_ds.model.mirage import Losses
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import device
@@ -124,11 +126,12 @@ def make(tmp_path: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> Callab
         train = TrainConfig(
             stage="text", max_steps=steps, warmup_steps=0, gradient_accumulation_steps=accumulation, log_freq=log_freq
         )
-        batch = SimpleNamespace(keys=["a/1"], num_grounded_samples=0, num_tokens=5, faults=[])
+        batch = SimpleNamespace(keys=["a/1"], num_grounded_samples=0, num_tokens=5, num_cells=5, faults=[])
         batch.to = lambda device: batch
         trainer = Trainer(
             Engine(gpu),
             iter([batch] * steps * accumulation),
+            in_order(Share(0, 1, 1, accumulation)),
             train,
             Metrics(tmp_path, stage="text", global_batch_size=accumulation, max_steps=steps, log_freq=log_freq),
             TrainState(),

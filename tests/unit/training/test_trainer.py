@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from dealt import in_order
 
 from mirage_ds.config import TrainConfig
+from mirage_ds.data.steps import Share
 from mirage_ds.errors import DataError, StallError, TrainingError
 from mirage_ds.model.mirage import Losses
 from mirage_ds.train_state import TrainState
@@ -65,12 +67,13 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(run: Path, losses: list[float], gradients: list[float] | None = None, allowed: int = 3) -> Trainer:
     steps = len(losses)
     train = TrainConfig(stage="text", max_steps=steps, warmup_steps=0, max_skipped_steps=allowed)
-    batch = SimpleNamespace(keys=["a/1"], num_grounded_samples=0, num_tokens=5, faults=[])
+    batch = SimpleNamespace(keys=["a/1"], num_grounded_samples=0, num_tokens=5, num_cells=5, faults=[])
     batch.to = lambda device: batch
     metrics = Metrics(run, stage="text", global_batch_size=1, max_steps=steps, log_freq=1)
     return Trainer(
         Engine(losses, gradients or [1.0] * steps),
         iter([batch] * steps),
+        in_order(Share(0, 1, 1)),
         train,
         metrics,
         TrainState(),
@@ -92,7 +95,7 @@ def test_a_gradient_alone_is_enough(tmp_path: Path) -> None:
     trainer = make(tmp_path, [1.0, 2.0, 1.0], [1.0, math.nan, 1.0])
     trainer.train()
     assert (tmp_path / "bad_batches.jsonl").read_text() == (
-        '{"step": 2, "position": 1, "rank": 0, "keys": ["a/1"], "loss": 2.0}\n'
+        '{"step": 2, "positions": [1], "rank": 0, "keys": ["a/1"], "loss": 2.0}\n'
     )
 
 

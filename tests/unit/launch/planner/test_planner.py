@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.planner.estimate import check_fits, estimate
-from launch.planner.plan import figures
+from launch.planner.plan import describe_level, figures
 from launch.slurm import submit as slurm
 from launch.slurm.cluster import Cluster
 from mirage_ds.config import Config, ModelConfig
@@ -166,7 +166,9 @@ def test_offload_needs_host_memory() -> None:
     assert not [name for name, _ in figures(kept) if "offload" in name]
 
 
-def test_row_sizes_are_those_of_the_shards(tmp_path: Path) -> None:
+@pytest.fixture
+def two_rows(tmp_path: Path) -> str:
+    """A setting: shards, as far as their index, of a small and a large row."""
     entry = {"key": "a", "shard": 0, "offset": 0, "size": 0, "image_blocks": 1, "latent_blocks": 1}
     small = entry | {"input_sizes": [[56, 84]], "helper_sizes": [[56, 56]], "question_chars": 30, "answer_chars": 60}
     large = small | {"key": "b", "input_sizes": [[280, 280]], "answer_chars": 300}
@@ -179,14 +181,36 @@ def test_row_sizes_are_those_of_the_shards(tmp_path: Path) -> None:
         "shards": [{"name": "a.tar", "samples": 2, "bytes": 0, "sha256": ""}],
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    rows = workload(recipe(1, f"data.shards={tmp_path}"))
+    return f"data.shards={tmp_path}"
+
+
+def test_row_sizes_are_those_of_the_shards(two_rows: str) -> None:
+    rows = workload(recipe(1, two_rows))
     assert rows.num_samples == 2
     assert rows.largest.patches == 400 + 16  # the image and the helper image; 14 pixels a side
     # template 30, question 10, answer 100, 10 x 10 merged patches and their 2 markers, K = 4 and 2 markers
     assert rows.largest.tokens == 30 + 10 + 100 + 100 + 2 + 6
     assert rows.mean.patches == (24 + 16 + 400 + 16) // 2
-    assert workload(recipe(2, f"data.shards={tmp_path}")).largest.patches == 400  # no helper images in stage 2
-    assert estimate(recipe(1, f"data.shards={tmp_path}"), 1, 8, "h100-80gb").epochs_per_day is not None
+    assert workload(recipe(2, two_rows)).largest.patches == 400  # no helper images in stage 2
+    assert estimate(recipe(1, two_rows), 1, 8, "h100-80gb").epochs_per_day is not None
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_computing_takes_longer_by_imbalance_and_padding(two_rows: str, micro_batch: int) -> None:
+    """Every two samples of the order are a small and a large one. Dealt by cost, a micro-step has equal ones; in order,
+    ranks differ with micro-batches of 1, and those of 4 have padding."""
+    shape = (f"train.micro_batch_size_per_gpu={micro_batch}", two_rows)
+    balanced, in_order = (
+        estimate(recipe(1, *shape, f"data.balance={value}"), 1, 8, "h100-80gb") for value in ("true", "false")
+    )
+    assert (balanced.level.imbalance, balanced.level.padding) == (1, 0)
+    small, large = 30 + 10 + 20 + 6 + 2 + 6, 30 + 10 + 100 + 100 + 2 + 6  # as above
+    small_cost, large_cost = 25 * small + 24 + 16, 25 * large + 400 + 16
+    expected = {1: (2 * large_cost / (small_cost + large_cost), 0), 4: (1, 1 - (small + large) / (2 * large))}
+    assert (in_order.level.imbalance, in_order.level.padding) == pytest.approx(expected[micro_batch])
+    longer = in_order.level.imbalance / (1 - in_order.level.padding)
+    assert in_order.time.compute_s == pytest.approx(longer * balanced.time.compute_s)
+    assert f"imbalance {in_order.level.imbalance:.2f}" in describe_level(in_order.level)
 
 
 def plan(*arguments: str) -> tuple[int, str]:
@@ -207,6 +231,7 @@ def test_the_command_says_whether_it_fits() -> None:
         "| micro-batch ",
         "| micro-batch with the best time ",
         "no shards at gone",
+        "no shards, so times are those of level ranks and rows without padding",
         "not checked  gather and reduction buffers, optimizer-step buffer, offload, every time, anything on a GPU",
     ):
         assert words in output

@@ -1,0 +1,71 @@
+"""Counts the tokens of every sample for one model. The only tool here that needs a model, and with it torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mirage_ds.config import Stage
+from mirage_ds.data.costs import measure_costs
+from mirage_ds.data.counts import count_texts, save_counts
+from mirage_ds.data.encode import load_encoder
+from mirage_ds.data.index import load_index
+from mirage_ds.data.shards import load_manifest
+
+NUM_LISTED = 5
+
+
+def count(
+    shards: Path,
+    model: str,
+    *,
+    latent_size: int,
+    system_turn: bool,
+    min_pixels: int | None,
+    max_pixels: int | None,
+    max_length: int | None,
+) -> Iterator[str]:
+    """Writes the counts beside the shards; yields what was found, as lines to print.
+
+    Args:
+        latent_size, system_turn, min_pixels, max_pixels, max_length: as in a recipe.
+    Raises:
+        MirageError: the shards or the model cannot be read, or the folder of shards cannot be written.
+    """
+    folder = load_manifest(shards)
+    encoder = load_encoder(
+        model,
+        stage="stage1",
+        latent_size=latent_size,
+        system_turn=system_turn,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+    counts = count_texts(folder, encoder.tokenizer, system_turn=system_turn)
+    yield f"wrote {save_counts(folder, encoder.tokenizer, counts, system_turn=system_turn)}"
+    index = load_index(folder)
+    keys = [f"{folder.manifest.shards[entry.shard].name}/{entry.key}" for entry in index]
+    groups: dict[str, tuple[Stage, str]] = {
+        "text": ("text", "without_latents"),
+        "stage1 and stage2": ("stage1", "with_latents"),
+    }
+    for stages, (stage, name) in groups.items():
+        texts = counts[name]
+        costs = measure_costs(index, encoder.image_tokens, stage=stage, latent_size=latent_size, texts=texts)
+        yield describe(stages, costs.tokens, keys, max_length)
+
+
+def describe(stages: str, lengths: npt.NDArray[np.int64], keys: list[str], max_length: int | None) -> str:
+    """One line: the distribution of the lengths, and which of them are over the limit."""
+    least, middle, most = lengths.min(), np.median(lengths), lengths.max()
+    line = (
+        f"{stages}: tokens of a sample: min {least}, median {middle:g}, 95th percentile "
+        f"{np.quantile(lengths, 0.95, method='higher')}, max {most}"
+    )
+    if max_length is None:
+        return line
+    over = np.flatnonzero(lengths > max_length)
+    listed = ", ".join(f"{keys[number]} with {lengths[number]}" for number in over[:NUM_LISTED])
+    more = ", ..." if len(over) > NUM_LISTED else ""
+    return f"{line}; over {max_length}: {len(over)}" + (f" ({listed}{more})" if len(over) else "")

@@ -1,0 +1,117 @@
+"""Exact numbers of tokens: SHARDS/tokens-DIGEST.npz, which `mirage-data count` writes for one tokenizer.
+
+It has the tokens of a sample's text, with its template and all markers, but without the pads of images and latents:
+their number follows from the sizes in the index and the run's settings, see costs.py.
+"""
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from mirage_ds.config import Stage
+from mirage_ds.data.conversation import train_text
+from mirage_ds.data.rows import Sample
+from mirage_ds.data.shards import ShardFolder
+from mirage_ds.data.stream import SampleReader
+from mirage_ds.errors import DataError, name_full_disk, name_unwritable
+from mirage_ds.tokens import TokenIds
+
+Counts = npt.NDArray[np.int32]  # [number of samples]
+GROUP = 256  # samples whose texts are tokenized together: tokenizers then uses all cores
+
+
+def count_texts(folder: ShardFolder, tokenizer: PreTrainedTokenizerBase, *, system_turn: bool) -> dict[str, Counts]:
+    """Reads all shards once; decodes no image.
+
+    Args:
+        tokenizer: as `load_tokenizer` makes it.
+    Returns:
+        The counts `without_latents`, for the stage text, and `with_latents`, for the others.
+    Raises:
+        DataError: a sample cannot be read.
+    """
+    read, image_pad = SampleReader(folder), TokenIds.of(tokenizer).image_pad
+    counts = {name: np.zeros(folder.num_samples, np.int32) for name in ("without_latents", "with_latents")}
+
+    def text(sample: Sample, name: str) -> str:
+        return train_text(
+            tokenizer,
+            sample.text_input,
+            sample.text_output,
+            num_input_images=len(sample.input_images),
+            num_helper_images=len(sample.helper_images),
+            latents=name == "with_latents",
+            system_turn=system_turn,
+        )
+
+    for start in range(0, folder.num_samples, GROUP):
+        samples = [read(number) for number in range(start, min(start + GROUP, folder.num_samples))]
+        for name, found in counts.items():
+            ids = tokenizer([text(sample, name) for sample in samples], add_special_tokens=False)["input_ids"]
+            found[start : start + GROUP] = [len(each) - each.count(image_pad) for each in ids]
+    return counts
+
+
+def save_counts(
+    folder: ShardFolder, tokenizer: PreTrainedTokenizerBase, counts: dict[str, Counts], *, system_turn: bool
+) -> Path:
+    """Writes the counts, completely or not at all, in place of earlier ones; returns their path.
+
+    Raises:
+        DataError: the folder of shards cannot be written.
+        DiskFullError: its disk is full.
+    """
+    path = counts_path(folder, tokenizer, system_turn=system_turn)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remedy = "nothing was written; free some space, and count again"
+    with name_full_disk(folder.path, remedy), name_unwritable(path, "count in a copy of the shards that you may write"):
+        try:
+            with part.open("wb") as file:
+                np.savez(file, shards=np.array(folder.digest), **counts)  # type: ignore[arg-type]
+            part.rename(path)
+        finally:
+            part.unlink(missing_ok=True)
+    return path
+
+
+def load_counts(
+    folder: ShardFolder, tokenizer: PreTrainedTokenizerBase, *, stage: Stage, system_turn: bool
+) -> Counts | None:
+    """The counts of every sample for this tokenizer and stage, in the order of the index; None if there are none.
+
+    Raises:
+        DataError: the file is damaged, or was counted for other shards.
+    """
+    if not any(folder.path.glob("tokens-*.npz")):
+        return None
+    path = counts_path(folder, tokenizer, system_turn=system_turn)
+    remedy = f"remove it, and run `mirage-data count {folder.path}` again"
+    try:
+        with np.load(path, allow_pickle=False) as file:  # a zip file, whose checksums are compared
+            shards = str(file["shards"])
+            counts: Counts = file["without_latents" if stage == "text" else "with_latents"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"the counts of tokens cannot be read: {error!s:.80} ({path}); expected the file that `mirage-data count` "
+            f"wrote; {remedy}"
+        ) from error
+    if shards != folder.digest or counts.shape != (folder.num_samples,) or counts.dtype != np.int32:
+        raise DataError(
+            f"the counts of tokens are of other shards ({path}): manifest {shards:.12}, {counts.size} samples; "
+            f"expected manifest {folder.digest:.12}, {folder.num_samples} samples; {remedy}"
+        )
+    return counts
+
+
+def counts_path(folder: ShardFolder, tokenizer: PreTrainedTokenizerBase, *, system_turn: bool) -> Path:
+    """The file's name has a digest of all that decides the counts beside the samples: tokenizer and template."""
+    parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(system_turn))
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return folder.path / f"tokens-{digest[:16]}.npz"

@@ -1,0 +1,92 @@
+"""Which samples a rank computes in which micro-step: each global batch of the plan, cut by the deal. Needs no torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from mirage_ds.data.costs import Costs
+from mirage_ds.data.deal import Dealt, deal, deal_in_order, deal_packed, imbalance
+from mirage_ds.data.plan import Plan
+from mirage_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each global batch is a rank's, and from which position on."""
+
+    rank: int
+    world_size: int
+    micro_batch_size: int  # per GPU
+    gradient_accumulation_steps: int = 1
+    start: int = 0  # samples that all ranks have consumed before: a multiple of the global batch size
+
+    def __post_init__(self) -> None:
+        if self.start % self.global_batch_size:
+            raise ConfigError(
+                f"the data position is {self.start} samples (in the checkpoint), but a global batch has "
+                f"{self.global_batch_size}; a run can only resume between two global batches; set "
+                "micro_batch_size_per_gpu or gradient_accumulation_steps so that the global batch size divides the "
+                "position"
+            )
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.world_size * self.micro_batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's part of a step."""
+
+    micro_batches: list[list[int]]  # positions of the samples of each; as many on every rank
+    imbalance: float  # of all ranks, see deal.py
+
+
+class Steps:
+    """The steps of one rank: a pure function of the plan, so that it is the same in every process and after a resume.
+
+    A sample that cannot be used is replaced only where it is read, so it changes no deal.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        costs: Costs,
+        share: Share,
+        *,
+        balance: bool = True,
+        token_budget: int | None = None,
+    ) -> None:
+        """
+        Args:
+            balance: deal by cost; otherwise in order.
+            token_budget: a micro-batch is one packed row of at most so many tokens, always dealt by cost, and the
+                number of micro-steps differs from step to step; None: micro-batches of `share.micro_batch_size`.
+        """
+        self.plan, self.share = plan, share
+        self._costs, self._balance, self._token_budget = costs, balance, token_budget
+
+    def at(self, start: int) -> Step:
+        """The step whose global batch begins at position `start`."""
+        dealt, level = self.dealt(start)
+        return Step([[start + place for place in ranks[self.share.rank]] for ranks in dealt], imbalance=level)
+
+    def dealt(self, start: int) -> tuple[Dealt, float]:
+        """What each rank gets of the global batch that begins at position `start`, and the imbalance of that."""
+        share, size = self.share, self.share.global_batch_size
+        numbers = np.array(self.plan.samples(start, size))
+        costs = self._costs.costs[numbers]
+        if self._token_budget is not None:
+            dealt = deal_packed(self._costs.tokens[numbers], costs, share.world_size, self._token_budget)
+        elif self._balance:
+            dealt = deal(costs, share.world_size, share.micro_batch_size)
+        else:
+            dealt = deal_in_order(size, share.world_size, share.micro_batch_size)
+        return dealt, imbalance(dealt, costs)
+
+    def micro_batches(self) -> Iterator[list[int]]:
+        """Positions of the samples of each micro-batch, from the share's start on, without end."""
+        for start in count(self.share.start, self.share.global_batch_size):
+            yield from self.at(start).micro_batches

@@ -1,0 +1,55 @@
+"""A run's data on one rank: which samples it computes, and the stream of its micro-batches."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from mirage_ds.batch import Batch
+from mirage_ds.config import Config
+from mirage_ds.data.collate import collate
+from mirage_ds.data.costs import measure_costs
+from mirage_ds.data.index import load_index
+from mirage_ds.data.packing import collate_packed
+from mirage_ds.data.plan import Plan
+from mirage_ds.data.steps import Share, Steps
+from mirage_ds.data.stream import make_loader
+from mirage_ds.data.target_cache import TargetCache
+from mirage_ds.training.start import Start
+from mirage_ds.zero3 import distributed
+
+
+def deal_steps(config: Config, start: Start, position: int) -> Steps:
+    """Which samples this rank computes in which micro-step, from a position on."""
+    share = Share(
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        micro_batch_size=config.train.micro_batch_size,
+        gradient_accumulation_steps=config.train.accumulation_steps(distributed.world_size()),
+        start=position,
+    )
+    costs = measure_costs(
+        load_index(start.shards),
+        start.encoder.image_tokens,
+        stage=config.train.stage,
+        latent_size=config.model.latent_size,
+        keeps_targets=config.model.cache_targets is not None,
+        texts=start.counts,
+    )
+    plan = Plan(start.shards.num_samples, start.shards.digest, config.run.seed)
+    return Steps(plan, costs, share, balance=config.data.balance, token_budget=config.data.token_budget)
+
+
+def open_stream(config: Config, start: Start, steps: Steps, targets: TargetCache | None) -> Iterator[Batch]:
+    """The micro-batches of these steps, without end."""
+    loader = make_loader(
+        start.shards,
+        start.encoder,
+        collate_packed if config.data.packing else partial(collate, align_latents=config.train.stage == "stage2"),
+        steps,
+        num_workers=config.data.num_workers,
+        pin_memory=start.device.type == "cuda",
+        on_fault=config.data.on_fault,
+        # Sooner than the other ranks' collectives, so that they still answer, and the run can save.
+        timeout_s=max(1, config.distributed.timeout_s * 4 // 5),
+        targets=targets,
+    )
+    return iter(loader)

@@ -1,0 +1,146 @@
+"""The deal: every sample once, level ranks, the same every time; on drawn lengths, how level against dealing in order.
+
+Pure functions of the costs, so hundreds of ranks need no launch. `python -m pytest -s` prints the table of
+docs/results.md.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirage_ds.data.deal import Dealt, Numbers, deal, deal_in_order, deal_packed, imbalance
+
+SHORTEST, LONGEST = 300, 9000  # tokens
+BUDGET = 16_384
+
+
+def drawn_lengths(count: int, seed: int) -> Numbers:
+    """Log-normal, clipped to published lengths, which are two standard deviations around the median."""
+    median, sigma = np.sqrt(SHORTEST * LONGEST), np.log(LONGEST / SHORTEST) / 4
+    lengths = np.exp(np.random.default_rng(seed).normal(np.log(median), sigma, count))
+    return np.clip(lengths, SHORTEST, LONGEST).astype(np.int64)
+
+
+@st.composite
+def global_batches(draw: st.DrawFn) -> tuple[Numbers, int, int]:
+    """Costs, ranks, rows of a micro-batch."""
+    world_size, rows, steps = (draw(st.integers(1, largest)) for largest in (6, 4, 5))
+    size = world_size * rows * steps
+    return np.array(draw(st.lists(st.integers(1, 50), min_size=size, max_size=size))), world_size, rows
+
+
+def places(dealt: Dealt) -> list[int]:
+    return [place for ranks in dealt for micro_batch in ranks for place in micro_batch]
+
+
+@given(global_batches())
+def test_every_sample_is_dealt_once_into_full_micro_batches(batch: tuple[Numbers, int, int]) -> None:
+    costs, world_size, rows = batch
+    dealt = deal(costs, world_size, rows)
+    assert sorted(places(dealt)) == list(range(len(costs)))
+    assert {len(ranks) for ranks in dealt} == {world_size}
+    assert {len(micro_batch) for ranks in dealt for micro_batch in ranks} == {rows}
+
+
+@given(global_batches())
+def test_ranks_differ_by_at_most_the_dearest_sample_of_the_micro_step(batch: tuple[Numbers, int, int]) -> None:
+    costs, world_size, rows = batch
+    for ranks in deal(costs, world_size, rows):
+        loads = [costs[micro_batch].sum() for micro_batch in ranks]
+        assert max(loads) - min(loads) <= max(costs[places([ranks])])
+
+
+@given(global_batches())
+def test_micro_steps_do_not_overlap_in_cost(batch: tuple[Numbers, int, int]) -> None:
+    """So rows of a micro-batch are alike: no row of one micro-step lies between two rows of another."""
+    costs, world_size, rows = batch
+    ranges = [costs[places([ranks])] for ranks in deal(costs, world_size, rows)]
+    assert all(first.min() >= second.max() for first, second in pairwise(ranges))
+
+
+@given(global_batches())
+def test_one_micro_batch_per_step_stays_in_order(batch: tuple[Numbers, int, int]) -> None:
+    """Nothing to level, so nothing moves: no rank has the dearest samples of every step."""
+    costs, _, _ = batch
+    assert deal(costs, len(costs), 1) == deal_in_order(len(costs), len(costs), 1)
+    assert deal(costs, 1, len(costs)) == deal_in_order(len(costs), 1, len(costs))
+
+
+@given(global_batches(), st.integers(0, 100))
+def test_packed_rows_keep_their_budget_and_none_is_empty(batch: tuple[Numbers, int, int], room: int) -> None:
+    costs, world_size, _ = batch
+    tokens = (costs + 1) // 2  # dear rows are long, but cost is not length
+    budget = int(tokens.max()) + room
+    dealt = deal_packed(tokens, costs, world_size, budget)
+    assert sorted(places(dealt)) == list(range(len(costs)))
+    assert {len(ranks) for ranks in dealt} == {world_size}
+    assert all(0 < tokens[row].sum() <= budget for ranks in dealt for row in ranks)
+    assert len(dealt) >= -(-int(tokens.sum()) // (budget * world_size))
+
+
+def test_packed_rows_take_the_fewest_micro_steps() -> None:
+    """By hand: 6 + 4 and 5 + 5 fit into two rows of 10; by cost alone, 6 + 5 would not."""
+    tokens = np.array([4, 6, 5, 5])
+    assert deal_packed(tokens, tokens, 2, 10) == [[[0, 1], [2, 3]]]
+    assert len(deal_packed(tokens, tokens, 2, 9)) == 2
+
+
+def test_a_sample_longer_than_a_packed_row_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"11 tokens, more than a packed row of 10"):
+        deal_packed(np.array([4, 11]), np.array([4, 11]), 2, 10)
+
+
+def test_the_deal_never_changes() -> None:
+    """Fixed, with equal costs among them: all ranks and workers, whatever their numpy, must deal alike."""
+    costs = np.array([3, 9, 3, 3, 7, 1, 9, 2, 5, 3, 3, 8])
+    assert deal(costs, 2, 3) == [[[0, 1, 11], [4, 6, 8]], [[2, 7, 9], [3, 5, 10]]]
+    assert deal_packed(costs, costs, 2, 20) == [[[1, 2, 10], [3, 6, 7]], [[4, 5, 8], [0, 9, 11]]]
+
+
+def test_imbalance_by_hand() -> None:
+    """The dearest ranks cost 6 and 3, the means are 4 and 2."""
+    assert imbalance([[[0], [1, 2]], [[3], [4]]], np.array([6, 1, 1, 1, 3])) == pytest.approx((6 + 3) / (4 + 2))
+
+
+def padding(dealt: Dealt, lengths: Numbers) -> float:
+    """The share of padding where each micro-batch is as wide as its longest row."""
+    cells = sum(len(row) * max(lengths[row]) for ranks in dealt for row in ranks)
+    return 1 - lengths.sum() / cells
+
+
+DEALS: dict[str, Callable[[Numbers, int, int], Dealt]] = {
+    "in order": lambda lengths, world_size, rows: deal_in_order(len(lengths), world_size, rows),
+    "balanced": deal,
+    "packed": lambda lengths, world_size, rows: deal_packed(lengths, lengths, world_size, BUDGET),
+}
+
+
+def figures(world_size: int, rows: int, micro_steps: int) -> dict[str, tuple[float, float]]:
+    """Imbalance and padding of each deal, medians of three global batches."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in DEALS}
+    for seed in range(3):
+        lengths = drawn_lengths(world_size * rows * micro_steps, seed)
+        for name, how in DEALS.items():
+            dealt = how(lengths, world_size, rows)
+            found[name].append((imbalance(dealt, lengths), padding(dealt, lengths)))
+    medians = {name: tuple(np.median(values, axis=0).tolist()) for name, values in found.items()}
+    words = [f"{name} {level:.3f} ({padded:.0%} padding)" for name, (level, padded) in medians.items()]
+    print(f"{world_size} ranks, {rows} x {micro_steps}: {', '.join(words[:2])}, packed {medians['packed'][0]:.3f}")
+    return medians
+
+
+@pytest.mark.parametrize("world_size", [8, 64, 256])
+def test_drawn_lengths_are_level(world_size: int) -> None:
+    """At most 1.05 where a rank has 16 samples of a global batch in micro-batches of 4, or 64 one by one; packed,
+    already with 4. With fewer, the longest sample alone is longer than the mean of a micro-step."""
+    for rows, micro_steps, is_level in ((1, 4, False), (4, 1, False), (4, 2, False), (4, 4, True), (1, 64, True)):
+        found = figures(world_size, rows, micro_steps)
+        assert found["balanced"][0] < found["in order"][0]
+        assert found["packed"][0] <= 1.05
+        if is_level:
+            assert found["balanced"][0] <= 1.05
+            assert found["in order"][0] > 1.5
