@@ -99,7 +99,7 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         config = with_micro_batch(config, choice.size, world_size)
 
     def memory_of(run: Config) -> Memory:
-        largest = rows.largest_of(run.train.micro_batch_size)
+        largest = rows.largest_of(run.rows_per_micro_batch)
         return estimate_memory(sizes, run, deepspeed_config, largest, world_size)
 
     def row_of(run: Config) -> Row:
@@ -172,7 +172,7 @@ def find_advice(
 
     def fits(changed: Config, num_nodes: int) -> bool:
         deepspeed_config = resolve_deepspeed_config(changed)
-        largest = rows.largest_of(changed.train.micro_batch_size)
+        largest = rows.largest_of(changed.rows_per_micro_batch)
         memory = estimate_memory(sizes, changed, deepspeed_config, largest, num_nodes * gpus_per_node)
         return memory.peak <= limit_bytes
 

@@ -90,10 +90,11 @@ class Shape:
 class Workload:
     """The rows of a run. Memory depends on the largest, time on the mean."""
 
-    config: Config
     shapes: Sequence[Shape]  # of every sample, in the order of their numbers; without shards, of an assumed one
     num_samples: int | None  # None: unknown
     source: str
+    token_budget: int | None = None  # of packed rows
+    masked: bool = False  # see `masks_samples`
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -102,8 +103,8 @@ class Workload:
     @cached_property
     def largest(self) -> Row:
         """No row is larger than this in any of its sizes: a full one, if rows are packed."""
-        if self.config.data.token_budget is not None:
-            return packed_row(self.rows, self.config, self.config.data.token_budget)
+        if self.token_budget is not None:
+            return packed_row(self.rows, self.token_budget, masked=self.masked)
         return Row(**{name: max(getattr(row, name) for row in self.rows) for name in SIZES})
 
     @cached_property
@@ -156,16 +157,18 @@ def workload(config: Config) -> Workload:
     Raises:
         DataError: the shards' manifest or index is damaged.
     """
-    processor = image_processor(config)
-    if not (config.data.shards / MANIFEST_NAME).is_file():
+    processor, num_samples = image_processor(config), None
+    if (config.data.shards / MANIFEST_NAME).is_file():
+        shapes = [measure(entry, config, processor) for entry in load_index(read_manifest(config.data.shards))]
+        num_samples = len(shapes)
+        source = f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token"
+    else:
+        shapes = [measure(ASSUMED, config, processor)]
         source = (
             f"no shards at {config.data.shards}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
         )
-        return Workload(config, [measure(ASSUMED, config, processor)], None, source)
-    shapes = [measure(entry, config, processor) for entry in load_index(read_manifest(config.data.shards))]
-    source = f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token"
-    return Workload(config, shapes, len(shapes), source)
+    return Workload(shapes, num_samples, source, config.data.token_budget, masks_samples(config))
 
 
 def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Shape:
@@ -192,7 +195,7 @@ def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Sha
     )
 
 
-def packed_row(rows: Sequence[Row], config: Config, budget: int) -> Row:
+def packed_row(rows: Sequence[Row], budget: int, *, masked: bool) -> Row:
     """A full packed row of `budget` tokens; no choice of samples has more targets or patches than it.
 
     For each of the two that is the samples with the most per token, the last one in part. Samples may stand there more
@@ -207,7 +210,7 @@ def packed_row(rows: Sequence[Row], config: Config, budget: int) -> Row:
             found, room = found + share * getattr(row, name), room - share * row.tokens
         return math.ceil(found)
 
-    attended = budget if masks_samples(config) else 0
+    attended = budget if masked else 0
     return Row(tokens=budget, targets=most("targets"), patches=most("patches"), attended=attended)
 
 

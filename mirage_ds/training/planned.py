@@ -34,6 +34,6 @@ def plan(config: Config, deepspeed_config: dict[str, Any]) -> Planned:
     sizes, gpu = model_sizes(config.model), device.find_gpu()
     peak_bytes = None
     if device.is_gpu():
-        row = workload(config).largest_of(config.train.micro_batch_size)
+        row = workload(config).largest_of(config.rows_per_micro_batch)
         peak_bytes = estimate_memory(sizes, config, deepspeed_config, row, distributed.world_size()).peak
     return Planned(config, sizes, gpu.flops[config.train.dtype] if gpu else None, peak_bytes)

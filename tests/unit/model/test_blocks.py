@@ -11,7 +11,7 @@ import golden_set
 import plain_loop
 import pytest
 import torch
-from flash_attn_stub import VARLEN
+from flash_attn_stub import VARLEN, FlashAttn
 from random_samples import ragged_batch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -53,6 +53,13 @@ def micro_batches(stage: str, rows: int) -> list[Batch]:
     return [collate(part, align_latents=stage == "stage2") for part in parts]
 
 
+def use_flash(model, monkeypatch: pytest.MonkeyPatch) -> FlashAttn:
+    """As `load_backbone` with this attention, which transformers refuses without a GPU."""
+    model.tower.attention = model.rollout.attention = FLASH
+    model.hf.config._attn_implementation = FLASH
+    return flash_attn_stub.install(monkeypatch)
+
+
 def check(model, batches: list[Batch], stage: str) -> None:
     """The micro-batches' losses and gradients are those of the plain loop."""
     losses, gradients = plain(stage)
@@ -87,21 +94,25 @@ def test_fed_back_blocks(
         assert [batch.left_padded for batch in batches] == [False] * len(batches)
         assert rows == 1 or sum(passes) > sum(ALIGNED_PASSES[rows])
     if attention == FLASH:
-        flash = flash_attn_stub.install(monkeypatch)
-        model.tower.attention = model.rollout.attention = FLASH
-        model.hf.config._attn_implementation = FLASH
+        flash = use_flash(model, monkeypatch)
     check(model, batches, "stage2")
     if attention == FLASH and way == "aligned" and rows > 1:
         assert flash.calls[VARLEN] > sum(passes)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", FLASH])
 @pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "stored"])
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_grounded_blocks(make_model, rows: int, recompute: bool) -> None:
+def test_grounded_blocks(
+    make_model, monkeypatch: pytest.MonkeyPatch, rows: int, recompute: bool, attention: str
+) -> None:
     """Stage 1: each helper image is pooled to the K of its block."""
     batches = micro_batches("stage1", rows)
     assert [size for batch in batches for size in batch.latent_sizes] == [size for sizes in BLOCKS for size in sizes]
-    check(make_model("stage1", recompute=recompute), batches, "stage1")
+    model = make_model("stage1", recompute=recompute)
+    if attention == FLASH:
+        use_flash(model, monkeypatch)
+    check(model, batches, "stage1")
 
 
 class DetachedRollout(Rollout):

@@ -22,7 +22,7 @@ SAMPLES = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50), st.integers
 @given(SAMPLES, st.integers(50, 120))
 def test_no_packing_is_larger(samples: list[tuple[int, int, int]], budget: int) -> None:
     """Against every choice of samples that fits."""
-    bound = packed_row([Row(tokens, 0, tokens, targets, patches) for tokens, targets, patches in samples], budget)
+    bound = packed_row([Row(*sample) for sample in samples], budget, masked=False)
     assert bound.tokens == budget
     choices = chain.from_iterable(combinations(samples, size) for size in range(1, len(samples) + 1))
     for tokens, targets, patches in (map(sum, zip(*choice, strict=True)) for choice in choices):
@@ -33,7 +33,7 @@ def test_no_packing_is_larger(samples: list[tuple[int, int, int]], budget: int) 
 
 def test_a_row_of_equal_samples_is_filled_with_them() -> None:
     for count in (1, 3):  # one sample as often as it takes
-        assert packed_row([Row(10, 5, 5, 4, 8)] * count, 25) == Row(25, 0, 25, 10, 20)
+        assert packed_row([Row(10, 4, 8)] * count, 25, masked=True) == Row(25, 10, 20, attended=25)
 
 
 def packed(budget: int, *overrides: str) -> Config:
@@ -60,6 +60,6 @@ def test_memory_follows_the_budget() -> None:
 
 def test_auto_is_one_packed_row() -> None:
     config = packed(8192, "train.micro_batch_size_per_gpu=auto")
-    choice = choose(model_sizes(config.model), config, {}, workload(config).largest, 8, limit_bytes=1)
+    choice = choose(model_sizes(config.model), config, {}, workload(config), 8, limit_bytes=1)
     assert choice.size == 1
     assert "data.token_budget decides" in str(choice)

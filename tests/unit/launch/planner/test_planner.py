@@ -5,6 +5,7 @@ tests/distributed/test_plan_memory.py compares memory by kind with a real run. N
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.planner.estimate import check_fits, estimate
 from launch.planner.plan import describe_level, figures
+from launch.planner.time_estimate import step_time, traffic
 from launch.slurm import submit as slurm
 from launch.slurm.cluster import Cluster
 from mirage_ds.config import Config, ModelConfig
@@ -24,7 +26,8 @@ from mirage_ds.errors import ConfigError, MirageError
 from mirage_ds.recipe import load_config
 from mirage_ds.sizing import model_sizes
 from mirage_ds.sizing.gpus import GPUS
-from mirage_ds.sizing.workload import workload
+from mirage_ds.sizing.workload import Row, workload
+from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
 RECIPES = Path(__file__).parents[4] / "launch" / "recipes"
 BATCH = "train.global_batch_size=128"
@@ -81,6 +84,31 @@ def test_a_rollout_is_gathered_completely() -> None:
     assert rollout.memory.gathered == pytest.approx(2 * sum(rollout.sizes.language), rel=0.01)
     assert layer.memory.gathered < rollout.memory.gathered / 4
     assert layer.traffic.gathered > rollout.traffic.gathered
+
+
+def test_each_pass_of_stage_2_takes_its_time() -> None:
+    """Of a row with 2 blocks, 10 latents in all: 8 passes over one column, each with 2 readings of the layers' weights
+    (3 where it is recomputed); 3 longer passes, whose gradients are added up, as tests/unit/model/test_rollout.py
+    counts: 2 sums, each of 2 readings and a writing, and one product that is added to them."""
+    row, gpu = Row(tokens=900, targets=90, patches=400, blocks=2, single_columns=8), GPUS["h100-80gb"]
+    sizes = model_sizes.model_sizes(recipe(2).model)
+    for batch, gather, micro_steps, readings in ((1, "rollout", 16, 2), (4, "rollout", 4, 3), (1, "layer", 16, 3)):
+        config = recipe(2, f"train.micro_batch_size_per_gpu={batch}", f"model.gather={gather}")
+        found = step_time(sizes, config, resolve_deepspeed_config(config), row, 1, 8, gpu)
+        accesses = micro_steps * (8 * readings + 2 * 3 + 2)
+        assert found.passes_s == pytest.approx(accesses * 2 * sum(sizes.layers) / (0.8 * 3.35e12))
+    one_pass = replace(row, blocks=0, single_columns=0)
+    assert step_time(sizes, config, resolve_deepspeed_config(config), one_pass, 1, 8, gpu).passes_s == 0
+
+
+def test_layers_are_gathered_in_each_pass() -> None:
+    row = Row(tokens=900, targets=90, patches=400, blocks=2)
+    config = recipe(2, "model.gather=layer", "train.micro_batch_size_per_gpu=1")
+    sizes, settings = model_sizes.model_sizes(config.model), resolve_deepspeed_config(config)
+    ten, two = (
+        traffic(sizes, config, settings, replace(row, single_columns=singles), 1, 8).gathered for singles in (8, 0)
+    )
+    assert ten - two == pytest.approx(16 * 8 * 1.08 * 2 * sum(sizes.all) * 7 / 8)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_to_change() -> None:
