@@ -101,7 +101,7 @@ class DataConfig(Section):
     """Most tokens of a sample; a longer sample is an error that names it, and is never truncated. Unset: no limit."""
     balance: bool = True
     """Deal the samples of each global batch by their cost: in every micro-step the ranks are level, and rows of a
-    micro-batch are alike. `false`: in order. The losses are the same; see
+    micro-batch are alike. `false`: in order, except packed rows. The losses are the same; see
     [training](training.md#who-computes-which-sample)."""
     packing: bool = False
     """Text and stage 1: samples share one row without padding, as many as fit into `data.token_budget`, and do not see

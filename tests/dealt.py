@@ -28,7 +28,9 @@ class AsTheyCome(Plan):
         return list(range(start, start + count))
 
 
-def by_length(share: Share, samples: Iterable[EncodedSample], *, balance: bool) -> Steps:
+def by_length(
+    share: Share, samples: Iterable[EncodedSample], *, balance: bool = True, token_budget: int | None = None
+) -> Steps:
     """Of these samples, one after the other."""
     tokens = np.array([len(sample.input_ids) for sample in samples], dtype=np.int64)
-    return Steps(AsTheyCome(), Costs(tokens, tokens), share, balance=balance)
+    return Steps(AsTheyCome(), Costs(tokens, tokens), share, balance=balance, token_budget=token_budget)

@@ -16,7 +16,8 @@ VARYING = [[4, 2, 3, 8], [1, 6, 2, 2], [5, 5, 5, 5]]
 """K of each sample of a global batch, step by step."""
 CUT_STEPS = 9  # three rounds of VARYING, over warm-up and decay
 RAGGED_STEPS = 200
-RAGGED_CUT = {"accumulation": 2, "balance": True}  # of 4 samples
+RAGGED_CUTS = {"stage1": {"accumulation": 2, "token_budget": 64}, "stage2": {"accumulation": 2, "balance": True}}
+"""Of 4 samples: packed, and balanced."""
 BALANCED_CUT = {"steps": 5, "micro_batch": 2, "accumulation": 2}
 DEEP_LAYERS = 28  # those of the 7B
 GATHER_SIZES = {"K2": [[2, 2]], "K4": [[4, 4]], "K8": [[8, 8]], "alternating": [[2, 8], [8, 8], [4, 2]]}
@@ -50,7 +51,7 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
             add(ranks, f"{stage}-varying-tied-{cut}", stage, model="tied", latent_sizes=VARYING, **shape)
     slow = {"lr": 1e-5, "lr_decay": "constant"}
     for stage in ("stage1", "stage2"):
-        add(2, f"{stage}-ragged", stage, steps=RAGGED_STEPS, settings={"train": slow}, **RAGGED_CUT)
+        add(2, f"{stage}-ragged", stage, steps=RAGGED_STEPS, settings={"train": slow}, **RAGGED_CUTS[stage])
         for balance in (False, True):
             add(2, f"{stage}-{'balanced' if balance else 'in-order'}", stage, balance=balance, **BALANCED_CUT)
         trace = golden_set.numbers("trace")[stage]

@@ -6,6 +6,7 @@ Each case trains a small model on random ragged samples; what it reports goes to
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
+from mirage_ds.data.packing import collate_packed
 from mirage_ds.data.steps import Share, Steps
 from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.model.mirage import MirageModel
@@ -60,6 +62,8 @@ class Case:
     """[step, number in its global batch] of samples whose pixels are NaN."""
     balance: bool = False
     """Whether global batches are dealt by length."""
+    token_budget: int | None = None
+    """Of packed rows."""
     rehearsed: bool = False
     """Whether a dry run comes before the first step, of other and more samples."""
 
@@ -81,7 +85,7 @@ def steps_of(case: Case, rank: int, world_size: int) -> Steps:
     """Which samples of a case a rank computes."""
     share = Share(rank, world_size, case.micro_batch, case.accumulation)
     samples = (each for step in range(case.steps) for each in case.samples(step, share.global_batch_size))
-    return by_length(share, samples, balance=case.balance)
+    return by_length(share, samples, balance=case.balance, token_budget=case.token_budget)
 
 
 def samples_of(case: Case, steps: Steps) -> Iterator[list[EncodedSample]]:
@@ -94,8 +98,9 @@ def samples_of(case: Case, steps: Steps) -> Iterator[list[EncodedSample]]:
 
 
 def batches(case: Case, steps: Steps) -> Iterator[Batch]:
+    align = partial(collate, align_latents=case.stage == "stage2")
     for samples in samples_of(case, steps):
-        yield collate(samples, align_latents=case.stage == "stage2")
+        yield collate_packed(samples) if case.token_budget else align(samples)
 
 
 def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:

@@ -195,15 +195,19 @@ def test_row_sizes_are_those_of_the_shards(two_rows: str) -> None:
     assert estimate(recipe(1, two_rows), 1, 8, "h100-80gb").epochs_per_day is not None
 
 
-def test_computing_takes_longer_by_imbalance_and_padding(two_rows: str) -> None:
-    """128 samples, half of them small: dealt by cost, a micro-step of 32 rows has equal ones; in order it has both."""
-    shape = ("train.micro_batch_size_per_gpu=4", two_rows)
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_computing_takes_longer_by_imbalance_and_padding(two_rows: str, micro_batch: int) -> None:
+    """Every two samples of the order are a small and a large one. Dealt by cost, a micro-step has equal ones; in order,
+    ranks differ with micro-batches of 1, and those of 4 have padding."""
+    shape = (f"train.micro_batch_size_per_gpu={micro_batch}", two_rows)
     balanced, in_order = (
         estimate(recipe(1, *shape, f"data.balance={value}"), 1, 8, "h100-80gb") for value in ("true", "false")
     )
     assert (balanced.level.imbalance, balanced.level.padding) == (1, 0)
-    assert 1 < in_order.level.imbalance < 2
-    assert 0.1 < in_order.level.padding < 0.5
+    small, large = 30 + 10 + 20 + 6 + 2 + 6, 30 + 10 + 100 + 100 + 2 + 6  # as above
+    small_cost, large_cost = 25 * small + 24 + 16, 25 * large + 400 + 16
+    expected = {1: (2 * large_cost / (small_cost + large_cost), 0), 4: (1, 1 - (small + large) / (2 * large))}
+    assert (in_order.level.imbalance, in_order.level.padding) == pytest.approx(expected[micro_batch])
     longer = in_order.level.imbalance / (1 - in_order.level.padding)
     assert in_order.time.compute_s == pytest.approx(longer * balanced.time.compute_s)
     assert f"imbalance {in_order.level.imbalance:.2f}" in describe_level(in_order.level)
