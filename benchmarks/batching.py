@@ -4,8 +4,9 @@
 
 Lengths are drawn as published rows have them, log-normal between 300 and 9000 tokens (half of them above 1200), and
 divided by SCALE, so that a CPU computes them; the ratios stay. Two fifths of a row are its image, a fifth is its
-answer, with 4 latents in it; in stage 1 a helper image of the same size. The model has the widths of `cost_table.py`
-with 4 decoder layers and a vocabulary of 4096, in float32, nothing recomputed.
+answer, with 4 latents in it; in stage 1 a helper image of the same size. The decoder has the widths of
+`cost_table.py`, 4 layers and a vocabulary of 4096; the tower is so small that a patch costs about 1/25 of a token, as
+in the 3B and the 7B (mirage_ds/data/costs.py). In float32, nothing recomputed.
 
 The ways, each over the same global batches of one rank:
 
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cost_table import LOSS_TOLERANCE, VISION
+from cost_table import LOSS_TOLERANCE
 from measuring import Measured, environment, measure
 from train_shapes import RowShape, Widths, make_config, make_hf, make_model, make_row, text_section, tiny
 
@@ -46,6 +47,15 @@ SHORTEST, MIDDLE, LONGEST = 300, 1200, 9000  # tokens
 SIGMA = 0.8
 SCALE, SMALL_SCALE = 12, 60
 GLOBAL_BATCH, MICRO_BATCH, LATENT_SIZE, VOCAB = 32, 4, 4, 4096
+VISION = {
+    "depth": 4,
+    "hidden_size": 160,
+    "num_heads": 2,
+    "intermediate_size": 428,
+    "fullatt_block_indexes": [3],
+    "window_size": 112,
+    "out_hidden_size": 512,
+}
 WAYS: dict[Stage, tuple[str, ...]] = {
     "stage1": ("in order", "balanced", "packed"),
     "stage2": ("in order", "balanced"),

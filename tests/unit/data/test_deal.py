@@ -82,6 +82,15 @@ def test_packed_rows_keep_their_budget_and_none_is_empty(batch: tuple[Numbers, i
     assert len(dealt) >= -(-int(tokens.sum()) // (budget * world_size))
 
 
+@given(global_batches(), st.integers(0, 100))
+def test_packed_rows_are_level(batch: tuple[Numbers, int, int], room: int) -> None:
+    """Where tokens are the cost, no two rows of the whole step differ by more than its dearest sample."""
+    tokens, world_size, _ = batch
+    dealt = deal_packed(tokens, tokens, world_size, int(tokens.max()) + room)
+    loads = [tokens[row].sum() for ranks in dealt for row in ranks]
+    assert max(loads) - min(loads) <= tokens.max()
+
+
 def test_packed_rows_take_the_fewest_micro_steps() -> None:
     """By hand: 6 + 4 and 5 + 5 fit into two rows of 10; by cost alone, 6 + 5 would not."""
     tokens = np.array([4, 6, 5, 5])

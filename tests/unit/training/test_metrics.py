@@ -270,6 +270,16 @@ def test_figures_of_a_gpu(
     assert " | data 0% | MFU 30.0% | 3.0 GiB (planned 5.0)" in capsys.readouterr().out
 
 
+def test_how_the_deal_was(tmp_path: Path) -> None:
+    """By hand: 100 tokens in 125 columns; the imbalance is the same on every rank, and no sum."""
+    metrics = make(tmp_path, "text")
+    metrics.add(dataclasses.replace(step(1), imbalance=1.25))
+    metrics.close()
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (record["imbalance"], record["padding_pct"]) == (1.25, pytest.approx(20))
+    assert tags_of(tmp_path) >= {"data/imbalance", "data/padding_pct"}
+
+
 def test_a_cpu_has_none_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = make(tmp_path, "text", planned=Planned(None, None, peak_flops=None, peak_bytes=None))
     metrics.add(dataclasses.replace(step(1), flops=6e12))
