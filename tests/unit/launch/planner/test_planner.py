@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.planner.estimate import check_fits, estimate
+from launch.planner.level import Level
 from launch.planner.plan import describe_level, figures
 from launch.planner.time_estimate import step_time, traffic
 from launch.slurm import submit as slurm
@@ -94,7 +95,7 @@ def test_each_pass_of_stage_2_takes_its_time() -> None:
     sizes = model_sizes.model_sizes(recipe(2).model)
     for batch, gather, micro_steps, readings in ((1, "rollout", 16, 2), (4, "rollout", 4, 3), (1, "layer", 16, 3)):
         config = recipe(2, f"train.micro_batch_size_per_gpu={batch}", f"model.gather={gather}")
-        found = step_time(sizes, config, resolve_deepspeed_config(config), row, 1, 8, gpu)
+        found = step_time(sizes, config, resolve_deepspeed_config(config), row, 1, 8, gpu, Level())
         accesses = micro_steps * (8 * readings + 2 * 3 + 2)
         assert found.passes_s == pytest.approx(accesses * 2 * sum(sizes.layers) / (0.8 * 3.35e12))
     one_pass = replace(row, blocks=0, single_columns=0)
