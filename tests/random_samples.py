@@ -84,7 +84,7 @@ def ragged_batch(
 ) -> list[EncodedSample]:
     """A global batch; `latent_sizes` gives each sample its K, or that of each of its blocks, and every sample labels.
 
-    Without it, samples lack images, latents or labels at random.
+    Without it, samples lack images, latents or labels at random, or have two blocks.
     """
     if latent_sizes is not None:
         return [
@@ -97,7 +97,7 @@ def ragged_batch(
         random_sample(
             seed * 1000 + place,
             stage=stage,
-            latent_size=1 + int(coin[3] * 6),
+            latent_size=[1 + int(coin[3] * 6), 1 + int(coin[2] * 4)][: 1 + int(coin[1] < 0.3)],
             images=int(coin[0] * 3),
             latents=bool(coin[1] < 0.6),
             labels=bool(coin[2] < 0.7),

@@ -17,7 +17,7 @@ BLOCKS = [[[], [2], [8, 2], [2, 8, 2]], [[8, 2, 8], [], [2], [2, 2]], [[2], [2],
 """K of each sample of a global batch, or of each of its blocks, step by step."""
 BLOCKS_STEPS = 2 * len(BLOCKS)
 CUT_STEPS = 9  # three rounds of VARYING, over warm-up and decay
-RAGGED_STEPS = 200
+RAGGED_STEPS, MANY_RAGGED_STEPS = 40, 200
 RAGGED_CUTS = {"stage1": {"accumulation": 2, "token_budget": 64}, "stage2": {"accumulation": 2, "balance": True}}
 """Of 4 samples: packed, and balanced."""
 BALANCED_CUT = {"steps": 5, "micro_batch": 2, "accumulation": 2}
@@ -53,7 +53,8 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
             add(ranks, f"{stage}-varying-tied-{cut}", stage, model="tied", latent_sizes=VARYING, **shape)
     slow = {"lr": 1e-5, "lr_decay": "constant"}
     for stage in ("stage1", "stage2"):
-        add(2, f"{stage}-ragged", stage, steps=RAGGED_STEPS, settings={"train": slow}, **RAGGED_CUTS[stage])
+        settings = {"train": slow}
+        add(2, f"{stage}-ragged", stage, steps=RAGGED_STEPS, settings=settings, **RAGGED_CUTS[stage])
         for balance in (False, True):
             add(2, f"{stage}-{'balanced' if balance else 'in-order'}", stage, balance=balance, **BALANCED_CUT)
         trace = golden_set.numbers("trace")[stage]

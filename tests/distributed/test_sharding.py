@@ -20,10 +20,12 @@ from cases import (
     DEEP_LAYERS,
     FIXED,
     GATHER_SIZES,
+    MANY_RAGGED_STEPS,
     RAGGED_CUTS,
     RAGGED_STEPS,
     VARYING,
     Outcome,
+    all_cases,
     read_outcome,
     start_cases,
 )
@@ -86,20 +88,35 @@ def test_several_blocks(outcome: Outcomes, models: dict[str, str], tied: str, ra
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_ragged_steps_do_not_hang(outcome: Outcomes, models: dict[str, str], stage: str) -> None:
-    """Samples without image, helper image, latents or labels, on either rank or both. In stage 1 they are packed, into
-    more rows in some steps than in others; in stage 2 dealt by length."""
-    case = worker.Case("", "", "", stage, RAGGED_STEPS, **RAGGED_CUTS[stage])
+    check_ragged(outcome(f"{stage}-ragged"), models["untied"], stage, RAGGED_STEPS)
+
+
+@pytest.mark.slow
+def test_many_ragged_steps_do_not_hang(
+    models: dict[str, str], deepspeed_configs: dict[str, str], tmp_path: Path
+) -> None:
+    cases = all_cases(models, deepspeed_configs)[2]
+    ragged = [case | {"steps": MANY_RAGGED_STEPS} for case in cases if case["name"].endswith("-ragged")]
+    with start_cases(2, ragged, tmp_path) as ranks:
+        ranks.finish(timeout_s=900)
+    for case in ragged:
+        check_ragged(read_outcome(tmp_path, case["name"]), models["untied"], case["stage"], MANY_RAGGED_STEPS)
+
+
+def check_ragged(result: Outcome, model: str, stage: str, steps: int) -> None:
+    """Samples without image, helper image, latents or labels, and with several blocks, on either rank or both. In stage
+    1 they are packed, into more rows in some steps than in others; in stage 2 dealt by length."""
+    case = worker.Case("", "", "", stage, steps, **RAGGED_CUTS[stage])
     ranks = [worker.steps_of(case, rank, 2) for rank in (0, 1)]
     first, second = (list(worker.samples_of(case, steps)) for steps in ranks)
     for has in ("image_mask", "latent_mask", "labels"):
         there = ([any((getattr(each, has) > 0).any() for each in own) for own in rank] for rank in (first, second))
         assert len(set(zip(*there, strict=True))) == 4, has
-    num_micro_steps = {len(ranks[0].at(4 * step).micro_batches) for step in range(RAGGED_STEPS)}
+    assert max(len(sample.latent_sizes) for own in first for sample in own) == 2
+    num_micro_steps = {len(ranks[0].at(4 * step).micro_batches) for step in range(steps)}
     assert num_micro_steps == ({1, 2} if stage == "stage1" else {2})
     # The method's own rate: over many steps, rounding errors grow past the tolerance with a larger one.
-    lrs = tuple(rates(RAGGED_STEPS, lr=1e-5, lr_decay="constant"))
-    expected = plain(models["untied"], stage, "ragged", RAGGED_STEPS, 4, lrs)
-    result = outcome(f"{stage}-ragged")
+    expected = plain(model, stage, "ragged", steps, 4, tuple(rates(steps, lr=1e-5, lr_decay="constant")))
     assert result.losses == pytest.approx(expected["losses"], rel=1e-4)
     assert [record["grad_norm"] for record in result.records] == pytest.approx(expected["grad_norms"], rel=1e-3)
 
