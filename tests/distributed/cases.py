@@ -18,7 +18,7 @@ BLOCKS = [[[], [2], [8, 2], [2, 8, 2]], [[8, 2, 8], [], [2], [2, 2]], [[2], [2],
 BLOCKS_STEPS = 2 * len(BLOCKS)
 CUT_STEPS = 9  # three rounds of VARYING, over warm-up and decay
 RAGGED_STEPS, MANY_RAGGED_STEPS = 40, 200
-RAGGED_CUTS = {"stage1": {"accumulation": 2, "token_budget": 64}, "stage2": {"accumulation": 2, "balance": True}}
+RAGGED_CUTS = {"stage1": {"accumulation": 2, "token_budget": 68}, "stage2": {"accumulation": 2, "balance": True}}
 """Of 4 samples: packed, and balanced."""
 BALANCED_CUT = {"steps": 5, "micro_batch": 2, "accumulation": 2}
 DEEP_LAYERS = 28  # those of the 7B
