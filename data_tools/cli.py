@@ -148,6 +148,7 @@ def count(
     min_pixels: Annotated[int | None, typer.Option(min=1, help="As data.min_pixels.")] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="As data.max_pixels.")] = None,
     system_turn: Annotated[bool, typer.Option(help="As data.system_turn.")] = True,
+    cache_dir: Annotated[Path | None, typer.Option(help="As model.cache_dir.")] = None,
 ) -> None:
     """Counts the tokens of every sample for a model, writes them beside the shards, and prints how long they are."""
     load_manifest(shards)
@@ -156,16 +157,15 @@ def count(
     from data_tools.count import count as count_tokens
 
     with Console(stderr=True).status("counting tokens"):
-        lines = list(
-            count_tokens(
-                shards,
-                model,
-                latent_size=latent_size,
-                system_turn=system_turn,
-                min_pixels=min_pixels,
-                max_pixels=max_pixels,
-                max_length=max_length,
-            )
+        lines = count_tokens(
+            shards,
+            model,
+            latent_size=latent_size,
+            system_turn=system_turn,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            max_length=max_length,
+            cache_dir=cache_dir,
         )
     typer.echo("\n".join(lines))
 

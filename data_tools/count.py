@@ -1,6 +1,5 @@
 """Counts the tokens of every sample for one model. The only tool here that needs a model, and with it torch."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +24,12 @@ def count(
     min_pixels: int | None,
     max_pixels: int | None,
     max_length: int | None,
-) -> Iterator[str]:
-    """Writes the counts beside the shards; yields what was found, as lines to print.
+    cache_dir: Path | None,
+) -> list[str]:
+    """Writes the counts beside the shards; returns what was found, as lines to print.
 
     Args:
-        latent_size, system_turn, min_pixels, max_pixels, max_length: as in a recipe.
+        latent_size, system_turn, min_pixels, max_pixels, max_length, cache_dir: as in a recipe.
     Raises:
         MirageError: the shards or the model cannot be read, or the folder of shards cannot be written.
     """
@@ -41,9 +41,10 @@ def count(
         system_turn=system_turn,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
+        cache_dir=cache_dir,
     )
     counts = count_texts(folder, encoder.tokenizer, system_turn=system_turn)
-    yield f"wrote {save_counts(folder, encoder.tokenizer, counts, system_turn=system_turn)}"
+    lines = [f"wrote {save_counts(folder, encoder.tokenizer, counts, system_turn=system_turn)}"]
     index = load_index(folder)
     keys = [f"{folder.manifest.shards[entry.shard].name}/{entry.key}" for entry in index]
     groups: dict[str, tuple[Stage, str]] = {
@@ -53,7 +54,8 @@ def count(
     for stages, (stage, name) in groups.items():
         texts = counts[name]
         costs = measure_costs(index, encoder.image_tokens, stage=stage, latent_size=latent_size, texts=texts)
-        yield describe(stages, costs.tokens, keys, max_length)
+        lines.append(describe(stages, costs.tokens, keys, max_length))
+    return lines
 
 
 def describe(stages: str, lengths: npt.NDArray[np.int64], keys: list[str], max_length: int | None) -> str:

@@ -30,6 +30,7 @@ class Batch:
     attention_mask: torch.Tensor  # [B, L] bool: False at padding
     left_padded: bool  # whether any row has padding before one of its tokens
     latent_mask: torch.Tensor  # [B, L] bool: True at <|latent_pad|>
+    most_latents: int  # of a row
     latent_columns: list[int]  # columns in which any row has a latent, ascending
     image_rows: torch.Tensor  # [merged patches of input images] int64: flat positions of their embeddings, in order
     latent_rows: torch.Tensor  # [M] int64: flat positions of the latents

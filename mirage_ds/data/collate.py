@@ -73,6 +73,7 @@ def lay_out(samples: Sequence[EncodedSample], places: Sequence[torch.Tensor], sh
         attention_mask=is_token,
         left_padded=bool((is_token[:, 1:] & ~is_token[:, :-1]).any()),
         latent_mask=latent_mask,
+        most_latents=int(latent_mask.sum(dim=1).max()),
         latent_columns=latent_mask.any(dim=0).nonzero().flatten().tolist(),
         image_rows=_join(columns[each.image_mask] for columns, each in zip(places, samples, strict=True)),
         latent_rows=_join(columns[mask] for columns, mask in zip(places, latents, strict=True)),

@@ -86,6 +86,16 @@ class Steps:
             dealt = deal_in_order(size, share.world_size, share.micro_batch_size)
         return dealt, imbalance(dealt, costs)
 
+    def candidates(self, position: int) -> Iterator[int]:
+        """The number of the sample at a position, then of those after it that may take its place: in a packed row,
+        those of the next epoch's length that are not longer than it."""
+        if self._token_budget is None:
+            return (self.plan.samples(later, 1)[0] for later in count(position))
+        following = range(position, position + self.plan.num_samples)
+        room = self._costs.tokens[self.plan.samples(position, 1)[0]]
+        numbers = (self.plan.samples(later, 1)[0] for later in following)
+        return (number for number in numbers if self._costs.tokens[number] <= room)
+
     def micro_batches(self) -> Iterator[list[int]]:
         """Positions of the samples of each micro-batch, from the share's start on, without end."""
         for start in count(self.share.start, self.share.global_batch_size):

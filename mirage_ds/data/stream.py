@@ -86,7 +86,7 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
             yield batch
 
     def _sample(self, position: int) -> EncodedSample:
-        numbers = (self._steps.plan.samples(later, 1)[0] for later in count(position))
+        numbers = self._steps.candidates(position)
         return first_usable(lambda number: self._encoder(self._reader(number)), numbers, self._on_fault)
 
 

@@ -97,6 +97,8 @@ class MirageModel(torch.nn.Module):
             num_passes,
             batch.sample_ends,
             max(batch.sample_tokens),
+            # Rows whose blocks lie in different columns have so many passes that storing them would take much memory.
+            store_columns=num_passes is None and len(batch.latent_columns) <= batch.most_latents,
         )
         ce_loss = (target_losses * batch.target_weights).sum()
         latent_loss = self.latent_loss(hidden, latents, batch)

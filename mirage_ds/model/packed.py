@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+ALIGNMENT = 16  # elements; torch's memory-efficient attention takes masks with strides of 8 or 16 as they are
+
 
 def apart(
     sample_ends: torch.Tensor, longest_sample: int, length: int, dtype: torch.dtype, attention: str
@@ -35,9 +37,11 @@ def block_mask(sample_ends: torch.Tensor, length: int, dtype: torch.dtype) -> to
     """What is added to the scores [1, 1, L, L]: 0 for a column of the same sample that is not later, else -infinity.
 
     It takes 2 L^2 bytes in bf16, 0.5 GiB for 16384 columns. A mask of bools would be half as large, but sdpa makes one
-    of numbers of it in every layer and keeps that for backward.
+    of numbers of it in every layer and keeps that for backward. So it does on a GPU where rows of the mask do not begin
+    at multiples of ALIGNMENT.
     """
     columns = torch.arange(length, dtype=sample_ends.dtype, device=sample_ends.device)
     sample = torch.bucketize(columns, sample_ends, right=True)
     seen = (columns <= columns[:, None]) & (sample == sample[:, None])
-    return torch.zeros(length, length, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[None, None]
+    aligned = torch.zeros(length, -(-length // ALIGNMENT) * ALIGNMENT, dtype=dtype, device=seen.device)
+    return aligned[:, :length].masked_fill_(~seen, -torch.inf)[None, None]

@@ -17,7 +17,7 @@ Shape legend: B rows, L columns, Q columns of one pass, D hidden, H key-value he
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -76,6 +76,8 @@ class Rollout(torch.nn.Module):
         num_passes: int | None = None,
         sample_ends: torch.Tensor | None = None,
         longest_sample: int = 0,
+        *,
+        store_columns: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -89,10 +91,14 @@ class Rollout(torch.nn.Module):
                 ranks that gather layer by layer and must agree. The extra splits are at the end and change nothing.
             sample_ends: [S] int32, where the samples of one packed row end, see Batch; None: rows are not packed.
             longest_sample: tokens of the longest packed sample; a number on the host.
+            store_columns: do not recompute passes over one column without a mask. Not where ranks agree on
+                `num_passes`: they gather inside the passes, so they must also recompute the same ones.
 
         Returns:
             Hidden states after the final norm [B, L, D], and cross-entropies [T] float32.
         """
+        for deferred in chain.from_iterable(self.deferred):
+            deferred.columns.clear()  # of a backward that did not come to its end
         length = inputs_embeds.shape[1]
         packed: dict[str, Any] | None = None
         if sample_ends is not None:
@@ -114,13 +120,11 @@ class Rollout(torch.nn.Module):
                 inputs = torch.cat([first, inputs[:, 1:]], dim=1)
             seen = packed or {"attention_mask": self.pass_mask(attention_mask, start, end, inputs.device)}
             rotary = (cos[..., start:end, :], sin[..., start:end, :])
-            # With a mask, attention may store copies of all keys and values, such as repeated or unpadded ones. Ranks
-            # that agree on the number of passes gather inside them, so they must also recompute the same ones.
             column = end == start + 1
-            unmasked = seen["attention_mask"] is None
-            recompute = self.recompute and not (column and unmasked and num_passes is None)
-            deferred = column and start > 0
-            hidden.append(self.one_pass(inputs, past, rotary, seen, recompute=recompute, deferred=deferred))
+            # With a mask, attention may store copies of all keys and values, such as repeated or unpadded ones.
+            stored = column and store_columns and seen["attention_mask"] is None
+            recompute = self.recompute and not stored
+            hidden.append(self.one_pass(inputs, past, rotary, seen, recompute=recompute, deferred=column and start > 0))
             self.check_cache(past, end)
 
         hidden_states = torch.cat(hidden, dim=1)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 Keep = Callable[[torch.Tensor, torch.Tensor], None]
@@ -24,12 +25,14 @@ class DeferredGradient:
     """
 
     def __init__(self, module: torch.nn.Linear) -> None:
-        self.module = module
+        self.module, self.weight = module, module.weight
         self.columns: list[tuple[torch.Tensor, torch.Tensor]] = []  # gradients of outputs [B, O], and inputs [B, I]
         module.weight.register_hook(self.add)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Stands in for the module's forward: [B, 1, I] -> [B, 1, O]."""
+        if self.module.weight is not self.weight:  # then the hook is not called, and the gradient would lack passes
+            raise RuntimeError("a weight of the decoder was replaced after the model was made")
         return KeptColumns.apply(inputs, self.module.weight, self.module.bias, self.keep)
 
     def keep(self, output_gradients: torch.Tensor, inputs: torch.Tensor) -> None:
@@ -57,6 +60,7 @@ class KeptColumns(torch.autograd.Function):
         return linear(inputs, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
         (output_gradients,), (inputs, weight) = gradients, ctx.saved_tensors
         ctx.keep(output_gradients, inputs)

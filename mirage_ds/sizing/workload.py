@@ -14,6 +14,7 @@ import numpy as np
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mirage_ds.config import Config
+from mirage_ds.data.alignment import PASS_TOKENS
 from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, row_size
 from mirage_ds.data.index import IndexEntry, load_index
 from mirage_ds.data.patches import ImageProcessor
@@ -118,8 +119,15 @@ class Workload:
         return replace(row, attended=row.attended + row.single_columns * row.past)
 
     def largest_of(self, size: int) -> Row:
-        """What no row takes more than, padding included, in micro-batches of `size`."""
-        return self.largest if size == 1 else self.aligned
+        """What no row takes more than, padding included, in micro-batches of `size`.
+
+        Rows are only aligned where that is not dearer than rows from the left, whose passes are at most those of `size`
+        rows: see data/alignment.py.
+        """
+        if size == 1:
+            return self.largest
+        tokens = min(self.aligned.tokens, self.largest.tokens + PASS_TOKENS * self.largest.latents)
+        return replace(self.aligned, tokens=tokens, past=min(self.aligned.past, tokens))
 
     def mean_of(self, size: int) -> Row:
         """The mean row, with the passes of `size` random rows that make them together.

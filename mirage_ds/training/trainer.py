@@ -254,7 +254,8 @@ class Trainer:
             raise TrainingError(
                 f"a micro-batch has {-negative_columns} columns, and one on another rank needs {passes} latent passes "
                 f"({', '.join(keys)}); with model.gather=layer every rank makes the same number of passes, "
-                "at most as many as there are columns; set model.gather=rollout or a smaller model.latent_size"
+                "at most as many as there are columns; set model.gather=rollout, or use fewer latents (the rows' "
+                "latent_size, or model.latent_size)"
             )
         return passes
 

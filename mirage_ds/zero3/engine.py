@@ -24,7 +24,7 @@ BUILD_S = 600  # longer than any op takes to compile
 
 
 def choose_gather(model: ModelConfig, stage: Stage) -> str:
-    """What ZeRO-3 gathers as one unit: `layer` for one pass (overlaps with computation), `rollout` for K + 1 passes."""
+    """What ZeRO-3 gathers as one unit: `layer` for one pass (overlaps with computation), `rollout` for several."""
     if model.gather != "auto":
         return model.gather
     return "rollout" if stage == "stage2" else "layer"

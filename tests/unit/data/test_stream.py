@@ -134,20 +134,38 @@ def test_the_number_of_workers_changes_nothing(
                     assert torch.equal(getattr(sample, name), getattr(expected_sample, name))
 
 
+@pytest.mark.parametrize("dealt", [{"balance": False}, {"balance": True}], indirect=True, ids=str)
 def test_however_dealt_a_step_has_the_samples_of_the_order(
     shards: ShardFolder, encoder: Encoder, spoiled: list[str], dealt: Callable[[Share], Steps]
 ) -> None:
     """Also where a sample that cannot be used was replaced by the next of the order."""
+    for number, step in enumerate(steps_with_faults(shards, encoder, dealt)):
+        found = [sample.key.partition("/")[2] for batch in step for sample in batch]
+        assert sorted(found) == sorted(spoiled[6 * number : 6 * number + 6])
+
+
+@pytest.mark.parametrize("dealt", [{"token_budget": 160}], indirect=True, ids=str)
+def test_what_replaces_a_sample_fits_into_its_packed_row(
+    shards: ShardFolder, encoder: Encoder, spoiled: list[str], dealt: Callable[[Share], Steps]
+) -> None:
+    lengths = measure_costs(load_index(shards), encoder.image_tokens, stage="stage1", latent_size=2).tokens
+    steps = steps_with_faults(shards, encoder, dealt)
+    rows = [[sample.key.partition("/")[2] for sample in batch] for step in steps for batch in step]
+    assert sum(map(len, rows)) == 18
+    assert any(sample.faults for step in steps for batch in step for sample in batch)
+    assert all(sum(lengths[int(key)] for key in row) <= 160 for row in rows)
+
+
+def steps_with_faults(
+    shards: ShardFolder, encoder: Encoder, dealt: Callable[[Share], Steps]
+) -> list[list[list[EncodedSample]]]:
+    """The micro-batches of both ranks in each of three steps of 6 samples."""
     ranks = [dealt(Share(rank, 2, 3)) for rank in (0, 1)]
     loaders = [iter(make_loader(shards, encoder, list, steps, num_workers=0, on_fault="skip")) for steps in ranks]
-    for start in (0, 6, 12):
-        found = [
-            sample.key.partition("/")[2]
-            for steps, loader in zip(ranks, loaders, strict=True)
-            for _ in steps.at(start).micro_batches
-            for sample in next(loader)
-        ]
-        assert sorted(found) == sorted(spoiled[start : start + 6])
+    return [
+        [next(each) for steps, each in zip(ranks, loaders, strict=True) for _ in steps.at(start).micro_batches]
+        for start in (0, 6, 12)
+    ]
 
 
 def test_the_stream_follows_the_plan_and_can_start_anywhere(shards: ShardFolder) -> None:

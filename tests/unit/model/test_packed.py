@@ -14,6 +14,7 @@ from mirage_ds.batch import Batch
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.data.packing import collate_packed
+from mirage_ds.model.packed import ALIGNMENT, block_mask
 from mirage_ds.model import packed
 from mirage_ds.model.mirage import MirageModel
 
@@ -143,7 +144,17 @@ def test_the_mask_is_stored_once(make_model) -> None:
         losses = model(batch)
     masks = [size for ref, size in live.made.values() if not ref.expired() and size >= 4 * batch.num_tokens**2]
     losses.loss.backward()
-    assert masks == [4 * batch.num_tokens**2]
+    assert masks == [4 * batch.num_tokens * -(-batch.num_tokens // ALIGNMENT) * ALIGNMENT]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_is_what_attention_on_a_gpu_takes_as_it_is(dtype: torch.dtype) -> None:
+    """Of the queries' dtype, in rows that begin at multiples of 16 elements, for any number of columns."""
+    mask = block_mask(torch.tensor([3, 21], dtype=torch.int32), 21, dtype)
+    assert mask.shape == (1, 1, 21, 21)
+    assert mask.dtype == dtype
+    assert mask.stride(2) == 32
+    assert (mask[0, 0, 4, :] == 0).nonzero().flatten().tolist() == [3, 4]
 
 
 def test_fed_back_latents_are_refused(make_model) -> None:

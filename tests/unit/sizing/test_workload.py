@@ -79,6 +79,9 @@ def test_what_the_mean_and_the_largest_are() -> None:
     # The first row's second block starts 4 columns after the third latent, with a lead of 40.
     assert rows.largest_of(1).tokens == 44
     assert rows.largest_of(2).tokens == 40 + 3 + 4 + 1 + 6
+    # Rows that would be padded by more than the passes of all of them cost are not aligned.
+    far = [Shape(stretches, (4,), targets=8, patches=16) for stretches in ((6000, 100), (100, 6000))]
+    assert Workload(far, 2, "").largest_of(2).tokens == 6104 + 96 * 4
 
 
 def entry(**facts: object) -> IndexEntry:

@@ -99,7 +99,7 @@ def test_each_pass_of_stage_2_takes_its_time() -> None:
         accesses = micro_steps * (8 * readings + 2 * 3 + 2)
         assert found.passes_s == pytest.approx(accesses * 2 * sum(sizes.layers) / (0.8 * 3.35e12))
     one_pass = replace(row, blocks=0, single_columns=0)
-    assert step_time(sizes, config, resolve_deepspeed_config(config), one_pass, 1, 8, gpu).passes_s == 0
+    assert step_time(sizes, config, resolve_deepspeed_config(config), one_pass, 1, 8, gpu, Level()).passes_s == 0
 
 
 def test_layers_are_gathered_in_each_pass() -> None:
