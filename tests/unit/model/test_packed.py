@@ -14,9 +14,9 @@ from mirage_ds.batch import Batch
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.data.packing import collate_packed
-from mirage_ds.model.packed import ALIGNMENT, block_mask
 from mirage_ds.model import packed
 from mirage_ds.model.mirage import MirageModel
+from mirage_ds.model.packed import ALIGNMENT, block_mask
 
 ATTENTION = ("sdpa", "flash_attention_2")
 LOSS, GRADIENT = 1e-5, 1e-4  # relative
