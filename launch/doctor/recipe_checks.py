@@ -15,7 +15,8 @@ from mirage_ds.model.attention import choose_attention
 from mirage_ds.model.backbone import DTYPES, check_config
 from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
-from mirage_ds.training.start import open_encoder, read_counts
+from mirage_ds.training.sample_costs import measure_samples
+from mirage_ds.training.start import open_encoder
 
 SAMPLES_READ = 8  # per folder of shards, spread evenly over its index
 
@@ -52,7 +53,7 @@ def check_model(config: Config) -> Row:
 def check_samples(config: Config) -> Row:
     """What the index says of each sample, and its length if there is a limit, against the model."""
     try:
-        read_counts(config, open_encoder(config), load_manifest(config.data.shards))
+        measure_samples(config, open_encoder(config), load_manifest(config.data.shards))
     except (ConfigError, DataError) as error:
         return failure("data.shards: samples", error)
     limits = {"max_length": config.data.max_length, "token_budget": config.data.token_budget}

@@ -24,6 +24,7 @@ import mirage_ds
 from launch.slurm.attempts import LOG_NAME, RECIPE_NAME
 from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_settings, run_slurm
 from mirage_ds.config import Config
+from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
 from mirage_ds.model_folder import is_cached
 from mirage_ds.owner import refuse_living
@@ -163,7 +164,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
 
     Raises:
         ConfigError: the batch does not divide, the time limit is too short, or the run does not fit on the GPUs.
-        DataError: an input of the run is missing on this machine, or a sample is longer than data.max_length.
+        DataError: an input of the run is missing on this machine, or a sample is longer than the run allows.
     """
     config.train.samples_per_rank(nodes * ranks_per_node_of(cluster))
     limit_s = seconds(cluster.time) if cluster.time else None
@@ -181,11 +182,12 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
             "nodes without internet cannot load it",
             file=sys.stderr,
         )
-    if config.data.max_length is not None:
+    if config.data.max_length is not None or config.data.packing:
         # Imported here: torch and transformers take seconds to import.
+        from mirage_ds.training.sample_costs import measure_samples
         from mirage_ds.training.start import open_encoder
 
-        open_encoder(config)
+        measure_samples(config, open_encoder(config), load_manifest(config.data.shards))
     if cluster.gpus_per_node and cluster.gpu:
         # Imported here: torch and transformers take seconds to import, and only this check needs them.
         from launch.planner.estimate import check_fits

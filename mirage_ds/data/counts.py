@@ -22,6 +22,7 @@ from mirage_ds.errors import DataError, name_full_disk, name_unwritable
 from mirage_ds.tokens import TokenIds
 
 Counts = npt.NDArray[np.int32]  # [number of samples]
+FORMAT = 1  # of what is counted: another one where the same texts count differently
 GROUP = 256  # samples whose texts are tokenized together: tokenizers then uses all cores
 
 
@@ -79,17 +80,14 @@ def save_counts(
     return path
 
 
-def load_counts(
-    folder: ShardFolder, tokenizer: PreTrainedTokenizerBase, *, stage: Stage, system_turn: bool
-) -> Counts | None:
-    """The counts of every sample for this tokenizer and stage, in the order of the index; None if there are none.
+def load_counts(path: Path, folder: ShardFolder, *, stage: Stage) -> Counts | None:
+    """The counts of every sample for this stage, in the order of the index; None if there are none.
 
+    Args:
+        path: as `counts_path` gives it.
     Raises:
         DataError: the file is damaged, or was counted for other shards.
     """
-    if not any(folder.path.glob("tokens-*.npz")):
-        return None
-    path = counts_path(folder, tokenizer, system_turn=system_turn)
     remedy = f"remove it, and run `mirage-data count {folder.path}` again"
     try:
         with np.load(path, allow_pickle=False) as file:  # a zip file, whose checksums are compared
@@ -111,7 +109,7 @@ def load_counts(
 
 
 def counts_path(folder: ShardFolder, tokenizer: PreTrainedTokenizerBase, *, system_turn: bool) -> Path:
-    """The file's name has a digest of all that decides the counts beside the samples: tokenizer and template."""
-    parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(system_turn))
+    """The file's name has a digest of all that decides the counts beside the samples."""
+    parts = (str(FORMAT), tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(system_turn))
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return folder.path / f"tokens-{digest[:16]}.npz"

@@ -3,7 +3,8 @@
 The index bounds the length of each sample; only texts that may be too long are read and tokenized.
 """
 
-from collections.abc import Sequence
+import numpy as np
+import numpy.typing as npt
 
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.index import IndexEntry, load_index
@@ -39,7 +40,7 @@ def check_lengths(encoder: Encoder, folder: ShardFolder) -> None:
     _refuse(too_long, f"data.max_length={encoder.max_length}", folder)
 
 
-def check_budget(folder: ShardFolder, lengths: Sequence[int], budget: int) -> None:
+def check_budget(folder: ShardFolder, lengths: npt.NDArray[np.int64], budget: int) -> None:
     """Compares every sample with the tokens that a packed row may have.
 
     Args:
@@ -48,10 +49,12 @@ def check_budget(folder: ShardFolder, lengths: Sequence[int], budget: int) -> No
     Raises:
         DataError: some are longer; as `check_lengths`.
     """
-    names = [shard.name for shard in folder.manifest.shards]
-    pairs = zip(load_index(folder), lengths, strict=True)
-    too_long = [f"{names[entry.shard]}/{entry.key} with {length}" for entry, length in pairs if length > budget]
-    _refuse(too_long, f"data.token_budget={budget}", folder)
+    over = np.flatnonzero(lengths > budget)
+    if len(over):
+        index, names = load_index(folder), [shard.name for shard in folder.manifest.shards]
+        entries = [(index[number], lengths[number]) for number in over]
+        too_long = [f"{names[entry.shard]}/{entry.key} with {length}" for entry, length in entries]
+        _refuse(too_long, f"data.token_budget={budget}", folder)
 
 
 def _refuse(too_long: list[str], limit: str, folder: ShardFolder) -> None:

@@ -22,7 +22,7 @@ from mirage_ds.sizing.micro_batch import candidates, setting_of
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.savings import savings
 from mirage_ds.sizing.workload import Row, Workload, aligned, workload
-from mirage_ds.training.start import Start, sample_lengths
+from mirage_ds.training.start import Start
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import GIB, forget_gradients, future_moments
@@ -47,8 +47,8 @@ def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
     def cost(row: Row) -> int:
         return activation_bytes(sizes, config, row, e)
 
-    if config.data.token_budget is not None and start.counts is not None:
-        lengths = sample_lengths(start.counts, start.encoder, start.shards, config.train.stage)
+    if config.data.token_budget is not None:
+        lengths: list[int] = start.costs.tokens.tolist()
         most = config.train.samples_per_step(world_size) - world_size + 1  # no rank is without a sample
         numbers = costliest_row([cost(row) for row in rows.rows], lengths, config.data.token_budget, most)
         size = len(numbers)

@@ -37,11 +37,13 @@ def check_inputs(config: Config) -> None:
     """What the run reads must be reachable from this machine.
 
     Raises:
-        MirageError: shards, the model's folder or the run to start from are missing here.
+        MirageError: shards, their counts, the model's folder or the run to start from are missing here.
     """
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:
             load_manifest(folder)
+    if config.data.packing and not any(config.data.shards.glob("tokens-*.npz")):
+        raise not_counted(config)  # for another tokenizer: found as soon as that can be loaded
     check_model(config.model.path, f"model.path={config.model.path}", config.model.cache_dir)
     if config.data.num_workers:
         check_temporary_folder()
@@ -51,6 +53,17 @@ def check_inputs(config: Config) -> None:
             f"the run to start from does not exist (run.init_from={config.run.init_from}); allowed: the folder of a "
             "run with a checkpoint; set run.init_from"
         )
+
+
+def not_counted(config: Config) -> DataError:
+    """The error of a run with packed rows whose samples were not counted."""
+    data, model = config.data, config.model.path
+    return DataError(
+        f"data.packing needs the tokens of every sample, which were not counted (data.shards={data.shards}, "
+        f"model.path={model}, data.system_turn={data.system_turn}); expected a file that `mirage-data count` wrote for "
+        f"this tokenizer; run mirage-data count {data.shards} --model {model}"
+        + ("" if data.system_turn else " --no-system-turn")
+    )
 
 
 def check_folder_is_free(run: RunConfig) -> None:

@@ -6,8 +6,6 @@ from functools import partial
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
-from mirage_ds.data.costs import measure_costs
-from mirage_ds.data.index import load_index
 from mirage_ds.data.packing import collate_packed
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.steps import Share, Steps
@@ -26,16 +24,8 @@ def deal_steps(config: Config, start: Start, position: int) -> Steps:
         gradient_accumulation_steps=config.train.accumulation_steps(distributed.world_size()),
         start=position,
     )
-    costs = measure_costs(
-        load_index(start.shards),
-        start.encoder.image_tokens,
-        stage=config.train.stage,
-        latent_size=config.model.latent_size,
-        keeps_targets=config.model.cache_targets is not None,
-        texts=start.counts,
-    )
     plan = Plan(start.shards.num_samples, start.shards.digest, config.run.seed)
-    return Steps(plan, costs, share, balance=config.data.balance, token_budget=config.data.token_budget)
+    return Steps(plan, start.costs, share, balance=config.data.balance, token_budget=config.data.token_budget)
 
 
 def open_stream(config: Config, start: Start, steps: Steps, targets: TargetCache | None) -> Iterator[Batch]:

@@ -11,14 +11,11 @@ from mirage_ds.checkpoint import complete
 from mirage_ds.checkpoint.facts import describe_run
 from mirage_ds.checkpoint.find import find_damage, newest_complete, refuse_damaged, require_latest
 from mirage_ds.checkpoint.load import check_start
-from mirage_ds.config import Config, Stage
-from mirage_ds.data.costs import measure_costs
-from mirage_ds.data.counts import Counts, load_counts
+from mirage_ds.config import Config
+from mirage_ds.data.costs import Costs
 from mirage_ds.data.encode import Encoder, load_encoder
-from mirage_ds.data.index import load_index
-from mirage_ds.data.lengths import check_budget, check_lengths
+from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.shards import ShardFolder, load_manifest
-from mirage_ds.errors import DataError
 from mirage_ds.model.backbone import check_config
 from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
@@ -26,6 +23,7 @@ from mirage_ds.sizing import micro_batch
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.workload import workload
 from mirage_ds.training.run_folder import find_start
+from mirage_ds.training.sample_costs import measure_samples, require_same
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import choose_gather
@@ -47,7 +45,7 @@ class Start:
     facts: dict[str, Any]  # what its checkpoints say of it
     tags: list[Path]  # all checkpoints that are there
     checkpoint: Path | None
-    counts: Counts | None  # tokens of every sample's text, if they were counted
+    costs: Costs  # of every sample, the same on all ranks
 
     @property
     def is_finished(self) -> bool:
@@ -68,11 +66,14 @@ def prepare(config: Config) -> Start:
     if config.run.init_from is None:  # else its weights replace the model's, and check_init_from compares
         check_latent_size(config.model)
     encoder = open_encoder(config)
-    counts = read_counts(config, encoder, shards)
     device = distributed.init(config.distributed.timeout_s)
     if config.train.micro_batch_size_per_gpu == "auto":
         config = choose_micro_batch(config, deepspeed_config, device)
         deepspeed_config = resolve_deepspeed_config(config)
+    costs, source = measure_samples(config, encoder, shards)
+    require_same(costs, source, shards)
+    if distributed.is_main():
+        print(f"costs: {source}", flush=True)
     pooling = describe_path(device)
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     check_init_from(config)
@@ -91,7 +92,7 @@ def prepare(config: Config) -> Start:
         facts=facts,
         tags=tags,
         checkpoint=find_start(config, facts),
-        counts=counts,
+        costs=costs,
     )
 
 
@@ -125,37 +126,6 @@ def open_encoder(config: Config) -> Encoder:
             encoder.check_index(shards)
             check_lengths(encoder, shards)
     return encoder
-
-
-def read_counts(config: Config, encoder: Encoder, shards: ShardFolder) -> Counts | None:
-    """The counted tokens of every sample, if there are any; where rows are packed, every sample fits into one.
-
-    Raises:
-        DataError: rows are packed, and the tokens were not counted, or samples are longer than the budget; or the
-            counts cannot be used.
-    """
-    stage, budget = config.train.stage, config.data.token_budget
-    counts = load_counts(shards, encoder.tokenizer, stage=stage, system_turn=config.data.system_turn)
-    if budget is None:
-        return counts
-    if counts is None:
-        raise DataError(
-            f"data.packing needs the tokens of every sample, which were not counted (data.shards={shards.path}, "
-            f"model.path={config.model.path}, data.system_turn={config.data.system_turn}); expected a file that "
-            "`mirage-data count` wrote for this tokenizer; run "
-            f"mirage-data count {shards.path} --model {config.model.path}"
-            + ("" if config.data.system_turn else " --no-system-turn")
-        )
-    check_budget(shards, sample_lengths(counts, encoder, shards, stage), budget)
-    return counts
-
-
-def sample_lengths(counts: Counts, encoder: Encoder, shards: ShardFolder, stage: Stage) -> list[int]:
-    """Tokens of every sample of the run."""
-    index, latent_size = load_index(shards), encoder.latent_size
-    costs = measure_costs(index, encoder.image_tokens, stage=stage, latent_size=latent_size, texts=counts)
-    lengths: list[int] = costs.tokens.tolist()
-    return lengths
 
 
 def check_init_from(config: Config) -> None:

@@ -16,6 +16,7 @@ RECIPE = str(ROOT / "launch" / "recipes" / "tiny-stage1.yaml")
 SLURM = ("--nodes", "2", "--gpus-per-node", "2")
 PLAN = (*SLURM, "--gpu", "h100-80gb")
 TAKEN = "data.shards=shards model.path=some/model run.dir=run"
+UNCOUNTED = "data.shards=shards model.path=some/model data.packing=true data.token_budget=9"
 EVALUATE = ("--task", "vsp-spatial-planning", "--output", "results")
 
 MISTAKES = {
@@ -24,9 +25,11 @@ MISTAKES = {
     f"mirage-launch local {RECIPE}": "no manifest.json",
     f"mirage-launch local {RECIPE} data.shards=shards model.path=./none": "the model folder does not exist",
     f"mirage-launch local {RECIPE} {TAKEN}": "the folder holds another run already",
+    f"mirage-launch local {RECIPE} {UNCOUNTED}": "run mirage-data count shards --model some/model",
     f"mirage-launch local {RECIPE} --none": "No such option",
     f"mirage-launch slurm none.yaml {' '.join(SLURM)}": "the recipe cannot be read (none.yaml)",
     f"mirage-launch slurm {RECIPE} {' '.join(SLURM)}": "no manifest.json",
+    f"mirage-launch slurm {RECIPE} {' '.join(SLURM)} {UNCOUNTED}": "run mirage-data count shards --model some/model",
     f"mirage-launch plan none.yaml {' '.join(PLAN)}": "the recipe cannot be read (none.yaml)",
     f"mirage-launch plan {RECIPE} {' '.join(SLURM)} --gpu none": "unknown GPU (--gpu none)",
     "mirage-launch doctor none.yaml": "the recipe cannot be read (none.yaml)",

@@ -15,7 +15,7 @@ from data_tools.build import build
 from mirage_ds.data import counts as counts_file
 from mirage_ds.data import images
 from mirage_ds.data.costs import measure_costs
-from mirage_ds.data.counts import count_texts, load_counts, save_counts
+from mirage_ds.data.counts import Counts, count_texts, counts_path, load_counts, save_counts
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.index import load_index
 from mirage_ds.data.shards import ShardFolder, load_manifest
@@ -23,7 +23,7 @@ from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import DataError, DiskFullError
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.recipe import load_config
-from mirage_ds.training.start import read_counts
+from mirage_ds.training.sample_costs import measure_samples
 
 NUM_ROWS, K = 10, 3
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
@@ -60,8 +60,12 @@ def open_encoder(place: Path, stage: str, *, system_turn: bool = True) -> Encode
     return load_encoder(str(place / "model"), stage=stage, latent_size=K, system_turn=system_turn)
 
 
+def load(encoder: Encoder, folder: ShardFolder, stage: str, *, system_turn: bool = True) -> Counts | None:
+    return load_counts(counts_path(folder, encoder.tokenizer, system_turn=system_turn), folder, stage=stage)
+
+
 def lengths_by_counts(folder: ShardFolder, encoder: Encoder, stage: str, *, system_turn: bool = True) -> list[int]:
-    counts = load_counts(folder, encoder.tokenizer, stage=stage, system_turn=system_turn)
+    counts = load(encoder, folder, stage, system_turn=system_turn)
     assert counts is not None
     costs = measure_costs(load_index(folder), encoder.image_tokens, stage=stage, latent_size=K, texts=counts)
     return costs.tokens.tolist()
@@ -75,13 +79,13 @@ def test_counts_give_the_lengths_of_encoded_samples(
     """Also where groups end; no image is decoded."""
     encoder, read = open_encoder(place, stage, system_turn=system_turn), SampleReader(folder)
     expected = [len(encoder(read(number)).input_ids) for number in range(NUM_ROWS)]
-    assert load_counts(folder, encoder.tokenizer, stage=stage, system_turn=system_turn) is None
+    assert load(encoder, folder, stage, system_turn=system_turn) is None
     monkeypatch.setattr(counts_file, "GROUP", 4)
     monkeypatch.setattr(images.Image, "open", lambda *_: pytest.fail("an image is decoded"))
     counts = count_texts(folder, encoder.tokenizer, system_turn=system_turn)
     save_counts(folder, encoder.tokenizer, counts, system_turn=system_turn)
     assert lengths_by_counts(folder, encoder, stage, system_turn=system_turn) == expected
-    assert load_counts(folder, encoder.tokenizer, stage=stage, system_turn=not system_turn) is None
+    assert load(encoder, folder, stage, system_turn=not system_turn) is None
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -118,13 +122,17 @@ def test_the_command_says_how_long_samples_are(
 
 
 def test_packing_needs_counts_and_room_for_every_sample(place: Path, folder: ShardFolder) -> None:
-    def read(budget: int | None) -> object:
+    """The log says whether the counts are used."""
+
+    def read(budget: int | None) -> tuple[list[int], str]:
         packing = ["data.packing=true", f"data.token_budget={budget}"] if budget else []
         paths = [f"data.shards={folder.path}", f"model.path={place / 'model'}", f"model.latent_size={K}"]
-        return read_counts(load_config(RECIPE, [*paths, *packing]), encoder, folder)
+        costs, source = measure_samples(load_config(RECIPE, [*paths, *packing]), encoder, folder)
+        return costs.tokens.tolist(), source
 
     encoder = open_encoder(place, "stage1")
-    assert read(None) is None
+    path = counts_path(folder, encoder.tokenizer, system_turn=True)
+    assert read(None)[1] == f"tokens estimated from characters (no {path})"
     expected = (
         rf"were not counted \(data\.shards={folder.path}, .*; run mirage-data count {folder.path} --model {place}"
     )
@@ -132,8 +140,7 @@ def test_packing_needs_counts_and_room_for_every_sample(place: Path, folder: Sha
         read(1000)
     save_counts(folder, encoder.tokenizer, count_texts(folder, encoder.tokenizer, system_turn=True), system_turn=True)
     lengths = lengths_by_counts(folder, encoder, "stage1")
-    assert read(None) is not None
-    assert read(max(lengths)) is not None
+    assert read(None) == read(max(lengths)) == (lengths, f"tokens counted ({path})")
     over = rf"data\.token_budget={max(lengths) - 1}: 1 \(.*\): shard-000001\.tar/000000005 with {max(lengths)}; "
     with pytest.raises(DataError, match=over + r"samples are never truncated; raise data\.token_budget, make "):
         read(max(lengths) - 1)
@@ -157,7 +164,7 @@ def test_damaged_counts_are_refused(place: Path, folder: ShardFolder, damage: st
     with pytest.raises(
         DataError, match=r"counts of tokens cannot be read: .*\.npz\); expected .*; remove it, and run "
     ):
-        load_counts(folder, encoder.tokenizer, stage="stage1", system_turn=True)
+        load(encoder, folder, "stage1")
 
 
 def test_counts_of_other_shards_are_refused(place: Path, folder: ShardFolder, tmp_path: Path) -> None:
@@ -167,14 +174,14 @@ def test_counts_of_other_shards_are_refused(place: Path, folder: ShardFolder, tm
     others = load_manifest(tmp_path / "others")
     expected = rf"are of other shards .* manifest {folder.digest:.12}, .* expected manifest {others.digest:.12}"
     with pytest.raises(DataError, match=expected):
-        load_counts(others, encoder.tokenizer, stage="stage1", system_turn=True)
+        load(encoder, others, "stage1")
 
 
 def test_counts_of_another_tokenizer_are_not_taken(place: Path, folder: ShardFolder) -> None:
     encoder, _ = saved(place, folder)
-    assert load_counts(folder, encoder.tokenizer, stage="stage1", system_turn=True) is not None
+    assert load(encoder, folder, "stage1") is not None
     encoder.tokenizer.add_tokens(["another"])
-    assert load_counts(folder, encoder.tokenizer, stage="stage1", system_turn=True) is None
+    assert load(encoder, folder, "stage1") is None
 
 
 def test_a_full_disk_leaves_nothing(place: Path, folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
