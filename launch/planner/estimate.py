@@ -47,7 +47,7 @@ class Estimate:
     packed: bool
     """Whether rows are packed."""
     fastest: tuple[int, float] | None
-    """The micro-batch with the best time of those that fit, the smallest of equal ones, and its seconds per step; None if
+    """The micro-batch with the best time of those that fit, the smallest of equal ones, and its seconds per step. None:
     none fits, no time is estimated, or rows are packed, where `data.token_budget` decides."""
     checkpoint_bytes: int
     host_copy_bytes: int

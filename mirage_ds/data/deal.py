@@ -29,7 +29,7 @@ def deal(costs: Numbers, world_size: int, rows: int) -> Dealt:
     Sorted by cost, each micro-step takes W * R neighbours, so that rows of a micro-batch are alike. Within it they are
     given out in R rounds of W samples, each time the dearest to the rank that has least. So the sums of two ranks never
     differ by more than the dearest and the cheapest sample of the micro-step differ: where one rank has more, it gets
-    less. Sums are what is levelled; rows that are padded to the longest of their micro-batch add to them, see `padding`.
+    less. Only sums are levelled: a micro-batch of rows that are padded to its longest costs more, see `padding`.
 
     Args:
         costs: [G], G a multiple of W * R.
