@@ -100,9 +100,9 @@ class DataConfig(Section):
     max_length: PositiveInt | None = None
     """Most tokens of a sample; a longer sample is an error that names it, and is never truncated. Unset: no limit."""
     balance: bool = True
-    """Deal the samples of each global batch by their cost: in every micro-step the ranks are level, and rows of a
-    micro-batch are alike. `false`: in order, except packed rows. The losses are the same; see
-    [training](training.md#who-computes-which-sample)."""
+    """Deal the samples of each global batch by their cost: where a global batch has enough samples, the ranks are level
+    in every micro-step, and rows of a micro-batch are alike. `false`: in order; not with packed rows. The losses are
+    the same; see [training](training.md#who-computes-which-sample)."""
     packing: bool = False
     """Text and stage 1: samples share one row without padding, as many as fit into `data.token_budget`, and do not see
     each other; the losses stay the same. A micro-batch is one such row, `train.micro_batch_size_per_gpu` then only
@@ -127,6 +127,11 @@ class DataConfig(Section):
             raise ValueError(
                 f"token_budget is {self.token_budget}, but rows are not packed (data.packing=false); a budget is for "
                 "packed rows only; set data.packing=true, or data.token_budget=null"
+            )
+        if not self.balance:
+            raise ValueError(
+                "balance is false, but rows are packed (data.packing=true), which fills them by cost and not in order; "
+                "only one of the two is possible; set data.balance=true, or data.packing=false data.token_budget=null"
             )
         if self.max_length is not None and self.token_budget < self.max_length:
             raise ValueError(

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mirage_ds.data.costs import Costs
+from mirage_ds.data.costs import TOKEN_PATCHES, Costs
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.shards import ShardFolder
@@ -15,7 +15,7 @@ def in_order(share: Share, folder: ShardFolder | None = None, seed: int = 0) -> 
     """Of a folder's samples, or of any."""
     plan = Plan(folder.num_samples, folder.digest, seed) if folder else Plan(100, "", seed)
     equal = np.ones(plan.num_samples, dtype=np.int64)
-    return Steps(plan, Costs(equal, equal), share, balance=False)
+    return Steps(plan, Costs(equal, TOKEN_PATCHES * equal), share, balance=False)
 
 
 class AsTheyCome(Plan):
@@ -33,4 +33,4 @@ def by_length(
 ) -> Steps:
     """Of these samples, one after the other."""
     tokens = np.array([len(sample.input_ids) for sample in samples], dtype=np.int64)
-    return Steps(AsTheyCome(), Costs(tokens, tokens), share, balance=balance, token_budget=token_budget)
+    return Steps(AsTheyCome(), Costs(tokens, TOKEN_PATCHES * tokens), share, balance=balance, token_budget=token_budget)

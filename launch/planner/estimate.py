@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from launch.planner.level import Level, folder_costs
+from launch.planner.level import Level, folder_costs, without_shards
 from launch.planner.time_estimate import StepTime, Traffic, step_time, traffic
 from mirage_ds.checkpoint.save import ADAM_BYTES
 from mirage_ds.config import Config
@@ -39,13 +39,16 @@ class Estimate:
     traffic: Traffic
     time: StepTime | None
     """None with offload, where it depends on the host."""
-    level: Level | None
-    """Of the ranks, by the deal; None without shards: the time is that of level ranks without padding."""
+    level: Level
+    """Of the ranks, by the deal; without shards they are level, and no row is padded."""
     samples_per_step: int
     micro_batch_size: int
     """The recipe's, or what `auto` takes."""
+    packed: bool
+    """Whether rows are packed."""
     fastest: tuple[int, float] | None
-    """The micro-batch with the best time of those that fit, the smallest of equal ones, and its seconds per step."""
+    """The micro-batch with the best time of those that fit, the smallest of equal ones, and its seconds per step. None:
+    none fits, no time is estimated, or rows are packed, where `data.token_budget` decides."""
     checkpoint_bytes: int
     host_copy_bytes: int
     """Host memory of a node for the copy of its ranks' checkpoints; 0 if training waits while they are written."""
@@ -109,19 +112,21 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
 
     costs = folder_costs(config)
 
-    def level_of(run: Config) -> Level | None:
-        return costs.level(run, world_size) if costs else None
+    def level_of(run: Config) -> Level:
+        return costs.level(run, world_size) if costs else without_shards(run, world_size, rows.mean.tokens)
 
     def time_of(run: Config) -> StepTime:
-        level = level_of(run) or Level()
-        return step_time(sizes, run, deepspeed_config, row_of(run), nodes, gpus_per_node, card, level)
+        return step_time(sizes, run, deepspeed_config, row_of(run), nodes, gpus_per_node, card, level_of(run))
 
     memory = memory_of(config)
     zero = deepspeed_config["zero_optimization"]
     timed = not any(offloads(zero, part) for part in ("param", "optimizer"))
     cuts = {size: with_micro_batch(config, size, world_size) for size in candidates(config.train, world_size)}
     fitting = [size for size, cut in cuts.items() if memory_of(cut).peak <= limit_bytes]
-    fastest = min(fitting, key=lambda size: round(time_of(cuts[size]).step_s, 6), default=None) if timed else None
+    fastest = None
+    if timed and not config.data.packing:
+        fastest = min(fitting, key=lambda size: round(time_of(cuts[size]).step_s, 6), default=None)
+    level = level_of(config)
     return Estimate(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -131,11 +136,12 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         memory=memory,
         limit_bytes=limit_bytes,
         offload_bytes=gpus_per_node * offload_bytes(sizes, config, deepspeed_config, world_size),
-        traffic=traffic(sizes, config, deepspeed_config, row_of(config), nodes, gpus_per_node),
+        traffic=traffic(sizes, config, deepspeed_config, row_of(config), nodes, gpus_per_node, level.micro_steps),
         time=time_of(config) if timed else None,
-        level=level_of(config),
+        level=level,
         samples_per_step=samples_per_step,
         micro_batch_size=config.train.micro_batch_size,
+        packed=config.data.packing,
         fastest=(fastest, time_of(cuts[fastest]).step_s) if fastest else None,
         checkpoint_bytes=saved_bytes,
         host_copy_bytes=-(-saved_bytes // nodes) if config.checkpoint.in_background else 0,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mirage_ds.config import Config
-from mirage_ds.data.costs import Costs, measure_costs
+from mirage_ds.data.costs import TOKEN_PATCHES, Costs, measure_costs
 from mirage_ds.data.index import load_index
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
@@ -22,13 +22,10 @@ NUM_STEPS = 10  # that are dealt
 class Level:
     """Of a run's first steps. Rows that are aligned at their latents have more padding than is counted here."""
 
-    imbalance: float = 1.0
+    micro_steps: float  # of a step, on average
+    imbalance: float = 1.0  # of padded micro-batches
     padding: float = 0.0  # share of all columns
-
-    @property
-    def factor(self) -> float:
-        """How much longer computing takes than with level ranks and without padding."""
-        return self.imbalance / (1 - self.padding)
+    factor: float = 1.0  # how much longer computing takes than with level ranks and without padding
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,22 @@ class FolderCosts:
         if budget is not None:  # lengths are estimated, and a run refuses samples that are longer
             costs = replace(costs, tokens=np.minimum(costs.tokens, budget))
         steps = Steps(self.plan, costs, share, balance=config.data.balance, token_budget=budget)
-        imbalances, tokens, cells = [], 0, 0
-        for start in range(0, NUM_STEPS * share.global_batch_size, share.global_batch_size):
-            lengths = costs.tokens[self.plan.samples(start, share.global_batch_size)]
-            dealt, imbalance = steps.dealt(start)
-            imbalances.append(imbalance)
-            tokens += int(lengths.sum())
-            cells += int(lengths.sum() if budget else rows * lengths[np.array(dealt)].max(axis=-1).sum())
-        return Level(float(np.mean(imbalances)), 1 - tokens / cells)
+        size = share.global_batch_size
+        starts = range(0, NUM_STEPS * size, size)
+        loads = np.concatenate([steps.loads(start, steps.deal(start)) for start in starts])
+        numbers = self.plan.samples(0, NUM_STEPS * size)
+        waited, computed = world_size * int(loads.max(axis=1).sum()), int(loads.sum())
+        needed, tokens = int(costs.in_rows(rows)[numbers].sum()), int(costs.tokens[numbers].sum())
+        cells = tokens + (computed - needed) // TOKEN_PATCHES
+        return Level(len(loads) / NUM_STEPS, waited / computed, 1 - tokens / cells, waited / needed)
+
+
+def without_shards(config: Config, world_size: int, tokens: int) -> Level:
+    """Level ranks without padding, whose rows all have so many tokens."""
+    budget = config.data.token_budget
+    if budget is None:
+        return Level(config.train.accumulation_steps(world_size))
+    return Level(-(-config.train.samples_per_rank(world_size) // max(1, budget // tokens)))
 
 
 def folder_costs(config: Config) -> FolderCosts | None:

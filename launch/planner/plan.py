@@ -19,7 +19,6 @@ from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EF
 
 if TYPE_CHECKING:
     from launch.planner.estimate import Estimate
-    from launch.planner.level import Level
 
 GIB = 2**30
 GB = 10**9
@@ -98,15 +97,23 @@ def times(found: "Estimate") -> list[tuple[str, str]]:
     if time is None or found.samples_per_day is None:
         return [("seconds per step", "no estimate with offload")]
     waiting_s = max(0.0, time.step_s - time.compute_s - time.passes_s - time.update_s)  # not minus rounding
-    epochs, best = found.epochs_per_day, found.fastest
+    epochs = found.epochs_per_day
     return [
         ("seconds per step", f"{time.step_s:.2f}"),
         ("of these, waiting for communication", f"{waiting_s:.2f}"),
         ("MFU, %", f"{100 * time.mfu:.1f}"),
-        ("micro-batch with the best time", "none fits" if best is None else str(best[0])),
-        ("seconds per step with it", "-" if best is None else f"{best[1]:.2f}"),
+        *([] if found.packed else best_micro_batch(found)),
         ("samples per day, thousands", f"{found.samples_per_day / 1000:.0f}"),
         ("epochs per day", "no shards" if epochs is None else f"{epochs:.1f}"),
+    ]
+
+
+def best_micro_batch(found: "Estimate") -> list[tuple[str, str]]:
+    """What another cut of the global batch would give; packed rows have none."""
+    best = found.fastest
+    return [
+        ("micro-batch with the best time", "none fits" if best is None else str(best[0])),
+        ("seconds per step with it", "-" if best is None else f"{best[1]:.2f}"),
     ]
 
 
@@ -122,7 +129,7 @@ def assumptions(config: Config, found: "Estimate") -> list[str]:
         f"{config.train.dtype}",
         f"rows         {samples} samples; {mean.tokens} tokens and {mean.patches} patches on average, at most "
         f"{largest.tokens} and {largest.patches} ({found.rows.source}){fed}",
-        describe_level(found.level),
+        describe_level(found),
         f"assumed      {COMPUTE_EFFICIENCY:.0%} of the peak rate, {MEMORY_EFFICIENCY:.0%} of the memory bandwidth, "
         f"{LINK_EFFICIENCY:.0%} of NVLink's and the network's, {USABLE:.0%} of the memory (mirage_ds/sizing/gpus.py)",
         "checked      on a small CPU run (10%): parameters, optimizer states, gradients, logits, kept activations",
@@ -130,9 +137,13 @@ def assumptions(config: Config, found: "Estimate") -> list[str]:
     ]
 
 
-def describe_level(level: "Level | None") -> str:
+def describe_level(found: "Estimate") -> str:
     """What the deal of the run's samples adds to the times."""
-    if level is None:
-        return "deal         no shards, so times are those of level ranks and rows without padding"
-    found = f"imbalance {level.imbalance:.2f}, {level.padding:.0%} padding"
-    return f"deal         of the first steps: {found}; both lengthen computing"
+    level = found.level
+    micro_steps = f"; {level.micro_steps:.1f} micro-steps per step" if found.packed else ""
+    if found.rows.num_samples is None:
+        return "deal         no shards, so times are those of level ranks and rows without padding" + micro_steps
+    return (
+        f"deal         of the first steps, texts estimated from characters: imbalance {level.imbalance:.2f}, "
+        f"{level.padding:.0%} padding; with both, computing takes {level.factor:.2f} times as long{micro_steps}"
+    )

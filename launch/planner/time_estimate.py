@@ -65,7 +65,13 @@ def gathers(gather: str, latents: int) -> float:
 
 
 def traffic(
-    sizes: ModelSizes, config: Config, deepspeed_config: dict[str, Any], row: Row, nodes: int, gpus_per_node: int
+    sizes: ModelSizes,
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    row: Row,
+    nodes: int,
+    gpus_per_node: int,
+    micro_steps: float,
 ) -> Traffic:
     """Per micro-step: gathers x e x all elements + bytes of communication_data_type x trained elements, reduced.
 
@@ -73,7 +79,6 @@ def traffic(
     from other nodes, (N - 1) / N of it: 1 / G of that through each.
     """
     world_size = nodes * gpus_per_node
-    micro_steps = config.train.accumulation_steps(world_size)
     gather = choose_gather(config.model, config.train.stage)
     count = gathers(gather, row.latents)
     trained = sizes.all if config.model.train_tower else sizes.language
@@ -101,7 +106,7 @@ def step_time(
     """With `layer`, gathering overlaps with computing: the longer one counts. A rollout is gathered first: their sum.
     (Its gather begins while the tower runs, which is not taken off.)
 
-    compute        micro-steps x (computed FLOPs / (peak x COMPUTE_EFFICIENCY) x imbalance / (1 - padding) + passes)
+    compute        computed FLOPs of a rank's samples / (peak x COMPUTE_EFFICIENCY) x level.factor
     passes         what the row's passes add in stage 2: each one over a single column reads all layers' weights
                    COLUMN_ACCESSES times, once more if it is recomputed (of several rows, some are padded on the left);
                    each longer one after the first adds its gradients, SUM_ACCESSES; see also PRODUCT_ACCESSES. Longer
@@ -115,7 +120,7 @@ def step_time(
         ConfigError: the global batch does not divide over the ranks.
     """
     world_size = nodes * gpus_per_node
-    micro_steps = config.train.accumulation_steps(world_size)
+    micro_steps = config.train.accumulation_steps(world_size)  # fewer if rows are packed, which only traffic depends on
     done = work(sizes, config, row)
     peak = gpu.flops[config.train.dtype]
     memory_bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
@@ -127,7 +132,7 @@ def step_time(
     accesses += PRODUCT_ACCESSES if row.single_columns else 0
     accessed = micro_steps * accesses * sum(sizes.layers) * DTYPES[config.train.dtype].itemsize
     passes_s = accessed / memory_bandwidth
-    moved = traffic(sizes, config, deepspeed_config, row, nodes, gpus_per_node)
+    moved = traffic(sizes, config, deepspeed_config, row, nodes, gpus_per_node, level.micro_steps)
     communication_s = max(moved.nvlink / gpu.nvlink_bandwidth, moved.network / gpu.network_bandwidth) / LINK_EFFICIENCY
     trained = sizes.all if config.model.train_tower else sizes.language
     update_s = UPDATE_BYTES * sum(trained) / world_size / memory_bandwidth

@@ -18,12 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from mirage_ds.data.costs import PASS_TOKENS
 from mirage_ds.data.encode import EncodedSample
-
-# What a pass costs beside its tokens, in tokens. A pass reads all weights about three times (forward, forward again and
-# backward). At 2 bytes per weight and 3.3 TB/s this takes as long as 8 FLOPs per weight and token take for about 90
-# tokens at 400 TFLOP/s, whatever the number of weights. Estimated from an H100's rates, not measured.
-PASS_TOKENS = 96
 
 
 class Block(NamedTuple):

@@ -20,6 +20,10 @@ MARKERS = 2  # around each image and each latent block
 TOKEN_PATCHES = 25
 """Patches that cost as much as a token. By elements of matrices: a token goes through 2.8 (3B) to 6.5 (7B) G of them in
 forward, recomputation and twice in backward, a patch of the frozen tower through 0.63 G in forward: 18 to 41."""
+# What a pass costs beside its tokens, in tokens. A pass reads all weights about three times (forward, forward again and
+# backward). At 2 bytes per weight and 3.3 TB/s this takes as long as 8 FLOPs per weight and token take for about 90
+# tokens at 400 TFLOP/s, whatever the number of weights. Estimated from an H100's rates, not measured.
+PASS_TOKENS = 96
 
 ImageTokens = Callable[[Sequence[tuple[int, int]]], list[int]]
 """Tokens of images of these sizes (width, height): `ImageProcessor.image_tokens`."""
@@ -64,7 +68,14 @@ class Costs:
     """What the samples of a folder cost, in the order of their numbers: arrays, which forked workers share."""
 
     tokens: npt.NDArray[np.int64]  # [num_samples]
-    costs: npt.NDArray[np.int64]  # [num_samples], in patches: TOKEN_PATCHES per token
+    costs: npt.NDArray[np.int64]  # [num_samples], in patches: TOKEN_PATCHES per token; without passes
+    passes: npt.NDArray[np.int64] | int = 0  # [num_samples]: latents that are fed back, each in a pass; 0: none are
+
+    def in_rows(self, rows: int) -> npt.NDArray[np.int64]:
+        """[num_samples], in patches: what samples cost in micro-batches of so many rows."""
+        # Rows of a micro-batch share their passes, so that no share of them is a sample's own before the rows are
+        # dealt. A row that is alone makes its own.
+        return self.costs + TOKEN_PATCHES * PASS_TOKENS * self.passes if rows == 1 else self.costs
 
 
 def measure_costs(
@@ -76,7 +87,7 @@ def measure_costs(
     keeps_targets: bool = False,
     texts: npt.NDArray[np.int32] | None = None,
 ) -> Costs:
-    """Tokens and tower of every sample.
+    """Tokens, tower and passes of every sample.
 
     Args:
         entries: a folder's index.
@@ -84,11 +95,12 @@ def measure_costs(
         keeps_targets: helper images are encoded in the first epoch only (`model.cache_targets`), so they count nothing.
     """
 
-    def numbers(number: int, entry: IndexEntry) -> tuple[int, int]:
+    def numbers(number: int, entry: IndexEntry) -> tuple[int, int, int]:
         size = row_size(entry, image_tokens, stage, latent_size)
         tokens = size.tokens if texts is None else size.pads + int(texts[number])
-        return tokens, size.input_patches + (0 if keeps_targets else size.helper_patches)
+        passes = sum(size.latent_sizes) if stage == "stage2" else 0
+        return tokens, size.input_patches + (0 if keeps_targets else size.helper_patches), passes
 
     measured = np.array([numbers(*each) for each in enumerate(entries)], dtype=np.int64)
-    tokens, patches = measured[:, 0].copy(), measured[:, 1]
-    return Costs(tokens, TOKEN_PATCHES * tokens + patches)
+    tokens, patches, passes = measured.T.copy()
+    return Costs(tokens, TOKEN_PATCHES * tokens + patches, passes)

@@ -27,8 +27,9 @@ def deal(costs: Numbers, world_size: int, rows: int) -> Dealt:
     """Deals samples to micro-batches of R rows.
 
     Sorted by cost, each micro-step takes W * R neighbours, so that rows of a micro-batch are alike. Within it they are
-    given out in R rounds of W samples, each time the dearest to the rank that has least. So two ranks never differ by
-    more than the dearest and the cheapest sample of the micro-step: where one rank has more, it gets less.
+    given out in R rounds of W samples, each time the dearest to the rank that has least. So the sums of two ranks never
+    differ by more than the dearest and the cheapest sample of the micro-step differ: where one rank has more, it gets
+    less. Only sums are levelled: a micro-batch of rows that are padded to its longest costs more, see `padding`.
 
     Args:
         costs: [G], G a multiple of W * R.
@@ -95,8 +96,22 @@ def _without_favour(dealt: Dealt) -> Dealt:
     return [[micro_step[rank] for rank in ranks] for micro_step in dealt]
 
 
-def imbalance(dealt: Dealt, costs: Numbers) -> float:
-    """The sum over micro-steps of the dearest rank's cost, over the sum of the ranks' means; 1: all ranks are level."""
+def loads(dealt: Dealt, costs: Numbers) -> Numbers:
+    """[M, W]: the sum of the costs of each micro-batch."""
     cost = costs.tolist()
-    loads = np.array([[sum(cost[place] for place in places) for places in ranks] for ranks in dealt])
+    return np.array([[sum(cost[place] for place in places) for places in ranks] for ranks in dealt], dtype=np.int64)
+
+
+def padding(dealt: Dealt, tokens: Numbers) -> Numbers:
+    """[M, W]: the padding of each micro-batch of R rows that are as wide as its longest, in tokens."""
+    widths = tokens[np.array(dealt)]
+    return (widths.max(axis=2, keepdims=True) - widths).sum(axis=2)
+
+
+def imbalance(loads: Numbers) -> float:
+    """The sum over micro-steps of the dearest rank's load, over the sum of the ranks' means; 1: all ranks are level.
+
+    Args:
+        loads: [M, W].
+    """
     return float(loads.max(axis=1).sum() / loads.mean(axis=1).sum())

@@ -6,8 +6,8 @@ from itertools import count
 
 import numpy as np
 
-from mirage_ds.data.costs import Costs
-from mirage_ds.data.deal import Dealt, deal, deal_in_order, deal_packed, imbalance
+from mirage_ds.data.costs import TOKEN_PATCHES, Costs
+from mirage_ds.data.deal import Dealt, Numbers, deal, deal_in_order, deal_packed, imbalance, loads, padding
 from mirage_ds.data.plan import Plan
 from mirage_ds.errors import ConfigError
 
@@ -41,7 +41,7 @@ class Step:
     """One rank's part of a step."""
 
     micro_batches: list[list[int]]  # positions of the samples of each; as many on every rank
-    imbalance: float  # of all ranks, see deal.py
+    imbalance: float  # of all ranks, padding included; see deal.py
 
 
 class Steps:
@@ -64,27 +64,48 @@ class Steps:
             balance: deal by cost; otherwise in order.
             token_budget: a micro-batch is one packed row of at most so many tokens, always dealt by cost, and the
                 number of micro-steps differs from step to step; None: micro-batches of `share.micro_batch_size`.
+
+        Raises:
+            ConfigError: rows would be packed of one sample each.
         """
+        if token_budget is not None and share.global_batch_size == share.world_size:
+            raise ConfigError(
+                f"data.packing has nothing to pack: a rank has 1 sample per step (global batch size "
+                f"{share.global_batch_size} on {share.world_size} {'rank' if share.world_size == 1 else 'ranks'}); "
+                "allowed: 2 or more per rank; raise train.global_batch_size, or set data.packing=false "
+                "data.token_budget=null"
+            )
         self.plan, self.share = plan, share
-        self._costs, self._balance, self._token_budget = costs, balance, token_budget
+        self._tokens, self._costs = costs.tokens, costs.in_rows(share.micro_batch_size)
+        self._balance, self._token_budget = balance, token_budget
 
     def at(self, start: int) -> Step:
         """The step whose global batch begins at position `start`."""
-        dealt, level = self.dealt(start)
-        return Step([[start + place for place in ranks[self.share.rank]] for ranks in dealt], imbalance=level)
+        dealt = self.deal(start)
+        return Step(self._own(start, dealt), imbalance(self.loads(start, dealt)))
 
-    def dealt(self, start: int) -> tuple[Dealt, float]:
-        """What each rank gets of the global batch that begins at position `start`, and the imbalance of that."""
-        share, size = self.share, self.share.global_batch_size
-        numbers = np.array(self.plan.samples(start, size))
-        costs = self._costs.costs[numbers]
+    def deal(self, start: int) -> Dealt:
+        """What each rank gets of the global batch that begins at position `start`."""
+        share, numbers = self.share, self._numbers(start)
         if self._token_budget is not None:
-            dealt = deal_packed(self._costs.tokens[numbers], costs, share.world_size, self._token_budget)
-        elif self._balance:
-            dealt = deal(costs, share.world_size, share.micro_batch_size)
-        else:
-            dealt = deal_in_order(size, share.world_size, share.micro_batch_size)
-        return dealt, imbalance(dealt, costs)
+            return deal_packed(self._tokens[numbers], self._costs[numbers], share.world_size, self._token_budget)
+        if self._balance:
+            return deal(self._costs[numbers], share.world_size, share.micro_batch_size)
+        return deal_in_order(len(numbers), share.world_size, share.micro_batch_size)
+
+    def loads(self, start: int, dealt: Dealt) -> Numbers:
+        """[M, W]: what each micro-batch of this deal costs, its padding included, in patches."""
+        numbers = self._numbers(start)
+        needed = loads(dealt, self._costs[numbers])
+        if self._token_budget is not None:
+            return needed
+        return needed + TOKEN_PATCHES * padding(dealt, self._tokens[numbers])
+
+    def _numbers(self, start: int) -> Numbers:
+        return np.array(self.plan.samples(start, self.share.global_batch_size))
+
+    def _own(self, start: int, dealt: Dealt) -> list[list[int]]:
+        return [[start + place for place in ranks[self.share.rank]] for ranks in dealt]
 
     def candidates(self, position: int) -> Iterator[int]:
         """The number of the sample at a position, then of those after it that may take its place: in a packed row,
@@ -99,4 +120,4 @@ class Steps:
     def micro_batches(self) -> Iterator[list[int]]:
         """Positions of the samples of each micro-batch, from the share's start on, without end."""
         for start in count(self.share.start, self.share.global_batch_size):
-            yield from self.at(start).micro_batches
+            yield from self._own(start, self.deal(start))

@@ -93,6 +93,10 @@ def test_samples_are_packed_where_they_may_share_a_row() -> None:
     ):
         load_config(RECIPE, [*packing, "data.max_length=65"])
     with pytest.raises(
+        ConfigError, match=r"  - data: balance is false, but rows are packed .*; set data\.balance=true, or "
+    ):
+        load_config(RECIPE, [*packing, "data.balance=false"])
+    with pytest.raises(
         ConfigError, match=r"  - data\.packing is true, but stage2 .*set data\.packing=false: .*balance"
     ):
         load_config(RECIPES / "tiny-stage2.yaml", packing)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from random_samples import END, START, ragged_batch, random_sample
 
 from mirage_ds.batch import Batch
-from mirage_ds.data.alignment import PASS_TOKENS, aligned_columns, columns_from_left, cost
+from mirage_ds.data.alignment import aligned_columns, columns_from_left, cost
 from mirage_ds.data.collate import collate, lay_out
+from mirage_ds.data.costs import PASS_TOKENS
 from mirage_ds.data.encode import EncodedSample
 
 blocks_of_rows = st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=5)

@@ -5,11 +5,12 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given
+from dealt import AsTheyCome
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from mirage_ds.data.costs import CHARS_PER_TOKEN, TOKEN_PATCHES, Costs, measure_costs
+from mirage_ds.data.costs import CHARS_PER_TOKEN, PASS_TOKENS, TOKEN_PATCHES, Costs, measure_costs
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
@@ -29,7 +30,7 @@ HOW = {
 
 def steps_of(share: Share, how: str) -> Steps:
     """Of eleven samples; global batches cross epochs."""
-    return Steps(Plan(len(LENGTHS), "d", 3), Costs(LENGTHS, LENGTHS), share, **HOW[how])
+    return Steps(Plan(len(LENGTHS), "d", 3), Costs(LENGTHS, TOKEN_PATCHES * LENGTHS), share, **HOW[how])
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -38,6 +39,7 @@ def test_the_ranks_share_each_global_batch(
     how: str, world_size: int, micro_batch: int, accumulation: int, number: int
 ) -> None:
     """Every position once; as many micro-steps on every rank; the same figure of imbalance, which none is told."""
+    assume(how != "packed" or micro_batch * accumulation > 1)
     size = world_size * micro_batch * accumulation
     ranks = [
         steps_of(Share(rank, world_size, micro_batch, accumulation), how).at(number * size)
@@ -71,6 +73,38 @@ def test_a_start_inside_a_global_batch_is_refused() -> None:
         Share(0, 2, 1, 2, start=6)
 
 
+def test_one_sample_per_rank_cannot_be_packed() -> None:
+    with pytest.raises(
+        ConfigError, match=r"nothing to pack: .*1 sample per step \(.* 3 on 3 ranks\); allowed: 2 or more .*; raise "
+    ):
+        steps_of(Share(0, 3, 1, 1), "packed")
+
+
+def test_imbalance_counts_the_padding_of_a_micro_batch() -> None:
+    """By hand, in tokens and 2 patches of each sample: two rows of 9 and two of 8 are computed, not 10 and 16."""
+    tokens = np.array([9, 8, 8, 1], dtype=np.int64)
+    costs, share = Costs(tokens, TOKEN_PATCHES * tokens + 2), Share(0, 2, 2)
+    steps = Steps(AsTheyCome(), costs, share)
+    assert steps.deal(0) == [[[0, 3], [1, 2]]]
+    computed = [TOKEN_PATCHES * 18 + 4, TOKEN_PATCHES * 16 + 4]
+    assert steps.loads(0, steps.deal(0)).tolist() == [computed]
+    assert steps.at(0).imbalance == pytest.approx(computed[0] / np.mean(computed))
+    packed = Steps(AsTheyCome(), costs, share, token_budget=13)
+    loads = [TOKEN_PATCHES * tokens[places].sum() + 2 * len(places) for ranks in packed.deal(0) for places in ranks]
+    assert packed.loads(0, packed.deal(0)).flatten().tolist() == loads
+
+
+def test_passes_count_where_a_row_makes_its_own() -> None:
+    """Rows of as many tokens: the two with 20 latents are computed at a time. Rows of a micro-batch share passes."""
+    tokens, passes = np.full(4, 100, dtype=np.int64), np.array([20, 1, 1, 20], dtype=np.int64)
+    costs = Costs(tokens, TOKEN_PATCHES * tokens, passes)
+    alone, together = Steps(AsTheyCome(), costs, Share(0, 2, 1, 2)), Steps(AsTheyCome(), costs, Share(0, 2, 2))
+    assert alone.deal(0) == [[[0], [3]], [[1], [2]]]
+    expected = [[TOKEN_PATCHES * (100 + PASS_TOKENS * latents)] * 2 for latents in (20, 1)]
+    assert alone.loads(0, alone.deal(0)).tolist() == expected
+    assert together.loads(0, together.deal(0)).tolist() == [[TOKEN_PATCHES * 200] * 2]
+
+
 @pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])
 def test_costs_are_those_of_the_encoded_samples(
     shards: ShardFolder, tiny_tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor, stage: str
@@ -87,6 +121,8 @@ def test_costs_are_those_of_the_encoded_samples(
     exact = measure_costs(index, encoder.image_tokens, texts=texts, **facts)
     assert exact.tokens.tolist() == tokens
     assert exact.costs.tolist() == (TOKEN_PATCHES * exact.tokens + np.array(inputs) + np.array(helpers)).tolist()
+    latents = [sum(sample.latent_sizes) if stage == "stage2" else 0 for sample in samples]
+    assert exact.passes.tolist() == latents
     kept = measure_costs(index, encoder.image_tokens, texts=texts, keeps_targets=True, **facts)
     assert kept.costs.tolist() == (TOKEN_PATCHES * exact.tokens + np.array(inputs)).tolist()
     longer = [replace(entry, answer_chars=entry.answer_chars + 30) for entry in index]

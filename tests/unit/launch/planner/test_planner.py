@@ -95,11 +95,11 @@ def test_each_pass_of_stage_2_takes_its_time() -> None:
     sizes = model_sizes.model_sizes(recipe(2).model)
     for batch, gather, micro_steps, readings in ((1, "rollout", 16, 2), (4, "rollout", 4, 3), (1, "layer", 16, 3)):
         config = recipe(2, f"train.micro_batch_size_per_gpu={batch}", f"model.gather={gather}")
-        found = step_time(sizes, config, resolve_deepspeed_config(config), row, 1, 8, gpu, Level())
+        found = step_time(sizes, config, resolve_deepspeed_config(config), row, 1, 8, gpu, Level(micro_steps))
         accesses = micro_steps * (8 * readings + 2 * 3 + 2)
         assert found.passes_s == pytest.approx(accesses * 2 * sum(sizes.layers) / (0.8 * 3.35e12))
     one_pass = replace(row, blocks=0, single_columns=0)
-    assert step_time(sizes, config, resolve_deepspeed_config(config), one_pass, 1, 8, gpu, Level()).passes_s == 0
+    assert step_time(sizes, config, resolve_deepspeed_config(config), one_pass, 1, 8, gpu, Level(1)).passes_s == 0
 
 
 def test_layers_are_gathered_in_each_pass() -> None:
@@ -107,7 +107,7 @@ def test_layers_are_gathered_in_each_pass() -> None:
     config = recipe(2, "model.gather=layer", "train.micro_batch_size_per_gpu=1")
     sizes, settings = model_sizes.model_sizes(config.model), resolve_deepspeed_config(config)
     ten, two = (
-        traffic(sizes, config, settings, replace(row, single_columns=singles), 1, 8).gathered for singles in (8, 0)
+        traffic(sizes, config, settings, replace(row, single_columns=singles), 1, 8, 16).gathered for singles in (8, 0)
     )
     assert ten - two == pytest.approx(16 * 8 * 1.08 * 2 * sum(sizes.all) * 7 / 8)
 
@@ -237,9 +237,38 @@ def test_computing_takes_longer_by_imbalance_and_padding(two_rows: str, micro_ba
     small_cost, large_cost = 25 * small + 24 + 16, 25 * large + 400 + 16
     expected = {1: (2 * large_cost / (small_cost + large_cost), 0), 4: (1, 1 - (small + large) / (2 * large))}
     assert (in_order.level.imbalance, in_order.level.padding) == pytest.approx(expected[micro_batch])
-    longer = in_order.level.imbalance / (1 - in_order.level.padding)
+    computed = {1: 2 * large_cost, 4: 2 * 25 * large + 24 + 16 + 400 + 16}[micro_batch]
+    longer = computed / (small_cost + large_cost)
     assert in_order.time.compute_s == pytest.approx(longer * balanced.time.compute_s)
-    assert f"imbalance {in_order.level.imbalance:.2f}" in describe_level(in_order.level)
+    words = describe_level(in_order)
+    assert "estimated from characters" in words
+    assert f"imbalance {in_order.level.imbalance:.2f}" in words
+    assert f"{longer:.2f} times as long" in words
+
+
+def test_packed_rows_take_fewer_micro_steps(two_rows: str) -> None:
+    """32 samples of 8 ranks, half of them small: a packed row of two large or of one large and more small ones. What is
+    computed is the same; what is gathered and reduced is less by as much as there are fewer micro-steps."""
+    shape = ("train.global_batch_size=32", "train.micro_batch_size_per_gpu=1")
+    one_by_one, packed = (
+        estimate(recipe(1, *shape, *settings), 1, 8, "h100-80gb")
+        for settings in ((two_rows,), (two_rows, "data.packing=true", "data.token_budget=400"))
+    )
+    assert (one_by_one.level.micro_steps, packed.level.micro_steps) == (4, 2)
+    assert packed.traffic.nvlink == pytest.approx(one_by_one.traffic.nvlink / 2)
+    assert packed.time.communication_s == pytest.approx(one_by_one.time.communication_s / 2)
+    assert (packed.fastest, one_by_one.fastest is None) == (None, False)
+    assert "micro-batch with the best time" not in dict(figures(packed))
+    assert describe_level(packed).endswith("; 2.0 micro-steps per step")
+
+
+def test_packed_rows_without_shards_are_of_assumed_samples() -> None:
+    """4 samples of each rank, of which a packed row has 2, or 1 if it has no room for 2."""
+    tokens = estimate(recipe(1), 1, 8, "h100-80gb").rows.mean.tokens
+    packing = ("train.global_batch_size=32", "train.micro_batch_size_per_gpu=1", "data.packing=true")
+    for budget, micro_steps in ((3 * tokens - 1, 2), (2 * tokens - 1, 4)):
+        found = estimate(recipe(1, *packing, f"data.token_budget={budget}"), 1, 8, "h100-80gb")
+        assert found.level.micro_steps == micro_steps
 
 
 def plan(*arguments: str) -> tuple[int, str]:
