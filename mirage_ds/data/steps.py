@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 
@@ -108,14 +108,15 @@ class Steps:
         return [[start + place for place in ranks[self.share.rank]] for ranks in dealt]
 
     def candidates(self, position: int) -> Iterator[int]:
-        """The number of the sample at a position, then of those after it that may take its place: in a packed row,
-        those of the next epoch's length that are not longer than it."""
+        """The number of the sample at a position, then of those after it that may take its place.
+
+        In a packed row those that are not longer, of as many as an epoch has.
+        """
+        numbers = (self.plan.samples(later, 1)[0] for later in count(position))
         if self._token_budget is None:
-            return (self.plan.samples(later, 1)[0] for later in count(position))
-        following = range(position, position + self.plan.num_samples)
-        room = self._costs.tokens[self.plan.samples(position, 1)[0]]
-        numbers = (self.plan.samples(later, 1)[0] for later in following)
-        return (number for number in numbers if self._costs.tokens[number] <= room)
+            return numbers
+        room = self._tokens[self.plan.samples(position, 1)[0]]
+        return (number for number in islice(numbers, self.plan.num_samples) if self._tokens[number] <= room)
 
     def micro_batches(self) -> Iterator[list[int]]:
         """Positions of the samples of each micro-batch, from the share's start on, without end."""
