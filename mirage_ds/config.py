@@ -18,6 +18,7 @@ from mirage_ds.config_values import (
     UserName,
     UserPath,
 )
+from mirage_ds.errors import ConfigError
 
 CompressStrategy = Literal["average", "average_all", "grid"]
 OnFault = Literal["stop", "skip"]
@@ -232,3 +233,17 @@ class Config(Section):
     def rows_per_micro_batch(self) -> int:
         """Rows that a rank computes at a time: one where samples are packed."""
         return 1 if self.data.packing else self.train.micro_batch_size
+
+    def check_packing(self, world_size: int) -> None:
+        """Rows are packed only where a rank has several samples per step.
+
+        Raises:
+            ConfigError: it has one, or `global_batch_size` is not possible with this many ranks.
+        """
+        if self.data.packing and self.train.samples_per_rank(world_size) == 1:
+            raise ConfigError(
+                f"data.packing has nothing to pack: a rank has 1 sample per step (a global batch of {world_size} on "
+                f"{world_size} {'rank' if world_size == 1 else 'ranks'}); allowed: 2 or more; raise "
+                "train.global_batch_size or train.gradient_accumulation_steps, or set data.packing=false "
+                "data.token_budget=null"
+            )

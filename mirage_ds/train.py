@@ -82,6 +82,7 @@ def train(config: Config) -> None:
     if start.is_finished:
         end_finished(config, start)
         return
+    config.check_packing(distributed.world_size())
     with own(config.run.dir, start.tags) as owner:
         engine = load_engine(config, start)
         state = load_state(engine, config, start.checkpoint)

@@ -87,12 +87,14 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
     """Estimates a run. Needs neither the shards nor, for a published model, its folder.
 
     Raises:
-        ConfigError: the GPU or the model is unknown, the batch does not divide, or the DeepSpeed JSON is invalid.
+        ConfigError: the GPU or the model is unknown, the batch does not divide, packed rows would have one sample
+            each, or the DeepSpeed JSON is invalid.
         DataError: the shards' manifest or index is damaged.
     """
     card = find_gpu(gpu)
     world_size = nodes * gpus_per_node
     samples_per_step = config.train.samples_per_step(world_size)
+    config.check_packing(world_size)
     deepspeed_config = resolve_deepspeed_config(config)
     sizes, rows = model_sizes(config.model), workload(config)
     saved_bytes = checkpoint_bytes(sizes, config)

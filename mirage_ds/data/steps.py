@@ -64,17 +64,7 @@ class Steps:
             balance: deal by cost; otherwise in order.
             token_budget: a micro-batch is one packed row of at most so many tokens, always dealt by cost, and the
                 number of micro-steps differs from step to step; None: micro-batches of `share.micro_batch_size`.
-
-        Raises:
-            ConfigError: rows would be packed of one sample each.
         """
-        if token_budget is not None and share.global_batch_size == share.world_size:
-            raise ConfigError(
-                f"data.packing has nothing to pack: a rank has 1 sample per step (global batch size "
-                f"{share.global_batch_size} on {share.world_size} {'rank' if share.world_size == 1 else 'ranks'}); "
-                "allowed: 2 or more per rank; raise train.global_batch_size, or set data.packing=false "
-                "data.token_budget=null"
-            )
         self.plan, self.share = plan, share
         self._tokens, self._costs = costs.tokens, costs.in_rows(share.micro_batch_size)
         self._balance, self._token_budget = balance, token_budget

@@ -102,6 +102,17 @@ def test_samples_are_packed_where_they_may_share_a_row() -> None:
         load_config(RECIPES / "tiny-stage2.yaml", packing)
 
 
+def test_one_sample_per_rank_cannot_be_packed() -> None:
+    batch = ["train.micro_batch_size_per_gpu=1", "train.global_batch_size=6", "train.gradient_accumulation_steps=null"]
+    config = load_config(RECIPE, ["data.packing=true", "data.token_budget=64", *batch])
+    config.check_packing(3)
+    with pytest.raises(
+        ConfigError, match=r"nothing to pack: .*1 sample per step \(.* 6 on 6 ranks\); allowed: 2 or more; raise train"
+    ):
+        config.check_packing(6)
+    load_config(RECIPE, batch).check_packing(6)
+
+
 def test_a_missing_key_and_a_missing_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     with pytest.raises(ConfigError, match=r"recipe cannot be read .*No such file"):

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from dealt import AsTheyCome
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
@@ -39,7 +39,6 @@ def test_the_ranks_share_each_global_batch(
     how: str, world_size: int, micro_batch: int, accumulation: int, number: int
 ) -> None:
     """Every position once; as many micro-steps on every rank; the same figure of imbalance, which none is told."""
-    assume(how != "packed" or micro_batch * accumulation > 1)
     size = world_size * micro_batch * accumulation
     ranks = [
         steps_of(Share(rank, world_size, micro_batch, accumulation), how).at(number * size)
@@ -71,13 +70,6 @@ def test_in_order_is_in_order() -> None:
 def test_a_start_inside_a_global_batch_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"the data position is 6 samples .* a global batch has 4"):
         Share(0, 2, 1, 2, start=6)
-
-
-def test_one_sample_per_rank_cannot_be_packed() -> None:
-    with pytest.raises(
-        ConfigError, match=r"nothing to pack: .*1 sample per step \(.* 3 on 3 ranks\); allowed: 2 or more .*; raise "
-    ):
-        steps_of(Share(0, 3, 1, 1), "packed")
 
 
 def test_imbalance_counts_the_padding_of_a_micro_batch() -> None:

@@ -269,6 +269,8 @@ def test_packed_rows_without_shards_are_of_assumed_samples() -> None:
     for budget, micro_steps in ((3 * tokens - 1, 2), (2 * tokens - 1, 4)):
         found = estimate(recipe(1, *packing, f"data.token_budget={budget}"), 1, 8, "h100-80gb")
         assert found.level.micro_steps == micro_steps
+    with pytest.raises(ConfigError, match=r"nothing to pack: .* 32 on 32 ranks"):
+        estimate(recipe(1, *packing, f"data.token_budget={2 * tokens}"), 4, 8, "h100-80gb")
 
 
 def plan(*arguments: str) -> tuple[int, str]:
