@@ -72,10 +72,15 @@ class TrainConfig(Section):
     def _batches_divide(self) -> "TrainConfig":
         """Checks what does not depend on the number of ranks; `samples_per_rank` checks the rest."""
         if self.micro_batch_size_per_gpu == "auto":
-            if self.global_batch_size is None or self.gradient_accumulation_steps is not None:
+            if self.global_batch_size is None:
                 raise ValueError(
                     "micro_batch_size_per_gpu is auto, which divides a global batch of a known size; set "
-                    "train.global_batch_size, and leave train.gradient_accumulation_steps unset"
+                    "train.global_batch_size"
+                )
+            if self.gradient_accumulation_steps is not None:
+                raise ValueError(
+                    f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but follows from "
+                    "micro_batch_size_per_gpu, which is auto; set train.gradient_accumulation_steps=null"
                 )
             return self
         share = self.micro_batch_size_per_gpu * (self.gradient_accumulation_steps or 1)

@@ -27,7 +27,7 @@ def check_lengths(encoder: Encoder, folder: ShardFolder) -> None:
         return
     reader = SampleReader(folder)
     template = encoder.count_tokens("", "", [], 0)
-    too_long: list[str] = []
+    too_long: dict[str, int] = {}
     for number, entry in enumerate(load_index(folder)):
         if template + _most_tokens(encoder, entry) <= encoder.max_length:
             continue
@@ -36,8 +36,9 @@ def check_lengths(encoder: Encoder, folder: ShardFolder) -> None:
             sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images), sample.latent_sizes
         )
         if length > encoder.max_length:
-            too_long.append(f"{sample.key} with {length}")
-    _refuse(too_long, f"data.max_length={encoder.max_length}", folder)
+            too_long[sample.key] = length
+    if too_long:
+        raise too_long_error(too_long, f"data.max_length={encoder.max_length}", folder)
 
 
 def check_budget(folder: ShardFolder, lengths: npt.NDArray[np.int64], budget: int) -> None:
@@ -52,19 +53,19 @@ def check_budget(folder: ShardFolder, lengths: npt.NDArray[np.int64], budget: in
     over = np.flatnonzero(lengths > budget)
     if len(over):
         index, names = load_index(folder), [shard.name for shard in folder.manifest.shards]
-        entries = [(index[number], lengths[number]) for number in over]
-        too_long = [f"{names[entry.shard]}/{entry.key} with {length}" for entry, length in entries]
-        _refuse(too_long, f"data.token_budget={budget}", folder)
+        too_long = {f"{names[index[number].shard]}/{index[number].key}": int(lengths[number]) for number in over}
+        raise too_long_error(too_long, f"data.token_budget={budget}", folder)
 
 
-def _refuse(too_long: list[str], limit: str, folder: ShardFolder) -> None:
-    if too_long:
-        more = f" and {len(too_long) - NUM_LISTED} more" if len(too_long) > NUM_LISTED else ""
-        raise DataError(
-            f"samples with more tokens than {limit}: {len(too_long)} ({folder.path}): "
-            f"{', '.join(too_long[:NUM_LISTED])}{more}; samples are never truncated; raise {limit.partition('=')[0]}, "
-            "make the images smaller with data.max_pixels, or build the shards without these rows"
-        )
+def too_long_error(too_long: dict[str, int], limit: str, folder: ShardFolder) -> DataError:
+    """Names samples with their numbers of tokens, and the key and value of the limit."""
+    listed = ", ".join(f"{key} with {length}" for key, length in list(too_long.items())[:NUM_LISTED])
+    more = f" and {len(too_long) - NUM_LISTED} more" if len(too_long) > NUM_LISTED else ""
+    return DataError(
+        f"samples with more tokens than {limit}: {len(too_long)} ({folder.path}): {listed}{more}; samples are never "
+        f"truncated; raise {limit.partition('=')[0]} to at least {max(too_long.values())}, make the images smaller "
+        "with data.max_pixels, or build the shards without these rows"
+    )
 
 
 def _most_tokens(encoder: Encoder, entry: IndexEntry) -> int:

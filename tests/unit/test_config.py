@@ -62,7 +62,7 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
             "train.micro_batch_size_per_gpu=fast",
             r"micro_batch_size_per_gpu: must be an integer .*, or auto \(got 'fast'",
         ),
-        ("train.micro_batch_size_per_gpu=auto", r"is auto, .*; set train\.global_batch_size, and leave .* unset"),
+        ("train.micro_batch_size_per_gpu=auto", r"is auto, .*; set train\.global_batch_size"),
         ("train.profile_steps=[5, 3]", r"profile_steps \(5, 3\) end before they begin"),
         (
             "data.packing=true",
@@ -77,6 +77,12 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
 def test_a_mistake_is_named_with_its_remedy(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(RECIPE, [override])
+
+
+def test_auto_leaves_no_accumulation_to_set() -> None:
+    settings = ["micro_batch_size_per_gpu=auto", "global_batch_size=4", "gradient_accumulation_steps=2"]
+    with pytest.raises(ConfigError, match=r"steps is 2, .*; set train\.gradient_accumulation_steps=null"):
+        load_config(RECIPE, [f"train.{setting}" for setting in settings])
 
 
 def test_latent_targets_are_kept_in_stage_1_only() -> None:
