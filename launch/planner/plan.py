@@ -42,7 +42,7 @@ def command(
     found = [estimate(config, number, gpus_per_node, gpu) for number in nodes]
     console = wide_console()
     console.print(table(found, config.train.stage))
-    for words in (*assumptions(config, found[0]), "", *(each.verdict for each in found)):
+    for words in (*assumptions(config, found), "", *(each.verdict for each in found)):
         console.print(words, markup=False, soft_wrap=True)
     if not all(each.fits for each in found):
         raise typer.Exit(1)
@@ -117,8 +117,9 @@ def best_micro_batch(found: "Estimate") -> list[tuple[str, str]]:
     ]
 
 
-def assumptions(config: Config, found: "Estimate") -> list[str]:
+def assumptions(config: Config, estimates: list["Estimate"]) -> list[str]:
     """How the peak is computed, and the assumptions of the table."""
+    found = estimates[0]
     largest, mean = found.rows.largest, found.rows.mean
     fed = f"; {mean.latents} latents fed back on average, at most {largest.latents}" if largest.latents else ""
     samples = "an unknown number of" if found.rows.num_samples is None else str(found.rows.num_samples)
@@ -129,7 +130,7 @@ def assumptions(config: Config, found: "Estimate") -> list[str]:
         f"{config.train.dtype}",
         f"rows         {samples} samples; {mean.tokens} tokens and {mean.patches} patches on average, at most "
         f"{largest.tokens} and {largest.patches} ({found.rows.source}){fed}",
-        describe_level(found),
+        *map(describe_level, estimates),
         f"assumed      {COMPUTE_EFFICIENCY:.0%} of the peak rate, {MEMORY_EFFICIENCY:.0%} of the memory bandwidth, "
         f"{LINK_EFFICIENCY:.0%} of NVLink's and the network's, {USABLE:.0%} of the memory (mirage_ds/sizing/gpus.py)",
         "checked      on a small CPU run (10%): parameters, optimizer states, gradients, logits, kept activations",
@@ -144,6 +145,6 @@ def describe_level(found: "Estimate") -> str:
     if found.rows.num_samples is None:
         return "deal         no shards, so times are those of level ranks and rows without padding" + micro_steps
     return (
-        f"deal         of the first steps, texts estimated from characters: imbalance {level.imbalance:.2f}, "
+        f"deal         of the first steps on {found.nodes} x {found.gpus_per_node} GPUs, texts estimated from characters: imbalance {level.imbalance:.2f}, "
         f"{level.padding:.0%} padding; with both, computing takes {level.factor:.2f} times as long{micro_steps}"
     )
