@@ -145,6 +145,7 @@ def describe_level(found: "Estimate") -> str:
     if found.rows.num_samples is None:
         return "deal         no shards, so times are those of level ranks and rows without padding" + micro_steps
     return (
-        f"deal         of the first steps on {found.nodes} x {found.gpus_per_node} GPUs, texts estimated from characters: imbalance {level.imbalance:.2f}, "
-        f"{level.padding:.0%} padding; with both, computing takes {level.factor:.2f} times as long{micro_steps}"
+        f"deal         of the first steps on {found.nodes} x {found.gpus_per_node} GPUs, texts estimated from "
+        f"characters: imbalance {level.imbalance:.2f}, {level.padding:.0%} padding; with both, computing takes "
+        f"{level.factor:.2f} times as long{micro_steps}"
     )
