@@ -18,7 +18,7 @@ from pathlib import Path
 
 NETWORK = ipaddress.ip_network("10.77.0.0/24")
 CONTROL_IP = "10.77.0.254"
-SLURMD_TIMEOUT_S, KILL_WAIT_S = 15, 10
+SLURMD_TIMEOUT_S, KILL_WAIT_S = 15, 20
 FREEZER = Path("/sys/fs/cgroup/freezer")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "ip")
 

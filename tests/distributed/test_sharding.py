@@ -104,14 +104,14 @@ def test_many_ragged_steps_do_not_hang(
 
 
 def check_ragged(result: Outcome, model: str, stage: str, steps: int) -> None:
-    """Samples without image, helper image, latents or labels, and with several blocks, on either rank or both. In stage
+    """Samples without image, helper image, latents or labels on either rank, and with several blocks. In stage
     1 they are packed, into more rows in some steps than in others; in stage 2 dealt by length."""
     case = worker.Case("", "", "", stage, steps, **RAGGED_CUTS[stage])
     ranks = [worker.steps_of(case, rank, 2) for rank in (0, 1)]
     first, second = (list(worker.samples_of(case, steps)) for steps in ranks)
     for has in ("image_mask", "latent_mask", "labels"):
         there = ([any((getattr(each, has) > 0).any() for each in own) for own in rank] for rank in (first, second))
-        assert len(set(zip(*there, strict=True))) == 4, has
+        assert {(False, True), (True, False), (True, True)} <= set(zip(*there, strict=True)), has
     assert max(len(sample.latent_sizes) for own in first for sample in own) == 2
     num_micro_steps = {len(ranks[0].at(4 * step).micro_batches) for step in range(steps)}
     assert num_micro_steps == ({1, 2} if stage == "stage1" else {2})
