@@ -13,9 +13,9 @@ CUTS = {"2x1x2": (2, 1, 2), "1x2x2": (1, 2, 2), "1x4x1": (1, 4, 1)}
 """Ranks x micro-batch x accumulation: three ways to split the same global batch of 4."""
 FIXED = [[4, 4, 4, 4]]
 VARYING = [[4, 2, 3, 8], [1, 6, 2, 2], [5, 5, 5, 5]]
-BLOCKS = [[[], [2], [8, 2], [2, 8, 2]], [[8, 2, 8], [], [2], [2, 2]], [[2], [2], [], [8, 2]]]
+BLOCKS = [[[], [2], [8, 2], [2, 8, 2]], [[2], [2, 2], [], [8, 2]]]
 """K of each sample of a global batch, or of each of its blocks, step by step."""
-BLOCKS_STEPS = 2 * len(BLOCKS)
+BLOCKS_STEPS = len(BLOCKS) + 1  # more than those of the warm-up
 CUT_STEPS = 9  # three rounds of VARYING, over warm-up and decay
 RAGGED_STEPS, MANY_RAGGED_STEPS = 40, 200
 RAGGED_CUTS = {"stage1": {"accumulation": 2, "token_budget": 68}, "stage2": {"accumulation": 2, "balance": True}}
