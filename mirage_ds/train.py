@@ -282,7 +282,7 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
         f"{train.dtype} on {start.device.type}, attention {backbone.describe_attention()}, "
         f"latent_size {config.model.latent_size}\n"
         f"{num_samples} samples; global batch {size} = {cut}; {start.max_steps} steps = "
-        f"{start.max_steps * size / num_samples:.1f} epochs"
+        f"{start.max_steps * size / num_samples:.1f} epochs; {start.costs_source}"
     )
 
 

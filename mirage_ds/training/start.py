@@ -46,6 +46,7 @@ class Start:
     tags: list[Path]  # all checkpoints that are there
     checkpoint: Path | None
     costs: Costs  # of every sample, the same on all ranks
+    costs_source: str  # whether tokens were counted
 
     @property
     def is_finished(self) -> bool:
@@ -72,8 +73,6 @@ def prepare(config: Config) -> Start:
         deepspeed_config = resolve_deepspeed_config(config)
     costs, source = measure_samples(config, encoder, shards)
     require_same(costs, source, shards)
-    if distributed.is_main():
-        print(f"costs: {source}", flush=True)
     pooling = describe_path(device)
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     check_init_from(config)
@@ -93,6 +92,7 @@ def prepare(config: Config) -> Start:
         tags=tags,
         checkpoint=find_start(config, facts),
         costs=costs,
+        costs_source=source,
     )
 
 
