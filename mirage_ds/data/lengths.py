@@ -6,6 +6,7 @@ The index bounds the length of each sample; only texts that may be too long are 
 import numpy as np
 import numpy.typing as npt
 
+from mirage_ds.data.costs import MARKERS
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.index import IndexEntry, load_index
 from mirage_ds.data.shards import ShardFolder
@@ -13,7 +14,6 @@ from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import DataError
 
 MAX_UTF8_BYTES = 4  # of a character; a token of byte-level BPE has at least one byte
-BLOCK_MARKERS = 2  # tokens around an image or a latent block
 NUM_LISTED = 5
 
 
@@ -71,5 +71,5 @@ def too_long_error(too_long: dict[str, int], limit: str, folder: ShardFolder) ->
 def _most_tokens(encoder: Encoder, entry: IndexEntry) -> int:
     """No sample with this index entry has more tokens, without those of the template."""
     text = MAX_UTF8_BYTES * (entry.question_chars + entry.answer_chars)
-    latents = sum(entry.block_sizes(encoder.latent_size)) + BLOCK_MARKERS * entry.latent_blocks
-    return text + sum(encoder.image_tokens(entry.input_sizes)) + BLOCK_MARKERS * entry.image_blocks + latents
+    latents = sum(entry.block_sizes(encoder.latent_size)) + MARKERS * entry.latent_blocks
+    return text + sum(encoder.image_tokens(entry.input_sizes)) + MARKERS * entry.image_blocks + latents

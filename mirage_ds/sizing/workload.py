@@ -147,12 +147,12 @@ def aligned(shapes: Sequence[Shape]) -> Shape:
     (data/alignment.py does not align rows of which this would make too long ones, but they have other passes.)
     """
     most = range(max(len(shape.latent_sizes) for shape in shapes))
-    leads = [max(shape.stretches[i] for shape in shapes if i < len(shape.latent_sizes)) for i in most]
+    stretches = [max(shape.stretches[i] for shape in shapes if i < len(shape.latent_sizes)) for i in most]
     sizes = [max(shape.latent_sizes[i] for shape in shapes if i < len(shape.latent_sizes)) for i in most]
-    starts = [0, *accumulate(lead + size for lead, size in zip(leads, sizes, strict=True))]
+    starts = [0, *accumulate(stretch + size for stretch, size in zip(stretches, sizes, strict=True))]
     end = max(starts[len(shape.latent_sizes)] + shape.stretches[-1] for shape in shapes)
     return Shape(
-        stretches=(*leads, end - starts[-1]),
+        stretches=(*stretches, end - starts[-1]),
         latent_sizes=tuple(sizes),
         targets=max(shape.targets for shape in shapes),
         patches=max(shape.patches for shape in shapes),
