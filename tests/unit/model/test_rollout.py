@@ -148,3 +148,25 @@ def test_gradients_of_weights_are_made_as_often_for_any_number_of_latents(make_m
     # In each layer: of the first pass and of the last one of each block, their sums, and the one of all passes of one
     # column added to them.
     assert counts == [4 * layers, 4 * layers, 6 * layers, 6 * layers]
+
+
+def test_passes_over_one_column_are_stored_only_while_they_are_few(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows from the left, whose latents lie in different columns, make more of them than any row has latents."""
+    model = make_model("stage2")
+    recomputed: list[bool] = []
+    one_pass = Rollout.one_pass
+
+    def noted(self, hidden, *arguments, **keywords):
+        if hidden.shape[1] == 1:
+            recomputed.append(keywords["recompute"])
+        return one_pass(self, hidden, *arguments, **keywords)
+
+    monkeypatch.setattr(Rollout, "one_pass", noted)
+    (one, other), found = ragged_batch(1, 2, stage="stage2", latent_sizes=[4, 4]), []
+    for samples in ([one], [one, other]):
+        recomputed.clear()
+        batch = collate(samples, align_latents=False)
+        assert not batch.left_padded
+        model(batch)
+        found.append((len(recomputed), set(recomputed)))
+    assert found == [(3, {False}), (6, {True})]
