@@ -25,7 +25,7 @@ class Arm:
 LATENTS = {OWN: False, "none": False, "markers": False, "zeroed": False, "shuffled": True, "mean": True}
 
 
-def parse_arms(latents: str) -> list[Arm]:
+def parse_arms(latents: str, image: str = OWN) -> list[Arm]:
     """The arms of a comma-separated list, `own` first: every difference is to it.
 
     Raises:

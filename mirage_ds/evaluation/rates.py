@@ -28,7 +28,7 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + weight)), min(1.0, (centre + half) / (1 + weight))
 
 
-def success_rates(answers: Iterable[Answer]) -> Rates:
+def success_rates(answers: Iterable[Answer], by: str | None = None) -> Rates:
     """The share of right answers by level and way of scoring, with its 95 % interval."""
     answers = list(answers)
     names = sorted({level_of(answer) for answer in answers}, key=lambda level: (len(level), level))
