@@ -6,9 +6,10 @@ from pathlib import Path
 from mirage_ds.errors import ConfigError
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.arms import Arm, parse_arms
+from mirage_ds.evaluation.groups import check_groups
 from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.results import Results
-from mirage_ds.evaluation.scoring import Task, load_task
+from mirage_ds.evaluation.scoring import Task, check_rows, load_task
 from mirage_ds.model_folder import check_model
 
 
@@ -20,6 +21,7 @@ class Asked:
     task: Task
     arms: list[Arm]
     rows: list[Row]
+    unscored: list[tuple[Row, str]]  # rows that cannot be scored, and why
     samples: int  # answers to a row in each arm
 
     @property
@@ -35,6 +37,7 @@ def check_options(
     *,
     latents: str,
     image: str,
+    by: str | None,
     limit: int | None,
     samples: int,
     temperature: float,
@@ -42,8 +45,8 @@ def check_options(
     """Reads the rows. The arguments are options of the command.
 
     Raises:
-        ConfigError: the model, the task or the arms do not exist, or all samples of a row would be the same.
-        DataError: the output exists or cannot be written, or a row cannot be asked.
+        ConfigError: the model, the task, the arms or the field do not exist, or all samples of a row would be the same.
+        DataError: the output exists or cannot be written, a row cannot be asked, or none can be scored.
     """
     check_model(model, f"--model {model}")
     results = Results(output)
@@ -53,4 +56,6 @@ def check_options(
             "temperature above 0; set for example --temperature 0.7, or remove --samples"
         )
     chosen, arms = load_task(task), parse_arms(latents, image)
-    return Asked(results, chosen, arms, read_questions_of(data, limit), samples)
+    rows = read_questions_of(data, limit)
+    check_groups([row.sample.extra for row in rows], by)
+    return Asked(results, chosen, arms, rows, check_rows(rows, chosen), samples)

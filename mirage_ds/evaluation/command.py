@@ -3,7 +3,6 @@
 torch and transformers take seconds to import, so they are imported after the checks that do not need them.
 """
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +13,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mirage_ds.errors import name_full_disk
-from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.asked import Asked, check_options
 from mirage_ds.evaluation.ranks import Ranks, join
-from mirage_ds.evaluation.rates import difference, success_rates, table
-from mirage_ds.evaluation.scoring import Task
 from mirage_ds.evaluation.settings import digests
+from mirage_ds.evaluation.tables import summary_of, tables_of
 from mirage_ds.inference.options import (
     Decoding,
     DtypeOption,
@@ -73,10 +70,14 @@ def evaluate(
             output,
             latents=latents,
             image=image,
+            by=by,
             limit=limit,
             samples=samples,
             temperature=temperature,
         )
+    if ranks.is_first:
+        for row, reason in asked.unscored:
+            typer.echo(f"not scored: {row.where}: {reason}", err=True)
     if check:
         return
     options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
@@ -91,7 +92,7 @@ def answer_all(
 
     Args:
         settings: from the command line, those that decide the answers of an arm.
-        by: see `success_rates`.
+        by: the field by which rates are grouped.
     """
     from mirage_ds.evaluation.engine import Engine
     from mirage_ds.evaluation.parts import Parts, check_settings
@@ -121,33 +122,6 @@ def answer_all(
             answers = engine.in_order(parts.answers())
             every = [answer for arm in answers.values() for answer in arm]
             names = [arm.name for arm in asked.arms]
-            results.finish(every, summarize(answers, task, by) | {"settings": settings | {"arms": names, "by": by}})
-            report(answers, task, by)
-
-
-def summarize(answers: dict[str, list[Answer]], task: Task, by: str | None) -> dict[str, Any]:
-    """The numbers of the summary, by arm."""
-    return {"arms": {name: _summary(arm, answers[OWN], task, by) for name, arm in answers.items()}}
-
-
-def _summary(answers: Sequence[Answer], own: Sequence[Answer], task: Task, by: str | None) -> dict[str, Any]:
-    summary: dict[str, Any] = {
-        "num_answers": len(answers),
-        "num_cut_off": sum(not answer.complete for answer in answers),
-        "num_latents": sum(answer.num_latents for answer in answers),
-        "num_replaced": sum(answer.num_replaced for answer in answers),
-    }
-    if task.ways:
-        summary |= {"rates": success_rates(answers, by), "minus_own": asdict(difference(answers, own))}
-    return summary
-
-
-def report(answers: dict[str, list[Answer]], task: Task, by: str | None) -> None:
-    """Prints what came out."""
-    for name, arm in answers.items():
-        if task.ways:
-            Console().print(table(success_rates(arm, by), f"{task.name}, {name}"))
-            if name != OWN:
-                typer.echo(f"{name} minus own ({task.ways[0]}): {difference(arm, answers[OWN])}")
-        if cut_off := sum(not answer.complete for answer in arm):
-            typer.echo(f"{name}: {cut_off} of {len(arm)} answers were cut off by --max-new-tokens")
+            results.finish(every, summary_of(answers, task, by) | {"settings": settings | {"arms": names}})
+            for table in tables_of(answers, task, by):
+                Console().print(table)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mirage_ds.evaluation.answers import Row
+from mirage_ds.paths import expand
 
 
 def digests(model: str, task: str, rows: Sequence[Row]) -> dict[str, str | None]:
@@ -26,7 +27,7 @@ def _of_folder(folder: Path) -> str | None:
 
 def _of_task(task: str) -> str | None:
     """Of the file of a task of the user's own, FILE.py:FUNCTION; None for another task."""
-    file = Path(task.rpartition(":")[0])
+    file = Path(expand(task.rpartition(":")[0]))
     return _sha256(file.read_bytes()) if file.is_file() else None
 
 
