@@ -56,6 +56,6 @@ def check_options(
             "temperature above 0; set for example --temperature 0.7, or remove --samples"
         )
     chosen, arms = load_task(task), parse_arms(latents, image)
-    rows = read_questions_of(data, limit)
+    rows = read_questions_of(data, arms, limit)
     check_groups([row.sample.extra for row in rows], by)
     return Asked(results, chosen, arms, rows, check_rows(rows, chosen), samples)

@@ -32,11 +32,11 @@ def _of_task(task: str) -> str | None:
 
 
 def _of_rows(rows: Sequence[Row]) -> str:
-    """Of the questions, their images and their other fields."""
+    """Of the questions, their images and their other fields; not of helper images, which only some arms read."""
     facts = []
     for row in rows:
         sample = row.sample
-        images = [_sha256(image) for image in (*sample.input_images, *sample.helper_images)]
+        images = [_sha256(image) for image in sample.input_images]
         facts.append([sample.text_input, sample.text_output, sample.extra, images])
     return _sha256(json.dumps(facts, sort_keys=True).encode())
 
