@@ -44,7 +44,7 @@ LAUNCH_ORDER = (
     ("wide_console", "demo_report"),
     ("planner", "doctor", "demo_answers"),
     ("slurm", "local"),
-    ("demo", "cli"),
+    ("demo", "evaluate", "cli"),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
 
