@@ -37,11 +37,13 @@ class Helpers:
 
     @classmethod
     def of(cls, config: Config) -> "Helpers":
-        """Stage 2 and text read no helper image: there only `none` changes a sample."""
-        images = config.data.helper
-        if images != "none" and config.train.stage != "stage1":
-            images = True
-        return cls(images, config.run.seed, config.data.exif_orientation)
+        """Those of a run. Stage 2 and text read no helper image."""
+        helpers = cls(config.data.helper, config.run.seed, config.data.exif_orientation)
+        return helpers if config.train.stage == "stage1" else helpers.of_texts()
+
+    def of_texts(self) -> "Helpers":
+        """The same where only the tokens of a sample matter: they change with `none` alone."""
+        return self if self.images == "none" else OWN
 
     def facts(self) -> dict[str, Any]:
         """What decides, beside the shards, which image is encoded for a helper image; nothing if it is the row's own,

@@ -26,10 +26,10 @@ def check_lengths(encoder: Encoder, folder: ShardFolder, helpers: Helpers = OWN)
     """
     if encoder.max_length is None:
         return
-    reader = SampleReader(folder, helpers=helpers)
+    reader = SampleReader(folder, helpers=helpers.of_texts())
     template = encoder.count_tokens("", "", [], 0)
     too_long: dict[str, int] = {}
-    for number, entry in enumerate(helpers.index(folder)):
+    for number, entry in enumerate(helpers.of_texts().index(folder)):
         if template + _most_tokens(encoder, entry) <= encoder.max_length:
             continue
         sample = reader(number)
