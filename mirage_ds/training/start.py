@@ -85,7 +85,7 @@ def prepare(config: Config) -> Start:
         shards=shards,
         encoder=encoder,
         device=device,
-        gather=choose_gather(config.model, config.train.stage),
+        gather=choose_gather(config),
         pooling=pooling,
         max_steps=max_steps,
         facts=facts,
@@ -119,6 +119,7 @@ def open_encoder(config: Config) -> Encoder:
         cache_dir=config.model.cache_dir,
         compress_strategy=config.model.compress_strategy,
         exif_orientation=config.data.exif_orientation,
+        answer_sees_image=config.model.answer_sees_image,
     )
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:

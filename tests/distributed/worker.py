@@ -139,8 +139,8 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     )
     micro_losses: list[float] = []
     model.register_forward_hook(lambda module, inputs, losses: micro_losses.append(losses.loss.item()))
-    gather = choose_gather(config.model, config.train.stage)
-    mark_gather_units(model, gather)
+    gather = choose_gather(config)
+    mark_gather_units(model, config)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
     size = config.train.samples_per_step(distributed.world_size())
     metrics = Metrics(
@@ -160,7 +160,7 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
         TrainState(),
         max_steps=case.steps,
         device=device,
-        agree_on_passes=gather == "layer" and case.stage == "stage2",
+        agree_on_passes=gather == "layer" and config.several_passes,
         early_end=EarlyEnd(end_s=None, margin_s=0),
     )
     left = rehearse_case(case, trainer) if case.rehearsed else {}

@@ -28,7 +28,7 @@ RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 )
 def test_what_is_gathered_at_a_time(wanted: str, stage: str, chosen: str) -> None:
     overridden = load_config(RECIPE, [f"model.gather={wanted}", f"train.stage={stage}"])
-    assert choose_gather(overridden.model, overridden.train.stage) == chosen
+    assert choose_gather(overridden) == chosen
 
 
 def test_norms_and_biases_do_not_decay() -> None:
