@@ -30,6 +30,7 @@ from mirage_ds.inference.options import (
 )
 from mirage_ds.model_folder import check_model
 from mirage_ds.paths import expanded
+from mirage_ds.wide_console import wide_console
 
 
 @expanded("model")
@@ -82,4 +83,4 @@ def evaluate(
 def report(answers: dict[str, list[Answer]], task: Task) -> None:
     """Prints what came out."""
     for table in tables_of(answers, task):
-        Console().print(table)
+        wide_console().print(table)

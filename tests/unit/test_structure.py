@@ -13,7 +13,7 @@ SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for pa
 GROUND = (
     *("batch", "config", "config_train", "config_values", "console", "errors", "housekeeping", "library_noise"),
     *("model_folder", "output_folder", "owner", "paths", "programs", "recipe", "strict_json", "strict_yaml"),
-    *("tokens", "train_state", "versions"),
+    *("tokens", "train_state", "versions", "wide_console"),
 )
 # A folder imports from itself and from the lines above its own, never from those below.
 ORDER = (
@@ -31,7 +31,7 @@ ORDER = (
     ("train", "cli"),
 )
 LAUNCH_ORDER = (
-    ("wide_console", "demo_report"),
+    ("demo_report",),
     ("planner", "doctor", "demo_answers"),
     ("slurm", "local"),
     ("demo", "cli"),
