@@ -48,12 +48,16 @@ def test_which_samples_are_taken(monkeypatch: pytest.MonkeyPatch, numbers: list[
 
 @pytest.mark.parametrize(
     ("setting", "hides"),
-    [("model.train_tower=false", False), ("model.answer_sees_image=false", True), ("data.text_dropout_image=0.1", True)],
+    [
+        ("model.train_tower=false", False),
+        ("model.answer_sees_image=false", True),
+        ("data.text_dropout_image=0.1", True),
+    ],
 )
 def test_images_are_hidden_where_the_run_may_hide_them(
     monkeypatch: pytest.MonkeyPatch, setting: str, hides: bool
 ) -> None:
-    monkeypatch.setattr(dry_run, "SampleReader", lambda shards: lambda number: number)
+    monkeypatch.setattr(dry_run, "SampleReader", lambda shards, **_: lambda number: number)
     config = load_config(RECIPE, ["train.micro_batch_size_per_gpu=2", setting])
     encode = partial(random_sample, stage="stage1")
     batch = take(config, SimpleNamespace(shards=None, encoder=encode), [1, 2], 2)
