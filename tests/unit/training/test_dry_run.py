@@ -48,7 +48,11 @@ def test_which_samples_are_taken(monkeypatch: pytest.MonkeyPatch, numbers: list[
 
 @pytest.mark.parametrize(
     ("setting", "hides"),
-    [("model.train_tower=false", False), ("model.answer_sees_image=false", True), ("data.text_dropout_image=0.1", True)],
+    [
+        ("model.train_tower=false", False),
+        ("model.answer_sees_image=false", True),
+        ("data.text_dropout_image=0.1", True),
+    ],
 )
 def test_images_are_hidden_where_the_run_may_hide_them(
     monkeypatch: pytest.MonkeyPatch, setting: str, hides: bool
