@@ -2,7 +2,7 @@
 
 A row that emits <|latent_start|> enters latent mode: each next input is its own hidden state after the final norm,
 emitted as <|latent_pad|>, until the block ends with <|latent_end|>. Then text follows, and perhaps another block.
-`Decoder.feed` can replace the states (latents.py). From the end of its first block on, nothing of a row attends to its
+`Decoder.feed` can replace the states (feed.py). From the end of its first block on, nothing of a row attends to its
 images if the model was trained so (`model.answer_sees_image`).
 
     latent_end: fixed   the block ends after K states
@@ -25,7 +25,7 @@ from mirage_ds.batch import Batch
 from mirage_ds.config import LatentEnd
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.errors import ConfigError
-from mirage_ds.inference.latents import Feed, Slot
+from mirage_ds.inference.feed import Feed, Slot
 from mirage_ds.inference.sampling import GREEDY, Sampling
 from mirage_ds.model.backbone import Backbone, check_config, check_latent_ids, load_backbone
 from mirage_ds.model.latent_settings import LatentSettings, LatentTokenIds, read_latent_settings
@@ -64,6 +64,8 @@ class Decoder:
     sampling: Sampling = GREEDY
     feed: Feed | None = None
     """What is fed at the latents; None: the model's own states."""
+    forbidden: tuple[int, ...] = ()
+    """Tokens that are never chosen."""
     answer_sees_image: bool = True
     """Whether a row attends to its images from its first <|latent_end|> on."""
 
@@ -106,6 +108,8 @@ class Decoder:
         for num_emitted in range(1, self.max_new_tokens + 1):
             logits = self.backbone.hf.lm_head(hidden)
             self.check_finite(logits, batch.keys, done)
+            if self.forbidden:
+                logits[:, self.forbidden] = -torch.inf
             chosen = self.sampling.choose(logits, generators)
             emitted, latent_steps = self.next_tokens(chosen, latent_steps)
             num_blocks += emitted == self.ids.latent_start
@@ -224,10 +228,11 @@ def load_decoder(
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
     encoder = load_encoder(
         model,
-        stage="stage2",
+        stage="stage1",  # which encodes helper images too, if a sample has some
         latent_size=latent_size,
         system_turn=system_turn is not False,
         cache_dir=cache_dir,
+        compress_strategy="average" if settings is None else settings.compress_strategy,
         exif_orientation=settings is None or settings.exif_orientation,
     )
     _check_ids(settings, encoder.ids, model)

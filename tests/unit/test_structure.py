@@ -11,9 +11,19 @@ PACKAGE = ROOT / "mirage_ds"
 SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for path in (ROOT / folder).rglob("*.py"))
 
 GROUND = (
-    *("batch", "config", "config_train", "config_values", "console", "errors", "housekeeping", "library_noise"),
-    *("model_folder", "output_folder", "owner", "paths", "programs", "recipe", "strict_json", "strict_yaml"),
-    *("tokens", "train_state", "versions"),
+    *("batch", "config", "config_train", "config_values", "console", "errors", "housekeeping", "launcher"),
+    *(
+        "library_noise",
+        "model_folder",
+        "output_folder",
+        "owner",
+        "paths",
+        "programs",
+        "recipe",
+        "strict_json",
+        "strict_yaml",
+    ),
+    *("tokens", "train_state", "versions", "wide_console"),
 )
 # A folder imports from itself and from the lines above its own, never from those below.
 ORDER = (
@@ -27,13 +37,14 @@ ORDER = (
     ("sizing",),
     ("training", "hf"),
     ("inference",),
+    ("evaluation",),
     ("train", "cli"),
 )
 LAUNCH_ORDER = (
-    ("wide_console", "demo_report"),
+    ("demo_report",),
     ("planner", "doctor", "demo_answers"),
     ("slurm", "local"),
-    ("demo", "cli"),
+    ("demo", "evaluate", "cli"),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
 
@@ -109,16 +120,16 @@ def test_data_tools_import_only_formats_and_rules() -> None:
         for parts in (module.split(".")[1:] for module in modules):
             if parts[0] == "data":
                 assert len(parts) == 1 or parts[1] in formats, path
-            elif parts[0] == "inference":
+            elif parts[0] == "evaluation":
                 assert len(parts) == 1 or parts[1] == "tasks", path
             else:
                 assert parts[0] in allowed, path
 
 
 def test_tasks_need_only_errors() -> None:
-    for path in (PACKAGE / "inference" / "tasks").glob("*.py"):
+    for path in (PACKAGE / "evaluation" / "tasks").glob("*.py"):
         modules = {module for module in imports(path) if module.startswith("mirage_ds.")}
-        assert all(module.startswith(("mirage_ds.errors", "mirage_ds.inference.tasks")) for module in modules), path
+        assert all(module.startswith(("mirage_ds.errors", "mirage_ds.evaluation.tasks")) for module in modules), path
 
 
 def test_only_the_backbone_names_qwen_model_classes() -> None:
