@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from pathlib import Path
 
 import plain_loop
@@ -191,6 +192,10 @@ def evaluate(by_hand: ByHand, output: Path, *more: object) -> dict[str, list[dic
     arguments = ["evaluate", "--task", "none", "--seed", SEED, *files, *options, *more]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
+    return by_arm(output)
+
+
+def by_arm(output: Path) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for line in lines(output):
         found.setdefault(line["arm"], []).append(line)
@@ -198,10 +203,16 @@ def evaluate(by_hand: ByHand, output: Path, *more: object) -> dict[str, list[dic
 
 
 @pytest.fixture(scope="module")
-def evaluated(by_hand: ByHand, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    return evaluate(
-        by_hand, tmp_path_factory.mktemp("evaluated") / "all", "--latents", ",".join(ARMS), "--batch-size", 5
-    )
+def output(by_hand: ByHand, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results file of all arms."""
+    path = tmp_path_factory.mktemp("evaluated") / "all"
+    evaluate(by_hand, path, "--latents", ",".join(ARMS), "--batch-size", 5)
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(output: Path) -> dict[str, list[dict]]:
+    return by_arm(output)
 
 
 def lines(path: Path) -> list[dict]:
@@ -243,6 +254,29 @@ def test_without_states(evaluated: dict[str, list[dict]]) -> None:
     assert [line["num_blocks"] for line in evaluated["none"]] == [0] * NUM_ROWS
     assert [line["num_latents"] for line in evaluated["markers"]] == [0] * NUM_ROWS
     assert any(line["num_blocks"] for line in evaluated["markers"])
+
+
+def test_the_summary_has_the_latents_health(by_hand: ByHand, output: Path) -> None:
+    """Of the arm `own`: rows by slot, the cosine between rows, and with their targets."""
+    health = json.loads(Path(f"{output}.summary.json").read_text())["health"]
+    made = {
+        f"{slot.block}.{slot.place}": {
+            row: each.states[slot] for row, each in enumerate(by_hand.own) if slot in each.states
+        }
+        for slot in sorted({slot for row in by_hand.own for slot in row.states})
+    }
+    assert health["slots"] == list(made)
+    assert health["num_rows"] == list(map(len, made.values()))
+    opened = [row for row in by_hand.own if by_hand.ids.latent_start in row.ids]
+    assert health["opened"] == len(opened) / NUM_ROWS
+    pairs = [torch.cosine_similarity(one, other, dim=0) for one, other in permutations(made["0.0"].values(), 2)]
+    assert health["row_cosines"][0] == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-5)
+    to_targets = [
+        torch.cosine_similarity(state, target, dim=0)
+        for row, state in made["0.0"].items()
+        if (target := by_hand.oracle(row)(Slot(0, 0), state)) is not None
+    ]
+    assert health["target_cosines"][0] == pytest.approx(float(torch.stack(to_targets).mean()), abs=1e-5)
 
 
 def test_answers_do_not_depend_on_the_batch_size(
