@@ -35,3 +35,4 @@ def test_older_exports_were_trained_on_pixels_as_stored(tmp_path: Path) -> None:
     settings = read_latent_settings(export(tmp_path, "stage2"))
     assert settings is not None
     assert not settings.exif_orientation
+    assert settings.compress_strategy == "average"
