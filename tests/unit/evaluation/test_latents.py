@@ -313,10 +313,8 @@ def test_own_is_plain_decoding(by_hand: ByHand) -> None:
 
 
 def test_hidden_latents_change_no_answer(by_hand: ByHand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No later column attends to a latent. The blocks' lengths are not the model's choice, or they could change."""
+    """No later column attends to a latent. Blocks have a fixed length, or a state would decide where its block ends."""
     arms = [arm for arm in ARMS if arm not in ("none", "markers")]
-    if by_hand.latent_end == "model":
-        pytest.skip("there a state decides where its block ends")
     load = load_decoder
 
     def load_hiding(*arguments: object, **options: object) -> tuple:
@@ -324,7 +322,7 @@ def test_hidden_latents_change_no_answer(by_hand: ByHand, monkeypatch: pytest.Mo
         return hide_latents(decoder), encoder
 
     monkeypatch.setattr("mirage_ds.inference.generate.load_decoder", load_hiding)
-    hidden = evaluate(by_hand, tmp_path / "hidden", "--latents", ",".join(arms))
+    hidden = evaluate(by_hand, tmp_path / "hidden", "--latents", ",".join(arms), "--latent-end", "fixed")
     assert sum(line["num_latents"] for line in hidden["own"]) > 0
     for arm in arms:
         assert [line["text"] for line in hidden[arm]] == [line["text"] for line in hidden["own"]], arm
