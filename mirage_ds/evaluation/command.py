@@ -30,6 +30,7 @@ from mirage_ds.inference.options import (
 )
 from mirage_ds.output_folder import signals_as_errors
 from mirage_ds.paths import expanded
+from mirage_ds.wide_console import wide_console
 
 LatentsOption = Annotated[
     str, typer.Option(help="What is fed at the latents: some of the names in docs/evaluation.md.")
@@ -127,4 +128,4 @@ def answer_all(
             summary = summary_of(answers, task, by) | {"health": health.as_dict()}
             results.finish(every, summary | {"settings": settings | {"arms": names}})
             for table in [*tables_of(answers, task, by), *health_tables(health)]:
-                Console().print(table)
+                wide_console().print(table)

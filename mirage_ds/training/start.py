@@ -86,7 +86,7 @@ def prepare(config: Config) -> Start:
         shards=shards,
         encoder=encoder,
         device=device,
-        gather=choose_gather(config.model, config.train.stage),
+        gather=choose_gather(config),
         pooling=pooling,
         max_steps=max_steps,
         facts=facts,
@@ -120,6 +120,7 @@ def open_encoder(config: Config) -> Encoder:
         cache_dir=config.model.cache_dir,
         compress_strategy=config.model.compress_strategy,
         exif_orientation=config.data.exif_orientation,
+        answer_sees_image=config.model.answer_sees_image,
     )
     helpers = Helpers.of(config)
     for folder in (config.data.shards, config.evaluation.shards):

@@ -139,7 +139,7 @@ class ByHand:
         encoded = self.encoder(self.samples[row])
         targets = []
         if len(encoded.image_grid_thw_latent):
-            targets = plain_loop.targets(self.hf, vars(encoded)).split(encoded.latent_sizes)
+            targets = plain_loop.targets(self.hf, vars(encoded)).detach().split(encoded.latent_sizes)
 
         def replace(slot: Slot, own: torch.Tensor) -> torch.Tensor | None:
             known = slot.block < len(targets) and slot.place < len(targets[slot.block])
@@ -270,13 +270,13 @@ def test_the_summary_has_the_latents_health(by_hand: ByHand, output: Path) -> No
     opened = [row for row in by_hand.own if by_hand.ids.latent_start in row.ids]
     assert health["opened"] == len(opened) / NUM_ROWS
     pairs = [torch.cosine_similarity(one, other, dim=0) for one, other in permutations(made["0.0"].values(), 2)]
-    assert health["row_cosines"][0] == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-5)
+    assert health["row_cosines"][0] == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
     to_targets = [
         torch.cosine_similarity(state, target, dim=0)
         for row, state in made["0.0"].items()
         if (target := by_hand.oracle(row)(Slot(0, 0), state)) is not None
     ]
-    assert health["target_cosines"][0] == pytest.approx(float(torch.stack(to_targets).mean()), abs=1e-5)
+    assert health["target_cosines"][0] == pytest.approx(torch.stack(to_targets).mean().item(), abs=1e-5)
 
 
 def test_answers_do_not_depend_on_the_batch_size(
