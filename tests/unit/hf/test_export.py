@@ -213,7 +213,7 @@ def test_real_ids_are_kept(base: Path, tmp_path: Path, real_tokenizer: PreTraine
 def test_latent_settings_are_in_config_json(base: Path, tmp_path: Path) -> None:
     """Also as plain transformers reads it."""
     settings = {
-        "model": {"latent_size": 6, "answer_sees_image": False},
+        "model": {"latent_size": 6, "compress_strategy": "grid", "answer_sees_image": False},
         "data": {"system_turn": False},
         "train": {"stage": "stage1", "dtype": "fp32"},
     }
@@ -225,6 +225,7 @@ def test_latent_settings_are_in_config_json(base: Path, tmp_path: Path) -> None:
         "stage": "stage1",
         "system_turn": False,
         "exif_orientation": True,
+        "compress_strategy": "grid",
         "answer_sees_image": False,
         "text_dropout_image": 0.0,
         "latent_token_ids": {name: ids[f"<|latent_{name}|>"] for name in ("pad", "start", "end")},

@@ -35,4 +35,5 @@ def test_older_exports_were_trained_on_pixels_as_stored_and_saw_images(tmp_path:
     settings = read_latent_settings(export(tmp_path, "stage2"))
     assert settings is not None
     assert not settings.exif_orientation
+    assert settings.compress_strategy == "average"
     assert (settings.answer_sees_image, settings.text_dropout_image) == (True, 0)
