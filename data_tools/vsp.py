@@ -111,8 +111,8 @@ def parse_levels(text: str) -> range:
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 2 <= first <= last:
         raise ConfigError(
-            f"invalid levels {text!r:.80} (--levels); allowed: a size of at least 2, or a range of sizes, the smaller "
-            "one first; write for example 3 or 3-6"
+            f"invalid levels {text!r:.80} (--levels); allowed: a number of at least 2, or a range of them, the "
+            "smaller one first; write for example 3 or 3-6"
         )
     return range(first, last + 1)
 
