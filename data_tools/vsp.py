@@ -29,7 +29,7 @@ from data_tools.vsp_maps import (
     walk,
 )
 from mirage_ds.errors import ConfigError, DataError
-from mirage_ds.inference.tasks.vsp import GOAL, HOLE, MOVES, SAFE, START, Cell, MapDesc, at, find_start, step
+from mirage_ds.evaluation.tasks.vsp import GOAL, HOLE, MOVES, SAFE, START, Cell, MapDesc, at, find_start, step
 from mirage_ds.output_folder import new_folder
 
 Style = Literal["planning", "reasoning"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from mirage_ds.errors import ConfigError
-from mirage_ds.inference.tasks.vsp import GOAL, HOLE, START, Cell, MapDesc, at
+from mirage_ds.evaluation.tasks.vsp import GOAL, HOLE, START, Cell, MapDesc, at
 
 SPRITES = ("tile_ice", "tile_hole", "letter_s", "letter_g", "goal_flag", "agent")
 SPRITE_CELL_PX = 64  # the cell size that the sprites are made for

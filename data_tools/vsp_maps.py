@@ -15,7 +15,7 @@ from itertools import permutations, product
 from random import Random
 from typing import Literal
 
-from mirage_ds.inference.tasks.vsp import GOAL, HOLE, MOVES, SAFE, START, Cell, MapDesc, at, find_start, step
+from mirage_ds.evaluation.tasks.vsp import GOAL, HOLE, MOVES, SAFE, START, Cell, MapDesc, at, find_start, step
 
 Side = Literal["train", "test"]
 SIDES: tuple[Side, ...] = ("train", "test")

@@ -26,7 +26,7 @@ from launch.local import count_gpus
 from mirage_ds import errors
 from mirage_ds.cli import app as mirage
 from mirage_ds.data.rows import read_rows
-from mirage_ds.inference.results import Answer
+from mirage_ds.evaluation.answers import Answer
 from mirage_ds.paths import expanded
 
 RECIPES = Path(__file__).parent / "recipes"

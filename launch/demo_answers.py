@@ -1,5 +1,6 @@
 """The answers of the demo's models to the held-out maps, and of the last one with its latents replaced."""
 
+import tempfile
 import time
 from pathlib import Path
 
@@ -7,14 +8,15 @@ import torch
 from rich.console import Console
 
 from launch.demo_report import LABELS
-from mirage_ds.config import TaskName
-from mirage_ds.inference.evaluate import evaluate
+from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.arms import OWN, parse_arms
+from mirage_ds.evaluation.engine import Engine, Ranks
+from mirage_ds.evaluation.parts import Parts
+from mirage_ds.evaluation.questions import read_questions_of
+from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.inference.generate import load_decoder
-from mirage_ds.inference.latents import Feed, MeanStates, OwnStates, ShuffledStates, next_rows, zeroed
-from mirage_ds.inference.questions import read_task
-from mirage_ds.inference.results import Answer
 
-TASK: TaskName = "vsp-spatial-planning"
+TASK = "vsp-spatial-planning"
 BATCH_SIZE, MAX_NEW_TOKENS, SHUFFLE_SEED = 50, 24, 0
 
 
@@ -22,16 +24,10 @@ def held_out_answers(
     models: dict[str, Path], file: Path, latent_size: int, console: Console
 ) -> dict[str, list[Answer]]:
     """The answers of every model, by its name; then those of the last model with other vectors at its latents."""
-    rows = read_task(file, TASK)
+    rows, task = read_questions_of(file), load_task(TASK)
     answers: dict[str, list[Answer]] = {}
-
-    def decode(name: str, feed: Feed) -> None:
-        started_s = time.monotonic()
-        decoder.feed = feed
-        answers[name] = list(evaluate(decoder, encoder, rows, TASK, batch_size=BATCH_SIZE))
-        console.print(f"{LABELS[name].strip()}: {time.monotonic() - started_s:.0f} s", highlight=False)
-
     for name, folder in models.items():
+        started_s = time.monotonic()
         decoder, encoder = load_decoder(
             str(folder),
             latent_size=latent_size,
@@ -39,9 +35,13 @@ def held_out_answers(
             max_new_tokens=MAX_NEW_TOKENS,
             dtype=torch.float32,
         )
-        own = OwnStates()
-        decode(name, own)
-    decode(f"{name}_shuffled", ShuffledStates(own, next_rows(rows, SHUFFLE_SEED)))
-    decode(f"{name}_mean", MeanStates(own))
-    decode(f"{name}_zeroed", zeroed)
+        arms = parse_arms("shuffled,mean,zeroed" if name == list(models)[-1] else OWN)
+        engine = Engine(decoder, encoder, rows, task, arms, batch_size=BATCH_SIZE, seed=SHUFFLE_SEED)
+        with tempfile.TemporaryDirectory() as folder_of_parts:
+            parts = Parts(Path(folder_of_parts), 0, {}, decoder.backbone.embed_tokens.embedding_dim)
+            engine.run(parts, Ranks())
+            by_arm = engine.in_order(parts.answers())
+            parts.close()
+        answers |= {name if arm == OWN else f"{name}_{arm}": each for arm, each in by_arm.items()}
+        console.print(f"{LABELS[name].strip()}: {time.monotonic() - started_s:.0f} s", highlight=False)
     return answers

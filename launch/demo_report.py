@@ -8,8 +8,8 @@ from rich.table import Table
 
 from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import Sample
-from mirage_ds.inference.rates import Difference, difference, wilson_interval
-from mirage_ds.inference.results import Answer
+from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.rates import Difference, difference, wilson_interval
 
 LABELS = {
     "untrained": "before training",
@@ -25,7 +25,7 @@ REPLACED = ("stage2_shuffled", "stage2_mean", "stage2_zeroed")
 
 def solved(answer: Answer) -> bool:
     """Whether an answer's moves, strictly parsed, end on the goal of the row's map."""
-    return answer.scores["strict"].success
+    return answer.scores["strict"].success == 1
 
 
 def rate(answers: Sequence[Answer]) -> float:

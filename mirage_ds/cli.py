@@ -14,7 +14,8 @@ import typer
 from mirage_ds import errors, library_noise
 from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
-from mirage_ds.inference.commands import evaluate, generate
+from mirage_ds.evaluation.command import evaluate
+from mirage_ds.inference.command import generate
 from mirage_ds.model_folder import check_exists, check_model
 from mirage_ds.output_folder import check_output
 from mirage_ds.paths import check_file, check_folder, expanded

@@ -23,7 +23,6 @@ from mirage_ds.errors import ConfigError
 CompressStrategy = Literal["average", "average_all", "grid"]
 OnFault = Literal["stop", "skip"]
 LatentEnd = Literal["fixed", "model"]
-TaskName = Literal["vsp-spatial-planning", "vsp-spatial-reasoning"]
 
 
 class RunConfig(Section):

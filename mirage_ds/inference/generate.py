@@ -2,7 +2,7 @@
 
 A row that emits <|latent_start|> enters latent mode: each next input is its own hidden state after the final norm,
 emitted as <|latent_pad|>, until the block ends with <|latent_end|>. Then text follows, and perhaps another block.
-`Decoder.feed` can replace the states (latents.py).
+`Decoder.feed` can replace the states (feed.py).
 
     latent_end: fixed   the block ends after K states
     latent_end: model   the block ends where the model would choose <|latent_end|>, at the latest after K states
@@ -24,7 +24,7 @@ from mirage_ds.batch import Batch
 from mirage_ds.config import LatentEnd
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.errors import ConfigError
-from mirage_ds.inference.latents import Feed, Slot
+from mirage_ds.inference.feed import Feed, Slot
 from mirage_ds.inference.sampling import GREEDY, Sampling
 from mirage_ds.model.backbone import Backbone, check_config, check_latent_ids, load_backbone
 from mirage_ds.model.latent_settings import LatentSettings, LatentTokenIds, read_latent_settings
@@ -63,6 +63,8 @@ class Decoder:
     sampling: Sampling = GREEDY
     feed: Feed | None = None
     """What is fed at the latents; None: the model's own states."""
+    forbidden: tuple[int, ...] = ()
+    """Tokens that are never chosen."""
 
     def __post_init__(self) -> None:
         self.backbone.hf.eval()
@@ -103,6 +105,8 @@ class Decoder:
         for num_emitted in range(1, self.max_new_tokens + 1):
             logits = self.backbone.hf.lm_head(hidden)
             self.check_finite(logits, batch.keys, done)
+            if self.forbidden:
+                logits[:, self.forbidden] = -torch.inf
             chosen = self.sampling.choose(logits, generators)
             emitted, latent_steps = self.next_tokens(chosen, latent_steps)
             num_blocks += emitted == self.ids.latent_start

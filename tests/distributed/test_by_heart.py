@@ -7,11 +7,11 @@ import launching
 import pytest
 
 from data_tools.build import build
+from mirage_ds.evaluation.engine import evaluate
+from mirage_ds.evaluation.questions import read_task
 from mirage_ds.hf.export import export_checkpoint
 from mirage_ds.hf.preset import write_tiny
-from mirage_ds.inference.evaluate import evaluate
 from mirage_ds.inference.generate import load_decoder
-from mirage_ds.inference.questions import read_task
 
 ROOT = Path(__file__).parents[2]
 LATENT_SIZE, MAX_PIXELS = 4, 28 * 28 * 16

@@ -13,8 +13,8 @@ from deviations import check, check_equal
 
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
+from mirage_ds.inference.feed import zeroed
 from mirage_ds.inference.generate import Decoder, Generation
-from mirage_ds.inference.latents import zeroed
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.tokens import TokenIds
 

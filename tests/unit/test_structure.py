@@ -27,6 +27,7 @@ ORDER = (
     ("sizing",),
     ("training", "hf"),
     ("inference",),
+    ("evaluation",),
     ("train", "cli"),
 )
 LAUNCH_ORDER = (
@@ -109,16 +110,16 @@ def test_data_tools_import_only_formats_and_rules() -> None:
         for parts in (module.split(".")[1:] for module in modules):
             if parts[0] == "data":
                 assert len(parts) == 1 or parts[1] in formats, path
-            elif parts[0] == "inference":
+            elif parts[0] == "evaluation":
                 assert len(parts) == 1 or parts[1] == "tasks", path
             else:
                 assert parts[0] in allowed, path
 
 
 def test_tasks_need_only_errors() -> None:
-    for path in (PACKAGE / "inference" / "tasks").glob("*.py"):
+    for path in (PACKAGE / "evaluation" / "tasks").glob("*.py"):
         modules = {module for module in imports(path) if module.startswith("mirage_ds.")}
-        assert all(module.startswith(("mirage_ds.errors", "mirage_ds.inference.tasks")) for module in modules), path
+        assert all(module.startswith(("mirage_ds.errors", "mirage_ds.evaluation.tasks")) for module in modules), path
 
 
 def test_only_the_backbone_names_qwen_model_classes() -> None:

@@ -25,9 +25,9 @@ from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.evaluation.tasks import choice
+from mirage_ds.evaluation.tasks import vsp as scoring
 from mirage_ds.hf.preset import train_tokenizer
-from mirage_ds.inference.tasks import choice
-from mirage_ds.inference.tasks import vsp as scoring
 
 __all__ = ["real_tokenizer"]
 

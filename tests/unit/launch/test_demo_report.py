@@ -9,8 +9,8 @@ from rich.console import Console
 
 from launch.demo_report import LABELS, conclusions, count_malformed, draw_picture, results_table
 from mirage_ds.data.rows import Sample
-from mirage_ds.inference.results import Answer
-from mirage_ds.inference.tasks.vsp import Outcome
+from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.tasks.outcome import Outcome
 
 
 def answers(num_solved: int, *, malformed: int = 0, num_latents: int = 4, num_replaced: int = 0) -> list[Answer]:

@@ -7,7 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from mirage_ds.inference.results import Answer, Rates
+from mirage_ds.evaluation.answers import Answer
+
+Rates = dict[str, dict[str, dict[str, Any]]]
+"""{group: {way of scoring: {"rate", "low", "high", "num_rows"}}}, with the group "all" last."""
 
 Z_95 = 1.959963984540054  # 95 % of a normal distribution lie within this many standard deviations
 
@@ -28,13 +31,19 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
 def success_rates(answers: Iterable[Answer]) -> Rates:
     """The share of right answers by level and way of scoring, with its 95 % interval."""
     answers = list(answers)
-    names = sorted({answer.level for answer in answers}, key=lambda level: (len(level), level))
-    levels = {name: [answer for answer in answers if answer.level == name] for name in names} | {"all": answers}
+    names = sorted({level_of(answer) for answer in answers}, key=lambda level: (len(level), level))
+    levels = {name: [answer for answer in answers if level_of(answer) == name] for name in names} | {"all": answers}
     return {level: {way: _rate(part, way) for way in part[0].scores} for level, part in levels.items()}
 
 
+def level_of(answer: Answer) -> str:
+    """The side of a row's map; the row's own `level` if it has no map."""
+    map_desc = answer.row.get("map_desc")
+    return str(len(map_desc) if isinstance(map_desc, list) else answer.row.get("level", "-"))
+
+
 def _rate(answers: Sequence[Answer], way: str) -> dict[str, Any]:
-    successes = sum(answer.scores[way].success for answer in answers)
+    successes = sum(answer.scores[way].success == 1 for answer in answers)
     low, high = wilson_interval(successes, len(answers))
     return {"rate": successes / len(answers), "low": low, "high": high, "num_rows": len(answers)}
 
@@ -59,7 +68,9 @@ def difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> Difference:
     one row added that only ours solve and one that only theirs solve, so that it holds for few rows too.
     """
     way = next(iter(ours[0].scores))
-    pairs = [(our.scores[way].success, their.scores[way].success) for our, their in zip(ours, theirs, strict=True)]
+    pairs = [
+        (our.scores[way].success == 1, their.scores[way].success == 1) for our, their in zip(ours, theirs, strict=True)
+    ]
     gained, lost = pairs.count((True, False)), pairs.count((False, True))
     total = len(pairs) + 2
     centre, discordant = (gained - lost) / total, (gained + lost + 2) / total

@@ -4,9 +4,9 @@ from math import comb, sqrt
 
 import pytest
 
-from mirage_ds.inference.rates import difference, wilson_interval
-from mirage_ds.inference.results import Answer
-from mirage_ds.inference.tasks.vsp import Outcome
+from mirage_ds.evaluation.rates import difference, wilson_interval
+from mirage_ds.evaluation.results import Answer
+from mirage_ds.evaluation.tasks.vsp import Outcome
 
 
 def solve(rate: float, total: int, inside: float, outside: float) -> float:

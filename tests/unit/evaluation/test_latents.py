@@ -18,8 +18,9 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, load_encoder
 from mirage_ds.data.rows import Sample, read_questions
 from mirage_ds.errors import DataError
+from mirage_ds.evaluation.feeds import MeanStates, OwnStates, ShuffledStates, next_rows
+from mirage_ds.inference.feed import Slot
 from mirage_ds.inference.generate import Decoder, Generation, load_decoder
-from mirage_ds.inference.latents import MeanStates, OwnStates, ShuffledStates, Slot, next_rows
 
 NUM_ROWS, LATENT_SIZE, MAX_NEW_TOKENS, SEED = 14, 4, 20, 5
 CLOSE = 1e-4  # sums in another order could swap two tokens whose logits are closer than this

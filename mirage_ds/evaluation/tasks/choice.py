@@ -1,7 +1,8 @@
 r"""Scores answers to multiple choice (spatial reasoning): the letter in the last \boxed{...}, compared exactly."""
 
 from mirage_ds.errors import DataError
-from mirage_ds.inference.tasks.vsp import Outcome, extract_boxed
+from mirage_ds.evaluation.tasks.outcome import Outcome
+from mirage_ds.evaluation.tasks.vsp import extract_boxed
 
 CHOICES = ("A", "B", "C")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mirage_ds.errors import DataError
-from mirage_ds.inference.tasks.choice import score
+from mirage_ds.evaluation.tasks.choice import score
 
 
 @pytest.mark.parametrize(

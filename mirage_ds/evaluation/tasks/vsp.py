@@ -1,14 +1,16 @@
 r"""Scores answers to spatial planning: the moves in an answer's last \boxed{...}, walked on the map.
 
+An answer ends as "Reached goal" (success), "Fell in hole", "Did not reach goal" or "Invalid".
+
 A map is a square list of rows: 1 start, 2 goal, -1 hole, 0 safe. A cell is (row, column).
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from mirage_ds.errors import DataError
+from mirage_ds.evaluation.tasks.outcome import Outcome
 
 SAFE, START, GOAL, HOLE = 0, 1, 2, -1
 MOVES = {"LEFT": (0, -1), "RIGHT": (0, 1), "UP": (-1, 0), "DOWN": (1, 0)}
@@ -20,14 +22,6 @@ Mode = Literal["reference", "strict"]
 _BY_LETTER = {name[0]: name for name in MOVES}
 _WORD = f"(?:{'|'.join((*MOVES, *_BY_LETTER))})"
 _MOVE_LIST = re.compile(rf"\s*{_WORD}(?:(?:\s*,\s*|\s+){_WORD})*\s*")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an answer ends. On a map: "Reached goal" (success), "Fell in hole", "Did not reach goal", "Invalid"."""
-
-    success: bool
-    status: str
 
 
 def score(map_desc: Any, answer: str, mode: Mode = "strict") -> Outcome:

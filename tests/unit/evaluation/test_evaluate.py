@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from mirage_ds.cli import app, main
 from mirage_ds.errors import DataError, MirageError, OwnerError
-from mirage_ds.inference.evaluate import evaluate
+from mirage_ds.evaluation.engine import evaluate
+from mirage_ds.evaluation.questions import read_task
+from mirage_ds.evaluation.rates import success_rates, wilson_interval
+from mirage_ds.evaluation.results import Answer, Results
+from mirage_ds.evaluation.tasks.vsp import Outcome
 from mirage_ds.inference.generate import Decoder, load_decoder
-from mirage_ds.inference.questions import read_task
-from mirage_ds.inference.rates import success_rates, wilson_interval
-from mirage_ds.inference.results import Answer, Results
-from mirage_ds.inference.tasks.vsp import Outcome
 
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
 

@@ -1,0 +1,145 @@
+"""Decodes the rows of a file in every arm, on all ranks, and scores the answers.
+
+The rows are cut into batches that do not depend on the number of ranks. A unit of work is one batch in one arm; a rank
+does its units alone, and the ranks wait for each other only where an arm needs the states of all rows, and at the end.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mirage_ds.data.collate import collate
+from mirage_ds.data.encode import Encoder
+from mirage_ds.errors import DataError
+from mirage_ds.evaluation.answers import Answer, Row
+from mirage_ds.evaluation.arms import OWN, Arm
+from mirage_ds.evaluation.parts import Decoded, Parts
+from mirage_ds.evaluation.replace import Replacements
+from mirage_ds.evaluation.scoring import Task
+from mirage_ds.evaluation.states import States
+from mirage_ds.inference.feed import Slot
+from mirage_ds.inference.generate import Decoder, Generation
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share the work."""
+
+    rank: int = 0
+    size: int = 1
+    wait: Callable[[], None] = lambda: None  # until every rank is here
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A batch in an arm: what one rank decodes at a time."""
+
+    arm: Arm
+    sample: int  # of the row's answers
+    batch: int
+    rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}/{self.sample}/{self.batch}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The rows of a file, and all that decides their answers."""
+
+    decoder: Decoder
+    encoder: Encoder
+    rows: Sequence[Row]
+    task: Task
+    arms: Sequence[Arm]  # `own` first
+    batch_size: int
+    samples: int = 1
+    seed: int = 0
+
+    def run(self, parts: Parts, ranks: Ranks, done: Callable[[int], None] = lambda rows: None) -> None:
+        """Decodes what the parts lack; after it, `parts` has all answers and states, on every rank.
+
+        Args:
+            done: called with the number of rows of each unit that this rank has decoded.
+
+        Raises:
+            ConfigError: the model computes something that is not finite.
+        """
+        replacements = Replacements(self.decoder, self.encoder, self.rows, self.seed)
+        for arms in (
+            [arm for arm in self.arms if not arm.needs_states],
+            [arm for arm in self.arms if arm.needs_states],
+        ):
+            ranks.wait()
+            complete = parts.units()
+            states = parts.states()
+            ranks.wait()  # nobody writes while another still reads
+            units = [unit for arm in arms for unit in self.units(arm) if unit.name not in complete]
+            for unit in units[ranks.rank :: ranks.size]:
+                parts.add(unit.name, self.decode(unit, replacements, states))
+                done(len(unit.rows))
+        ranks.wait()
+
+    def units(self, arm: Arm) -> list[Unit]:
+        """All work of an arm."""
+        size = self.batch_size
+        batches = [tuple(self.rows[start : start + size]) for start in range(0, len(self.rows), size)]
+        return [Unit(arm, sample, *each) for sample in range(self.samples) for each in enumerate(batches)]
+
+    def decode(self, unit: Unit, replacements: Replacements, states: States) -> list[Decoded]:
+        """The answers to the rows of a unit."""
+        decoder = replacements.decoder_of(unit.arm, states)
+        own = OwnStates()
+        if unit.arm.name == OWN and unit.sample == 0:
+            decoder = replace(decoder, feed=own)
+        prompts = [replacements.prompt(unit.arm, row) for row in unit.rows]
+        if unit.sample:  # with a key of its own, an answer has draws of its own
+            prompts = [replace(prompt, key=f"{prompt.key}/{unit.sample}") for prompt in prompts]
+        generations = decoder.generate(collate(prompts, align_latents=True))
+        return [
+            Decoded(self.answer(unit, row, generation), row.sample.key, own.by_row.get(row.sample.key, {}))
+            for row, generation in zip(unit.rows, generations, strict=True)
+        ]
+
+    def answer(self, unit: Unit, row: Row, generation: Generation) -> Answer:
+        """A row's answer, scored."""
+        text = self.encoder.text_of(generation.ids).strip()
+        answer = Answer(
+            number=row.number,
+            where=row.where,
+            arm=unit.arm.name,
+            sample=unit.sample,
+            text=text,
+            num_tokens=len(generation.ids),
+            num_blocks=generation.ids.count(self.decoder.ids.latent_start),
+            num_latents=len(generation.latents),
+            num_replaced=generation.num_replaced,
+            complete=bool(self.decoder.is_end(torch.tensor(generation.ids[-1]))),
+            row=row.sample.extra,
+        )
+        try:
+            return replace(answer, scores=self.task.score(row.sample, text))
+        except DataError as error:
+            return replace(answer, unscored=str(error))
+
+    def in_order(self, answers: Sequence[Answer]) -> dict[str, list[Answer]]:
+        """Answers by arm; in each, by row, then by sample."""
+        return {
+            arm.name: sorted(
+                (each for each in answers if each.arm == arm.name), key=lambda each: (each.number, each.sample)
+            )
+            for arm in self.arms
+        }
+
+
+class OwnStates:
+    """Feeds every row its own states, and keeps a copy of them on the CPU, in float32."""
+
+    def __init__(self) -> None:
+        self.by_row: dict[str, dict[Slot, torch.Tensor]] = {}
+
+    def __call__(self, key: str, slot: Slot, own: torch.Tensor) -> None:
+        # Without a copy, a row of [B, D] would keep all of it in memory.
+        self.by_row.setdefault(key, {})[slot] = own.to("cpu", torch.float32, copy=True)
