@@ -2,7 +2,7 @@ r"""Generates puzzles whose answer is seen in a picture that the question does n
 
 Input image: two to four pieces, each turned, its upper edge red. Helper image: the pieces turned upright and laid on
 one square. Question: how many cells do they cover, 5, 6, 7 or 8 (A to D)? In the helper image they only have to be
-counted. Answer: Laid together: <output_image>\boxed{B}, so no words stand for the picture in a text baseline.
+counted. Answer: Together: <output_image>\boxed{B}, so no words stand for the picture in a text baseline.
 """
 
 import json
@@ -18,9 +18,9 @@ from mirage_ds.output_folder import new_folder
 
 LETTERS = "ABCD"
 OPTIONS = [f"{number} cells" for number in NUM_COVERED]
-QUESTION = "<image> Turn every red edge to the top and lay the pieces on each other. How many cells are covered? "
-QUESTION += ", ".join(f"{letter}: {number}" for letter, number in zip(LETTERS, NUM_COVERED, strict=True))
-ANSWER = "Laid together: <output_image>\\boxed{{{letter}}}"
+QUESTION = "<image> Red edges up, pieces on each other: cells covered? "
+QUESTION += ", ".join(f"{letter} {number}" for letter, number in zip(LETTERS, NUM_COVERED, strict=True))
+ANSWER = "Together: <output_image>\\boxed{{{letter}}}"
 
 
 def make_puzzles(output: Path, *, levels: range, num_train: int, num_test: int, cell_px: int, seed: int) -> None:
