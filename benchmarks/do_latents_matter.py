@@ -79,7 +79,7 @@ TASKS: dict[TaskName, Task] = {
         Size(num_train=5800, num_test=400, stage1_steps=260, stage2_steps=400, warmup_steps=30),
     ),
     "hidden": Task(
-        ("make-puzzles", "--levels", "2"),
+        ("make-puzzles", "--levels", "1"),
         "choice",
         9,
         Size(num_train=5800, num_test=400, stage1_steps=260, stage2_steps=200, warmup_steps=30),

@@ -73,7 +73,7 @@ def make_puzzles(
     output: Annotated[Path, typer.Option(help="New folder for train.jsonl, test.jsonl and images.")],
     num_train: Annotated[int, typer.Option(min=1, help="Number of training rows, each with its own puzzle.")],
     num_test: Annotated[int, typer.Option(min=1, help="Number of test rows; no training row has the same pieces.")],
-    levels: Annotated[str, typer.Option(help="Pieces of a puzzle, from 2 to 4: one number, or a range.")] = "2",
+    levels: Annotated[str, typer.Option(help="How hard, from 1 to 4: one level, or a range.")] = "1",
     cell_px: Annotated[int, typer.Option(min=8, help="Side of a cell in pixels; 28 gives one token per cell.")] = 28,
     seed: Annotated[int, typer.Option(help="Seed of the puzzles.")] = 0,
 ) -> None:
@@ -81,7 +81,7 @@ def make_puzzles(
     with Console(stderr=True).status("drawing puzzles"):
         puzzles.make_puzzles(
             output,
-            levels=vsp.parse_levels(levels),
+            levels=vsp.parse_levels(levels, smallest=min(puzzles.LEVELS)),
             num_train=num_train,
             num_test=num_test,
             cell_px=cell_px,

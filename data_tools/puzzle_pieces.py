@@ -1,8 +1,8 @@
 """Puzzles of pieces on a square: drawn from a seed, without repeats, split into training and test.
 
-A piece is some of the SIDE x SIDE cells, turned by quarters. All pieces are turned upright and laid on one square, and
-the question is how many cells they cover together: NUM_COVERED, each as often as the others. The pieces of a level have
-equally many cells, so the number says only which cells lie on each other: no piece alone, and no sum, tells it.
+A piece is some of the SIDE x SIDE cells, turned. All pieces are turned upright and laid on one square, and the question
+is how many cells they cover together: NUM_COVERED, each as often as the others. The pieces of a level have equally many
+cells, so the number depends only on which cells lie on each other: no piece alone, and no sum, tells it.
 
 A puzzle is a test puzzle if the sha256 of its upright pieces, in sorted order, ends in the decimal digit 0; else a
 training puzzle. So upright pieces that are laid together in training are never laid together in the test, in whatever
@@ -21,10 +21,23 @@ from data_tools.vsp_maps import Side
 
 SIDE = 3
 NUM_COVERED = (5, 6, 7, 8)  # the answers, in the order of their letters
-# Level, which is the number of pieces -> the cells of each: together they can cover the most that is asked for.
-PIECE_CELLS = {2: 4, 3: 3, 4: 2}
-# Of one level. The rarest answer of level 2 has about 9000 training and 1000 test puzzles.
-MAX_DRAWN: dict[Side, int] = {"train": 30_000, "test": 2_000}
+
+
+class Level(NamedTuple):
+    """How hard a puzzle is."""
+
+    num_pieces: int
+    num_cells: int  # of each piece; together they can cover the most that is asked for
+    turns: tuple[int, ...]  # quarters
+    max_drawn: dict[Side, int]  # by the rarest answer, of which there are few where two pieces cover 8 cells
+
+
+LEVELS = {
+    1: Level(2, 4, (0, 2), {"train": 8_000, "test": 800}),
+    2: Level(2, 4, (0, 1, 2, 3), {"train": 30_000, "test": 2_000}),
+    3: Level(3, 3, (0, 1, 2, 3), {"train": 30_000, "test": 2_000}),
+    4: Level(4, 2, (0, 1, 2, 3), {"train": 30_000, "test": 2_000}),
+}
 
 Piece = tuple[int, ...]
 """The numbers of its cells in raster order, from 0, ascending."""
@@ -33,6 +46,7 @@ Piece = tuple[int, ...]
 class Puzzle(NamedTuple):
     """Pieces, and how they are turned."""
 
+    level: int
     upright: tuple[Piece, ...]
     turns: tuple[int, ...]  # quarters, clockwise, by which each one is drawn turned
 
@@ -54,7 +68,7 @@ class Puzzle(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of pieces and turns, in hexadecimal."""
+        """sha256 of level, pieces and turns, in hexadecimal."""
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()
 
 
@@ -66,7 +80,7 @@ def turned(piece: Piece, quarters: int) -> Piece:
 
 
 def draw_puzzles(level: int, side: Side, count: int, seed: int) -> list[Puzzle]:
-    """`count` different puzzles of `level` pieces, at most MAX_DRAWN, in random order; the answers are balanced."""
+    """`count` different puzzles of a level, at most `max_drawn`, in random order; the answers are balanced."""
     random = Random(f"{seed} {level} {side}")
     wanted = Counter(NUM_COVERED[number % len(NUM_COVERED)] for number in range(count))
     found: set[Puzzle] = set()
@@ -81,6 +95,7 @@ def draw_puzzles(level: int, side: Side, count: int, seed: int) -> list[Puzzle]:
     return puzzles
 
 
-def _draw_puzzle(level: int, random: Random) -> Puzzle:
-    pieces = (tuple(sorted(random.sample(range(SIDE**2), PIECE_CELLS[level]))) for _ in range(level))
-    return Puzzle(tuple(pieces), tuple(random.randrange(4) for _ in range(level)))
+def _draw_puzzle(number: int, random: Random) -> Puzzle:
+    level = LEVELS[number]
+    pieces = (tuple(sorted(random.sample(range(SIDE**2), level.num_cells))) for _ in range(level.num_pieces))
+    return Puzzle(number, tuple(pieces), tuple(random.choice(level.turns) for _ in range(level.num_pieces)))

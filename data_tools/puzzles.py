@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.puzzle_images import draw_question, draw_square
-from data_tools.puzzle_pieces import MAX_DRAWN, NUM_COVERED, PIECE_CELLS, Puzzle, draw_puzzles
+from data_tools.puzzle_pieces import LEVELS, NUM_COVERED, Puzzle, draw_puzzles
 from data_tools.vsp_images import png_bytes
 from data_tools.vsp_maps import SIDES, Side
 from mirage_ds.errors import ConfigError, DataError
@@ -27,7 +27,7 @@ def make_puzzles(output: Path, *, levels: range, num_train: int, num_test: int, 
     """Writes train.jsonl, test.jsonl and images/ to `output`, completely or not at all; equal arguments, equal bytes.
 
     Args:
-        levels: numbers of pieces; each gets an equal share of the rows, the first ones one more if they do not divide.
+        levels: of LEVELS; each gets an equal share of the rows, the first ones one more if they do not divide.
         cell_px: side of a cell; 28 gives one merged token per cell.
     Raises:
         ConfigError: there is no such level.
@@ -46,23 +46,24 @@ def make_puzzles(output: Path, *, levels: range, num_train: int, num_test: int, 
 
 def _share_out(requested: int, levels: range, side: Side) -> dict[int, int]:
     """The number of puzzles of each level."""
-    if unknown := [level for level in levels if level not in PIECE_CELLS]:
+    if unknown := [level for level in levels if level not in LEVELS]:
         raise ConfigError(
-            f"there are no puzzles of {unknown[0]} pieces (--levels {levels[0]}-{levels[-1]}); allowed are "
-            f"{min(PIECE_CELLS)} to {max(PIECE_CELLS)}; write for example 2 or 2-4"
+            f"there is no level {unknown[0]} (--levels {levels[0]}-{levels[-1]}); allowed are {min(LEVELS)} to "
+            f"{max(LEVELS)}; write for example 2 or 1-4"
         )
     shares = {level: len(range(place, requested, len(levels))) for place, level in enumerate(levels)}
-    if shares[levels[0]] > MAX_DRAWN[side]:
-        raise DataError(
-            f"too many puzzles requested (--num-{side} {requested}); there are {MAX_DRAWN[side]} of each level for "
-            f"{side}; request at most {MAX_DRAWN[side] * len(levels)}, or more levels"
-        )
+    for level, share in shares.items():
+        if share > (most := LEVELS[level].max_drawn[side]):
+            raise DataError(
+                f"too many puzzles requested (--num-{side} {requested}, {share} of level {level}); there are {most} of "
+                f"that level for {side}; request fewer, or more levels"
+            )
     return shares
 
 
 def _write_row(folder: Path, puzzle: Puzzle, cell_px: int) -> dict[str, Any]:
     """The row of a puzzle; writes its images."""
-    level, puzzle_id = len(puzzle.upright), puzzle.fingerprint[:16]
+    level, puzzle_id = puzzle.level, puzzle.fingerprint[:16]
     images = {
         f"images/level_{level}/{puzzle_id}_pieces.png": draw_question(puzzle, cell_px),
         f"images/level_{level}/{puzzle_id}_together.png": draw_square(puzzle.covered, cell_px),

@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data_tools import cli
 from data_tools.build import build
-from data_tools.puzzle_pieces import MAX_DRAWN, NUM_COVERED, PIECE_CELLS, draw_puzzles
+from data_tools.puzzle_pieces import LEVELS, NUM_COVERED, draw_puzzles
 from data_tools.puzzles import make_puzzles
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.patches import ImageProcessor
@@ -27,10 +27,11 @@ from mirage_ds.hf.preset import train_tokenizer
 
 CELL_PX = 28
 SHAPE = (3, 3)
+NUM_PIECES = {1: 2, 2: 2, 3: 3, 4: 4}
 
 
 def make(output: Path, **changes: Any) -> Path:
-    arguments: dict[str, Any] = {"levels": range(2, 5), "num_train": 120, "num_test": 24, "cell_px": CELL_PX, "seed": 1}
+    arguments: dict[str, Any] = {"levels": range(1, 5), "num_train": 160, "num_test": 32, "cell_px": CELL_PX, "seed": 1}
     make_puzzles(output, **arguments | changes)
     return output
 
@@ -67,7 +68,7 @@ def upright_pieces(folder: Path, row: dict[str, Any]) -> list[np.ndarray]:
     """The pieces of the question's image, turned as the question says."""
     image = pixels(folder, row["image_input"])
     squares = [image[:, start : start + 3 * CELL_PX] for start in range(0, image.shape[1], 4 * CELL_PX)]
-    assert len(squares) == row["level"]
+    assert len(squares) == NUM_PIECES[row["level"]]
     return [np.rot90(cells_of(square), red_edge(square)) for square in squares]  # against the clock: edge to the top
 
 
@@ -92,13 +93,15 @@ def test_the_pixels_give_the_picture_and_the_answer(puzzles: Path) -> None:
 def test_nothing_but_the_overlap_tells_the_answer(puzzles: Path) -> None:
     """All pieces of a level have equally many cells, and the red line hides none of them."""
     for row in read(puzzles, "train"):
-        assert {int(piece.sum()) for piece in upright_pieces(puzzles, row)} == {PIECE_CELLS[row["level"]]}
+        assert {int(piece.sum()) for piece in upright_pieces(puzzles, row)} == {
+            4 if row["level"] <= 2 else 3 if row["level"] == 3 else 2
+        }
 
 
 def test_answers_are_balanced(puzzles: Path) -> None:
     for side, count in (("train", 10), ("test", 2)):
         found = Counter((row["level"], answer_of(row)) for row in read(puzzles, side))
-        assert found == dict.fromkeys(itertools.product((2, 3, 4), NUM_COVERED), count)
+        assert found == dict.fromkeys(itertools.product((1, 2, 3, 4), NUM_COVERED), count)
 
 
 def test_no_test_pieces_in_training(tmp_path: Path) -> None:
@@ -117,11 +120,20 @@ def test_no_test_pieces_in_training(tmp_path: Path) -> None:
     assert len(found["test"]) > 100
 
 
-@pytest.mark.parametrize("level", [2, 4])
+@pytest.mark.parametrize("level", [1, 2])
 def test_as_many_test_puzzles_as_promised_can_be_drawn(level: int) -> None:
-    """The levels where the rarest answer has the fewest puzzles and where it is found least often."""
-    drawn = draw_puzzles(level, "test", MAX_DRAWN["test"], seed=3)
-    assert len(set(drawn)) == MAX_DRAWN["test"]
+    """Of the levels where the rarest answer has the fewest puzzles."""
+    count = LEVELS[level].max_drawn["test"]
+    assert len(set(draw_puzzles(level, "test", count, seed=3))) == count
+
+
+def test_level_1_has_half_turns_only(puzzles: Path) -> None:
+    edges: dict[int, set[int]] = {1: set(), 2: set()}
+    for row in read(puzzles, "train"):
+        if row["level"] in edges:
+            image = pixels(puzzles, row["image_input"])
+            edges[row["level"]] |= {red_edge(image[:, start : start + 3 * CELL_PX]) for start in (0, 4 * CELL_PX)}
+    assert edges == {1: {0, 2}, 2: {0, 1, 2, 3}}
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -148,7 +160,7 @@ def test_rows_build_and_encode(puzzles: Path, tmp_path: Path) -> None:
         sample = reader(number)
         encoded = Encoder(tokenizer, processor, stage="stage1", latent_size=9)(sample)
         assert encoded.latent_mask.sum() == 9
-        assert encoded.image_mask.sum() == 3 * (4 * row["level"] - 1)
+        assert encoded.image_mask.sum() == 3 * (4 * NUM_PIECES[row["level"]] - 1)
         answer = tokenizer.decode(encoded.input_ids[encoded.prompt_length :])
         assert re.search(r"Together: \s*<\|latent_start\|>.*<\|latent_end\|>.*\\boxed\{[A-D]\}", answer, re.DOTALL)
         text = Encoder(tokenizer, processor, stage="text", latent_size=9)(sample)
@@ -158,9 +170,9 @@ def test_rows_build_and_encode(puzzles: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"levels": range(2, 6)}, ConfigError, r"no puzzles of 5 pieces \(--levels 2-5\); allowed are 2 to 4"),
-        ({"num_train": 90_001}, DataError, r"too many puzzles .*\(--num-train 90001\).*at most 90000"),
-        ({"num_test": 6001}, DataError, r"too many puzzles .*\(--num-test 6001\).*at most 6000"),
+        ({"levels": range(2, 6)}, ConfigError, r"no level 5 \(--levels 2-5\); allowed are 1 to 4"),
+        ({"num_train": 32_001}, DataError, r"too many .*\(--num-train 32001, 8001 of level 1\); there are 8000"),
+        ({"num_test": 3201}, DataError, r"too many .*\(--num-test 3201, 801 of level 1\); there are 800"),
     ],
 )
 def test_what_does_not_exist(tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:
