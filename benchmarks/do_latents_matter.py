@@ -41,6 +41,7 @@ from launch.demo import GLOBAL_BATCH_SIZE, RANKS, RECIPES
 from launch.local import count_gpus
 from mirage_ds import errors, strict_json
 from mirage_ds.errors import ConfigError
+from mirage_ds.evaluation.finished import read_results
 from mirage_ds.paths import expanded
 from mirage_ds.versions import versions
 
@@ -223,18 +224,13 @@ class Benchmark:
 
     def solved(self, num_seeds: int) -> Solved:
         """Whether each answer was right, by arm and by what was fed at its latents."""
-        found: Solved = {}
-        for arm in (*TEXT_ARMS, *OVERRIDES):
-            by_latents: dict[str, list[list[bool]]] = {}
+        found: Solved = {arm: {} for arm in (*TEXT_ARMS, *OVERRIDES)}
+        for arm, by_latents in found.items():
             for seed in range(num_seeds):
-                of_seed: dict[str, list[bool]] = {}
-                for line in self.run_of(seed, arm, "answers.jsonl").read_text().splitlines():
-                    answer = strict_json.loads(line)
-                    right = next(iter(answer["scores"].values()))["success"] == 1
-                    of_seed.setdefault(answer["arm"], []).append(right)
-                for latents, rows in of_seed.items():
-                    by_latents.setdefault(latents, []).append(rows)
-            found[arm] = by_latents
+                for latents, answers in read_results(self.run_of(seed, arm, "answers.jsonl")).items():
+                    (way, *_) = answers[0].scores
+                    right = [answer.scores[way].success == 1 for answer in answers]
+                    by_latents.setdefault(latents, []).append(right)
         return found
 
     def training_of(self, num_seeds: int) -> dict[str, dict[str, float]]:

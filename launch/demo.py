@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from launch.demo_answers import read_answers
 from launch.demo_report import LABELS, conclusions, count_malformed, draw_picture, rate, results_table
 from launch.local import count_gpus
 from mirage_ds import errors
@@ -29,6 +28,7 @@ from mirage_ds.cli import app as mirage
 from mirage_ds.data.rows import read_rows
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import OWN
+from mirage_ds.evaluation.finished import read_results
 from mirage_ds.paths import expanded
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -140,7 +140,7 @@ class Demo:
             what = ("--model", self.trained(run), "--task", "vsp-spatial-planning", "--latents", LATENTS.get(run, OWN))
             limits = ("--latent-size", LATENT_SIZE, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", BATCH_SIZE)
             self.mirage("evaluate", *what, "--data", self.output / "rows" / "test.jsonl", "--output", output, *limits)
-            for arm, found in read_answers(output).items():
+            for arm, found in read_results(output).items():
                 answers[run if arm == OWN else f"{run}_{arm.partition(':')[0]}"] = found
         return answers
 

@@ -1,6 +1,7 @@
 """The benchmark of latents without its training: its intervals and tables, equal seconds, and what a start repeats."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import latents_table
@@ -11,6 +12,8 @@ from latents_table import latents_table as table_of_latents
 
 from benchmarks.do_latents_matter import OVERRIDES, TEXT_ARMS, Benchmark, Parts
 from mirage_ds.errors import ConfigError
+from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.tasks.outcome import Outcome, Scores
 
 
 def drawn(num_seeds: int, num_rows: int, rate: float) -> np.ndarray:
@@ -83,6 +86,10 @@ def test_a_complete_part_is_not_repeated(tmp_path: Path) -> None:
         Parts(tmp_path, {"task": "hidden"})
 
 
+def answer(row: int, arm: str, scores: Scores) -> Answer:
+    return Answer(row, f"rows:{row}", arm, 0, "", 1, 1, 4, 4, True, scores)
+
+
 def write_steps(benchmark: Benchmark, arm: str, stage: str, seconds: list[float]) -> None:
     folder = benchmark.run_of(0, arm, stage)
     folder.mkdir(parents=True)
@@ -99,13 +106,13 @@ def test_equal_seconds_and_the_answers_of_all_arms(tmp_path: Path) -> None:
     for arm in (*TEXT_ARMS, *OVERRIDES):
         latents = ("own",) if arm in TEXT_ARMS else ("own", "mean")
         answers = [
-            {"arm": fed, "scores": {"strict": {"success": fed == "own" and row == 0}, "reference": {"success": True}}}
+            answer(row, fed, {"strict": Outcome(fed == "own" and row == 0, ""), "reference": Outcome(True, "")})
             for fed in latents
             for row in range(2)
         ]
         path = benchmark.run_of(0, arm, "answers.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+        path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in answers))
     found = benchmark.solved(1)
     assert found["text"] == {"own": [[True, False]]}
     assert found["gray"] == {"own": [[True, False]], "mean": [[False, False]]}

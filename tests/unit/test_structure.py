@@ -11,9 +11,19 @@ PACKAGE = ROOT / "mirage_ds"
 SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for path in (ROOT / folder).rglob("*.py"))
 
 GROUND = (
-    *("batch", "config", "config_train", "config_values", "console", "errors", "housekeeping", "library_noise"),
-    *("model_folder", "output_folder", "owner", "paths", "programs", "recipe", "strict_json", "strict_yaml"),
-    *("tokens", "train_state", "versions"),
+    *("batch", "config", "config_train", "config_values", "console", "errors", "housekeeping", "launcher"),
+    *(
+        "library_noise",
+        "model_folder",
+        "output_folder",
+        "owner",
+        "paths",
+        "programs",
+        "recipe",
+        "strict_json",
+        "strict_yaml",
+    ),
+    *("tokens", "train_state", "versions", "wide_console"),
 )
 # A folder imports from itself and from the lines above its own, never from those below.
 ORDER = (
@@ -31,10 +41,10 @@ ORDER = (
     ("train", "cli"),
 )
 LAUNCH_ORDER = (
-    ("wide_console", "demo_report"),
-    ("planner", "doctor", "demo_answers"),
+    ("demo_report",),
+    ("planner", "doctor"),
     ("slurm", "local"),
-    ("demo", "cli"),
+    ("demo", "evaluate", "cli"),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
 
