@@ -111,8 +111,8 @@ def parse_levels(text: str, smallest: int = 2) -> range:
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not smallest <= first <= last:
         raise ConfigError(
-            f"invalid levels {text!r:.80} (--levels); allowed: a number of at least {smallest}, or a range of them, the "
-            "smaller one first; write for example 3 or 3-6"
+            f"invalid levels {text!r:.80} (--levels); allowed: a number of at least {smallest}, or a range of them, "
+            "the smaller one first; write for example 3 or 3-6"
         )
     return range(first, last + 1)
 
