@@ -46,6 +46,7 @@ from mirage_ds.errors import (
     leave,
     name_full_disk,
 )
+from mirage_ds.evaluation.in_training import InTraining, evaluate_if_due, read_evaluation
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.owner import Owner
@@ -83,22 +84,24 @@ def train(config: Config) -> None:
         end_finished(config, start)
         return
     config.check_packing(distributed.world_size())
+    questions = read_evaluation(config)
     with own(config.run.dir, start.tags) as owner:
-        engine = load_engine(config, start)
+        engine, backbone = load_engine(config, start)
         state = load_state(engine, config, start.checkpoint)
         copies = open_copies(config)
         saves = open_saves(engine, config, start, writer, copies)
         targets = open_target_cache(engine, config, start)
         trainer = make_trainer(engine, config, start, state, saves, targets)
+        evaluation = InTraining(trainer, backbone, start.encoder, questions, config) if questions else None
         dry_run(trainer, config, start)
-        train_steps(trainer, config, start, saves, owner)
+        train_steps(trainer, config, start, saves, owner, evaluation)
         end(trainer, config)
         if copies is not None:
             copies.wait()
 
 
-def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
-    """The model under ZeRO-3. From here on the run writes into its folder."""
+def load_engine(config: Config, start: Start) -> tuple[DeepSpeedEngine, Backbone]:
+    """The model under ZeRO-3, and its modules as transformers has them. From here on the run writes into its folder."""
     backbone = load_backbone(
         config.model.path,
         dtype=DTYPES[config.train.dtype],
@@ -119,7 +122,7 @@ def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
         print(describe(config, start, model, backbone))
         print(describe_gather(model, start.gather, start.deepspeed_config, DTYPES[config.train.dtype]))
         print(start.pooling, flush=True)
-    return engine
+    return engine, backbone
 
 
 def make_trainer(
@@ -160,13 +163,21 @@ def make_trainer(
     return trainer
 
 
-def train_steps(trainer: Trainer, config: Config, start: Start, saves: Saves, owner: Owner | None) -> None:
+def train_steps(
+    trainer: Trainer,
+    config: Config,
+    start: Start,
+    saves: Saves,
+    owner: Owner | None,
+    evaluation: InTraining | None,
+) -> None:
     """All steps that are left, with what is due after each of them."""
     beating = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s, trainer.state.step)
     with beating as heartbeat, profiler(config, trainer.state) as profile_step:
         actions = [
             lambda state: heartbeat.beat(state.step),
             lambda state: owner.check(state.step) if owner else None,
+            evaluate_if_due(evaluation),  # before a validation, which leaves weights gathered
             validate_if_due(trainer, config, start.encoder),
             save_if_due(trainer, config.checkpoint.interval, saves),
             profile_step,

@@ -70,6 +70,11 @@ class Metrics:
         if self.report:
             self.report.write_validation(step, losses)
 
+    def add_evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Writes an evaluation; rank 0's figures count."""
+        if self.report:
+            self.report.write_evaluation(step, figures)
+
     def add_bad_batches(self, step: int, batches: list[dict[str, Any]]) -> Path:
         """Writes the micro-batches of a skipped step, from all ranks, to a file of their own, and returns it."""
         if self.report:

@@ -90,6 +90,7 @@ class Report:
         self.recent_step_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self.steps = Records(run_dir / "metrics.jsonl", steps_done)
         self.validation = Records(run_dir / "validation.jsonl", steps_done)
+        self.evaluation = Records(run_dir / "evaluation.jsonl", steps_done)
         self.bad_batches = Records(run_dir / BAD_BATCHES_NAME, steps_done)
         self.curves = Curves(run_dir / "tensorboard", steps_done)
         self.goodput = Goodput(run_dir, self.steps.last)
@@ -117,6 +118,12 @@ class Report:
         self.validation.add({"step": step} | losses | hexadecimal)
         self.curves.add({f"validation/{name}": value for name, value in losses.items() if self.has(name)}, step)
         print(f"step {step:>5}/{self.max_steps} | validation {self.losses(losses)}", flush=True)
+
+    def write_evaluation(self, step: int, figures: dict[str, float]) -> None:
+        self.evaluation.add({"step": step} | figures)
+        self.curves.add({f"evaluation/{name}": value for name, value in figures.items()}, step)
+        shares = [f"{name.replace('_', ' ')} {value:.1%}" for name, value in figures.items() if name != "seconds"]
+        print(f"step {step:>5}/{self.max_steps} | evaluation {' | '.join(shares)}", flush=True)
 
     def write_bad_batches(self, step: int, batches: list[dict[str, Any]]) -> None:
         self.bad_batches.add(*({"step": step} | batch for batch in batches))
@@ -192,7 +199,7 @@ class Report:
         return " | ".join(parts)
 
     def close(self) -> None:
-        for file in (self.steps, self.validation, self.bad_batches, self.curves):
+        for file in (self.steps, self.validation, self.evaluation, self.bad_batches, self.curves):
             file.close()
 
 
