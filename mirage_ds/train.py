@@ -92,7 +92,7 @@ def train(config: Config) -> None:
         saves = open_saves(engine, config, start, writer, copies)
         targets = open_target_cache(engine, config, start)
         trainer = make_trainer(engine, config, start, state, saves, targets)
-        evaluation = InTraining(trainer, backbone, start.encoder, questions, config) if questions else None
+        evaluation = InTraining(trainer, backbone, questions, config) if questions else None
         dry_run(trainer, config, start)
         train_steps(trainer, config, start, saves, owner, evaluation)
         end(trainer, config)

@@ -54,7 +54,7 @@ def evaluate(
     check_model(model, f"--model {model}")
     results = Results(output)
     how, arms = load_task(task), parse_arms(latents)
-    rows = read_questions_of(data)
+    rows = read_questions_of(data, arms)
     for row, reason in check_rows(rows, how):
         typer.echo(f"not scored: {row.where}: {reason}", err=True)
 

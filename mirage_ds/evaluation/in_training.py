@@ -19,17 +19,18 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.errors import DataError, MirageError
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.arms import OWN, Arm, parse_arms
-from mirage_ds.evaluation.command import summarize
 from mirage_ds.evaluation.engine import Engine, Ranks
 from mirage_ds.evaluation.parts import Parts
 from mirage_ds.evaluation.results import Results
-from mirage_ds.evaluation.scoring import Task, load_task
+from mirage_ds.evaluation.scoring import Task, check_rows, load_task
+from mirage_ds.evaluation.tables import summary_of
 from mirage_ds.evaluation.training_rows import read_some
 from mirage_ds.housekeeping import warn_once
 from mirage_ds.inference.generate import Decoder
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.after_step import Action
+from mirage_ds.training.start import make_encoder
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.whole_model import whole_model
@@ -45,6 +46,7 @@ class Questions:
     task: Task
     arms: Sequence[Arm]
     rows: Sequence[Row]
+    encoder: Encoder  # of stage 1, which encodes helper images too
 
 
 def read_evaluation(config: Config) -> Questions | None:
@@ -56,7 +58,12 @@ def read_evaluation(config: Config) -> Questions | None:
     evaluation = config.evaluation
     if evaluation.task is None:
         return None
-    return Questions(load_task(evaluation.task), parse_arms(evaluation.latents), read_some(evaluation))
+    task, arms = load_task(evaluation.task), parse_arms(evaluation.latents)
+    rows = read_some(evaluation, arms)
+    unscored = check_rows(rows, task)
+    for row, reason in unscored if distributed.is_main() else ():
+        print(f"not scored: {row.where}: {reason}", flush=True)
+    return Questions(task, arms, rows, make_encoder(config, "stage1"))
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,6 @@ class InTraining:
 
     trainer: Trainer
     backbone: Backbone  # whose modules the trainer's engine has sharded
-    encoder: Encoder
     questions: Questions
     config: Config
 
@@ -97,7 +103,7 @@ class InTraining:
         answers = by_arm(parts.answers(), self.questions.arms)
         every = [answer for arm in answers.values() for answer in arm]
         with results:
-            results.finish(every, summarize(answers, self.questions.task) | {"settings": self.settings(step)})
+            results.finish(every, summary_of(answers, self.questions.task) | {"settings": self.settings(step)})
         parts.remove()
         return answers
 
@@ -109,13 +115,13 @@ class InTraining:
         with closing(parts), decoding(self.trainer.engine.module, self.backbone):
             decoder = Decoder(
                 self.backbone,
-                self.encoder.ids,
+                questions.encoder.ids,
                 self.config.model.latent_size,
                 max_new_tokens=evaluation.max_new_tokens,
             )
             engine = Engine(
                 decoder,
-                self.encoder,
+                questions.encoder,
                 questions.rows,
                 questions.task,
                 questions.arms,
