@@ -57,6 +57,7 @@ from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.training.cached_targets import open_target_cache
 from mirage_ds.training.dry_run import dry_run
 from mirage_ds.training.heartbeat import Heartbeat
+from mirage_ds.training.latent_sums import LatentSums
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.planned import plan
 from mirage_ds.training.run_data import deal_steps, open_stream
@@ -134,6 +135,11 @@ def make_trainer(
     targets: TargetCache | None,
 ) -> Trainer:
     """The training loop from `state` on, with this rank's data and the run's metrics."""
+    latents = None
+    if config.train.stage != "text":
+        size = engine.module.embed_tokens.embedding_dim
+        latents = LatentSums(config.model.latent_size, size, start.device)
+        engine.module.keep_states = latents.add
     metrics = Metrics(
         config.run.dir,
         stage=config.train.stage,
@@ -142,6 +148,7 @@ def make_trainer(
         log_freq=config.train.log_freq,
         steps_done=state.step,
         planned=plan(config, start.deepspeed_config),
+        latents=latents,
     )
     steps = deal_steps(config, start, state.position)
     trainer = Trainer(

@@ -86,6 +86,18 @@ def test_training_does_not_notice(runs: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
+def test_latent_health_is_taken_from_the_latents(runs: Path, name: str) -> None:
+    """In stage 1 the mean cosine to the targets is 1 - the latent loss, as all rows have one K."""
+    for record in records(runs / f"{name}-True" / "metrics.jsonl"):
+        cosines = record["latents"]["target_cosine"]
+        if name.startswith("stage1"):
+            assert sum(cosines) / len(cosines) == pytest.approx(record["cosine"], abs=1e-5)
+        else:
+            assert cosines == [None] * 4
+        assert all(-1 < cosine < 1 for cosine in record["latents"]["row_cosine"])
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_answers_are_those_of_the_exported_model(runs: Path, name: str) -> None:
     """Those of `mirage evaluate`, in one process and with larger batches, for the weights of the last checkpoint."""
     run_dir, export, output = runs / f"{name}-True", runs / f"{name}-export", runs / f"{name}.jsonl"
