@@ -110,3 +110,7 @@ app.command()(evaluate)
 def main() -> None:
     library_noise.silence()
     errors.run(app)
+
+
+if __name__ == "__main__":  # as mirage-launch starts it
+    main()

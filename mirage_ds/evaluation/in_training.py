@@ -19,8 +19,9 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.errors import DataError, MirageError
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.arms import OWN, Arm, parse_arms
-from mirage_ds.evaluation.engine import Engine, Ranks
-from mirage_ds.evaluation.parts import Parts
+from mirage_ds.evaluation.engine import Engine
+from mirage_ds.evaluation.parts import Parts, check_settings
+from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.results import Results
 from mirage_ds.evaluation.scoring import Task, check_rows, load_task
 from mirage_ds.evaluation.tables import summary_of
@@ -36,7 +37,8 @@ from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.whole_model import whole_model
 
 FOLDER = "evaluations"
-Wait = Callable[[], None]
+Gather = Callable[[Any], list[Any]]
+"""The values of all ranks, on every rank."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class InTraining:
         began_s = time.monotonic()
         output = self.config.run.dir / FOLDER / f"step_{step}.jsonl"
         answers: dict[str, list[Answer]] = {}
-        fault = together(lambda wait: answers.update(self.answer(step, output, wait)), self.trainer.device)
+        fault = together(lambda gather: answers.update(self.answer(step, output, gather)))
         if isinstance(fault, MirageError):
             self.trainer.agree_on_fault(DataError(f"the evaluation after step {step} failed: {fault}"))
         elif fault is not None:
@@ -90,47 +92,48 @@ class InTraining:
             self.trainer.metrics.add_evaluation(step, numbers(answers, self.questions.task) | {"seconds": seconds})
             self.warn_of_timeout(seconds)
 
-    def answer(self, step: int, output: Path, wait: Wait) -> dict[str, list[Answer]]:
+    def answer(self, step: int, output: Path, gather: Gather) -> dict[str, list[Answer]]:
         """Writes the answers to all questions and what follows from them; returns them by arm, on rank 0 alone."""
+        ranks = Ranks(distributed.rank(), distributed.world_size(), gather)
+        questions, settings = self.questions, self.settings(step)
         results = None
-        if distributed.is_main():
+        if ranks.is_first:
             forget(output)
             results = Results(output)
-        wait()  # every rank finds an empty folder
-        parts = self.decode(step, Path(f"{output}.parts"), wait)
+            check_settings(results.parts, settings)
+        ranks.wait()  # every rank finds an empty folder
+        parts = Parts(parts_of(output), ranks.rank, self.backbone.embed_tokens.embedding_dim)
+        ranks.wait()  # nobody gathers while another rank has failed
+        with closing(parts), decoding(self.trainer.engine.module, self.backbone):
+            engine = self.engine()
+            engine.run(parts, ranks)
+        ranks.wait()  # nobody has a file open in a folder that is removed
         if results is None:
             return {}
-        answers = by_arm(parts.answers(), self.questions.arms)
+        answers = engine.in_order(parts.answers())
         every = [answer for arm in answers.values() for answer in arm]
         with results:
-            results.finish(every, summary_of(answers, self.questions.task) | {"settings": self.settings(step)})
-        parts.remove()
+            results.finish(every, summary_of(answers, questions.task) | {"settings": settings})
         return answers
 
-    def decode(self, step: int, folder: Path, wait: Wait) -> Parts:
-        """Fills the parts, which are closed and complete on every rank."""
+    def engine(self) -> Engine:
+        """What decodes with the weights of now."""
         questions, evaluation = self.questions, self.config.evaluation
-        parts = Parts(folder, distributed.rank(), self.settings(step), self.backbone.embed_tokens.embedding_dim)
-        wait()  # nobody gathers while another rank has failed
-        with closing(parts), decoding(self.trainer.engine.module, self.backbone):
-            decoder = Decoder(
-                self.backbone,
-                questions.encoder.ids,
-                self.config.model.latent_size,
-                max_new_tokens=evaluation.max_new_tokens,
-            )
-            engine = Engine(
-                decoder,
-                questions.encoder,
-                questions.rows,
-                questions.task,
-                questions.arms,
-                batch_size=evaluation.batch_size,
-                seed=self.config.run.seed,
-            )
-            engine.run(parts, Ranks(distributed.rank(), distributed.world_size(), wait))
-        wait()  # nobody has a file open in a folder that is removed
-        return parts
+        decoder = Decoder(
+            self.backbone,
+            questions.encoder.ids,
+            self.config.model.latent_size,
+            max_new_tokens=evaluation.max_new_tokens,
+        )
+        return Engine(
+            decoder,
+            questions.encoder,
+            questions.rows,
+            questions.task,
+            questions.arms,
+            batch_size=evaluation.batch_size,
+            seed=self.config.run.seed,
+        )
 
     def settings(self, step: int) -> dict[str, Any]:
         """What decided the answers, for the summary."""
@@ -179,50 +182,49 @@ def decoding(module: torch.nn.Module, backbone: Backbone) -> Iterator[None]:
             backbone.hf.train()  # a decoder turns that off
 
 
-class FailedElsewhereError(Exception):
-    """Another rank has failed."""
+class FailedError(Exception):
+    """A rank has failed, perhaps this one."""
+
+    def __init__(self, fault: Exception) -> None:
+        self.fault = fault
 
 
-def together(work: Callable[[Wait], None], device: torch.device) -> Exception | None:
-    """Does `work` on all ranks, which gets a function that waits for the other ranks; they wait equally often.
-
-    A rank that fails says so where it would have waited next, and the others stop there: none waits for ever.
+def together(work: Callable[[Gather], None]) -> Exception | None:
+    """Does `work` on all ranks. They exchange values equally often; one that has failed says so at its next exchange,
+    which ends the work of all there: none waits for ever.
 
     Returns:
         The first failure that has a name, of any rank, on every rank.
     """
 
-    def wait(failed: bool = False) -> None:
-        if any(distributed.max_over_ranks([failed], device)) and not failed:
-            raise FailedElsewhereError
+    def gather(value: Any, fault: Exception | None = None) -> list[Any]:
+        found = distributed.gather((value, fault))
+        for _, fault in found:
+            if fault is not None:
+                raise FailedError(fault)
+        return [value for value, _ in found]
 
-    fault: Exception | None = None
     try:
-        work(wait)
-        wait()
-    except FailedElsewhereError:
-        pass
-    except (MirageError, OSError) as error:
-        fault = error
-        wait(failed=True)
-    else:
-        return None
-    return next(each for each in distributed.gather(fault) if each)
+        try:
+            work(gather)
+            gather(None)
+        except (MirageError, OSError) as error:
+            gather(None, error)
+    except FailedError as failed:
+        return failed.fault
+    return None
+
+
+def parts_of(output: Path) -> Path:
+    """Where the ranks write while they decode."""
+    return Path(f"{output}.parts")
 
 
 def forget(output: Path) -> None:
     """Deletes what an earlier start wrote of this step."""
     output.unlink(missing_ok=True)
     Path(f"{output}.summary.json").unlink(missing_ok=True)
-    shutil.rmtree(f"{output}.parts", ignore_errors=True)
-
-
-def by_arm(answers: Sequence[Answer], arms: Sequence[Arm]) -> dict[str, list[Answer]]:
-    """In each arm, in the order of the rows."""
-    return {
-        arm.name: sorted((each for each in answers if each.arm == arm.name), key=lambda each: each.number)
-        for arm in arms
-    }
+    shutil.rmtree(parts_of(output), ignore_errors=True)
 
 
 def numbers(answers: dict[str, list[Answer]], task: Task) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """All weights of a model on every rank at once, so that a rank can compute with it while the others do something else.
 
-DeepSpeed's own `unwrap_model_for_generation` takes its hooks off and registers them again: then they come after those of
-the run (`gather_tower` must come first, the step's clock last), the recorded order of the modules is thrown away, and
-after an exception there are no hooks at all. Here all hooks are set aside, and DeepSpeed does not notice.
+DeepSpeed's own `unwrap_model_for_generation` takes its hooks off and registers them again. Then they come after those
+of the run (`gather_tower` must come first, the step's clock last), the recorded order of the modules is thrown away,
+small weights that are always kept are dropped, and after an exception there are no hooks at all. Here all hooks are set
+aside, and DeepSpeed does not notice.
 """
 
 from collections.abc import Iterator
