@@ -82,28 +82,38 @@ def count_rows(path: Path) -> int:
     return sum(1 for _ in _read_lines(path))
 
 
-def read_questions(path: Path) -> Iterator[tuple[str, Sample]]:
+def read_questions(path: Path, *, helpers: bool = False) -> Iterator[tuple[str, Sample]]:
     """As `read_rows`, for questions that will be answered by decoding; see `read_question`."""
     for number, (where, row) in enumerate(read_json_lines(path)):
-        yield where, read_question(row, key=f"{number:09d}", where=where, folder=path.parent)
+        yield where, read_question(row, key=f"{number:09d}", where=where, folder=path.parent, helpers=helpers)
 
 
-def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Sample:
-    """As `read_row`, but text_output may be missing, and helper images are not read.
+def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path, helpers: bool = False) -> Sample:
+    """As `read_row`, but text_output may be missing, and helper images are only read on request.
+
+    Args:
+        helpers: read the helper images, if the row has some, and K of their blocks.
 
     Raises:
         DataError: the question and its images do not match, or an image cannot be decoded.
     """
+    answer = read_text(row, "text_output", where) if row.get("text_output") else ""
+    helper_images = _images(row, "image_output", where, folder) if helpers else ()
+    num_blocks = num_latent_blocks(answer, len(helper_images))
     sample = Sample(
         key=key,
         text_input=read_text(row, "text_input", where),
-        text_output=read_text(row, "text_output", where) if row.get("text_output") else "",
+        text_output=answer,
         input_images=_images(row, "image_input", where, folder),
+        helper_images=helper_images,
+        latent_sizes=read_latent_sizes(row, num_blocks, where) if helper_images else (),
         extra=_extra(row),
     )
-    check_question(sample, where)
-    for number, data in enumerate(sample.input_images):
-        open_image(data, f"{where}, image {number}")
+    check = check_sample if helper_images else check_question
+    check(sample, where)
+    for name, images in (("image", sample.input_images), ("helper image", helper_images)):
+        for number, data in enumerate(images):
+            open_image(data, f"{where}, {name} {number}")
     return sample
 
 

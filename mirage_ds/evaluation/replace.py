@@ -1,15 +1,37 @@
 """What an arm changes: the decoder that decodes it, and what is asked."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
+import torch
+from PIL import Image
+
+from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, Encoder
+from mirage_ds.data.images import open_image
+from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, num_image_blocks
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.arms import Arm
-from mirage_ds.evaluation.feeds import MeanStates, ShuffledStates, next_rows
+from mirage_ds.evaluation.arms import OWN, Arm
+from mirage_ds.evaluation.feeds import (
+    FirstStates,
+    FixedState,
+    MeanStates,
+    NoisyStates,
+    OracleStates,
+    ShuffledStates,
+    cycle_of,
+    next_rows,
+)
 from mirage_ds.evaluation.states import States
-from mirage_ds.inference.feed import zeroed
+from mirage_ds.inference.feed import Feed
 from mirage_ds.inference.generate import Decoder
+from mirage_ds.inference.replaced import REPLACED
+from mirage_ds.model.targets import latent_targets
+from mirage_ds.model.tower import Tower
+
+GRAY = (128, 128, 128)
 
 
 class Replacements:
@@ -17,25 +39,80 @@ class Replacements:
 
     def __init__(self, decoder: Decoder, encoder: Encoder, rows: Sequence[Row], seed: int) -> None:
         self.decoder, self.encoder, self.rows, self.seed = decoder, encoder, rows, seed
+        self._by_key = {row.sample.key: row.sample for row in rows}
+        self._from_states: dict[str, Feed] = {}  # made once for all batches of an arm
 
     def prompt(self, arm: Arm, row: Row) -> EncodedSample:
         """What is asked of a row."""
-        return self.encoder.prompt(row.sample)
+        return self.encoder.prompt(self._asked(arm, row.sample))
+
+    def _asked(self, arm: Arm, sample: Sample) -> Sample:
+        if arm.image == OWN or not sample.input_images:
+            return sample
+        if arm.image == "gray":
+            turned = self.encoder.helper_facts()["exif_orientation"]
+            sizes = [open_image(data, sample.key, exif_orientation=turned).size for data in sample.input_images]
+            return replace(sample, input_images=tuple(_gray(size) for size in sizes))
+        if arm.image == "other":
+            others = self._by_key[self._next_with_images[sample.key]].input_images
+            count = len(sample.input_images)
+            return replace(sample, input_images=tuple(others[min(i, len(others) - 1)] for i in range(count)))
+        text = sample.text_input.replace(IMAGE_TAG, "").replace(OUTPUT_IMAGE_TAG, "")
+        assert num_image_blocks(text, 0) == 0, "every slot was removed"
+        return replace(sample, text_input=text, input_images=())
+
+    @cached_property
+    def _next_with_images(self) -> dict[str, str]:
+        return next_rows([row.sample.key for row in self.rows if row.sample.input_images], self.seed)
 
     def decoder_of(self, arm: Arm, states: States) -> Decoder:
         """The decoder of an arm; in the arm `own` its `feed` is None.
 
         Args:
-            states: those of all rows, if the arm needs them.
+            states: those of all rows, if the arm needs them; the same in every call.
         """
-        if arm.latents == "none":
-            return replace(self.decoder, forbidden=(self.decoder.ids.latent_start,))
-        if arm.latents == "markers":
-            return replace(self.decoder, latent_size=0)
-        if arm.latents == "zeroed":
-            return replace(self.decoder, feed=zeroed)
+        if arm.latents == OWN:
+            return self.decoder
+        if arm.latents in REPLACED:
+            return REPLACED[arm.latents](self.decoder)
+        if not arm.needs_states:
+            return replace(self.decoder, feed=self._feed_of_row(arm))
+        if arm.name not in self._from_states:
+            self._from_states[arm.name] = self._feed_of_states(arm, states)
+        return replace(self.decoder, feed=self._from_states[arm.name])
+
+    def _feed_of_row(self, arm: Arm) -> Feed:
+        if arm.latents == "noise":
+            return NoisyStates(arm.noise, self.seed)
+        return FirstStates() if arm.latents == "first" else OracleStates(self.targets)
+
+    def _feed_of_states(self, arm: Arm, states: States) -> Feed:
+        keys = [row.sample.key for row in self.rows]
         if arm.latents == "mean":
-            return replace(self.decoder, feed=MeanStates(states))
-        if arm.latents == "shuffled":
-            return replace(self.decoder, feed=ShuffledStates(states, next_rows(self.rows, self.seed)))
-        return self.decoder
+            return MeanStates(states)
+        if arm.latents == "fixed":
+            return FixedState(states, cycle_of(keys, self.seed))
+        return ShuffledStates(states, next_rows(keys, self.seed))
+
+    @torch.inference_mode()
+    def targets(self, key: str) -> list[torch.Tensor]:
+        """The latent targets [K, D] of each helper image of a row, in the model's dtype: as stage 1 feeds them.
+
+        Raises:
+            DataError: a helper image cannot be pooled to K.
+        """
+        sample, backbone = self._by_key[key], self.decoder.backbone
+        if not sample.helper_images:
+            return []
+        batch = collate([self.encoder(sample)], align_latents=False).to(backbone.device)
+        _, helper_embeds = Tower(backbone.visual, trained=False, attention=backbone.attention).encode(batch)
+        strategy = self.encoder.helper_facts()["compress_strategy"]
+        pooled = latent_targets(helper_embeds, batch, strategy, backbone.embed_tokens.weight.dtype)
+        return list(pooled.inputs.split(batch.latent_sizes))
+
+
+def _gray(size: tuple[int, int]) -> bytes:
+    """A PNG file of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", size, GRAY).save(file, "PNG")
+    return file.getvalue()

@@ -33,12 +33,12 @@ def generate(
     latent_size: LatentSizeOption = None,
     latent_end: LatentEndOption = "fixed",
     latents: Annotated[
-        Literal["fed", "zeroed"],
+        Literal["own", "none", "markers", "zeroed"],
         typer.Option(
-            help="What is fed at the latents: the model's own states, or zeros. The other replacements need the rows "
-            "of a file: see `mirage evaluate`."
+            help="What is fed at the latents: the model's own states, no block at all, a block without a state, or "
+            "zeros. The other replacements need the rows of a file: see `mirage evaluate`."
         ),
-    ] = "fed",
+    ] = "own",
     max_new_tokens: MaxNewTokensOption = 1024,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 0.9,
@@ -49,11 +49,12 @@ def generate(
     check_model(model, f"--model {model}")
     question = read_question(prompt, image or [])
 
-    from mirage_ds.inference.feed import zeroed
+    from mirage_ds.inference.replaced import REPLACED
     from mirage_ds.inference.terminal import answer
 
     options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
     decoder, encoder = options.load()
-    decoder.feed = zeroed if latents == "zeroed" else None
+    if latents != "own":
+        decoder = REPLACED[latents](decoder)
     if not answer(decoder, encoder, question):
         typer.echo(f"The answer was cut off after {max_new_tokens} tokens (--max-new-tokens).", err=True)

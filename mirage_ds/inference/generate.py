@@ -222,10 +222,11 @@ def load_decoder(
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
     encoder = load_encoder(
         model,
-        stage="stage2",
+        stage="stage1",  # which encodes helper images too, if a sample has some
         latent_size=latent_size,
         system_turn=system_turn is not False,
         cache_dir=cache_dir,
+        compress_strategy="average" if settings is None else settings.compress_strategy,
         exif_orientation=settings is None or settings.exif_orientation,
     )
     _check_ids(settings, encoder.ids, model)

@@ -1,7 +1,7 @@
 """The training settings that decoding needs: `mirage export` writes them to config.json, decoding reads them.
 
 config.json: {"mirage": {"latent_size": 4, "stage": "stage2", "system_turn": true,
-                         "exif_orientation": true,
+                         "exif_orientation": true, "compress_strategy": "average",
                          "latent_token_ids": {"pad": 151665, "start": 151666, "end": 151667}}, ...}
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
-from mirage_ds.config import ModelConfig, Stage
+from mirage_ds.config import CompressStrategy, ModelConfig, Stage
 from mirage_ds.config_values import NonNegativeInt, PositiveInt, Section
 from mirage_ds.errors import ConfigError
 
@@ -36,6 +36,8 @@ class LatentSettings(Section):
     """Whether prompts start with the chat template's default system turn."""
     exif_orientation: bool = False
     """Whether images are turned as EXIF says; what was exported before this key existed was trained without."""
+    compress_strategy: CompressStrategy = "average"
+    """How helper images are pooled to latent targets; exports from before this key existed may have used another."""
     latent_token_ids: LatentTokenIds
 
 
