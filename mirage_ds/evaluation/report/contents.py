@@ -7,11 +7,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Estimate:
-    """A rate or a difference of rates, as a fraction, with its 95 % interval."""
+    """A rate or a difference of rates, with its 95 % interval."""
 
     value: float
     low: float
     high: float
+    text: str  # all three, as a reader sees them
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ArmResult:
     num_answers: int
     num_unended: int  # cut off by the limit
     num_with_block: int  # answers that open a latent block
-    success: Estimate | None  # None without a task
+    success: str  # with its interval; empty without a task
     difference: Estimate | None  # success minus that of `own`; None for `own` itself, and without a task
     changed: Estimate | None  # share of answers with another text than in `own`; None for `own` itself
 
@@ -64,7 +65,7 @@ class Piece:
     """A part of an answer."""
 
     kind: Literal["same", "added", "removed", "latent"]
-    text: str  # of a latent: which one
+    text: str  # of a latent: its number
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Reply:
 
     arm: str
     pieces: Sequence[Piece]
-    verdict: Literal["right", "wrong", "unscored", "answered"]  # answered: there is no task
+    verdict: Literal["right", "wrong", "scored", "unscored", ""]  # scored: neither 0 nor 1; empty without a task
     status: str  # in words, such as "Reached goal"
     complete: bool
     changed: bool  # another text than in `own`
@@ -90,7 +91,6 @@ class RowView:
     inputs: Sequence[Picture]
     helpers: Sequence[Picture]
     heat: Sequence[Picture]  # by latent, then by input image
-    heat_range: tuple[float, float]  # cosine of the darkest and of the lightest colour
     own: Reply
     replaced: Sequence[Reply]
 

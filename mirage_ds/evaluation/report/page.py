@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from math import ceil
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -13,7 +12,6 @@ from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate
 from mirage_ds.evaluation.report.pictures import HEAT_COLORS
 
 TEMPLATES = resources.files("mirage_ds.evaluation.report") / "templates"
-POINTS = 5  # the axis of differences ends at a multiple of this
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ def render(contents: Contents) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "points": points, "reading": reading}
+    environment.filters["reading"] = reading
     return environment.get_template("page.html").render(
         page=contents,
         axis=axis_of(contents.arms),
@@ -51,20 +49,10 @@ def render(contents: Contents) -> str:
 
 
 def axis_of(arms: Sequence[ArmResult]) -> Axis:
-    """The axis of the differences, 0 in its middle; without a task, that of the shares of changed answers."""
+    """The axis of all differences, 0 in its middle; without a task, that of the shares of changed answers."""
     ends = [abs(end) for arm in arms if arm.difference for end in (arm.difference.low, arm.difference.high)]
-    if not ends:
-        return Axis(0, 1)
-    reach = POINTS * max(1, ceil(100 * max(ends) / POINTS)) / 100
-    return Axis(-reach, reach)
-
-
-def percent(fraction: float) -> str:
-    return f"{fraction:.1%}"
-
-
-def points(fraction: float) -> str:
-    return f"{100 * fraction:+.1f}"
+    reach = max(ends, default=0)
+    return Axis(-reach, reach) if reach else Axis(0, 1)
 
 
 def reading(difference: Estimate) -> str:
