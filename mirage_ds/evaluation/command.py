@@ -55,7 +55,7 @@ def evaluate(
     check_model(model, f"--model {model}")
     results = Results(output)
     how, arms = load_task(task), parse_arms(latents)
-    rows = read_questions_of(data)
+    rows = read_questions_of(data, arms)
 
     from mirage_ds.evaluation.engine import Engine, Ranks
     from mirage_ds.evaluation.parts import Parts

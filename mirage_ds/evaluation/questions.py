@@ -1,15 +1,20 @@
 """The rows of a file that are asked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mirage_ds.data.rows import read_questions
 from mirage_ds.evaluation.answers import Row
+from mirage_ds.evaluation.arms import Arm, check_rows
 
 
-def read_questions_of(data: Path) -> list[Row]:
-    """The rows of a JSONL file, in order.
+def read_questions_of(data: Path, arms: Sequence[Arm] = ()) -> list[Row]:
+    """The rows of a JSONL file, in order, with what the arms need of them.
 
     Raises:
-        DataError: a row has no question, or an image that cannot be read.
+        DataError: a row has no question, or an image that cannot be read; or the rows have too little for an arm.
     """
-    return [Row(number, where, sample) for number, (where, sample) in enumerate(read_questions(data))]
+    helpers = any(arm.latents == "oracle" for arm in arms)
+    rows = [Row(number, *each) for number, each in enumerate(read_questions(data, helpers=helpers))]
+    check_rows(arms, rows, str(data))
+    return rows

@@ -105,6 +105,7 @@ class Replacements:
         if not sample.helper_images:
             return []
         batch = collate([self.encoder(sample)], align_latents=False).to(backbone.device)
+        assert len(batch.helper_grids) == len(sample.helper_images), "only an encoder of stage 1 encodes helper images"
         _, helper_embeds = Tower(backbone.visual, trained=False, attention=backbone.attention).encode(batch)
         strategy = self.encoder.helper_facts()["compress_strategy"]
         pooled = latent_targets(helper_embeds, batch, strategy, backbone.embed_tokens.weight.dtype)
