@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate, Health, Measure, Piece, Reply, RowView
-from mirage_ds.evaluation.report.page import render
+from mirage_ds.evaluation.report.page import reading, render
 from mirage_ds.evaluation.report.pictures import heat_picture, picture
+from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 ATTACK = '<script>alert("x")</script> & "quotes" \'too\''
@@ -66,7 +67,6 @@ def row(number: int, question: str = "Where is the goal?") -> RowView:
         inputs=[picture(image(), "Input image 1")],
         helpers=[picture(image(), "Helper image 1")],
         heat=[heat_picture(image(), heat, -1, 1, f"Latent {latent}", "-1.00 to 1.00") for latent in (1, 2)],
-        heat_range=(-1.0, 1.0),
         own=Reply("own", [Piece("latent", "latent 1"), Piece("same", f"so {ATTACK}")], "right", "Goal", True, False),
         replaced=[
             reply("mean", Piece("same", "so"), Piece("added", "new"), Piece("removed", "old")),
@@ -77,7 +77,6 @@ def row(number: int, question: str = "Where is the goal?") -> RowView:
 
 def contents(**changes: object) -> Contents:
     measures = [Measure("norm", "as long as an embedding: near 1", [1.25, None], 0, 2)]
-    test = Estimate(0.5, 0.4, 0.6)
     made = Contents(
         model="runs/model",
         data="rows.jsonl",
@@ -87,8 +86,12 @@ def contents(**changes: object) -> Contents:
         num_rows=90,
         facts={"torch": "2.13.0", "seed": "0"},
         arms=[
-            ArmResult("own", "the model's own states", 90, 0, 90, test, None, None),
-            ArmResult("mean", "means", 90, 3, 89, test, Estimate(-0.2, -0.31, -0.1), Estimate(0.3, 0.2, 0.4)),
+            ArmResult("own", "the model's own states", 90, 0, 90, "50% [40, 60]", None, None),
+            ArmResult(
+                *("mean", "means", 90, 3, 89, "30% [20, 40]"),
+                difference=Estimate(-0.2, -0.4, -0.1, "-20 [-40, -10]"),
+                changed=Estimate(0.3, 0.2, 0.4, "30% [20, 40] changed"),
+            ),
         ],
         health=Health(["block 1, latent 1", "block 1, latent 2"], measures, "rows are alike"),
         rows=[row(number, ATTACK) for number in range(20)],
@@ -146,23 +149,38 @@ def test_every_row_is_there(html: str) -> None:
     assert all(found["alt"] for found in page.all("img"))
 
 
+def bars(page: Page) -> list[tuple[str, dict[str, str]]]:
+    """The text of each bar and its rectangle."""
+    labels = [found["aria-label"] for found in page.all("svg", "bar") if "aria-label" in found]
+    return list(zip(labels, page.all("rect"), strict=False))
+
+
 def test_the_replacement_test(html: str) -> None:
     page = Page(html)
-    bars = [found["aria-label"] for found in page.all("svg", "bar") if "aria-label" in found]
-    assert bars == ["-20.0 (-31.0 to -10.0)"]
-    assert "own is better" in page.text
+    ((text, rectangle),) = bars(page)
+    assert text == "-20 [-40, -10]"
+    # The axis reaches from -40 to 40 points: the bar from -20 to 0.
+    assert (float(rectangle["x"]), float(rectangle["width"])) == (25, 25)
+    assert "-20 [-40, -10]: own is better" in page.text
+    assert "50% [40, 60]" in page.text
     assert "3 of 90" in page.text
-    rectangle = next(found for tag, found in page.elements if tag == "rect")
-    # The axis ends at 35 points: the bar starts at -20 and is as long as 20 of 70.
-    assert float(rectangle["x"]) == pytest.approx(100 * 15 / 70, abs=0.01)
-    assert float(rectangle["width"]) == pytest.approx(100 * 20 / 70, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(-0.3, -0.1, "own is better"), (0.1, 0.3, "own is worse"), (-0.1, 0.2, "no difference is shown")],
+)
+def test_what_an_interval_says(low: float, high: float, words: str) -> None:
+    assert reading(Estimate((low + high) / 2, low, high, "")) == words
 
 
 def test_without_a_task_changes_are_shown() -> None:
-    arms = [dataclasses.replace(arm, success=None, difference=None) for arm in contents().arms]
-    text = Page(render(contents(task="none", way="", arms=arms))).text
-    assert "30.0% (20.0% to 40.0%)" in text
-    assert "Success" not in text
+    arms = [dataclasses.replace(arm, success="", difference=None) for arm in contents().arms]
+    page = Page(render(contents(task="none", way="", arms=arms)))
+    ((text, rectangle),) = bars(page)
+    assert text == "30% [20, 40] changed"
+    assert (float(rectangle["x"]), float(rectangle["width"])) == (0, 30)
+    assert "Success" not in page.text
 
 
 def test_health(html: str) -> None:
@@ -193,3 +211,34 @@ def test_a_heat_map_lies_over_its_patches() -> None:
     shown = np.asarray(decoded(heat_picture(image(), heat, 0, 0.5, "", "").url).convert("L")).astype(int)
     cells = shown.reshape(2, 28, 3, 28).mean(axis=(1, 3))
     assert cells[0, 2] > 2 * cells.max(initial=0, where=heat == 0)
+
+
+def text_of(pieces: list[Piece], kinds: set[str]) -> str:
+    return "".join(piece.text for piece in pieces if piece.kind in kinds)
+
+
+def test_latents_stand_where_they_were_decoded() -> None:
+    pieces = own_pieces("so and so", [0, 0, 6, 9])
+    assert [(piece.kind, piece.text) for piece in pieces] == [
+        ("latent", "1"),
+        ("latent", "2"),
+        ("same", "so and"),
+        ("latent", "3"),
+        ("same", " so"),
+        ("latent", "4"),
+    ]
+    assert own_pieces("", []) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("", "a b"), ("a  b", ""), ("\\boxed{LEFT, UP}", "\\boxed{LEFT, DOWN, UP}"), ("a\nb", "a b c")]
+)
+def test_changed_pieces_give_both_texts(old: str, new: str) -> None:
+    pieces = changed_pieces(old, new)
+    assert text_of(pieces, {"same", "removed"}) == old
+    assert text_of(pieces, {"same", "added"}) == new
+
+
+def test_what_changed_is_words() -> None:
+    pieces = changed_pieces("\\boxed{LEFT, UP}", "\\boxed{LEFT, DOWN}")
+    assert [piece.text for piece in pieces if piece.kind != "same"] == ["UP", "DOWN"]
