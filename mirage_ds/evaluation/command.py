@@ -3,10 +3,9 @@
 torch and transformers take seconds to import, so they are imported after the checks that do not need them.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,9 +15,9 @@ from mirage_ds.errors import name_full_disk
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import OWN, parse_arms
 from mirage_ds.evaluation.questions import read_questions_of
-from mirage_ds.evaluation.rates import difference, success_rates, table
 from mirage_ds.evaluation.results import Results
-from mirage_ds.evaluation.scoring import Task, load_task
+from mirage_ds.evaluation.scoring import Task, check_rows, load_task
+from mirage_ds.evaluation.tables import summary_of, tables_of
 from mirage_ds.inference.options import (
     Decoding,
     DtypeOption,
@@ -56,6 +55,8 @@ def evaluate(
     results = Results(output)
     how, arms = load_task(task), parse_arms(latents)
     rows = read_questions_of(data, arms)
+    for row, reason in check_rows(rows, how):
+        typer.echo(f"not scored: {row.where}: {reason}", err=True)
 
     from mirage_ds.evaluation.engine import Engine, Ranks
     from mirage_ds.evaluation.parts import Parts
@@ -72,35 +73,13 @@ def evaluate(
             engine.run(parts, Ranks(), lambda number: progress.advance(bar, number))
         answers = engine.in_order(parts.answers())
         every = [answer for arm in answers.values() for answer in arm]
-        results.finish(every, summarize(answers, how) | {"settings": settings})
+        results.finish(every, summary_of(answers, how) | {"settings": settings})
         parts.close()
         parts.remove()
     report(answers, how)
 
 
-def summarize(answers: dict[str, list[Answer]], task: Task) -> dict[str, Any]:
-    """The numbers of the summary, by arm."""
-    return {"arms": {name: _summary(arm, answers[OWN], task) for name, arm in answers.items()}}
-
-
-def _summary(answers: Sequence[Answer], own: Sequence[Answer], task: Task) -> dict[str, Any]:
-    summary: dict[str, Any] = {
-        "num_answers": len(answers),
-        "num_cut_off": sum(not answer.complete for answer in answers),
-        "num_latents": sum(answer.num_latents for answer in answers),
-        "num_replaced": sum(answer.num_replaced for answer in answers),
-    }
-    if task.ways:
-        summary |= {"rates": success_rates(answers), "minus_own": asdict(difference(answers, own))}
-    return summary
-
-
 def report(answers: dict[str, list[Answer]], task: Task) -> None:
     """Prints what came out."""
-    for name, arm in answers.items():
-        if task.ways:
-            Console().print(table(success_rates(arm), f"{task.name}, {name}"))
-            if name != OWN:
-                typer.echo(f"{name} minus own ({task.ways[0]}): {difference(arm, answers[OWN])}")
-        if cut_off := sum(not answer.complete for answer in arm):
-            typer.echo(f"{name}: {cut_off} of {len(arm)} answers were cut off by --max-new-tokens")
+    for table in tables_of(answers, task):
+        Console().print(table)

@@ -1,16 +1,21 @@
-"""Success rates by level, with their 95% intervals and their table; differences of rates over the same rows."""
+"""Success rates with their 95% intervals, and differences of rates over the same rows.
+
+A row's score is the mean of the scores of its answers. Rows that could not be scored are left out.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import nan, sqrt
 from typing import Any
 
-from rich.table import Table
-
 from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.bootstrap import mean_interval
+from mirage_ds.evaluation.groups import grouped
 
-Rates = dict[str, dict[str, dict[str, Any]]]
-"""{group: {way of scoring: {"rate", "low", "high", "num_rows"}}}, with the group "all" last."""
+Rate = dict[str, Any]
+"""{"rate": the mean of the rows' scores, "low", "high": its 95 % interval, "num_rows"}."""
+Rates = dict[str, dict[str, Rate]]
+"""{group: {way of scoring: Rate}}, with the group "all" last."""
 
 Z_95 = 1.959963984540054  # 95 % of a normal distribution lie within this many standard deviations
 
@@ -28,33 +33,55 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + weight)), min(1.0, (centre + half) / (1 + weight))
 
 
-def success_rates(answers: Iterable[Answer]) -> Rates:
-    """The share of right answers by level and way of scoring, with its 95 % interval."""
+def success_rates(answers: Iterable[Answer], by: str | None = None) -> Rates:
+    """The rate by group and way of scoring; a group of which no row could be scored is left out.
+
+    Args:
+        by: a field of the rows; None: the level of their maps.
+    """
     answers = list(answers)
-    names = sorted({level_of(answer) for answer in answers}, key=lambda level: (len(level), level))
-    levels = {name: [answer for answer in answers if level_of(answer) == name] for name in names} | {"all": answers}
-    return {level: {way: _rate(part, way) for way in part[0].scores} for level, part in levels.items()}
+    ways = ways_of(answers)
+    groups = {name: [one for one in part if one.scores] for name, part in grouped(answers, by).items()}
+    return {
+        name: {way: rate_of(list(row_scores(part, way).values())) for way in ways}
+        for name, part in groups.items()
+        if part
+    }
 
 
-def level_of(answer: Answer) -> str:
-    """The side of a row's map; the row's own `level` if it has no map."""
-    map_desc = answer.row.get("map_desc")
-    return str(len(map_desc) if isinstance(map_desc, list) else answer.row.get("level", "-"))
+def ways_of(answers: Iterable[Answer]) -> list[str]:
+    """The ways of scoring, the one to quote first; none if no answer is scored."""
+    return next((list(answer.scores) for answer in answers if answer.scores), [])
 
 
-def _rate(answers: Sequence[Answer], way: str) -> dict[str, Any]:
-    successes = sum(answer.scores[way].success == 1 for answer in answers)
-    low, high = wilson_interval(successes, len(answers))
-    return {"rate": successes / len(answers), "low": low, "high": high, "num_rows": len(answers)}
+def row_scores(answers: Iterable[Answer], way: str) -> dict[int, float]:
+    """The mean score of each row's answers, by the number of the row, in order."""
+    by_row: dict[int, list[float]] = {}
+    for answer in answers:
+        if answer.scores:
+            by_row.setdefault(answer.number, []).append(float(answer.scores[way].success))
+    return {number: sum(scores) / len(scores) for number, scores in sorted(by_row.items())}
+
+
+def rate_of(scores: Sequence[float]) -> Rate:
+    """The mean of the rows' scores with its interval: Wilson's where each is 0 or 1, otherwise by bootstrap."""
+    if set(scores) <= {0, 1}:
+        low, high = wilson_interval(int(sum(scores)), len(scores))
+    else:
+        low, high = mean_interval(scores)
+    return {"rate": sum(scores) / len(scores), "low": low, "high": high, "num_rows": len(scores)}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One rate minus another over the same rows, as a fraction, and its 95 % interval."""
+    """One mean score minus another over the same rows, and its 95 % interval; 0.01 is one point."""
 
     value: float
     low: float
     high: float
+    num_rows: int  # that are scored in both
+    gained: int  # rows with a higher score in ours
+    lost: int  # rows with a lower one
 
     def __str__(self) -> str:
         value, low, high = (f"{100 * part:+.1f}" for part in (self.value, self.low, self.high))
@@ -62,35 +89,20 @@ class Difference:
 
 
 def difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> Difference:
-    """The rate of our answers minus that of theirs to the same rows in the same order, by the first way of scoring.
+    """The rate of our answers minus that of theirs to the same rows, by the first way of scoring; NaN without rows.
 
-    Only the rows where the two differ widen the interval. It is that of Bonett and Price (2012): Wald's interval, with
-    one row added that only ours solve and one that only theirs solve, so that it holds for few rows too.
+    The interval is a paired bootstrap over rows: each resample draws rows, with both their scores. So only the rows
+    where the two differ widen it, and it covers the choice of the rows, not that of the model or of the seed.
     """
-    way = next(iter(ours[0].scores))
-    pairs = [
-        (our.scores[way].success == 1, their.scores[way].success == 1) for our, their in zip(ours, theirs, strict=True)
-    ]
-    gained, lost = pairs.count((True, False)), pairs.count((False, True))
-    total = len(pairs) + 2
-    centre, discordant = (gained - lost) / total, (gained + lost + 2) / total
-    half = Z_95 * sqrt((discordant - centre**2) / total)
-    return Difference((gained - lost) / len(pairs), max(-1.0, centre - half), min(1.0, centre + half))
-
-
-def table(rates: Rates, title: str) -> Table:
-    """Rates by level, each with its 95 % interval."""
-    drawn = Table(title=title)
-    ways = list(rates["all"])
-    for heading in ("level", "rows", *(text for way in ways for text in (way, "95% interval"))):
-        drawn.add_column(heading, justify="right")
-    for level, by_way in rates.items():
-        if level == "all":
-            drawn.add_section()
-        figures = [text for way in ways for text in _figures(by_way[way])]
-        drawn.add_row(level, str(by_way[ways[0]]["num_rows"]), *figures)
-    return drawn
-
-
-def _figures(rate: dict[str, Any]) -> tuple[str, str]:
-    return f"{rate['rate']:.1%}", f"{rate['low']:.1%} - {rate['high']:.1%}"
+    way = ways_of(ours)[0]
+    our, their = row_scores(ours, way), row_scores(theirs, way)
+    changes = [score - their[number] for number, score in our.items() if number in their]
+    if not changes:
+        return Difference(nan, nan, nan, 0, 0, 0)
+    return Difference(
+        sum(changes) / len(changes),
+        *mean_interval(changes),
+        len(changes),
+        sum(change > 0 for change in changes),
+        sum(change < 0 for change in changes),
+    )

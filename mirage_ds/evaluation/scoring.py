@@ -1,12 +1,17 @@
 """The tasks: how the answers to a file's rows are scored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from mirage_ds.data.rows import Sample
-from mirage_ds.errors import ConfigError
-from mirage_ds.evaluation.tasks import choice, vsp
+from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.evaluation.answers import Row
+from mirage_ds.evaluation.tasks import choice, exact, own, reasoning, vsp
 from mirage_ds.evaluation.tasks.outcome import Scores
+from mirage_ds.paths import expand
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,11 @@ class Task:
     ways: tuple[str, ...]  # of scoring, the one to quote first; empty: answers are not scored
 
 
+def fields_of(sample: Sample) -> dict[str, Any]:
+    """The fields of a row, without its images and latent_size."""
+    return {"text_input": sample.text_input, "text_output": sample.text_output, **sample.extra}
+
+
 def score_planning(sample: Sample, answer: str) -> Scores:
     """The moves in the last box, walked on the row's `map_desc`: strictly parsed, and as the reference parses them."""
     return {mode: vsp.score(sample.extra.get("map_desc"), answer, mode) for mode in ("strict", "reference")}
@@ -25,7 +35,22 @@ def score_planning(sample: Sample, answer: str) -> Scores:
 
 def score_reasoning(sample: Sample, answer: str) -> Scores:
     """The letter in the last box against the letter in the row's `text_output`."""
-    return {"exact": choice.score(sample.text_output, answer)}
+    return {"exact": reasoning.score(sample.text_output, answer)}
+
+
+def score_choice(sample: Sample, answer: str) -> Scores:
+    """The option that is given against the row's."""
+    return {"choice": choice.score(fields_of(sample), answer)}
+
+
+def score_exact(sample: Sample, answer: str) -> Scores:
+    """The text or number that is given against the row's."""
+    return {"exact": exact.score(fields_of(sample), answer)}
+
+
+def score_own(function: own.Function, sample: Sample, answer: str) -> Scores:
+    """What the user's function returns."""
+    return {"score": own.score(function, sample.key, fields_of(sample), answer)}
 
 
 TASKS = {
@@ -33,17 +58,43 @@ TASKS = {
     for task in (
         Task("vsp-spatial-planning", score_planning, ("strict", "reference")),
         Task("vsp-spatial-reasoning", score_reasoning, ("exact",)),
+        Task("choice", score_choice, ("choice",)),
+        Task("exact", score_exact, ("exact",)),
         Task("none", lambda sample, answer: {}, ()),
     )
 }
 
 
 def load_task(name: str) -> Task:
-    """The task of this name.
+    """The task of this name, or with the function of a user's file.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the file or function cannot be used.
     """
-    if name not in TASKS:
-        raise ConfigError(f"unknown task {name!r:.80} (--task); expected one of {', '.join(TASKS)}; correct the name")
-    return TASKS[name]
+    if name in TASKS:
+        return TASKS[name]
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py") or not function:
+        raise ConfigError(
+            f"unknown task {name!r:.80} (--task); expected one of {', '.join(TASKS)}, or my_file.py:function; correct "
+            "the name"
+        )
+    return Task(name, partial(score_own, own.load_function(Path(expand(file)), function)), ("score",))
+
+
+def check_rows(rows: Sequence[Row], task: Task) -> list[tuple[Row, str]]:
+    """The rows that cannot be scored, each with the reason; call it before decoding.
+
+    Raises:
+        ConfigError: the function of a user's own task fails.
+        DataError: no row can be scored.
+    """
+    found = []
+    for row in rows:
+        try:
+            task.score(row.sample, "")
+        except DataError as error:
+            found.append((row, str(error)))
+    if rows and len(found) == len(rows):
+        raise DataError(f"no row can be scored as {task.name}; the first, {rows[0].where}: {found[0][1]}")
+    return found

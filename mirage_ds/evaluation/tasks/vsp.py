@@ -7,9 +7,11 @@ A map is a square list of rows: 1 start, 2 goal, -1 hole, 0 safe. A cell is (row
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from mirage_ds.errors import DataError
+from mirage_ds.evaluation.tasks.given import extract_boxed
 from mirage_ds.evaluation.tasks.outcome import Outcome
 
 SAFE, START, GOAL, HOLE = 0, 1, 2, -1
@@ -31,18 +33,9 @@ def score(map_desc: Any, answer: str, mode: Mode = "strict") -> Outcome:
         DataError: the map is not valid.
     """
     moves = parse_moves(extract_boxed(answer), mode)
-    return Outcome(False, "Invalid") if moves is None else simulate(map_desc, moves)
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...}, whose braces may nest; None if there is none or it is not closed."""
-    _, box, rest = text.rpartition("\\boxed{")
-    depth = 1 if box else 0
-    for place, character in enumerate(rest if box else ""):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[:place].strip()
-    return None
+    if moves is None:
+        return Outcome(False, "Invalid")
+    return replace(simulate(map_desc, moves), given=" ".join(moves))
 
 
 def parse_moves(answer: str | None, mode: Mode = "strict") -> list[str] | None:

@@ -25,8 +25,8 @@ from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import ConfigError, DataError
-from mirage_ds.evaluation.tasks import choice
 from mirage_ds.evaluation.tasks import vsp as scoring
+from mirage_ds.evaluation.tasks.reasoning import extract_choice
 from mirage_ds.hf.preset import train_tokenizer
 
 __all__ = ["real_tokenizer"]
@@ -200,7 +200,7 @@ def test_a_tile_is_the_sprite(tmp_path: Path) -> None:
 
 def test_the_outcomes_of_plans_match_the_answers(reasoning: Path) -> None:
     rows = read(reasoning, "train")
-    outcomes = Counter(choice.extract_choice(row["text_output"]) for row in rows)
+    outcomes = Counter(extract_choice(row["text_output"]) for row in rows)
     assert outcomes == {"A": 20, "B": 20, "C": 20}
     for row in rows + read(reasoning, "test"):
         map_desc = row["map_desc"]

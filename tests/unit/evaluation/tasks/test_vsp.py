@@ -6,7 +6,8 @@ import golden_set
 import pytest
 
 from mirage_ds.errors import DataError
-from mirage_ds.evaluation.tasks.vsp import MOVES, Mode, extract_boxed, parse_moves, score, simulate
+from mirage_ds.evaluation.tasks.given import extract_boxed
+from mirage_ds.evaluation.tasks.vsp import MOVES, Mode, parse_moves, score, simulate
 
 CASES: list[dict[str, Any]] = golden_set.numbers("text")["scoring"]
 MAP = [[1, 0, 0], [0, -1, 0], [0, 0, 2]]

@@ -1,9 +1,9 @@
-"""Multiple choice: the letter in the last box, exactly."""
+"""Spatial reasoning: the letter in the last box, exactly."""
 
 import pytest
 
 from mirage_ds.errors import DataError
-from mirage_ds.evaluation.tasks.choice import score
+from mirage_ds.evaluation.tasks.reasoning import score
 
 
 @pytest.mark.parametrize(

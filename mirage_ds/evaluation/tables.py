@@ -1,0 +1,134 @@
+"""What an evaluation prints, and the numbers of its summary: the arms, groups of rows, several answers to a row."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.arms import OWN
+from mirage_ds.evaluation.groups import ALL, grouped
+from mirage_ds.evaluation.rates import Difference, Rate, difference, success_rates, ways_of
+from mirage_ds.evaluation.samples import sample_rates
+from mirage_ds.evaluation.scoring import Task
+
+
+def summary_of(answers: dict[str, list[Answer]], task: Task, by: str | None = None) -> dict[str, Any]:
+    """The numbers of FILE.summary.json, by arm.
+
+    Args:
+        answers: of each arm, `own` among them.
+        by: the field of the rows by which rates are grouped; None: the level of their maps.
+    """
+    return {"task": task.name, "by": by, "arms": {name: _summary(answers, name, by) for name in answers}}
+
+
+def _summary(answers: dict[str, list[Answer]], name: str, by: str | None) -> dict[str, Any]:
+    arm = answers[name]
+    summary: dict[str, Any] = {
+        "num_answers": len(arm),
+        "num_unscored": sum(bool(answer.unscored) for answer in arm),
+        "num_cut_off": sum(not answer.complete for answer in arm),
+        "num_with_block": sum(answer.num_blocks > 0 for answer in arm),
+        "num_latents": sum(answer.num_latents for answer in arm),
+        "num_replaced": sum(answer.num_replaced for answer in arm),
+    }
+    if ways_of(arm):
+        summary |= {"rates": success_rates(arm, by), "samples": sample_rates(arm)}
+        summary |= {"minus_own": asdict(difference(arm, answers[OWN]))}
+    return summary
+
+
+def tables_of(answers: dict[str, list[Answer]], task: Task, by: str | None = None) -> list[Table]:
+    """All that is printed: the arms by group, then pass@k and the majority, if rows have several answers."""
+    return [table for table in (arms_table(answers, task, by), samples_table(answers)) if table]
+
+
+def arms_table(answers: dict[str, list[Answer]], task: Task, by: str | None = None) -> Table:
+    """A line per arm: success and its paired difference to `own`, what never ended, what was replaced.
+
+    First over all rows, then over each group.
+    """
+    ways = ways_of(answers[OWN])
+    headings = [*ways, "minus own"] if ways else []
+    drawn = new_table(task.name, "arm", *headings, "never ended", "with a block", "replaced")
+    show = Figures(each for arm in answers.values() for each in arm)
+    parts = {name: grouped(arm, by) for name, arm in answers.items()}
+    names = [name for name in parts[OWN] if name != ALL]
+    for group in [ALL, *(names if len(names) > 1 else [])]:
+        own = parts[OWN][group]
+        drawn.add_section()
+        drawn.add_row(f"[bold]{group_title(group, own, by)}[/bold]")
+        for name, part in parts.items():
+            drawn.add_row(name, *_scores(part[group], own, ways, show), *_counts(part[group]))
+    return drawn
+
+
+def _scores(arm: list[Answer], own: list[Answer], ways: list[str], show: "Figures") -> list[str]:
+    if not ways:
+        return []
+    if not ways_of(arm):
+        return ["-"] * (len(ways) + 1)
+    rates = success_rates(arm)[ALL]
+    return [*(show.rate(rates[way]) for way in ways), show.difference(difference(arm, own)) if arm is not own else ""]
+
+
+def _counts(arm: list[Answer]) -> list[str]:
+    num_latents = sum(answer.num_latents for answer in arm)
+    return [
+        f"{sum(not answer.complete for answer in arm)}",
+        f"{sum(answer.num_blocks > 0 for answer in arm)}",
+        f"{sum(answer.num_replaced for answer in arm)} of {num_latents}",
+    ]
+
+
+def samples_table(answers: dict[str, list[Answer]]) -> Table | None:
+    """A line per arm: pass@k and the majority; None if each row has one answer."""
+    rates = {name: sample_rates(arm) for name, arm in answers.items()}
+    columns = list(next(iter(rates.values())))
+    if not columns:
+        return None
+    drawn = new_table("several answers to each row", "arm", *columns)
+    show = Figures(each for arm in answers.values() for each in arm)
+    for name, by_column in rates.items():
+        drawn.add_row(name, *(show.rate(by_column[column]) for column in columns))
+    return drawn
+
+
+def new_table(title: str, first: str, *others: str) -> Table:
+    """An empty table whose first column is text and whose others are figures."""
+    drawn = Table(title=title, caption="in brackets: 95% intervals")
+    drawn.add_column(first)
+    for heading in others:
+        drawn.add_column(heading, justify="right")
+    return drawn
+
+
+def group_title(group: str, answers: list[Answer], by: str | None) -> str:
+    """A group's name, and how many rows it has."""
+    rows = {answer.number for answer in answers}
+    unscored = len({answer.number for answer in answers if answer.unscored})
+    name = "all rows" if group == ALL else f"{by or 'level'} {group}"
+    return f"{name}: {len(rows)}" + (f", {unscored} not scored" if unscored else "")
+
+
+class Figures:
+    """Scores as text: percent, unless the task gives others than 0 to 1."""
+
+    def __init__(self, answers: Iterable[Answer]) -> None:
+        scores = [outcome.success for answer in answers for outcome in answer.scores.values()]
+        self._percent = all(0 <= score <= 1 for score in scores)
+
+    def rate(self, rate: Rate) -> str:
+        """A rate with its interval."""
+        value, low, high = (self._number(rate[name]) for name in ("rate", "low", "high"))
+        return f"{value}{'%' if self._percent else ''} [{low}, {high}]"
+
+    def difference(self, found: Difference) -> str:
+        """A difference with its interval, in points."""
+        value, low, high = (self._number(part, "+") for part in (found.value, found.low, found.high))
+        return f"{value} [{low}, {high}]"
+
+    def _number(self, value: float, sign: str = "") -> str:
+        return f"{100 * value:{sign}.1f}" if self._percent else f"{value:{sign}.4g}"

@@ -1,0 +1,99 @@
+"""Scores answers with a function of the user's own, from a file: `--task my_file.py:score`.
+
+The function takes a row, a dict of its fields, and the answer's text. It returns a number or a bool, or None for a row
+that cannot be scored. All rows are first scored with an empty answer, to find those.
+"""
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mirage_ds.errors import ConfigError, DataError, reason_of
+from mirage_ds.evaluation.tasks.given import canonical, extract_given
+from mirage_ds.evaluation.tasks.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Function:
+    """A user's function, and the file that it is from."""
+
+    file: Path
+    call: Callable[[dict[str, Any], str], Any]
+
+
+def load_function(file: Path, name: str) -> Function:
+    """The function of this name in a Python file, which is executed.
+
+    Raises:
+        ConfigError: there is no such file or function, or the file cannot be executed.
+    """
+    where = f"--task {file}:{name}"
+    if not file.is_file():
+        raise ConfigError(f"no such file ({where}); expected a Python file and its function; correct the path")
+    spec = importlib.util.spec_from_file_location(f"mirage_task_{file.stem}", file)
+    assert spec is not None  # as the file's name ends in .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for it there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(
+            f"the file cannot be imported: {_in_words(error, file)} ({where}); expected a file that Python can import; "
+            "fix it"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        problem = "has no function" if function is None else "has something that cannot be called under the name"
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(
+            f"the file {problem} {name!r:.80} ({where}); expected one of its functions, which are "
+            f"{', '.join(functions) or 'none':.200}; correct the name"
+        )
+    return Function(file, function)
+
+
+def score(function: Function, key: str, row: Mapping[str, Any], answer: str) -> Outcome:
+    """What the function returns, and as `given` what the text gives as the answer.
+
+    Args:
+        key: of the row, for messages.
+
+    Raises:
+        ConfigError: the function raised an error, or returned neither a finite number, a bool nor None.
+        DataError: it returned None.
+    """
+    where = f"row {key}, answer {answer!r:.60}"
+    try:
+        value = function.call(dict(row), answer)
+    except Exception as error:
+        raise ConfigError(
+            f"the task's function failed: {_in_words(error, function.file)} ({where}); expected "
+            "a number, a bool or None for every row and any answer, an empty one too; fix the function"
+        ) from error
+    if value is None:
+        raise DataError(
+            "the task's function returned None (in a row that is to be scored); expected a number or a bool; fix the "
+            "row or the function"
+        )
+    if not isinstance(value, Real | np.bool_) or not np.isfinite(float(value)):
+        raise ConfigError(
+            f"the task's function returned {value!r:.80} ({where}); expected a finite number, a bool or None; fix the "
+            "function"
+        )
+    return Outcome(float(value), f"scored {float(value):g}", canonical(extract_given(answer)))
+
+
+def _in_words(error: Exception, file: Path) -> str:
+    """The error and the line of the user's file where it was raised."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    return f"{type(error).__name__}: {reason_of(error)}" + (f", line {lines[-1]}" if lines else "")
