@@ -46,7 +46,8 @@ from mirage_ds.errors import (
     leave,
     name_full_disk,
 )
-from mirage_ds.evaluation.in_training import InTraining, evaluate_if_due, read_evaluation
+from mirage_ds.evaluation.in_training import InTraining, evaluate_if_due, open_evaluation
+from mirage_ds.evaluation.training_questions import read_evaluation
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.owner import Owner
@@ -93,7 +94,7 @@ def train(config: Config) -> None:
         saves = open_saves(engine, config, start, writer, copies)
         targets = open_target_cache(engine, config, start)
         trainer = make_trainer(engine, config, start, state, saves, targets)
-        evaluation = InTraining(trainer, backbone, questions, config) if questions else None
+        evaluation = open_evaluation(trainer, backbone, questions, config, start)
         dry_run(trainer, config, start)
         train_steps(trainer, config, start, saves, owner, evaluation)
         end(trainer, config)
@@ -150,6 +151,7 @@ def make_trainer(
         planned=plan(config, start.deepspeed_config),
         latents=latents,
     )
+    metrics.show_configuration(config.model_dump(mode="json"))
     steps = deal_steps(config, start, state.position)
     trainer = Trainer(
         engine,

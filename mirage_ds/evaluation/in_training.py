@@ -6,7 +6,7 @@ so answers may differ in length. The files are those of `mirage evaluate`: RUN/e
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +15,24 @@ from typing import Any
 import torch
 
 from mirage_ds.config import Config
-from mirage_ds.data.encode import Encoder
 from mirage_ds.errors import DataError, MirageError
-from mirage_ds.evaluation.answers import Answer, Row
-from mirage_ds.evaluation.arms import OWN, Arm, parse_arms
+from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.parts import Parts, check_settings
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.results import Results
-from mirage_ds.evaluation.scoring import Task, check_rows, load_task
+from mirage_ds.evaluation.scoring import Task
 from mirage_ds.evaluation.tables import summary_of
-from mirage_ds.evaluation.training_rows import read_some
+from mirage_ds.evaluation.training_looks import looks
+from mirage_ds.evaluation.training_questions import Questions, describe_evaluation
 from mirage_ds.housekeeping import warn_once
 from mirage_ds.inference.generate import Decoder
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.after_step import Action
-from mirage_ds.training.start import make_encoder
+from mirage_ds.training.curves import Look
+from mirage_ds.training.start import Start
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.whole_model import whole_model
@@ -39,33 +40,6 @@ from mirage_ds.zero3.whole_model import whole_model
 FOLDER = "evaluations"
 Gather = Callable[[Any], list[Any]]
 """The values of all ranks, on every rank."""
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What is asked in every evaluation of a run."""
-
-    task: Task
-    arms: Sequence[Arm]
-    rows: Sequence[Row]
-    encoder: Encoder  # of stage 1, which encodes helper images too
-
-
-def read_evaluation(config: Config) -> Questions | None:
-    """The run's questions; None if it evaluates nothing. To be called before the model is loaded.
-
-    Raises:
-        MirageError: the task or an arm is unknown, or a row cannot be asked.
-    """
-    evaluation = config.evaluation
-    if evaluation.task is None:
-        return None
-    task, arms = load_task(evaluation.task), parse_arms(evaluation.latents)
-    rows = read_some(evaluation, arms)
-    unscored = check_rows(rows, task)
-    for row, reason in unscored if distributed.is_main() else ():
-        print(f"not scored: {row.where}: {reason}", flush=True)
-    return Questions(task, arms, rows, make_encoder(config, "stage1"))
 
 
 @dataclass(frozen=True)
@@ -82,18 +56,23 @@ class InTraining:
         began_s = time.monotonic()
         output = self.config.run.dir / FOLDER / f"step_{step}.jsonl"
         answers: dict[str, list[Answer]] = {}
-        fault = together(lambda gather: answers.update(self.answer(step, output, gather)))
+        shown: list[Look] = []
+        fault = together(lambda gather: answers.update(self.answer(step, output, gather, shown)))
         if isinstance(fault, MirageError):
             self.trainer.agree_on_fault(DataError(f"the evaluation after step {step} failed: {fault}"))
         elif fault is not None:
             warn_once(f"no evaluation after step {step} ({output}): {fault}; the run continues; free some space")
         elif distributed.is_main():
             seconds = time.monotonic() - began_s
-            self.trainer.metrics.add_evaluation(step, numbers(answers, self.questions.task) | {"seconds": seconds})
+            self.trainer.metrics.add_evaluation(step, numbers(answers, self.questions.task), seconds, shown)
             self.warn_of_timeout(seconds)
 
-    def answer(self, step: int, output: Path, gather: Gather) -> dict[str, list[Answer]]:
-        """Writes the answers to all questions and what follows from them; returns them by arm, on rank 0 alone."""
+    def answer(self, step: int, output: Path, gather: Gather, shown: list[Look]) -> dict[str, list[Answer]]:
+        """Writes the answers to all questions and what follows from them.
+
+        Returns:
+            The answers by arm, on rank 0 alone; there some of them are added to `shown`.
+        """
         ranks = Ranks(distributed.rank(), distributed.world_size(), gather)
         questions, settings = self.questions, self.settings(step)
         results = None
@@ -107,6 +86,8 @@ class InTraining:
         with closing(parts), decoding(self.trainer.engine.module, self.backbone):
             engine = self.engine()
             engine.run(parts, ranks)
+            if ranks.is_first:
+                shown += looks(engine, parts.answers(), parts.states())
         ranks.wait()  # nobody has a file open in a folder that is removed
         if results is None:
             return {}
@@ -150,6 +131,18 @@ class InTraining:
                 "ends the run; set evaluation.max_new_tokens, evaluation.max_rows or evaluation.latents lower, or "
                 "distributed.timeout_s higher"
             )
+
+
+def open_evaluation(
+    trainer: Trainer, backbone: Backbone, questions: Questions | None, config: Config, start: Start
+) -> InTraining | None:
+    """What answers questions while the run trains, if there are questions."""
+    if questions is None:
+        return None
+    described = describe_evaluation(config, start, questions)
+    if distributed.is_main():
+        print(described, flush=True)
+    return InTraining(trainer, backbone, questions, config)
 
 
 def evaluate_if_due(evaluation: InTraining | None) -> Action:

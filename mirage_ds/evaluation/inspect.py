@@ -3,22 +3,12 @@
 torch and transformers take seconds to import, so they are imported after the checks that do not need them.
 """
 
-from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from mirage_ds.errors import name_full_disk
-from mirage_ds.evaluation.arms import OWN, parse_arms
-from mirage_ds.evaluation.questions import read_questions_of
-from mirage_ds.evaluation.results import Results
-from mirage_ds.evaluation.scoring import check_rows, load_task
 from mirage_ds.inference.options import (
-    Decoding,
     DtypeOption,
     LatentEndOption,
     LatentSizeOption,
@@ -27,9 +17,7 @@ from mirage_ds.inference.options import (
     TemperatureOption,
     TopPOption,
 )
-from mirage_ds.model_folder import check_model
 from mirage_ds.paths import expanded
-from mirage_ds.versions import versions
 
 
 @expanded("model")
@@ -41,7 +29,9 @@ def inspect(
     latents: Annotated[str, typer.Option(help="What is fed at the latents, as for `mirage evaluate`.")] = (
         "own,none,mean,shuffled"
     ),
-    rows: Annotated[int, typer.Option(min=1, help="Rows that are shown, spread evenly over those that are asked.")] = 20,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Rows that are shown, spread evenly over those that are asked.")
+    ] = 20,
     limit: Annotated[int | None, typer.Option(min=1, show_default="all", help="Rows to ask, from the first.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded together.")] = 16,
     latent_size: LatentSizeOption = None,

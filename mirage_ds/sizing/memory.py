@@ -61,8 +61,8 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Weights are gathered before their gradients exist, and both are freed before the optimizer steps; an evaluation
-        is between two steps."""
+        """Weights are gathered before their gradients exist, and both are freed before the optimizer steps. Evaluations
+        come between two steps."""
         backward = (
             self.gathered + self.activations + self.logits + max(self.gathering, self.full_gradients + self.reducing)
         )

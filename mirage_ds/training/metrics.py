@@ -10,6 +10,7 @@ from typing import Any
 
 from mirage_ds.batch import Batch
 from mirage_ds.config import Stage
+from mirage_ds.training.curves import Look
 from mirage_ds.training.latent_sums import LatentSums
 from mirage_ds.training.planned import Planned
 from mirage_ds.training.report import BAD_BATCHES_NAME, Report, Step
@@ -87,10 +88,15 @@ class Metrics:
         if self.report:
             self.report.write_validation(step, losses)
 
-    def add_evaluation(self, step: int, figures: dict[str, float]) -> None:
-        """Writes an evaluation; rank 0's figures count."""
+    def add_evaluation(self, step: int, figures: dict[str, float], seconds: float, looks: list[Look]) -> None:
+        """Writes an evaluation, of which rank 0 has the figures."""
         if self.report:
-            self.report.write_evaluation(step, figures)
+            self.report.write_evaluation(step, figures, seconds, looks)
+
+    def show_configuration(self, config: dict[str, Any]) -> None:
+        """Writes the run's configuration, as JSON values, by section, where curves are shown."""
+        if self.report:
+            self.report.curves.add_configuration(config)
 
     def add_bad_batches(self, step: int, batches: list[dict[str, Any]]) -> Path:
         """Writes the micro-batches of a skipped step, from all ranks, to a file of their own, and returns it."""

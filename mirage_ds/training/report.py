@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.config import Stage
-from mirage_ds.training.curves import Curves
+from mirage_ds.training.curves import Curves, Look
 from mirage_ds.training.goodput import Goodput
 from mirage_ds.training.latent_sums import LatentFigures
 from mirage_ds.training.planned import Planned
@@ -131,11 +131,16 @@ class Report:
         self.curves.add({f"validation/{name}": value for name, value in losses.items() if self.has(name)}, step)
         print(f"step {step:>5}/{self.max_steps} | validation {self.losses(losses)}", flush=True)
 
-    def write_evaluation(self, step: int, figures: dict[str, float]) -> None:
-        self.evaluation.add({"step": step} | figures)
-        self.curves.add({f"evaluation/{name}": value for name, value in figures.items()}, step)
-        shares = [f"{name.replace('_', ' ')} {value:.1%}" for name, value in figures.items() if name != "seconds"]
-        print(f"step {step:>5}/{self.max_steps} | evaluation {' | '.join(shares)}", flush=True)
+    def write_evaluation(self, step: int, figures: dict[str, float], seconds: float, looks: list[Look]) -> None:
+        self.evaluation.add({"step": step} | figures | {"seconds": seconds})
+        curves = {f"evaluation/{name}": value for name, value in figures.items()}
+        self.curves.add(curves | {"time/evaluation_s": seconds}, step)
+        self.curves.add_looks(looks, step)
+        shares = [f"{name.replace('_', ' ')} {value:.1%}" for name, value in figures.items()]
+        print(
+            f"step {step:>5}/{self.max_steps} | evaluation {' | '.join(shares)} | {duration(seconds)}",
+            flush=True,
+        )
 
     def write_bad_batches(self, step: int, batches: list[dict[str, Any]]) -> None:
         self.bad_batches.add(*({"step": step} | batch for batch in batches))

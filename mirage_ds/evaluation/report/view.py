@@ -11,8 +11,8 @@ from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.health import LatentHealth
 from mirage_ds.evaluation.rates import Difference, difference, rate_of, success_rates, ways_of
 from mirage_ds.evaluation.report.contents import ArmResult, Estimate, Health, Measure, Picture, Piece, Reply, RowView
-from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
 from mirage_ds.evaluation.report.pictures import heat_picture, picture
+from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
 from mirage_ds.evaluation.tables import Figures
 
 # By an arm's name, without the factor of the noise.
