@@ -9,11 +9,13 @@ import evaluation_worker
 import launching
 import pytest
 from talkative import write_questions, write_talkative
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Qwen2_5_VLForConditionalGeneration
 from typer.testing import CliRunner
 
 from data_tools.build import build
 from mirage_ds.cli import app
+from mirage_ds.evaluation.training_looks import LATENT_MARK
 from mirage_ds.hf.export import export_checkpoint
 
 STEPS, INTERVAL, NUM_ROWS, MAX_NEW_TOKENS = 3, 2, 11, 20
@@ -55,6 +57,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, deepspeed_configs: dict[str, 
     shutil.copytree(model, folder / "tied" / "model")
     tied = Qwen2_5_VLForConditionalGeneration.from_pretrained(model)
     tied.model.language_model.embed_tokens.weight.data.copy_(tied.lm_head.weight.data)
+    for name, parameter in tied.named_parameters():
+        if "language_model.layers." in name and parameter.dim() > 1:
+            parameter.data *= 16  # beside the large embeddings; else each token is followed by itself
     tied.config.tie_word_embeddings = True
     tied.tie_weights()
     tied.save_pretrained(folder / "tied" / "model")
@@ -132,3 +137,18 @@ def test_rates_are_reported_after_each_evaluation(runs: Path) -> None:
             blocks = sum(answer["num_blocks"] > 0 for answer in of_arm)
             assert record[f"with_blocks{suffix}"] == pytest.approx(blocks / NUM_ROWS)
     assert not list((run_dir / "evaluations").glob("*.parts"))
+
+
+def test_tensorboard_shows_answers_and_the_configuration(runs: Path) -> None:
+    run_dir = runs / "stage2-untied-True"
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0, "tensors": 0}).Reload()
+    for number in range(3):
+        assert [event.step for event in events.Images(f"evaluation/answer_{number}")] == [INTERVAL, STEPS]
+    (shown,) = [event for event in events.Tensors("evaluation/answer_0/text_summary") if event.step == STEPS]
+    first = records(run_dir / "evaluations" / f"step_{STEPS}.jsonl")[0]
+    text = shown.tensor_proto.string_val[0].decode()
+    assert "**question**: " in text
+    assert text.count(LATENT_MARK) == first["num_latents"]
+    (described,) = events.Tensors("configuration/text_summary")
+    assert '"latent_size": 4' in described.tensor_proto.string_val[0].decode()
+    assert "latents/row_cosine_0" in events.Tags()["scalars"]
