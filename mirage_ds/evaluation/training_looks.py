@@ -29,7 +29,7 @@ LATENT_MARK = "\N{BLACK SMALL SQUARE}"
 
 
 def looks(engine: Engine, answers: Sequence[Answer], states: States) -> list[Look]:
-    """Of some rows, evenly spaced, the same in every evaluation. The decoder's weights must be whole.
+    """Of some rows, evenly spaced, the same in every evaluation. All weights must be gathered.
 
     Args:
         answers: all of them; those of the arm `own` are shown.

@@ -13,7 +13,6 @@ from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import check_question, read_json_lines, read_question
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
-from mirage_ds.errors import DataError
 from mirage_ds.evaluation import arms as replacements
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.arms import Arm, parse_arms
@@ -60,16 +59,11 @@ def read_some(config: EvaluationConfig, arms: Sequence[Arm]) -> list[Row]:
     """At most `evaluation.max_rows` rows, evenly spaced, each with its number among all of them.
 
     Raises:
-        DataError: there are none, or one cannot be asked, or they have too little for an arm.
+        DataError: one cannot be asked, or they have too little for an arm.
     """
     assert config.rows is not None, "called where there are rows"
     read = _of_shards if config.rows.is_dir() else _of_file
     rows = read(config.rows, config.max_rows)
-    if not rows:
-        raise DataError(
-            f"there are no rows (evaluation.rows={config.rows}); an evaluation needs at least one question; name a "
-            "JSONL file or a folder of shards with rows, or unset evaluation.rows and evaluation.task"
-        )
     replacements.check_rows(arms, rows, f"evaluation.rows={config.rows}")
     return rows
 

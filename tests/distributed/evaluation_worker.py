@@ -1,4 +1,4 @@
-"""One rank of test_in_training.py: whole runs, one after the other, in one process group."""
+"""One rank of test_evaluated_runs.py: whole runs, one after the other, in one process group."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Evaluation in training without ranks: its questions, its figures, how ranks fail together, what is shown.
 
-What two ranks answer under ZeRO-3, and that training does not notice it: tests/distributed/test_in_training.py.
+What two ranks answer under ZeRO-3, and that training does not notice it: tests/distributed/test_evaluated_runs.py.
 """
 
 import threading
