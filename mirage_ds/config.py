@@ -179,14 +179,34 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Validation loss on samples that are not used for training."""
+    """Validation loss, and answers to questions, on samples that are not used for training."""
 
     shards: UserPath | None = None
     """Folder that `mirage-data build` wrote; unset: no validation."""
     interval: PositiveInt = 100
-    """Steps between two validations; there is one more after the last step."""
+    """Steps between two validations or evaluations; there is one more after the last step."""
     max_samples: PositiveInt = 256
     """Most samples of a validation, taken evenly from all of the folder."""
+    task: str | None = None
+    """How answers are scored, as `mirage evaluate --task`; `none`: answers only; unset: no questions are answered."""
+    rows: UserPath | None = None
+    """The questions: JSONL rows, or a folder that `mirage-data build` wrote."""
+    max_rows: PositiveInt = 64
+    """Most questions of an evaluation, taken evenly from all rows."""
+    latents: str = "own"
+    """What is fed at the latents: a list of arms, as `mirage evaluate --latents`; each decodes all questions."""
+    max_new_tokens: PositiveInt = 1024
+    """Limit of an answer, latents included."""
+    batch_size: PositiveInt = 8
+    """Questions that a rank decodes together."""
+
+    @model_validator(mode="after")
+    def _task_and_rows(self) -> "EvaluationConfig":
+        if (self.task is None) != (self.rows is None):
+            raise ValueError(
+                "evaluation.task and evaluation.rows belong together, and one of them is unset; set both or neither"
+            )
+        return self
 
 
 class DistributedConfig(Section):

@@ -145,6 +145,7 @@ class Engine:
             num_blocks=generation.ids.count(self.decoder.ids.latent_start),
             num_latents=len(generation.latents),
             num_replaced=generation.num_replaced,
+            latents_at=self.latents_at(generation.ids),
             complete=bool(self.decoder.is_end(torch.tensor(generation.ids[-1]))),
             row=row.sample.extra,
         )
@@ -159,6 +160,16 @@ class Engine:
         has_targets = any(arm.latents == "oracle" for arm in self.arms)
         embedding_norm = mean_norm(self.decoder.backbone.embed_tokens.weight)
         return health_of(states, own, embedding_norm, replacements.targets if has_targets else None)
+
+    def latents_at(self, ids: Sequence[int]) -> list[int]:
+        """Of each latent the number of characters of the answer's text before it; those of a block have the same."""
+        places, before = [], 0
+        for number, token in enumerate(ids):
+            if token == self.decoder.ids.latent_start:
+                before = len(self.encoder.text_of(ids[:number]).lstrip())
+            elif token == self.decoder.ids.latent_pad:
+                places.append(before)
+        return places
 
     def in_order(self, answers: Sequence[Answer]) -> dict[str, list[Answer]]:
         """Answers by arm; in each, by row, then by sample."""

@@ -93,6 +93,7 @@ class Trainer:
         """One optimizer step over one global batch."""
         started_s = time.monotonic()
         self.clock.begin()
+        self.metrics.begin(self.state.step + 1)
         lr = self.set_learning_rate()
         losses, num_grounded_samples, num_tokens, num_faults = torch.zeros(3, device=self.device), 0, 0, 0
         flops, num_cells, dealt = 0.0, 0, self.dealt
