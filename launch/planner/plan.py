@@ -11,11 +11,11 @@ import typer
 from rich import box
 from rich.table import Table
 
-from launch.wide_console import wide_console
 from mirage_ds.config import Config
 from mirage_ds.paths import expanded
 from mirage_ds.recipe import load_config
 from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE, find_gpu
+from mirage_ds.wide_console import wide_console
 
 if TYPE_CHECKING:
     from launch.planner.estimate import Estimate
@@ -73,6 +73,7 @@ def figures(found: "Estimate") -> list[tuple[str, str]]:
         "gather buffer": memory.gathering,
         "full gradients (with reduction copy)": memory.full_gradients + memory.reducing,
         "optimizer-step buffer": memory.update,
+        **({"evaluation (whole model and cache)": memory.evaluation} if memory.evaluation else {}),
         "peak": memory.peak,
     }
     rows = [(f"GiB per GPU: {name}", f"{size / GIB:.1f}") for name, size in parts.items()]
