@@ -120,6 +120,7 @@ def answer_all(
             bar = progress.add_task(task.name, total=None)
             engine.run(parts, ranks, lambda done, total: progress.update(bar, completed=done, total=total))
         parts.close()
+        ranks.wait()  # nobody has a file open in a folder that is deleted
         if ranks.is_first:
             answers = engine.in_order(parts.answers())
             every = [answer for arm in answers.values() for answer in arm]
