@@ -17,6 +17,7 @@ from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.arms import OWN, Arm
 from mirage_ds.evaluation.batches import Batch, cut, deal, question_tokens
+from mirage_ds.evaluation.health import LatentHealth, health_of, mean_norm
 from mirage_ds.evaluation.parts import Decoded, Parts
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.replace import Replacements
@@ -144,6 +145,7 @@ class Engine:
             num_blocks=generation.ids.count(self.decoder.ids.latent_start),
             num_latents=len(generation.latents),
             num_replaced=generation.num_replaced,
+            latents_at=self.latents_at(generation.ids),
             complete=bool(self.decoder.is_end(torch.tensor(generation.ids[-1]))),
             row=row.sample.extra,
         )
@@ -151,6 +153,23 @@ class Engine:
             return replace(answer, scores=self.task.score(row.sample, text))
         except DataError as error:
             return replace(answer, unscored=str(error))
+
+    def health(self, states: States, own: Sequence[Answer]) -> LatentHealth:
+        """The health of the own states; with targets where helper images are at hand, as `oracle` needs them."""
+        replacements = Replacements(self.decoder, self.encoder, self.rows, self.seed)
+        has_targets = any(arm.latents == "oracle" for arm in self.arms)
+        embedding_norm = mean_norm(self.decoder.backbone.embed_tokens.weight)
+        return health_of(states, own, embedding_norm, replacements.targets if has_targets else None)
+
+    def latents_at(self, ids: Sequence[int]) -> list[int]:
+        """Of each latent the number of characters of the answer's text before it; those of a block have the same."""
+        places, before = [], 0
+        for number, token in enumerate(ids):
+            if token == self.decoder.ids.latent_start:
+                before = len(self.encoder.text_of(ids[:number]).lstrip())
+            elif token == self.decoder.ids.latent_pad:
+                places.append(before)
+        return places
 
     def in_order(self, answers: Sequence[Answer]) -> dict[str, list[Answer]]:
         """Answers by arm; in each, by row, then by sample."""

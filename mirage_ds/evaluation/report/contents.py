@@ -1,0 +1,116 @@
+"""What the report of `mirage inspect` shows, as plain data: made from an evaluation, turned into HTML by page.py."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A rate or a difference of rates, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    text: str  # all three, as a reader sees them
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """A line of the replacement test."""
+
+    name: str
+    meaning: str  # what is fed, in a few words
+    num_answers: int
+    num_unended: int  # cut off by the limit
+    num_with_block: int  # answers that open a latent block
+    success: str  # with its interval; empty without a task
+    difference: Estimate | None  # success minus that of `own`; None for `own` itself, and without a task
+    changed: Estimate | None  # share of answers with another text than in `own`; None for `own` itself
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the latent health."""
+
+    title: str
+    meaning: str  # what it measures, and what is normal
+    values: Sequence[float | None]  # by slot; None where it is not defined
+    low: float  # where bars start
+    high: float  # where they end
+
+
+@dataclass(frozen=True)
+class Health:
+    """The states of all rows, slot by slot."""
+
+    slots: Sequence[str]
+    measures: Sequence[Measure]
+    warning: str  # empty if nothing is wrong
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that is part of the page."""
+
+    url: str  # data:
+    alt: str
+    width: int  # px
+    height: int
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer."""
+
+    kind: Literal["same", "added", "removed", "latent"]
+    text: str  # of a latent: its number
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer to a row."""
+
+    arm: str
+    pieces: Sequence[Piece]
+    verdict: Literal["right", "wrong", "scored", "unscored", ""]  # scored: neither 0 nor 1; empty without a task
+    status: str  # in words, such as "Reached goal"
+    complete: bool
+    changed: bool  # another text than in `own`
+
+
+@dataclass(frozen=True)
+class RowView:
+    """A row with everything that is shown of it."""
+
+    number: int
+    where: str
+    question: str
+    expected: str
+    inputs: Sequence[Picture]
+    helpers: Sequence[Picture]
+    heat: Sequence[Picture]  # by latent, then by input image
+    own: Reply
+    replaced: Sequence[Reply]
+
+    @property
+    def changed_by(self) -> list[str]:
+        """The arms with another answer."""
+        return [reply.arm for reply in self.replaced if reply.changed]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The page."""
+
+    model: str
+    data: str
+    date: str
+    task: str
+    way: str  # of scoring; empty without a task
+    num_rows: int
+    facts: Mapping[str, str]  # versions and settings
+    arms: Sequence[ArmResult]  # `own` first
+    health: Health
+    rows: Sequence[RowView]

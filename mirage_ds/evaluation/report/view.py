@@ -1,0 +1,173 @@
+"""From an evaluation to what the page shows of it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mirage_ds.data.images import decode
+from mirage_ds.evaluation.answers import Answer, Row
+from mirage_ds.evaluation.arms import OWN
+from mirage_ds.evaluation.health import LatentHealth
+from mirage_ds.evaluation.rates import Difference, difference, rate_of, success_rates, ways_of
+from mirage_ds.evaluation.report.contents import ArmResult, Estimate, Health, Measure, Picture, Piece, Reply, RowView
+from mirage_ds.evaluation.report.pictures import heat_picture, picture
+from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
+from mirage_ds.evaluation.tables import Figures
+
+# By an arm's name, without the factor of the noise.
+MEANINGS = {
+    OWN: "the model's own states",
+    "none": "no block: its start is forbidden",
+    "markers": "a block without a state in it",
+    "zeroed": "zeros, which it never saw in training",
+    "mean": "the mean state of all rows, slot by slot",
+    "fixed": "the states of one other row, for all rows",
+    "noise": "own states with noise added",
+    "shuffled": "the states of another row",
+    "oracle": "the pooled patches of the true helper image",
+    "first": "the first state of the block, repeated",
+    "image:gray": "own states; input images are gray",
+    "image:other": "own states; input images of another row",
+    "image:none": "own states; no input image",
+}
+
+
+def arm_results(answers: dict[str, list[Answer]]) -> list[ArmResult]:
+    """The lines of the replacement test, from the answers of each arm to the same rows in the same order."""
+    own = answers[OWN]
+    figures = Figures(answer for arm in answers.values() for answer in arm)
+    ways = ways_of(own)
+    results = []
+    for name, arm in answers.items():
+        scored = bool(ways_of(arm))
+        results.append(
+            ArmResult(
+                name=name,
+                meaning=MEANINGS[name.partition(":")[0] if name.startswith("noise") else name],
+                num_answers=len(arm),
+                num_unended=sum(not answer.complete for answer in arm),
+                num_with_block=sum(answer.num_blocks > 0 for answer in arm),
+                success=figures.rate(success_rates(arm)["all"][ways[0]]) if scored else "",
+                difference=_minus_own(difference(arm, own), figures) if scored and name != OWN else None,
+                changed=None if name == OWN else _changed(arm, own),
+            )
+        )
+    return results
+
+
+def _minus_own(found: Difference, figures: Figures) -> Estimate:
+    return Estimate(found.value, found.low, found.high, figures.difference(found))
+
+
+def _changed(arm: Sequence[Answer], own: Sequence[Answer]) -> Estimate:
+    rate = rate_of([float(ours.text != theirs.text) for ours, theirs in zip(arm, own, strict=True)])
+    text = f"{rate['rate']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}]"
+    return Estimate(rate["rate"], rate["low"], rate["high"], text)
+
+
+def health_view(health: LatentHealth) -> Health:
+    """The table of the latent health; columns that are empty are left out."""
+    measures = [
+        Measure("Rows", "Answers with a state in this slot.", health.num_rows, 0, max(health.num_rows, default=1)),
+        Measure(
+            "Norm",
+            "Length of the states over that of the token embeddings. Near 1 a state is an input like others; far above "
+            "it, it outweighs them, and near 0 it is not seen.",
+            health.norms,
+            0,
+            max(health.norms, default=1),
+        ),
+        Measure(
+            "Between rows",
+            "Mean cosine between the states of two rows. Near 1 all rows have the same state, so it says nothing about "
+            "the question; trained models often have 0.5 to 0.9.",
+            health.row_cosines,
+            0,
+            1,
+        ),
+        Measure(
+            "To the next",
+            "Mean cosine between a state and the next one of the same row. Near 1 the second says the same again.",
+            health.next_cosines,
+            0,
+            1,
+        ),
+        Measure(
+            "Effective rank",
+            "In how many directions the states of all rows lie. 1: all are alike; at most the number of rows, or the "
+            "size of a state.",
+            health.effective_ranks,
+            0,
+            max(health.effective_ranks, default=1),
+        ),
+        Measure(
+            "To the target",
+            "Mean cosine between a state and the pooled patches of the row's helper image. Stage 1 trains it towards 1; "
+            "after stage 2 it is usually lower, and a high one alone does not make answers right.",
+            health.target_cosines,
+            0,
+            1,
+        ),
+    ]
+    kept = [measure for measure in measures if any(value is not None for value in measure.values)]
+    return Health([_slot_name(slot) for slot in health.slots], kept, health.warning() or "")
+
+
+def _slot_name(slot: str) -> str:
+    """BLOCK.PLACE, from 0 -> as it is counted in the page, from 1."""
+    block, place = (int(part) + 1 for part in slot.split("."))
+    return f"block {block}, latent {place}"
+
+
+def row_view(
+    row: Row, replies: dict[str, Answer], cosines: Sequence[NDArray[np.float32]], *, exif_orientation: bool
+) -> RowView:
+    """One row.
+
+    Args:
+        replies: the answer of each arm, `own` first.
+        cosines: of each input image the heat maps [M, R, C] of the row's M latents.
+    """
+    sample = row.sample
+    inputs, helpers = (
+        [
+            decode(data, f"{row.where}, {name} {number}", exif_orientation=exif_orientation)
+            for number, data in enumerate(images)
+        ]
+        for name, images in (("input image", sample.input_images), ("helper image", sample.helper_images))
+    )
+    own, *others = replies.values()
+    return RowView(
+        number=row.number + 1,
+        where=row.where,
+        question=sample.text_input.strip(),
+        expected=sample.text_output.strip(),
+        inputs=[picture(image, f"Input image {number}", "input") for number, image in enumerate(inputs, 1)],
+        helpers=[picture(image, f"Helper image {number}", "helper") for number, image in enumerate(helpers, 1)],
+        heat=_heat(inputs, cosines),
+        own=_reply(own, own_pieces(own.text, own.latents_at), own),
+        replaced=[_reply(other, changed_pieces(own.text, other.text), own) for other in others],
+    )
+
+
+def _heat(images: Sequence[object], cosines: Sequence[NDArray[np.float32]]) -> list[Picture]:
+    """By latent, then by image; the colours of a latent reach from its lowest to its highest cosine."""
+    pictures = []
+    for latent in range(len(cosines[0]) if cosines else 0):
+        maps = [of_image[latent] for of_image in cosines]
+        low, high = min(each.min() for each in maps), max(each.max() for each in maps)
+        for number, (image, each) in enumerate(zip(images, maps, strict=True), 1):
+            place = f"latent {latent + 1}" + (f", image {number}" if len(maps) > 1 else "")
+            cosine = f"{each.min():.2f} to {each.max():.2f}"
+            alt = f"Heat map of {place}: cosines from {cosine}"
+            pictures.append(heat_picture(image, each, low, high, alt, f"{place}: {cosine}"))
+    return pictures
+
+
+def _reply(answer: Answer, pieces: Sequence[Piece], own: Answer) -> Reply:
+    outcome = next(iter(answer.scores.values()), None)
+    verdicts = {0.0: "wrong", 1.0: "right"}
+    verdict = verdicts.get(float(outcome.success), "scored") if outcome else "unscored" if answer.unscored else ""
+    status = outcome.status if outcome else answer.unscored
+    return Reply(answer.arm, pieces, verdict, status, answer.complete, answer.text != own.text)

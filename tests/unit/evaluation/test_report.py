@@ -1,0 +1,244 @@
+"""The report's page, from made-up contents: read back by html.parser, which knows nothing of the templates."""
+
+import base64
+import dataclasses
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate, Health, Measure, Piece, Reply, RowView
+from mirage_ds.evaluation.report.page import reading, render
+from mirage_ds.evaluation.report.pictures import heat_picture, picture
+from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
+
+VOID = {"meta", "img", "input", "br", "link", "hr"}
+ATTACK = '<script>alert("x")</script> & "quotes" \'too\''
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, its text, and what is wrong with its tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text, self.problems = "", []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        self.problems += [f"{tag} is not closed" for tag in self._open]
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, {name: value or "" for name, value in attributes}))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self._open or self._open.pop() != tag:
+            self.problems.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self._open):
+            self.text += data
+
+    def all(self, tag: str, name: str = "") -> list[dict[str, str]]:
+        """The attributes of the elements of a tag, of those of a class."""
+        return [found for each, found in self.elements if each == tag and (not name or name in found.get("class", ""))]
+
+
+def image(size: tuple[int, int] = (84, 56)) -> Image.Image:
+    return Image.new("RGB", size, "teal")
+
+
+def reply(arm: str, *pieces: Piece, changed: bool = True) -> Reply:
+    return Reply(arm, pieces, "wrong", "Fell in hole", complete=arm != "zeroed", changed=changed)
+
+
+def row(number: int, question: str = "Where is the goal?") -> RowView:
+    heat = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
+    return RowView(
+        number=number,
+        where=f"rows.jsonl:{number + 1}",
+        question=question,
+        expected="\\boxed{LEFT}",
+        inputs=[picture(image(), "Input image 1")],
+        helpers=[picture(image(), "Helper image 1")],
+        heat=[heat_picture(image(), heat, -1, 1, f"Latent {latent}", "-1.00 to 1.00") for latent in (1, 2)],
+        own=Reply("own", [Piece("latent", "latent 1"), Piece("same", f"so {ATTACK}")], "right", "Goal", True, False),
+        replaced=[
+            reply("mean", Piece("same", "so"), Piece("added", "new"), Piece("removed", "old")),
+            reply("zeroed", changed=False),
+        ],
+    )
+
+
+def contents(**changes: object) -> Contents:
+    measures = [Measure("norm", "as long as an embedding: near 1", [1.25, None], 0, 2)]
+    made = Contents(
+        model="runs/model",
+        data="rows.jsonl",
+        date="2026-11-26",
+        task="exact",
+        way="exact",
+        num_rows=90,
+        facts={"torch": "2.13.0", "seed": "0"},
+        arms=[
+            ArmResult("own", "the model's own states", 90, 0, 90, "50% [40, 60]", None, None),
+            ArmResult(
+                *("mean", "means", 90, 3, 89, "30% [20, 40]"),
+                difference=Estimate(-0.2, -0.4, -0.1, "-20 [-40, -10]"),
+                changed=Estimate(0.3, 0.2, 0.4, "30% [20, 40] changed"),
+            ),
+        ],
+        health=Health(["block 1, latent 1", "block 1, latent 2"], measures, "rows are alike"),
+        rows=[row(number, ATTACK) for number in range(20)],
+    )
+    return dataclasses.replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return render(contents())
+
+
+def test_every_tag_is_closed_and_ids_are_unique(html: str) -> None:
+    page = Page(html)
+    assert not page.problems
+    ids = [found["id"] for _, found in page.elements if "id" in found]
+    assert len(ids) == len(set(ids))
+    named = {found["aria-labelledby"] for _, found in page.elements if "aria-labelledby" in found}
+    assert named | {found["href"].removeprefix("#") for found in page.all("a")} <= set(ids)
+
+
+def test_nothing_is_loaded(html: str) -> None:
+    """Every address is a data: URL or a place in the page, and the page itself forbids all others."""
+    page = Page(html)
+    addresses = [
+        found[name] for _, found in page.elements for name in ("src", "href", "srcset", "data") if name in found
+    ]
+    assert len(addresses) > 80
+    assert all(address.startswith(("data:image/", "#")) for address in addresses)
+    assert not re.search(r"url\(|@import|https?:", html)
+    assert not page.all("link")
+    (policy,) = [found["content"] for found in page.all("meta") if "http-equiv" in found]
+    assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_text_of_the_rows_is_text(html: str) -> None:
+    page = Page(html)
+    assert len(page.all("script")) == 1
+    assert page.text.count(ATTACK) == 40  # as question and as answer of each row
+    everywhere = contents(
+        model=ATTACK, data=ATTACK, facts={ATTACK: ATTACK}, health=Health([], [], ATTACK), rows=[row(0, ATTACK)]
+    )
+    assert len(Page(render(everywhere)).all("script")) == 1
+
+
+def test_every_row_is_there(html: str) -> None:
+    page = Page(html)
+    rows = page.all("details", "row")
+    assert [found["id"] for found in rows] == [f"row-{number}" for number in range(20)]
+    assert {found["data-changed"] for found in rows} == {"yes"}
+    assert "changed by mean" in page.text
+    assert page.text.count("the same answer") == 20  # zeroed
+    assert len(page.all("span", "latent")) == 1 + 20
+    assert len(page.all("img")) == 20 * (2 + 2)
+    assert all(found["alt"] for found in page.all("img"))
+
+
+def bars(page: Page) -> list[tuple[str, dict[str, str]]]:
+    """The text of each bar and its rectangle."""
+    labels = [found["aria-label"] for found in page.all("svg", "bar") if "aria-label" in found]
+    return list(zip(labels, page.all("rect"), strict=False))
+
+
+def test_the_replacement_test(html: str) -> None:
+    page = Page(html)
+    ((text, rectangle),) = bars(page)
+    assert text == "-20 [-40, -10]"
+    # The axis reaches from -40 to 40 points: the bar from -20 to 0.
+    assert (float(rectangle["x"]), float(rectangle["width"])) == (25, 25)
+    assert "-20 [-40, -10]: own is better" in page.text
+    assert "50% [40, 60]" in page.text
+    assert "3 of 90" in page.text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(-0.3, -0.1, "own is better"), (0.1, 0.3, "own is worse"), (-0.1, 0.2, "no difference is shown")],
+)
+def test_what_an_interval_says(low: float, high: float, words: str) -> None:
+    assert reading(Estimate((low + high) / 2, low, high, "")) == words
+
+
+def test_without_a_task_changes_are_shown() -> None:
+    arms = [dataclasses.replace(arm, success="", difference=None) for arm in contents().arms]
+    page = Page(render(contents(task="none", way="", arms=arms)))
+    ((text, rectangle),) = bars(page)
+    assert text == "30% [20, 40] changed"
+    assert (float(rectangle["x"]), float(rectangle["width"])) == (0, 30)
+    assert "Success" not in page.text
+
+
+def test_health(html: str) -> None:
+    text = Page(html).text
+    assert "Warning: rows are alike" in " ".join(text.split())
+    assert "1.25" in text
+    assert "not defined" in text
+    assert "No answer has a latent." in Page(render(contents(health=Health([], [], "")))).text
+
+
+def decoded(url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(url.partition("base64,")[2])))
+
+
+def test_pictures_are_small_and_keep_their_shape() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 1200, 3), dtype=np.uint8))
+    photo, drawing = picture(noise, "a photo"), picture(image(), "a drawing")
+    assert (photo.width, photo.height) == decoded(photo.url).size == (480, 360)
+    assert (drawing.width, drawing.height) == decoded(drawing.url).size == (84, 56)
+    assert photo.url.startswith("data:image/jpeg")
+    assert drawing.url.startswith("data:image/png")
+
+
+def test_a_heat_map_lies_over_its_patches() -> None:
+    """Two rows, three columns of patches on 84 x 56 pixels; only the last patch of the first row is high."""
+    heat = np.zeros((2, 3), np.float32)
+    heat[0, 2] = 0.5
+    shown = np.asarray(decoded(heat_picture(image(), heat, 0, 0.5, "", "").url).convert("L")).astype(int)
+    cells = shown.reshape(2, 28, 3, 28).mean(axis=(1, 3))
+    assert cells[0, 2] > 2 * cells.max(initial=0, where=heat == 0)
+
+
+def text_of(pieces: list[Piece], kinds: set[str]) -> str:
+    return "".join(piece.text for piece in pieces if piece.kind in kinds)
+
+
+def test_latents_stand_where_they_were_decoded() -> None:
+    pieces = own_pieces("so and so", [0, 0, 6, 9])
+    assert [(piece.kind, piece.text) for piece in pieces] == [
+        ("latent", "1"),
+        ("latent", "2"),
+        ("same", "so and"),
+        ("latent", "3"),
+        ("same", " so"),
+        ("latent", "4"),
+    ]
+    assert own_pieces("", []) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("", "a b"), ("a  b", ""), ("\\boxed{LEFT, UP}", "\\boxed{LEFT, DOWN, UP}"), ("a\nb", "a b c")]
+)
+def test_changed_pieces_give_both_texts(old: str, new: str) -> None:
+    pieces = changed_pieces(old, new)
+    assert text_of(pieces, {"same", "removed"}) == old
+    assert text_of(pieces, {"same", "added"}) == new
+
+
+def test_what_changed_is_words() -> None:
+    pieces = changed_pieces("\\boxed{LEFT, UP}", "\\boxed{LEFT, DOWN}")
+    assert [piece.text for piece in pieces if piece.kind != "same"] == ["UP", "DOWN"]
