@@ -87,7 +87,9 @@ def test_a_complete_part_is_not_repeated(tmp_path: Path) -> None:
 
 
 def answer(row: int, arm: str, scores: Scores) -> Answer:
-    return Answer(row, f"rows:{row}", arm, 0, "", 1, 1, 4, 4, arm == "own", scores)
+    latents = {"num_blocks": 1, "num_latents": 1, "num_replaced": 1, "latents_at": [0]}
+    what = {"number": row, "where": f"rows:{row}", "arm": arm, "sample": 0, "text": "", "num_tokens": 1}
+    return Answer(**what, **latents, complete=arm == "own", scores=scores)
 
 
 def write_steps(benchmark: Benchmark, arm: str, stage: str, seconds: list[float]) -> None:
