@@ -24,7 +24,9 @@ def answers(num_solved: int, *, malformed: int = 0, num_latents: int = 4, num_re
 
 def answer(status: str, num_latents: int = 4, num_replaced: int = 0, *, complete: bool = True) -> Answer:
     scores = {"strict": Outcome(status == "Reached goal", status)}
-    return Answer(0, "", "own", 0, "LEFT", 9, 1, num_latents, num_replaced, complete, scores)
+    latents = {"num_latents": num_latents, "num_replaced": num_replaced, "latents_at": [0] * num_latents}
+    what = {"number": 0, "where": "", "arm": "own", "sample": 0, "text": "LEFT", "num_tokens": 9, "num_blocks": 1}
+    return Answer(**what, **latents, complete=complete, scores=scores)
 
 
 def demo(
