@@ -22,6 +22,7 @@ from mirage_ds.errors import ConfigError
 
 CompressStrategy = Literal["average", "average_all", "grid"]
 OnFault = Literal["stop", "skip"]
+HelperImages = Literal[True, "gray", "input", "shuffled", "none"]
 LatentEnd = Literal["fixed", "model"]
 
 
@@ -60,9 +61,13 @@ class ModelConfig(Section):
     """Attention kernels. `auto`: `flash_attention_2` on a GPU in bf16 where flash-attn can be imported, else `sdpa`."""
     gather: Literal["auto", "layer", "rollout"] = "auto"
     """What ZeRO-3 gathers at a time. `layer`: one decoder layer; `rollout`: the complete decoder, once for all passes;
-    `auto`: `rollout` in stage 2, else `layer`."""
+    `auto`: `rollout` where the decoder takes several passes, in stage 2 and where images are hidden, else `layer`."""
     activation_checkpointing: Literal["full", "none"] = "full"
     """`full`: the activations of each decoder layer are recomputed in backward; `none`: they are stored."""
+    answer_sees_image: bool = True
+    """`false`: after a row's first latent block nothing attends to its input images any more, in training and in
+    decoding, so that what the answer needs of them must be in the latents; see
+    [training](training.md#make-the-latents-necessary). Rows without a block see their images."""
     train_tower: bool = False
     """Train the vision tower too; the method keeps it frozen."""
     cache_targets: UserPath | None = None
@@ -108,8 +113,16 @@ class DataConfig(Section):
     each other; the losses stay the same. A micro-batch is one such row, `train.micro_batch_size_per_gpu` then only
     counts for the size of the global batch. Needs the counts of `mirage-data count`; see
     [training](training.md#packed-rows)."""
+    text_dropout_image: float = Field(default=0.0, ge=0, le=1)
+    """Share of the training rows, drawn by `run.seed` and the row's place in the order, whose images are hidden after
+    their first latent block as with `model.answer_sees_image: false`. Not in validation and decoding."""
     token_budget: PositiveInt | None = None
     """Most tokens of a packed row; a sample that is longer is refused before the run."""
+    helper: HelperImages = True
+    """What the helper images of the samples are, to train the arms of a comparison from the same shards. `true`: the
+    row's own; `gray`: a gray image of the same size; `input`: the row's input image; `shuffled`: the helper images of
+    another row; `none`: the row has no helper image, and its answer no latents. Stage 2 and text read no helper image,
+    so that there only `none` changes something; see [training](training.md#control-arms)."""
     on_fault: OnFault = "stop"
     """What a sample does that turns out to be unusable. `stop`: the run saves and ends with an error; `skip`: the next
     sample of the order takes its place too, with a warning, whatever the number of ranks and after every resume."""
@@ -232,6 +245,11 @@ class Config(Section):
                 f"model.cache_targets is set, but {self.train.stage} has no latent targets; it is for "
                 "train.stage=stage1; unset model.cache_targets"
             )
+        if self.model.cache_targets is not None and self.data.helper == "none":
+            raise ValueError(
+                "model.cache_targets is set, but with data.helper=none there is no latent target; allowed with any "
+                "other data.helper; unset one of the two"
+            )
         # Not by model_fields_set: a resolved recipe has every key.
         default = ModelConfig.model_fields["cache_targets_gib"].default
         if self.model.cache_targets is None and self.model.cache_targets_gib != default:
@@ -247,6 +265,41 @@ class Config(Section):
                 "data.balance"
             )
         return self
+
+    @model_validator(mode="after")
+    def _images_can_be_hidden(self) -> "Config":
+        share = self.data.text_dropout_image
+        if not self.hides_images:
+            return self
+        setting = f"data.text_dropout_image is {share}" if share else "model.answer_sees_image is false"
+        default = "data.text_dropout_image=0" if share else "model.answer_sees_image=true"
+        if share and not self.model.answer_sees_image:
+            raise ValueError(
+                f"{setting}, but model.answer_sees_image=false hides the images of all rows already; one of the two is "
+                "enough; set data.text_dropout_image=0, or model.answer_sees_image=true"
+            )
+        if self.train.stage == "text":
+            raise ValueError(
+                f"{setting}, which hides the images after a row's first latent block, and stage text has no blocks; "
+                f"allowed in stage1 and stage2; set {default}"
+            )
+        if self.data.packing:
+            raise ValueError(
+                f"{setting}, but rows are packed (data.packing=true), whose samples would each hide other columns from "
+                "another one on; only one of the two is possible; set data.packing=false data.token_budget=null, or "
+                f"{default}"
+            )
+        return self
+
+    @property
+    def hides_images(self) -> bool:
+        """Whether nothing attends to the images of some rows after their first latent block."""
+        return not self.model.answer_sees_image or self.data.text_dropout_image > 0
+
+    @property
+    def several_passes(self) -> bool:
+        """Whether the decoder may take several passes over a micro-batch: see model/rollout.py."""
+        return self.train.stage == "stage2" or self.hides_images
 
     @property
     def rows_per_micro_batch(self) -> int:

@@ -117,7 +117,7 @@ def load_engine(config: Config, start: Start) -> tuple[DeepSpeedEngine, Backbone
     model = make_model(config, backbone)
     check_room(config.run.dir, model, start.device)
     write_folder(config, start.facts, start.began)
-    mark_gather_units(model, start.gather)
+    mark_gather_units(model, config)
     groups = parameter_groups(model, config.train.weight_decay)
     engine = initialize(model, groups, config.train, start.deepspeed_config)
     if distributed.is_main():
@@ -162,7 +162,7 @@ def make_trainer(
         state,
         max_steps=start.max_steps,
         device=start.device,
-        agree_on_passes=start.gather == "layer" and config.train.stage == "stage2",
+        agree_on_passes=start.gather == "layer" and config.several_passes,
         early_end=watch_end(config),
         save_progress=saves.progress,
     )

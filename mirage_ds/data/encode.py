@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mirage_ds.config import CompressStrategy, Stage
 from mirage_ds.data.conversation import IMAGE_BLOCK, LATENT_BLOCK, load_tokenizer, prompt_text, train_text
+from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.ids import expand_pads, find_prompt_length, supervised_labels
 from mirage_ds.data.images import decode
-from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
@@ -63,6 +63,7 @@ class EncodedSample:
     faults: list[str] = field(default_factory=list)  # of the samples before it that could not be used
     target_slots: range = range(0)  # of the encoded helper images in the run's target cache, if it has one
     cached_targets: torch.Tensor | None = None  # [all latents, D + 1] float32: targets and their inverse norms
+    hides_images: bool = False  # nothing after the first latent block attends to the input images
 
 
 def load_encoder(
@@ -77,6 +78,7 @@ def load_encoder(
     cache_dir: Path | None = None,
     compress_strategy: CompressStrategy = "average",
     exif_orientation: bool = True,
+    answer_sees_image: bool = True,
 ) -> "Encoder":
     """The encoder for a model folder or hub id; the arguments are those of `Encoder` and `ImageProcessor.load`.
 
@@ -92,6 +94,7 @@ def load_encoder(
         max_length=max_length,
         compress_strategy=compress_strategy,
         exif_orientation=exif_orientation,
+        answer_sees_image=answer_sees_image,
     )
 
 
@@ -109,6 +112,7 @@ class Encoder:
         max_length: int | None = None,
         compress_strategy: CompressStrategy = "average",
         exif_orientation: bool = True,
+        answer_sees_image: bool = True,
     ) -> None:
         """
         Args:
@@ -117,6 +121,7 @@ class Encoder:
             max_length: maximum tokens of a sample; None: no limit.
             compress_strategy: how the model will pool helper images; each must have enough patches for it.
             exif_orientation: turn images as their EXIF orientation says.
+            answer_sees_image: whether the answer attends to the input images after its first latent block.
         """
         self.ids = TokenIds.of(tokenizer)
         self.tokenizer = tokenizer
@@ -127,6 +132,7 @@ class Encoder:
         self.max_length = max_length
         self._compress_strategy = compress_strategy
         self._exif_orientation = exif_orientation
+        self._answer_sees_image = answer_sees_image
         self._marker = self._tokenize(ASSISTANT_MARKER)
         self._kept_texts: dict[tuple[object, ...], EncodedText] = {}
         self._kept_tokens = 0
@@ -143,8 +149,9 @@ class Encoder:
         pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
         is_cached = sample.cached_targets is not None
         helper_images = sample.helper_images if self._stage == "stage1" and not is_cached else ()
-        pixel_values_latent, grid_thw_latent = self._patches(helper_images, f"{sample.key}.helper")
-        self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sizes, sample.key)
+        helper_name = sample.helper_name or f"{sample.key}.helper"
+        pixel_values_latent, grid_thw_latent = self._patches(helper_images, helper_name)
+        self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sizes, helper_name)
         text = self._text(sample, grid_thw, sizes)
         return EncodedSample(
             key=sample.key,
@@ -156,6 +163,7 @@ class Encoder:
             latent_sizes=sizes,
             target_slots=range(0) if is_cached else sample.target_slots,
             cached_targets=_cached_targets(sample, sum(sizes)),
+            hides_images=not self._answer_sees_image,
         )
 
     def helper_facts(self) -> dict[str, Any]:
@@ -200,17 +208,17 @@ class Encoder:
             latent_sizes=[],
         )
 
-    def check_index(self, folder: ShardFolder) -> None:
+    def check_index(self, folder: ShardFolder, helpers: Helpers = OWN) -> None:
         """Checks before a run, from the index alone, what `__call__` would refuse in this stage.
 
         Raises:
             DataError: a sample would be refused; the message names its shard and key.
         """
-        for entry in load_index(folder):
+        for entry in helpers.index(folder):
             key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
             if self._stage == "stage1":
                 merged = [self._image_processor.merged_grid_of(*size) for size in entry.helper_sizes]
-                self._check_helpers(merged, entry.block_sizes(self.latent_size), key)
+                self._check_helpers(merged, entry.block_sizes(self.latent_size), f"{key}.helper")
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of input images of these sizes (width, height)."""
@@ -255,7 +263,7 @@ class Encoder:
             return []
         return list(own) or [self.latent_size] * num_latent_blocks(answer, num_helpers)
 
-    def _check_helpers(self, grids: Sequence[tuple[int, int]], latent_sizes: Sequence[int], key: str) -> None:
+    def _check_helpers(self, grids: Sequence[tuple[int, int]], latent_sizes: Sequence[int], name: str) -> None:
         """Refuses helper images, given by their rows and columns of merged patches, that cannot be pooled to K.
 
         Where helper images are not encoded there are no grids.
@@ -265,7 +273,7 @@ class Encoder:
                 image_segments(rows, columns, size, self._compress_strategy)
             except ValueError as error:
                 raise DataError(
-                    f"{error} ({key}.helper_{number}); expected the row's latent_size, else model.latent_size <= "
+                    f"{error} ({name}_{number}); expected the row's latent_size, else model.latent_size <= "
                     "merged patches, and with model.compress_strategy=grid a product of two factors that fit into "
                     "their rows and columns; use a larger image or data.min_pixels, or set another model.latent_size, "
                     "or another latent_size in the row"

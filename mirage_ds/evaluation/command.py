@@ -30,6 +30,7 @@ from mirage_ds.inference.options import (
 )
 from mirage_ds.output_folder import signals_as_errors
 from mirage_ds.paths import expanded
+from mirage_ds.wide_console import wide_console
 
 LatentsOption = Annotated[
     str, typer.Option(help="What is fed at the latents: some of the names in docs/evaluation.md.")
@@ -95,6 +96,7 @@ def answer_all(
         by: the field by which rates are grouped.
     """
     from mirage_ds.evaluation.engine import Engine
+    from mirage_ds.evaluation.health_tables import health_tables
     from mirage_ds.evaluation.parts import Parts, check_settings
 
     results, task = asked.results, asked.task
@@ -122,6 +124,8 @@ def answer_all(
             answers = engine.in_order(parts.answers())
             every = [answer for arm in answers.values() for answer in arm]
             names = [arm.name for arm in asked.arms]
-            results.finish(every, summary_of(answers, task, by) | {"settings": settings | {"arms": names}})
-            for table in tables_of(answers, task, by):
-                Console().print(table)
+            health = engine.health(parts.states(), answers[OWN])
+            summary = summary_of(answers, task, by) | {"health": health.as_dict()}
+            results.finish(every, summary | {"settings": settings | {"arms": names}})
+            for table in [*tables_of(answers, task, by), *health_tables(health)]:
+                wide_console().print(table)

@@ -142,7 +142,7 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
     everything = sum(sizes.all) - persistent_numel(sizes.all, zero)
     language, tower = sum(sizes.language), sum(sizes.tower)
     small = language < zero.get("stage3_max_reuse_distance", DEFAULT_LIVE)
-    if choose_gather(config.model, config.train.stage) == "rollout":
+    if choose_gather(config) == "rollout":
         gathered = everything if small else max(language - persistent_numel(sizes.language, zero), tower)
         return gathered, language
     live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE) + unit_elements(sizes, config), tower)
@@ -152,7 +152,7 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
 
 def unit_elements(sizes: ModelSizes, config: Config) -> int:
     """The largest unit of `layer`, besides the tower: a decoder layer in one pass, else one weight; or the head."""
-    layer = 0 if config.train.stage == "stage2" else sum(sizes.layers) // sizes.num_layers
+    layer = 0 if config.several_passes else sum(sizes.layers) // sizes.num_layers
     return max(layer, *sizes.language)
 
 
@@ -160,12 +160,12 @@ def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
     """Elements of weights whose full gradients exist at the same time.
 
     A leaf module's gradients are reduced after its backward (DS stage3.py, reduce_leaf_module_grads): those of the
-    complete rollout, of one layer, or of the head alone. In stage 2 with `layer`, autograd accumulates the gradients of
-    all passes until the backward of the first one (as the order of torch's gradient hooks shows), so that all layers
-    have full gradients as well.
+    complete rollout, of one layer, or of the head alone. In several passes with `layer`, autograd accumulates the
+    gradients of all until the backward of the first one (as the order of torch's gradient hooks shows), so that all
+    layers have full gradients as well.
     """
-    rollout = choose_gather(config.model, config.train.stage) == "rollout"
-    waiting = sum(sizes.rollout) if rollout or config.train.stage == "stage2" else unit_elements(sizes, config)
+    rollout = choose_gather(config) == "rollout"
+    waiting = sum(sizes.rollout) if rollout or config.several_passes else unit_elements(sizes, config)
     return max(waiting, sum(sizes.tower) if config.model.train_tower else 0)
 
 

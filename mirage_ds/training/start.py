@@ -14,6 +14,7 @@ from mirage_ds.checkpoint.load import check_start
 from mirage_ds.config import Config, Stage
 from mirage_ds.data.costs import Costs
 from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.model.backbone import check_config
@@ -85,7 +86,7 @@ def prepare(config: Config) -> Start:
         shards=shards,
         encoder=encoder,
         device=device,
-        gather=choose_gather(config.model, config.train.stage),
+        gather=choose_gather(config),
         pooling=pooling,
         max_steps=max_steps,
         facts=facts,
@@ -109,11 +110,12 @@ def choose_micro_batch(config: Config, deepspeed_config: dict[str, Any], device:
 def open_encoder(config: Config) -> Encoder:
     """What turns samples into tokens; every sample of the run's shards fits it."""
     encoder = make_encoder(config, config.train.stage)
+    helpers = Helpers.of(config)
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:
             shards = load_manifest(folder)
-            encoder.check_index(shards)
-            check_lengths(encoder, shards)
+            encoder.check_index(shards, helpers)
+            check_lengths(encoder, shards, helpers)
     return encoder
 
 
@@ -130,6 +132,7 @@ def make_encoder(config: Config, stage: Stage) -> Encoder:
         cache_dir=config.model.cache_dir,
         compress_strategy=config.model.compress_strategy,
         exif_orientation=config.data.exif_orientation,
+        answer_sees_image=config.model.answer_sees_image,
     )
 
 

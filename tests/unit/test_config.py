@@ -40,6 +40,8 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
         ("train.max_steps=null", r"train: the length of the run is set twice or not at all; set train\.max_steps or"),
         ("train.epochs=2", r"train: the length of the run is set twice"),
         ("train.warmup_steps=500", r"warmup_steps is 500.*set train\.warmup_steps below train\.max_steps"),
+        ("data.helper=grey", r"data\.helper: .*True, 'gray', 'input', 'shuffled' or 'none' \(got 'grey'\)"),
+        ("data.helper=false", r"data\.helper: .*True, 'gray', 'input', 'shuffled' or 'none' \(got False\)"),
         ("data.max_pixels=0", r"data\.max_pixels: .*greater than 0"),
         ("data.max_length=-5", r"data\.max_length: .*greater than 0"),
         ("train", r"override cannot be parsed .*section\.key=value"),
@@ -90,6 +92,17 @@ def test_latent_targets_are_kept_in_stage_1_only() -> None:
         load_config(RECIPES / "tiny-stage2.yaml", ["model.cache_targets=targets"])
 
 
+def test_the_arm_of_a_control_is_a_name_or_true() -> None:
+    assert load_config(RECIPE).data.helper is True
+    assert load_config(RECIPE, ["data.helper=true"]).data.helper is True
+    for name in ("gray", "input", "shuffled", "none"):
+        assert load_config(RECIPE, [f"data.helper={name}"]).data.helper == name
+    with pytest.raises(
+        ConfigError, match=r"cache_targets is set, but with data\.helper=none there is no latent target"
+    ):
+        load_config(RECIPE, ["data.helper=none", "model.cache_targets=targets"])
+
+
 def test_samples_are_packed_where_they_may_share_a_row() -> None:
     packing = ["data.packing=true", "data.token_budget=64"]
     assert load_config(RECIPE, packing).rows_per_micro_batch == 1
@@ -106,6 +119,46 @@ def test_samples_are_packed_where_they_may_share_a_row() -> None:
         ConfigError, match=r"  - data\.packing is true, but stage2 .*set data\.packing=false: .*balance"
     ):
         load_config(RECIPES / "tiny-stage2.yaml", packing)
+
+
+HIDDEN = "model.answer_sees_image=false"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [HIDDEN, "train.stage=text"],
+            r"answer_sees_image is false, .*stage text has no blocks; allowed in .*; set model\.answer_sees_image=true",
+        ),
+        (
+            ["data.text_dropout_image=0.3", "train.stage=text"],
+            r"text_dropout_image is 0\.3, .*stage text has no blocks; .*set data\.text_dropout_image=0",
+        ),
+        (
+            [HIDDEN, "data.text_dropout_image=0.3"],
+            r"text_dropout_image is 0\.3, but model\.answer_sees_image=false hides .*; one of the two is enough; set ",
+        ),
+        (
+            [HIDDEN, "data.packing=true", "data.token_budget=64"],
+            r"answer_sees_image is false, but rows are packed .*; set data\.packing=false data\.token_budget=null, or ",
+        ),
+        (["data.text_dropout_image=1.5"], r"data\.text_dropout_image: .*less than or equal to 1"),
+    ],
+    ids=str,
+)
+def test_images_that_cannot_be_hidden(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(RECIPE, overrides)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("setting", [HIDDEN, "data.text_dropout_image=0.3"])
+def test_hidden_images_take_several_passes(setting: str, stage: str) -> None:
+    config = load_config(RECIPE, [setting, f"train.stage={stage}"])
+    assert config.hides_images
+    assert config.several_passes
+    assert load_config(RECIPE, [f"train.stage={stage}"]).several_passes == (stage == "stage2")
 
 
 def test_one_sample_per_rank_cannot_be_packed() -> None:
