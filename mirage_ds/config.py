@@ -278,10 +278,11 @@ class Config(Section):
                 f"{setting}, but model.answer_sees_image=false hides the images of all rows already; one of the two is "
                 "enough; set data.text_dropout_image=0, or model.answer_sees_image=true"
             )
-        if self.train.stage == "text":
+        if self.train.stage == "text" or self.data.helper == "none":
+            without = "stage text" if self.train.stage == "text" else "data.helper=none"
             raise ValueError(
-                f"{setting}, which hides the images after a row's first latent block, and stage text has no blocks; "
-                f"allowed in stage1 and stage2; set {default}"
+                f"{setting}, which hides the images after a row's first latent block, and {without} has no blocks; "
+                f"allowed in stage1 and stage2, with any other data.helper; set {default}"
             )
         if self.data.packing:
             raise ValueError(

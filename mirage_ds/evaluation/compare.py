@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.finished import read_results
+from mirage_ds.evaluation.finished import read_results, read_summary
 from mirage_ds.evaluation.groups import ALL, grouped
 from mirage_ds.evaluation.rates import difference, row_scores, success_rates, ways_of
 from mirage_ds.evaluation.tables import Figures, group_title, new_table
@@ -23,6 +22,8 @@ class Side:
     """One arm of a results file."""
 
     name: str
+    task: str
+    rows: str  # digest of the questions, images and fields of all rows
     answers: list[Answer]
 
 
@@ -32,15 +33,15 @@ def read_sides(files: Sequence[Path], arm: str) -> list[Side]:
     Raises:
         DataError: a file cannot be read, lacks the arm or scores, or its rows or its task differ from the first one's.
     """
-    sides = [Side(str(file), _arm_of(file, arm)) for file in files]
+    sides = [_read_side(file, arm) for file in files]
     first = sides[0]
     for side in sides:
-        if ways_of(side.answers)[:1] != ways_of(first.answers)[:1] or not ways_of(side.answers):
+        if Path(side.task).name != Path(first.task).name:  # my_file.py:score may have been elsewhere
             raise DataError(
-                f"the answers are scored {_scored(side)} ({side.name}) and {_scored(first)} ({first.name}); expected "
-                "files of one task other than none; evaluate both by the same task"
+                f"the tasks differ: {side.task} ({side.name}) and {first.task} ({first.name}); expected results of one "
+                "task; name other files, or evaluate again"
             )
-        if problem := _differing_row(first, side):
+        if problem := _difference_of_rows(first, side):
             raise DataError(
                 f"the rows differ: {problem} ({side.name}); differences are over the same rows; name files of the same "
                 "data and --limit"
@@ -48,37 +49,30 @@ def read_sides(files: Sequence[Path], arm: str) -> list[Side]:
     return sides
 
 
-def _arm_of(file: Path, arm: str) -> list[Answer]:
-    arms = read_results(file)
+def _read_side(file: Path, arm: str) -> Side:
+    arms, summary = read_results(file), read_summary(file)
     if arm not in arms:
         raise DataError(
             f"the file has no arm {arm!r:.80} ({file}, --arm); it has {', '.join(arms):.200}; name one of them"
         )
-    return arms[arm]
+    if not ways_of(arms[arm]):
+        raise DataError(
+            f"no answer is scored ({file}, task {summary['task']}); expected results of a task that scores; evaluate "
+            "again with another --task"
+        )
+    return Side(str(file), summary["task"], summary["settings"]["rows"], arms[arm])
 
 
-def _scored(side: Side) -> str:
-    return f"by {ways_of(side.answers)[0]!r}" if ways_of(side.answers) else "not at all"
-
-
-def _rows_of(side: Side) -> dict[int, tuple[str, dict[str, Any]]]:
-    """Of each row the name and line of its file, and its fields. Folders may differ: data are copied and linked."""
-    return {answer.number: (Path(answer.where).name, answer.row) for answer in side.answers}
-
-
-def _differing_row(first: Side, side: Side) -> str:
+def _difference_of_rows(first: Side, side: Side) -> str:
     """What differs between the rows of two files; empty if nothing does."""
-    ours, theirs = _rows_of(side), _rows_of(first)
+    ours, theirs = ({answer.number: answer.row for answer in each.answers} for each in (side, first))
     if set(ours) != set(theirs):
         return f"{len(ours)} rows, and {len(theirs)} in {first.name}"
-    for number, (where, row) in ours.items():
-        expected, fields = theirs[number]
-        if where != expected:
-            return f"row {number} is {where}, and {expected} in {first.name}"
-        if row != fields:
-            name = next(name for name in {**row, **fields} if row.get(name) != fields.get(name))
-            return f"the field {name!r:.80} of row {number} is not the same as in {first.name}"
-    return ""
+    for number, row in ours.items():
+        for name in {**row, **theirs[number]}:
+            if row.get(name) != theirs[number].get(name):
+                return f"the field {name!r:.80} of row {number} is not the same as in {first.name}"
+    return "" if side.rows == first.rows else f"a question, an image or a right answer is not that of {first.name}"
 
 
 def comparison_table(sides: Sequence[Side], by: str | None) -> Table:

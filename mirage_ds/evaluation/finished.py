@@ -1,11 +1,12 @@
-"""Reads finished results files."""
+"""Reads finished results files, and the summaries beside them."""
 
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_origin
 
+from mirage_ds import strict_json
 from mirage_ds.data.rows import read_json_lines
-from mirage_ds.errors import DataError
+from mirage_ds.errors import MALFORMED, DataError, reason_of
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.tasks.outcome import Outcome
 
@@ -21,6 +22,25 @@ def read_results(path: Path) -> dict[str, list[Answer]]:
         answer = _answer(record, where)
         arms.setdefault(answer.arm, []).append(answer)
     return arms
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary of a results file: FILE.summary.json.
+
+    Raises:
+        DataError: it cannot be read, or is none.
+    """
+    summary = Path(f"{path}.summary.json")
+    try:
+        found = strict_json.loads(summary.read_bytes())
+        if not isinstance(found["task"], str) or not isinstance(found["settings"]["rows"], str):
+            raise ValueError("its task or settings.rows is no text")
+    except MALFORMED as error:
+        raise DataError(
+            f"the summary cannot be used: {reason_of(error)} ({summary}); expected the file that `mirage evaluate` "
+            "wrote beside its results; copy it there, or evaluate again"
+        ) from error
+    return found
 
 
 def _answer(record: dict[str, Any], where: str) -> Answer:

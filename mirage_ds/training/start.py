@@ -109,8 +109,7 @@ def choose_micro_batch(config: Config, deepspeed_config: dict[str, Any], device:
 
 def open_encoder(config: Config) -> Encoder:
     """What turns samples into tokens; every sample of the run's shards fits it."""
-    encoder = make_encoder(config, config.train.stage)
-    helpers = Helpers.of(config)
+    encoder, helpers = make_encoder(config, config.train.stage), Helpers.of(config)
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:
             shards = load_manifest(folder)

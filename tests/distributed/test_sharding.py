@@ -34,6 +34,7 @@ from deviations import check
 from random_samples import ragged_batch
 
 from mirage_ds.config import TrainConfig
+from mirage_ds.data.collate import collate
 from mirage_ds.zero3.engine import learning_rate
 
 Outcomes = Callable[[str], Outcome]
@@ -100,6 +101,14 @@ def test_several_blocks(outcome: Outcomes, models: dict[str, str], tied: str, ra
 def test_hidden_images(outcome: Outcomes, models: dict[str, str], stage: str) -> None:
     """Rows of 0 to 3 blocks, whose images are hidden in other columns, and other numbers of them, on each rank. Stage 1
     gathers layer by layer, where the ranks agree on the passes; stage 2 the rollout."""
+    settings = {"model": {"answer_sees_image": False}}
+    shape = {"micro_batch": 2, "latent_sizes": BLOCKS, "settings": settings}
+    case = worker.Case("", "", "", stage, BLOCKS_STEPS, **shape)
+    places = [
+        [collate(samples, align_latents=False).hide_columns for samples in worker.samples_of(case, each)]
+        for each in (worker.steps_of(case, rank, 2) for rank in (0, 1))
+    ]
+    assert {len(one) - len(other) for one, other in zip(*places, strict=True)} != {0}
     lrs = tuple(rates(BLOCKS_STEPS, lr=1e-5, lr_decay="constant"))
     expected = plain(models["untied"], stage, "blocks", BLOCKS_STEPS, 4, lrs, hides_images=True)
     result = outcome(f"hidden-{stage}")

@@ -101,6 +101,10 @@ def test_the_arm_of_a_control_is_a_name_or_true() -> None:
         ConfigError, match=r"cache_targets is set, but with data\.helper=none there is no latent target"
     ):
         load_config(RECIPE, ["data.helper=none", "model.cache_targets=targets"])
+    with pytest.raises(
+        ConfigError, match=r"answer_sees_image is false, .* data\.helper=none has no blocks; .*; set model"
+    ):
+        load_config(RECIPE, ["data.helper=none", "model.answer_sees_image=false"])
 
 
 def test_samples_are_packed_where_they_may_share_a_row() -> None:

@@ -1,4 +1,4 @@
-"""Which places of the order have their images hidden: a pure function of seed and position, however the order is cut."""
+"""Which places of the order have their images hidden: a function of seed and position alone, however it is cut."""
 
 import itertools
 

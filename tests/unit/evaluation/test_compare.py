@@ -18,7 +18,9 @@ from mirage_ds.evaluation.finished import read_results
 from mirage_ds.evaluation.rates import wilson_interval
 
 
-def write(path: Path, *arms: list[Answer]) -> Path:
+def write(path: Path, *arms: list[Answer], task: str = "exact", rows: str = "digest") -> Path:
+    """A results file and its summary."""
+    Path(f"{path}.summary.json").write_text(json.dumps({"task": task, "settings": {"rows": rows}}))
     path.write_text("".join(json.dumps(asdict(each)) + "\n" for arm in arms for each in arm))
     return path
 
@@ -90,9 +92,9 @@ def test_rows_that_changed() -> None:
     assert "rows that changed" not in compare("a.jsonl", "a.jsonl")
 
 
-def test_a_copy_of_the_data_in_another_folder_is_the_same() -> None:
+def test_a_copy_of_the_data_is_the_same() -> None:
     write(Path("a.jsonl"), answers("x."))
-    write(Path("b.jsonl"), [answer(number, "x", where=f"/copy/test.jsonl:{number + 1}") for number in range(2)])
+    write(Path("b.jsonl"), [answer(number, "x", where=f"/copy/of.jsonl:{number + 1}") for number in range(2)])
     assert line_of(compare("a.jsonl", "b.jsonl"), "b.jsonl")[2].startswith("+50.0")
 
 
@@ -101,8 +103,7 @@ def test_a_copy_of_the_data_in_another_folder_is_the_same() -> None:
     [
         (answers("x."), (), DataError, r"the rows differ: 2 rows, and 3 in a.jsonl \(b.jsonl\)"),
         (answers("xxx", row={"id": 0}), (), DataError, "the field 'id' of row 1 is not the same as in a.jsonl"),
-        (answers("xxx", where="other.jsonl:1"), (), DataError, "row 0 is other.jsonl:1, and test.jsonl:1 in a.jsonl"),
-        (answers("???"), (), DataError, r"scored not at all \(b.jsonl\) and by 'exact' \(a.jsonl\)"),
+        (answers("???"), (), DataError, r"no answer is scored \(b.jsonl, task exact\)"),
         (answers("xxx"), ("--arm", "mean"), DataError, r"no arm 'mean' \(a.jsonl, --arm\); it has own"),
         (answers("xxx"), ("--by", "kind"), ConfigError, r"no row has the field 'kind' \(--by\)"),
     ],
@@ -114,6 +115,37 @@ def test_files_that_cannot_be_compared(
     write(Path("b.jsonl"), other)
     with pytest.raises(error, match=message):
         compare("a.jsonl", "b.jsonl", *options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rows": "other"},
+            r"the rows differ: a question, an image or a right answer is not that of a.jsonl \(b.jsonl\)",
+        ),
+        ({"task": "choice"}, r"the tasks differ: choice \(b.jsonl\) and exact \(a.jsonl\)"),
+    ],
+)
+def test_other_questions_or_another_task(changes: dict[str, str], message: str) -> None:
+    write(Path("a.jsonl"), answers("xx."))
+    write(Path("b.jsonl"), answers("xx."), **changes)
+    with pytest.raises(DataError, match=message):
+        compare("a.jsonl", "b.jsonl")
+
+
+def test_the_file_of_a_task_may_have_moved() -> None:
+    write(Path("a.jsonl"), answers("xx."), task="tasks/my_file.py:score")
+    write(Path("b.jsonl"), answers("x.."), task="my_file.py:score")
+    assert line_of(compare("a.jsonl", "b.jsonl"), "b.jsonl")[4] == "1"
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]", "{}", '{"task": "exact", "settings": {}}', '{"task": 1}'])
+def test_a_summary_that_is_none(text: str | None) -> None:
+    write(Path("a.jsonl"), answers("xx."))
+    Path("a.jsonl.summary.json").unlink() if text is None else Path("a.jsonl.summary.json").write_text(text)
+    with pytest.raises(DataError, match=r"the summary cannot be used: .* \(a.jsonl.summary.json\); expected the file"):
+        compare("a.jsonl", "a.jsonl")
 
 
 def test_one_file_is_refused() -> None:

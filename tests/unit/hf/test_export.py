@@ -39,6 +39,7 @@ from mirage_ds.data.rows import read_rows
 from mirage_ds.errors import CheckpointError, ConfigError, DataError, MirageError
 from mirage_ds.hf.export import export_checkpoint
 from mirage_ds.hf.preset import write_tiny
+from mirage_ds.inference.generate import load_decoder
 from mirage_ds.model.backbone import empty_model
 from mirage_ds.model.latent_settings import read_latent_settings
 
