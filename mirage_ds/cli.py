@@ -4,6 +4,7 @@ mirage init --preset tiny --text rows.jsonl --output DIR | --from MODEL --output
 mirage export --checkpoint RUN --output DIR
 mirage generate --model DIR --image a.png --prompt "..."
 mirage evaluate --model DIR --task vsp-spatial-planning --data test.jsonl --output results.jsonl
+mirage inspect --model DIR --data test.jsonl --output report.html
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from mirage_ds import errors, library_noise
 from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
 from mirage_ds.evaluation.command import evaluate
+from mirage_ds.evaluation.inspect import inspect
 from mirage_ds.inference.command import generate
 from mirage_ds.model_folder import check_exists, check_model
 from mirage_ds.output_folder import check_output
@@ -105,6 +107,7 @@ def export(
 
 app.command()(generate)
 app.command()(evaluate)
+app.command()(inspect)
 
 
 def main() -> None:

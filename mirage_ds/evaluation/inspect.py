@@ -53,3 +53,32 @@ def inspect(
     dtype: DtypeOption = None,
 ) -> None:
     """Answers a file's questions with own and replaced latents, and writes one HTML file about them."""
+    check_model(model, f"--model {model}")
+    results = Results(output)
+    how, arms = load_task(task), parse_arms(latents)
+    asked = read_questions_of(data, arms, helpers=True, limit=limit)
+    for row, reason in check_rows(asked, how):
+        typer.echo(f"not scored: {row.where}: {reason}", err=True)
+
+    from mirage_ds.evaluation.engine import Engine, Ranks
+    from mirage_ds.evaluation.parts import Parts
+    from mirage_ds.evaluation.report.page import render
+    from mirage_ds.evaluation.report.view import contents_of
+
+    options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
+    with name_full_disk(output.parent, "free some space, or name another --output, and start again"), results:
+        decoder, encoder = options.load()
+        settings: dict[str, Any] = {"task": task, "data": str(data), "limit": limit, "batch_size": batch_size}
+        settings |= {"arms": latents} | asdict(options)
+        settings |= {"latent_size": decoder.latent_size, "computed": decoder.backbone.describe()}
+        engine = Engine(decoder, encoder, asked, how, arms, batch_size=batch_size, seed=seed)
+        parts = Parts(results.parts, 0, settings, decoder.backbone.embed_tokens.embedding_dim)
+        with Progress(console=Console(stderr=True)) as progress:
+            bar = progress.add_task(task, total=len(asked) * len(arms))
+            engine.run(parts, Ranks(), lambda number: progress.advance(bar, number))
+        facts = {name: str(value) for name, value in (settings | versions()).items()}
+        page = render(contents_of(engine, parts, rows, data=str(data), facts=facts))
+        results.write(page)
+        parts.close()
+        parts.remove()
+    typer.echo(f"wrote {output}")

@@ -1,6 +1,7 @@
 """The rows of a file that are asked."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from mirage_ds.data.rows import read_questions
@@ -8,13 +9,13 @@ from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.arms import Arm, check_rows
 
 
-def read_questions_of(data: Path, arms: Sequence[Arm] = ()) -> list[Row]:
+def read_questions_of(data: Path, arms: Sequence[Arm] = (), *, helpers: bool = False, limit: int | None = None) -> list[Row]:
     """The rows of a JSONL file, in order, with what the arms need of them.
 
     Raises:
         DataError: a row has no question, or an image that cannot be read; or the rows have too little for an arm.
     """
-    helpers = any(arm.latents == "oracle" for arm in arms)
-    rows = [Row(number, *each) for number, each in enumerate(read_questions(data, helpers=helpers))]
+    helpers = helpers or any(arm.latents == "oracle" for arm in arms)
+    rows = [Row(number, *each) for number, each in enumerate(islice(read_questions(data, helpers=helpers), limit))]
     check_rows(arms, rows, str(data))
     return rows

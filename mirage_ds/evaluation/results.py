@@ -50,6 +50,13 @@ class Results:
     def __exit__(self, *_: object) -> None:
         self._owner.release()
 
+    def write(self, text: str) -> None:
+        """Writes this as the file, without a summary."""
+        self._owner.check()
+        new = Path(f"{self.output}.new")
+        new.write_text(text, encoding="utf-8")
+        new.replace(self.output)
+
     def finish(self, answers: Iterable[Answer], summary: dict[str, Any]) -> None:
         """Writes both files; the versions are added to the summary."""
         self._owner.check()

@@ -1,16 +1,22 @@
 """From an evaluation to what the page shows of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mirage_ds.data.images import decode
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.arms import OWN
-from mirage_ds.evaluation.health import LatentHealth
+from mirage_ds.evaluation.engine import Engine
+from mirage_ds.evaluation.health import LatentHealth, evenly, health_of, mean_norm
+from mirage_ds.evaluation.heat import heat_maps
+from mirage_ds.evaluation.parts import Parts
 from mirage_ds.evaluation.rates import Difference, difference, rate_of, success_rates, ways_of
-from mirage_ds.evaluation.report.contents import ArmResult, Estimate, Health, Measure, Picture, Piece, Reply, RowView
+from mirage_ds.evaluation.replace import Replacements
+from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate, Health, Measure, Picture, Piece, Reply, RowView
 from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
 from mirage_ds.evaluation.report.pictures import heat_picture, picture
 from mirage_ds.evaluation.tables import Figures
@@ -31,6 +37,41 @@ MEANINGS = {
     "image:other": "own states; input images of another row",
     "image:none": "own states; no input image",
 }
+
+
+def contents_of(engine: Engine, parts: Parts, num_shown: int, *, data: str, facts: Mapping[str, str]) -> Contents:
+    """All that the page shows of an evaluation whose answers and states are there.
+
+    Args:
+        num_shown: rows that are shown, spread evenly.
+        facts: settings and versions.
+    """
+    answers, states = engine.in_order(parts.answers()), parts.states()
+    rows, decoder, encoder = engine.rows, engine.decoder, engine.encoder
+    turned = encoder.helper_facts()["exif_orientation"]
+    shown = []
+    for number in evenly(len(rows), num_shown):
+        row = rows[number]
+        made = [state for slot in states.slots(row.sample.key) if (state := states.at(row.sample.key, slot)) is not None]
+        cosines = heat_maps(decoder, encoder, row.sample, made)
+        replies = {name: arm[number] for name, arm in answers.items()}
+        shown.append(row_view(row, replies, cosines, exif_orientation=turned))
+    targets_of = Replacements(decoder, encoder, rows, engine.seed).targets
+    has_targets = any(row.sample.helper_images for row in rows)
+    embedding_norm = mean_norm(decoder.backbone.embed_tokens.weight)
+    health = health_of(states, answers[OWN], embedding_norm, targets_of if has_targets else None)
+    return Contents(
+        model=decoder.backbone.hf.name_or_path,
+        data=data,
+        date=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        task=engine.task.name,
+        way=next(iter(ways_of(answers[OWN])), ""),
+        num_rows=len(rows),
+        facts=facts,
+        arms=arm_results(answers),
+        health=health_view(health),
+        rows=shown,
+    )
 
 
 def arm_results(answers: dict[str, list[Answer]]) -> list[ArmResult]:
@@ -151,7 +192,7 @@ def row_view(
     )
 
 
-def _heat(images: Sequence[object], cosines: Sequence[NDArray[np.float32]]) -> list[Picture]:
+def _heat(images: Sequence[Image.Image], cosines: Sequence[NDArray[np.float32]]) -> list[Picture]:
     """By latent, then by image; the colours of a latent reach from its lowest to its highest cosine."""
     pictures = []
     for latent in range(len(cosines[0]) if cosines else 0):
