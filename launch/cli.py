@@ -3,6 +3,7 @@
 import typer
 
 from launch.doctor import command as doctor
+from launch.evaluate import evaluate
 from launch.local import local
 from launch.planner import plan
 from launch.slurm import shard_jobs
@@ -19,6 +20,7 @@ def launch() -> None:
 
 app.command("local")(local)
 app.command("slurm")(slurm)
+app.command("evaluate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(evaluate)
 app.command("build-shards")(shard_jobs.command)
 app.command("plan")(plan.command)
 app.command("doctor")(doctor.command)

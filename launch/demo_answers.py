@@ -10,9 +10,10 @@ from rich.console import Console
 from launch.demo_report import LABELS
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import OWN, parse_arms
-from mirage_ds.evaluation.engine import Engine, Ranks
+from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.parts import Parts
 from mirage_ds.evaluation.questions import read_questions_of
+from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.inference.generate import load_decoder
 
@@ -38,7 +39,7 @@ def held_out_answers(
         arms = parse_arms("shuffled,mean,zeroed" if name == list(models)[-1] else OWN)
         engine = Engine(decoder, encoder, rows, task, arms, batch_size=BATCH_SIZE, seed=SHUFFLE_SEED)
         with tempfile.TemporaryDirectory() as folder_of_parts:
-            parts = Parts(Path(folder_of_parts), 0, {}, decoder.backbone.embed_tokens.embedding_dim)
+            parts = Parts(Path(folder_of_parts), 0, decoder.backbone.embed_tokens.embedding_dim)
             engine.run(parts, Ranks())
             by_arm = engine.in_order(parts.answers())
             parts.close()

@@ -52,16 +52,28 @@ def local(
     check_folder_is_free(config.run)
     check_folders_are_writable(config)
     refuse_living(config.run.dir)
-    gpus = count_gpus()
-    if ranks and gpus and ranks > gpus:
-        raise ConfigError(
-            f"more ranks than GPUs (--ranks {ranks}, on this machine): allowed are 1 to {gpus}, one for each GPU; set "
-            "another --ranks, or CUDA_VISIBLE_DEVICES, or DS_ACCELERATOR=cpu to train without GPUs"
-        )
-    ranks = ranks or max(1, gpus)
+    ranks = number_of_ranks(ranks)
     config.train.samples_per_rank(ranks)
     command = [sys.executable, "-u", "-m", "mirage_ds.train", str(recipe), *(overrides or [])]
     sys.exit(Launch(command, ranks).wait())
+
+
+def number_of_ranks(wanted: int | None) -> int:
+    """How many ranks to start on this machine.
+
+    Args:
+        wanted: None: one per GPU, or 1 without a GPU.
+
+    Raises:
+        ConfigError: more are wanted than there are GPUs.
+    """
+    gpus = count_gpus()
+    if wanted and gpus and wanted > gpus:
+        raise ConfigError(
+            f"more ranks than GPUs (--ranks {wanted}, on this machine): allowed are 1 to {gpus}, one for each GPU; set "
+            "another --ranks, or CUDA_VISIBLE_DEVICES, or DS_ACCELERATOR=cpu to use no GPU"
+        )
+    return wanted or max(1, gpus)
 
 
 def count_gpus() -> int:
@@ -81,13 +93,20 @@ class Launch:
     not even one that comes while the ranks are being started.
     """
 
-    def __init__(self, command: list[str], num_ranks: int, grace_s: int = GRACE_S) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        num_ranks: int,
+        grace_s: int = GRACE_S,
+        on_interrupt: str = "saving and ending; Ctrl-\\ ends the run at once, unsaved",
+    ) -> None:
         """
         Args:
             command: what each rank runs, with the variables that torch.distributed reads.
             grace_s: seconds from SIGTERM to SIGKILL for the other ranks after one has failed.
+            on_interrupt: what is said after a Ctrl-C.
         """
-        self.grace_s = grace_s
+        self.grace_s, self.on_interrupt = grace_s, on_interrupt
         self.code = 0  # the launcher's own exit code
         self.cause = ""  # which rank failed first: what the others print after it follows from that
         self.signals, write_end = os.pipe()
@@ -132,7 +151,7 @@ class Launch:
             else:
                 if number == signal.SIGINT:
                     interrupted = True
-                    say("saving and ending; Ctrl-\\ ends the run at once, unsaved")
+                    say(self.on_interrupt)
                 self.send(FORWARDED[number])
         if self.cause:
             say(f"{self.cause}; read its message above")

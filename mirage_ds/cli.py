@@ -113,3 +113,7 @@ app.command()(inspect)
 def main() -> None:
     library_noise.silence()
     errors.run(app)
+
+
+if __name__ == "__main__":  # as mirage-launch starts it
+    main()

@@ -72,7 +72,7 @@ def new_folder(output: Path, *, needs_bytes: int = 0) -> Iterator[Path]:
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     remedy = f"nothing of {output.name} was kept; free some space, or write it to another disk"
     with ExitStack() as until_the_end:
-        until_the_end.enter_context(_signals_as_errors())
+        until_the_end.enter_context(signals_as_errors())
         with name_unwritable(output, "name another"):
             target.parent.mkdir(parents=True, exist_ok=True)
             owner = of_output(target)
@@ -121,7 +121,7 @@ def _name_leftovers(target: Path) -> None:
 
 
 @contextmanager
-def _signals_as_errors() -> Iterator[None]:
+def signals_as_errors() -> Iterator[None]:
     """SIGTERM and SIGHUP end the program as Ctrl-C does, so that it cleans up."""
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield

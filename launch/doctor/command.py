@@ -53,12 +53,13 @@ def examine(recipe: Path | None, overrides: list[str] | None) -> tuple[list[tupl
 
     from launch.doctor import network_checks as network
     from launch.doctor.all_checks import check_node, facts
+    from mirage_ds.launcher import map_launcher_variables
     from mirage_ds.zero3 import distributed
     from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
     transformers_logging.disable_progress_bar()
     deepspeed_config = resolve_deepspeed_config(config) if config else {}
-    distributed.map_launcher_variables()
+    map_launcher_variables()
     alone = os.environ["WORLD_SIZE"] == "1"
     # The other ranks of a node would report the same.
     rows = list(check_node(config, deepspeed_config)) if os.environ["LOCAL_RANK"] == "0" else []

@@ -14,7 +14,7 @@ import typer
 
 from data_tools.parts import check_no_other_parts, describe_part, rows_of
 from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_settings, run_slurm
-from launch.slurm.submit import Script, submission_environment
+from launch.slurm.script import Script, submission_environment
 from mirage_ds.errors import DataError, name_full_disk, name_unwritable
 from mirage_ds.paths import expanded
 

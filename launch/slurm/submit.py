@@ -6,11 +6,9 @@ RUN/jobs/N/code/         a copy of the packages at submission
 RUN/jobs/N/log           output of all starts of the job
 """
 
-import os
 import re
 import shlex
 import shutil
-import string
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,30 +16,29 @@ from typing import Annotated
 import typer
 import yaml
 
-import ds_configs
-import launch
-import mirage_ds
 from launch.slurm.attempts import LOG_NAME, RECIPE_NAME
 from launch.slurm.cluster import Cluster, check_partition, load_cluster, parse_settings, run_slurm
+from launch.slurm.script import (
+    Script,
+    check_not_queued,
+    copy_code,
+    header,
+    new_job,
+    of_every_step,
+    ranks_per_node_of,
+    submission_environment,
+)
 from mirage_ds.config import Config
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
 from mirage_ds.model_folder import is_cached
 from mirage_ds.owner import refuse_living
 from mirage_ds.paths import expanded
-from mirage_ds.programs import without_current_folder
 from mirage_ds.recipe import load_config
 from mirage_ds.training.early_checks import check_inputs
 from mirage_ds.versions import versions
 
 TEMPLATE = Path(__file__).parent / "job.sh"
-PACKAGES = (mirage_ds, launch, ds_configs)
-
-
-class Script(string.Template):
-    """A template with the delimiter @@, as Bash uses $ and @."""
-
-    delimiter = "@@"
 
 
 @expanded("cluster", "container_image")
@@ -84,7 +81,9 @@ def slurm(
         print(render(recipe, config, settings, nodes, config.run.dir.absolute() / "jobs" / "N"), end="")
         return
     check_partition(settings.partition, nodes)
-    check_not_queued(config.run.dir)
+    check_not_queued(
+        config.run.dir / "jobs", f"the run already has a job (run.dir={config.run.dir})", "set another run.dir"
+    )
     refuse_living(config.run.dir)
     folder = write(recipe, config, settings, nodes)
     try:
@@ -134,11 +133,6 @@ def apply_options(cluster: Cluster, given: dict[str, object], sbatch: list[str] 
     return settings
 
 
-def ranks_per_node_of(cluster: Cluster) -> int:
-    """Ranks per node, with or without GPUs."""
-    return cluster.gpus_per_node or cluster.ranks_per_node or 0
-
-
 def cores_of_a_rank(config: Config, cluster: Cluster) -> int | None:
     """CPU cores per rank; None: what the cluster gives.
 
@@ -146,17 +140,6 @@ def cores_of_a_rank(config: Config, cluster: Cluster) -> int | None:
     data worker. SLURM's own default is one for all of them.
     """
     return cluster.cpus_per_rank or (config.data.num_workers + 2 if cluster.gpus_per_node else None)
-
-
-def memory_of_a_node(cluster: Cluster) -> str | None:
-    """sbatch's --mem; None: what the partition gives.
-
-    By default a node with GPUs gives all it has: rank 0 reads the complete model, a resume reads every rank's states.
-    """
-    if cluster.mem is not None:
-        return None if cluster.mem == "partition" else cluster.mem
-    is_set = any(re.match(r"--mem(-per-[cg]pu)?([=\s]|$)", option) for option in cluster.sbatch)  # not --mem-bind
-    return "0" if cluster.gpus_per_node and not is_set else None
 
 
 def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
@@ -217,36 +200,15 @@ def seconds(limit: str) -> int | None:
     return ((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def check_not_queued(run: Path) -> None:
-    """Refuses a second job that would write to the same run.
-
-    Raises:
-        ConfigError: a job of this run is queued or running.
-    """
-    jobs = (run / "jobs").resolve()
-    for line in run_slurm("squeue", "--me", "--noheader", "--format=%i|%T|%o").splitlines():
-        number, state, script = (*line.split("|", 2), "", "")[:3]
-        if Path(script).resolve().is_relative_to(jobs):
-            raise ConfigError(
-                f"the run already has a job (run.dir={run}): {number} is {state}; allowed: one job at a time; wait for "
-                f"it, stop it with scancel {number}, or set another run.dir"
-            )
-
-
 def write(recipe: Path, config: Config, cluster: Cluster, nodes: int) -> Path:
     """Creates RUN/jobs/N with everything that the job needs; returns it."""
     jobs = config.run.dir.absolute() / "jobs"
     remedy = "set run.dir to a folder that you may write and that every node sees"
     with name_full_disk(jobs, "free some space, or set run.dir to another disk"), name_unwritable(jobs, remedy):
-        jobs.mkdir(parents=True, exist_ok=True)
-        folder = jobs / str(1 + max((int(path.name) for path in jobs.iterdir() if path.name.isdecimal()), default=0))
-        folder.mkdir()
+        folder = new_job(jobs)
         tree = config.model_dump(mode="json")
         (folder / RECIPE_NAME).write_text(yaml.safe_dump(tree, sort_keys=False))
-        for package in PACKAGES:
-            source = Path(package.__file__ or "").parent
-            shutil.copytree(source, folder / "code" / source.name, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "code" / "commit").write_text(versions()["git_commit"] + "\n")
+        copy_code(folder)
         (folder / "job.sh").write_text(render(recipe, config, cluster, nodes, folder))
     return folder
 
@@ -254,63 +216,11 @@ def write(recipe: Path, config: Config, cluster: Cluster, nodes: int) -> Path:
 def render(recipe: Path, config: Config, cluster: Cluster, nodes: int, job: Path) -> str:
     """The batch script."""
     cores = cores_of_a_rank(config, cluster)
-    options = {
-        "job-name": config.run.dir.name,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "time": cluster.time,
-        "nodes": nodes,
-        "ntasks-per-node": ranks_per_node_of(cluster),
-        "gpus-per-node": cluster.gpus_per_node,
-        "cpus-per-task": cores,
-        "mem": memory_of_a_node(cluster),
-        "chdir": Path.cwd(),
-        "output": str(job / LOG_NAME).replace("%", "%%"),  # sbatch replaces %j, %s, ...
-    }
-    lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
-    step = ""
-    if cores:
-        step += f"--cpus-per-task={cores} "  # srun no longer inherits it from sbatch
-    if cluster.container_image:
-        step += f"--container-image={shlex.quote(cluster.container_image)} "
-        step += f"--container-workdir={shlex.quote(str(Path.cwd()))} "  # the recipe's paths may be relative
-    if cluster.container_mounts:
-        step += f"--container-mounts={shlex.quote(cluster.container_mounts)} "
-    variables = dict(cluster.environment)
-    if cluster.ranks_per_node:
-        variables["DS_ACCELERATOR"] = "cpu"
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     return Script(TEMPLATE.read_text()).substitute(
         recipe=recipe,
-        commit=versions()["git_commit"],
-        options="\n".join(f"#SBATCH {line}" for line in (*lines, *cluster.sbatch)),
+        options=header(cluster, nodes, config.run.dir.name, job / LOG_NAME, cores),
         warning=f"B:USR1@{config.run.save_before_end_s}",
         job=shlex.quote(str(job)),
-        python=shlex.quote(sys.executable),
         local_disk=shlex.quote(str(cluster.local_disk)),
-        environment="\n".join([*cluster.setup, *exports]),
-        step=step + ("python " if cluster.container_image else '"$python" '),
-    )
-
-
-def submission_environment(cluster: Cluster) -> dict[str, str]:
-    """The variables of this process, without those that would override the script's options, and without those of an
-    enclosing job: the new ranks would follow them, for example all run on the one core of that job's step."""
-    overriding = {
-        "SBATCH_ACCOUNT": cluster.account,
-        "SBATCH_PARTITION": cluster.partition,
-        "SBATCH_TIMELIMIT": cluster.time,
-        "SBATCH_GPUS_PER_NODE": cluster.gpus_per_node,
-        "SBATCH_MEM_PER_NODE": cluster.mem,
-    }
-    removed = {name for name, value in overriding.items() if value is not None} | {
-        *("SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_EXPORT", "SBATCH_NO_KILL", "SBATCH_NO_REQUEUE"),
-        *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_SIGNAL", "SBATCH_WAIT", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    }
-    return without_current_folder(
-        {
-            name: value
-            for name, value in os.environ.items()
-            if name in ("SLURM_CONF", "SLURM_JWT") or not (name.startswith(("SLURM_", "SRUN_")) or name in removed)
-        }
+        **of_every_step(cluster, cores),
     )

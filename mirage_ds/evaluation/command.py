@@ -3,20 +3,21 @@
 torch and transformers take seconds to import, so they are imported after the checks that do not need them.
 """
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 from mirage_ds.errors import name_full_disk
-from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.arms import OWN, parse_arms
-from mirage_ds.evaluation.questions import read_questions_of
-from mirage_ds.evaluation.results import Results
-from mirage_ds.evaluation.scoring import Task, check_rows, load_task
+from mirage_ds.evaluation.arms import OWN
+from mirage_ds.evaluation.asked import Asked, check_options
+from mirage_ds.evaluation.ranks import Ranks, join
+from mirage_ds.evaluation.settings import digests
 from mirage_ds.evaluation.tables import summary_of, tables_of
 from mirage_ds.inference.options import (
     Decoding,
@@ -28,8 +29,19 @@ from mirage_ds.inference.options import (
     TemperatureOption,
     TopPOption,
 )
-from mirage_ds.model_folder import check_model
+from mirage_ds.output_folder import signals_as_errors
 from mirage_ds.paths import expanded
+
+if TYPE_CHECKING:
+    from mirage_ds.evaluation.engine import Engine
+    from mirage_ds.evaluation.parts import Parts
+
+    Finish = Callable[[Engine, Parts, dict[str, Any]], None]
+
+LatentsOption = Annotated[
+    str, typer.Option(help="What is fed at the latents: some of the names in docs/evaluation.md.")
+]
+ImageOption = Annotated[str, typer.Option(help="What is seen instead of the input images: one or more names.")]
 
 
 @expanded("model")
@@ -38,48 +50,89 @@ def evaluate(
     task: Annotated[str, typer.Option(help="How answers are scored.")],
     data: Annotated[Path, typer.Option(help="JSONL rows with the questions and their images.")],
     output: Annotated[Path, typer.Option(help="New JSONL file, a line per answer; FILE.summary.json is written too.")],
+    limit: Annotated[int | None, typer.Option(min=1, show_default="all", help="Rows to ask, from the first.")] = None,
+    by: Annotated[
+        str | None, typer.Option(show_default="the level", help="Field of the rows by which rates are grouped.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded together.")] = 16,
     latent_size: LatentSizeOption = None,
     latent_end: LatentEndOption = "fixed",
-    latents: Annotated[
-        str, typer.Option(help="What is fed at the latents: one or more of the names in the documentation.")
-    ] = OWN,
+    latents: LatentsOption = OWN,
+    image: ImageOption = OWN,
     max_new_tokens: MaxNewTokensOption = 1024,
+    samples: Annotated[int, typer.Option(min=1, help="With a temperature: answers to each row.")] = 1,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 0.9,
     seed: Annotated[int, typer.Option(help="Seed of the draws with a temperature, and of the replacements.")] = 0,
     dtype: DtypeOption = None,
+    check: Annotated[bool, typer.Option("--check", help="Check options and rows; load and write nothing.")] = False,
 ) -> None:
-    """Answers and scores the questions of a file, and prints the success rates."""
-    check_model(model, f"--model {model}")
-    results = Results(output)
-    how, arms = load_task(task), parse_arms(latents)
-    rows = read_questions_of(data, arms)
-    for row, reason in check_rows(rows, how):
-        typer.echo(f"not scored: {row.where}: {reason}", err=True)
-
-    from mirage_ds.evaluation.engine import Engine, Ranks
-    from mirage_ds.evaluation.parts import Parts
-
+    """Answers and scores the questions of a file, and prints the success rates. The same command continues it."""
+    ranks = join()
+    with ranks.together():
+        asked = check_options(
+            model,
+            task,
+            data,
+            output,
+            latents=latents,
+            image=image,
+            by=by,
+            limit=limit,
+            samples=samples,
+            temperature=temperature,
+        )
+    if ranks.is_first:
+        for row, reason in asked.unscored:
+            typer.echo(f"not scored: {row.where}: {reason}", err=True)
+    if check:
+        return
     options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
-    with name_full_disk(output.parent, "free some space, or name another --output, and start again"), results:
-        decoder, encoder = options.load()
-        settings = asdict(options) | {"latent_size": decoder.latent_size, "computed": decoder.backbone.describe()}
-        settings = {"task": task, "data": str(data), "batch_size": batch_size, "arms": latents} | settings
-        engine = Engine(decoder, encoder, rows, how, arms, batch_size=batch_size, seed=seed)
-        parts = Parts(results.parts, 0, settings, decoder.backbone.embed_tokens.embedding_dim)
-        with Progress(console=Console(stderr=True)) as progress:
-            bar = progress.add_task(task, total=len(rows) * len(arms))
-            engine.run(parts, Ranks(), lambda number: progress.advance(bar, number))
+    settings = {"task": task, "data": str(data), "limit": limit, "samples": samples, "batch_size": batch_size}
+
+    def finish(engine: "Engine", parts: "Parts", settings: dict[str, Any]) -> None:
         answers = engine.in_order(parts.answers())
         every = [answer for arm in answers.values() for answer in arm]
-        results.finish(every, summary_of(answers, how) | {"settings": settings})
+        names = [arm.name for arm in asked.arms]
+        asked.results.finish(every, summary_of(answers, asked.task, by) | {"settings": settings | {"arms": names}})
+        for table in tables_of(answers, asked.task, by):
+            Console().print(table)
+
+    answer_all(asked, options, settings | asdict(options), batch_size, ranks, finish)
+
+
+def answer_all(
+    asked: Asked, options: Decoding, settings: dict[str, Any], batch_size: int, ranks: Ranks, finish: "Finish"
+) -> None:
+    """Answers what is not answered yet.
+
+    Args:
+        settings: from the command line, those that decide the answers of an arm.
+        finish: writes and prints what came out; called on the first rank, with all settings.
+    """
+    from mirage_ds.evaluation.engine import Engine
+    from mirage_ds.evaluation.parts import Parts, check_settings
+
+    results, task = asked.results, asked.task
+    with ExitStack() as until_the_end:
+        until_the_end.enter_context(name_full_disk(results.output.parent, "free some space; a new start continues"))
+        until_the_end.enter_context(signals_as_errors())
+        with ranks.together():
+            decoder, encoder = options.load(announce=ranks.is_first)
+        with ranks.together():  # one checks before the others write
+            if ranks.is_first:
+                until_the_end.enter_context(results)
+                computed = {"latent_size": decoder.latent_size, "computed": decoder.backbone.describe()}
+                settings = settings | computed | digests(options.model, task.name, asked.rows)
+                check_settings(results.parts, settings)
+        with ranks.together():
+            parts = Parts(results.parts, ranks.rank, decoder.backbone.embed_tokens.embedding_dim)
+        engine = Engine(decoder, encoder, asked.rows, task, asked.arms, batch_size, asked.samples, options.seed)
+        if ranks.is_first and (kept := sum(map(len, engine.in_order(parts.answers()).values()))):
+            typer.echo(f"continues: {kept} of {asked.num_answers} answers are there", err=True)
+        with Progress(console=Console(stderr=True), disable=not ranks.is_first) as progress:
+            bar = progress.add_task(task.name, total=None)
+            engine.run(parts, ranks, lambda done, total: progress.update(bar, completed=done, total=total))
         parts.close()
-        parts.remove()
-    report(answers, how)
-
-
-def report(answers: dict[str, list[Answer]], task: Task) -> None:
-    """Prints what came out."""
-    for table in tables_of(answers, task):
-        Console().print(table)
+        if ranks.is_first:
+            finish(engine, parts, settings)

@@ -1,11 +1,13 @@
 """Decodes the rows of a file in every arm, on all ranks, and scores the answers.
 
 The rows are cut into batches that do not depend on the number of ranks. A unit of work is one batch in one arm; a rank
-does its units alone, and the ranks wait for each other only where an arm needs the states of all rows, and at the end.
+does its units alone, and the ranks wait for each other only at the start, where an arm needs the states of all rows,
+and at the end.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -14,21 +16,14 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.arms import OWN, Arm
+from mirage_ds.evaluation.batches import Batch, cut, deal, question_tokens
 from mirage_ds.evaluation.parts import Decoded, Parts
+from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.replace import Replacements
 from mirage_ds.evaluation.scoring import Task
 from mirage_ds.evaluation.states import States
 from mirage_ds.inference.feed import Slot
 from mirage_ds.inference.generate import Decoder, Generation
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that share the work."""
-
-    rank: int = 0
-    size: int = 1
-    wait: Callable[[], None] = lambda: None  # until every rank is here
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,8 @@ class Unit:
     arm: Arm
     sample: int  # of the row's answers
     batch: int
-    rows: tuple[Row, ...]
+    rows: Batch
+    cost: int  # tokens of its prompts, with their padding
 
     @property
     def name(self) -> str:
@@ -58,35 +54,67 @@ class Engine:
     samples: int = 1
     seed: int = 0
 
-    def run(self, parts: Parts, ranks: Ranks, done: Callable[[int], None] = lambda rows: None) -> None:
+    def run(self, parts: Parts, ranks: Ranks, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Decodes what the parts lack; after it, `parts` has all answers and states, on every rank.
 
         Args:
-            done: called with the number of rows of each unit that this rank has decoded.
+            progress: called after each unit with the rows that this rank has decoded, and with those of its share.
 
         Raises:
             ConfigError: the model computes something that is not finite.
+            DataError: this rank does not see what another one has written.
         """
         replacements = Replacements(self.decoder, self.encoder, self.rows, self.seed)
-        for arms in (
-            [arm for arm in self.arms if not arm.needs_states],
-            [arm for arm in self.arms if arm.needs_states],
-        ):
-            ranks.wait()
-            complete = parts.units()
-            states = parts.states()
-            ranks.wait()  # nobody writes while another still reads
-            units = [unit for arm in arms for unit in self.units(arm) if unit.name not in complete]
-            for unit in units[ranks.rank :: ranks.size]:
+        ranks.wait()  # all files are open, and nobody writes
+        complete = ranks.of_first(parts.units())  # a disk that is shared may show another rank something else
+        shares = [
+            self.share([arm for arm in self.arms if arm.needs_states == needs_states], complete, ranks)
+            for needs_states in (False, True)
+        ]
+        total = sum(len(unit.rows) for share in shares for unit in share)
+        done = 0
+        for needs_states, share in zip((False, True), shares, strict=True):
+            states = parts.states() if needs_states else States({}, parts.state_size)
+            for unit in share:
                 parts.add(unit.name, self.decode(unit, replacements, states))
-                done(len(unit.rows))
-        ranks.wait()
+                done += len(unit.rows)
+                progress(done, total)
+            ranks.wait()
+            self._check_seen(parts, needs_states)
+
+    def _check_seen(self, parts: Parts, needs_states: bool) -> None:
+        """Refuses to continue without what other ranks have written.
+
+        Raises:
+            DataError: a disk that is shared does not show it.
+        """
+        units = {unit.name for arm in self.arms if arm.needs_states <= needs_states for unit in self.units(arm)}
+        if missing := units - parts.units():
+            raise DataError(
+                f"{len(missing)} of {len(units)} batches of answers are not seen by this process ({parts.folder}); "
+                "all ranks must see one folder, without delay; write --output to a disk that all nodes share, and "
+                "start again: the answers are kept"
+            )
+
+    def share(self, arms: Iterable[Arm], complete: Collection[str], ranks: Ranks) -> list[Unit]:
+        """What this rank decodes of these arms: the same split on every rank."""
+        units = [unit for arm in arms for unit in self.units(arm) if unit.name not in complete]
+        return [units[number] for number in deal([unit.cost for unit in units], ranks.size)[ranks.rank]]
+
+    @cached_property
+    def batches(self) -> list[tuple[Batch, int]]:
+        """All rows, in batches, each with its cost."""
+        lengths = {row.number: question_tokens(row.sample, self.encoder.image_tokens) for row in self.rows}
+        batches = cut(self.rows, [lengths[row.number] for row in self.rows], self.batch_size)
+        return [(batch, len(batch) * max(lengths[row.number] for row in batch)) for batch in batches]
 
     def units(self, arm: Arm) -> list[Unit]:
         """All work of an arm."""
-        size = self.batch_size
-        batches = [tuple(self.rows[start : start + size]) for start in range(0, len(self.rows), size)]
-        return [Unit(arm, sample, *each) for sample in range(self.samples) for each in enumerate(batches)]
+        return [
+            Unit(arm, sample, number, batch, cost)
+            for sample in range(self.samples)
+            for number, (batch, cost) in enumerate(self.batches)
+        ]
 
     def decode(self, unit: Unit, replacements: Replacements, states: States) -> list[Decoded]:
         """The answers to the rows of a unit."""

@@ -4,19 +4,15 @@ torch and transformers take seconds to import, so they are imported after the ch
 """
 
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from mirage_ds.errors import name_full_disk
-from mirage_ds.evaluation.arms import OWN, parse_arms
-from mirage_ds.evaluation.questions import read_questions_of
-from mirage_ds.evaluation.results import Results
-from mirage_ds.evaluation.scoring import check_rows, load_task
+from mirage_ds.evaluation.arms import OWN
+from mirage_ds.evaluation.asked import check_options
+from mirage_ds.evaluation.command import answer_all
+from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.inference.options import (
     Decoding,
     DtypeOption,
@@ -27,9 +23,12 @@ from mirage_ds.inference.options import (
     TemperatureOption,
     TopPOption,
 )
-from mirage_ds.model_folder import check_model
 from mirage_ds.paths import expanded
 from mirage_ds.versions import versions
+
+if TYPE_CHECKING:
+    from mirage_ds.evaluation.engine import Engine
+    from mirage_ds.evaluation.parts import Parts
 
 
 @expanded("model")
@@ -41,7 +40,9 @@ def inspect(
     latents: Annotated[str, typer.Option(help="What is fed at the latents, as for `mirage evaluate`.")] = (
         "own,none,mean,shuffled"
     ),
-    rows: Annotated[int, typer.Option(min=1, help="Rows that are shown, spread evenly over those that are asked.")] = 20,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Rows that are shown, spread evenly over those that are asked.")
+    ] = 20,
     limit: Annotated[int | None, typer.Option(min=1, show_default="all", help="Rows to ask, from the first.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded together.")] = 16,
     latent_size: LatentSizeOption = None,
@@ -53,32 +54,31 @@ def inspect(
     dtype: DtypeOption = None,
 ) -> None:
     """Answers a file's questions with own and replaced latents, and writes one HTML file about them."""
-    check_model(model, f"--model {model}")
-    results = Results(output)
-    how, arms = load_task(task), parse_arms(latents)
-    asked = read_questions_of(data, arms, helpers=True, limit=limit)
-    for row, reason in check_rows(asked, how):
+    asked = check_options(
+        model,
+        task,
+        data,
+        output,
+        latents=latents,
+        image=OWN,
+        by=None,
+        limit=limit,
+        samples=1,
+        temperature=temperature,
+        helpers=True,
+    )
+    for row, reason in asked.unscored:
         typer.echo(f"not scored: {row.where}: {reason}", err=True)
-
-    from mirage_ds.evaluation.engine import Engine, Ranks
-    from mirage_ds.evaluation.parts import Parts
-    from mirage_ds.evaluation.report.page import render
-    from mirage_ds.evaluation.report.view import contents_of
-
     options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
-    with name_full_disk(output.parent, "free some space, or name another --output, and start again"), results:
-        decoder, encoder = options.load()
-        settings: dict[str, Any] = {"task": task, "data": str(data), "limit": limit, "batch_size": batch_size}
-        settings |= {"arms": latents} | asdict(options)
-        settings |= {"latent_size": decoder.latent_size, "computed": decoder.backbone.describe()}
-        engine = Engine(decoder, encoder, asked, how, arms, batch_size=batch_size, seed=seed)
-        parts = Parts(results.parts, 0, settings, decoder.backbone.embed_tokens.embedding_dim)
-        with Progress(console=Console(stderr=True)) as progress:
-            bar = progress.add_task(task, total=len(asked) * len(arms))
-            engine.run(parts, Ranks(), lambda number: progress.advance(bar, number))
-        facts = {name: str(value) for name, value in (settings | versions()).items()}
-        page = render(contents_of(engine, parts, rows, data=str(data), facts=facts))
-        results.write(page)
-        parts.close()
-        parts.remove()
-    typer.echo(f"wrote {output}")
+    settings = {"task": task, "data": str(data), "limit": limit, "batch_size": batch_size}
+
+    def finish(engine: "Engine", parts: "Parts", settings: dict[str, Any]) -> None:
+        from mirage_ds.evaluation.report.page import render
+        from mirage_ds.evaluation.report.view import contents_of
+
+        facts = settings | {"arms": ", ".join(arm.name for arm in asked.arms)} | versions()
+        shown = {name: str(value) for name, value in facts.items() if value is not None}
+        asked.results.finish_page(render(contents_of(engine, parts, rows, model=model, data=str(data), facts=shown)))
+        typer.echo(f"wrote {output}")
+
+    answer_all(asked, options, settings | asdict(options), batch_size, Ranks(), finish)

@@ -4,11 +4,12 @@ FILE.parts/settings.json    what a start that continues must agree with
 FILE.parts/rank_N.jsonl     a line for each unit of rank N that is complete: its answers, and where their states are
 FILE.parts/rank_N.states    float32 [states, D]: the own states of rank N's rows
 
-A unit is complete when its line is. Whatever a kill left behind it is overwritten.
+A unit is complete when its line is, and the states that it names. The states are on the disk before the line is. What a
+kill has left after the last complete unit is cut off when a rank of the same number starts, and not read by others.
 """
 
 import json
-import shutil
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +20,9 @@ import torch
 from mirage_ds import strict_json
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.states import States
+from mirage_ds.evaluation.states import FLOAT_BYTES, States
 from mirage_ds.evaluation.tasks.outcome import Outcome
 from mirage_ds.inference.feed import Slot
-
-FLOAT_BYTES = 4
 
 
 @dataclass
@@ -35,44 +34,52 @@ class Decoded:
     states: dict[Slot, torch.Tensor]  # each [D] float32 on the CPU; empty in other arms
 
 
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder, or refuses one of an evaluation with other settings. For one rank, before the others.
+
+    Args:
+        settings: all that decides the answers of an arm, as JSON values.
+
+    Raises:
+        DataError: the first setting that differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if not path.exists():
+        new = path.with_suffix(".new")
+        new.write_text(strict_json.dumps(settings, indent=2))
+        new.replace(path)
+    found = strict_json.loads(path.read_text())
+    for name in settings | found:
+        there, here = found.get(name), settings.get(name)
+        if there != here:
+            raise DataError(
+                f"an unfinished evaluation has {name}={there!r:.80}, this one {name}={here!r:.80} ({folder}); an "
+                "evaluation continues with the same settings only; repeat them, or delete the folder, or name another "
+                "--output"
+            )
+
+
 class Parts:
     """The files of one rank, and reading those of all."""
 
-    def __init__(self, folder: Path, rank: int, settings: dict[str, Any], state_size: int) -> None:
+    def __init__(self, folder: Path, rank: int, state_size: int) -> None:
         """
         Args:
-            settings: all that decides the answers, as JSON values.
+            folder: see `check_settings`.
             state_size: D.
-
-        Raises:
-            DataError: the folder is of an evaluation with other settings.
         """
         self.folder, self.state_size = folder, state_size
-        folder.mkdir(parents=True, exist_ok=True)
-        self._check(settings)
-        self._lines = (folder / f"rank_{rank}.jsonl").open("ab")
-        self._lines.truncate(_complete_bytes(folder / f"rank_{rank}.jsonl"))
-        self._states_path = folder / f"rank_{rank}.states"
-        self._states = self._states_path.open("ab")
+        path = folder / f"rank_{rank}.jsonl"
+        path.touch()
+        states = _states_of(path)
+        states.touch()
+        complete = sum(size for size, _ in self._complete(path))
+        self._lines, self._states = path.open("ab"), states.open("ab")
+        self._lines.truncate(complete)
         row = FLOAT_BYTES * state_size
-        self._num_states = self._states.tell() // row
+        self._num_states = states.stat().st_size // row
         self._states.truncate(self._num_states * row)
-
-    def _check(self, settings: dict[str, Any]) -> None:
-        path = self.folder / "settings.json"
-        if not path.exists():
-            new = path.with_suffix(".new")
-            new.write_text(strict_json.dumps(settings, indent=2))
-            new.replace(path)
-        found = strict_json.loads(path.read_text())
-        differing = [name for name, value in settings.items() if found.get(name) != value]
-        if differing:
-            name = differing[0]
-            raise DataError(
-                f"an unfinished evaluation has {name}={found.get(name)!r:.80}, this one {name}={settings[name]!r:.80} "
-                f"({self.folder}); an evaluation continues with the same settings only; repeat them, or delete the "
-                "folder, or name another --output"
-            )
 
     def add(self, unit: str, rows: list[Decoded]) -> None:
         """Writes a complete unit."""
@@ -85,8 +92,10 @@ class Parts:
                 self._num_states += len(states)
             lines.append({"answer": asdict(row.answer), **places})
         self._states.flush()
+        os.fsync(self._states.fileno())
         self._lines.write((json.dumps({"unit": unit, "rows": lines}) + "\n").encode())
         self._lines.flush()
+        os.fsync(self._lines.fileno())
 
     def units(self) -> set[str]:
         """The names of all complete units, of all ranks."""
@@ -99,7 +108,7 @@ class Parts:
     def states(self) -> States:
         """The states so far, of all ranks, by row in the order of the file."""
         rows = [
-            (row["answer"]["number"], row["key"], path.with_suffix(".states"), row["first"], row["slots"])
+            (row["answer"]["number"], row["key"], _states_of(path), row["first"], row["slots"])
             for path, record in self._records()
             for row in record["rows"]
             if row["slots"]
@@ -114,24 +123,31 @@ class Parts:
 
     def _records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         for path in sorted(self.folder.glob("rank_*.jsonl")):
-            with path.open("rb") as file:
-                for line in file:
-                    if line.endswith(b"\n"):
-                        yield path, json.loads(line)
+            for _, record in self._complete(path):
+                yield path, record
+
+    def _complete(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The complete units of a rank, up to the first one that is not, each with the bytes of its line."""
+        with path.open("rb") as file:
+            for line in file:
+                record = json.loads(line) if line.endswith(b"\n") else None
+                if record is None or not self._has_states(path, record):
+                    return
+                yield len(line), record
+
+    def _has_states(self, path: Path, record: dict[str, Any]) -> bool:
+        """Whether the states that a unit names are in the file: a disk may lose what was written last."""
+        end = max((row["first"] + len(row["slots"]) for row in record["rows"] if row["slots"]), default=0)
+        return end == 0 or _states_of(path).stat().st_size >= end * FLOAT_BYTES * self.state_size
 
     def close(self) -> None:
         self._lines.close()
         self._states.close()
 
-    def remove(self) -> None:
-        """Deletes the folder."""
-        shutil.rmtree(self.folder)
 
-
-def _complete_bytes(path: Path) -> int:
-    """The size of a file up to its last complete line."""
-    with path.open("rb") as file:
-        return sum(len(line) for line in file if line.endswith(b"\n"))
+def _states_of(path: Path) -> Path:
+    """The file of the states that a rank's lines name."""
+    return path.with_suffix(".states")
 
 
 def _answer(fields: dict[str, Any]) -> Answer:

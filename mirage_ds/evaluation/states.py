@@ -11,6 +11,8 @@ import torch
 
 from mirage_ds.inference.feed import Slot
 
+FLOAT_BYTES = 4
+
 
 class States:
     """The own states of rows, by the key of the row and the slot."""
@@ -22,8 +24,7 @@ class States:
             size: D.
         """
         self._places = places
-        files = {path for path, slots in places.values() if slots}
-        self._files = {path: np.memmap(path, dtype=np.float32, mode="r").reshape(-1, size) for path in files}
+        self._files = {path: _opened(path, size) for path, slots in places.values() if slots}
 
     def __iter__(self) -> Iterator[str]:
         """The keys of the rows, in the order of the file."""
@@ -39,3 +40,9 @@ class States:
         if path is None or slot not in slots:
             return None
         return torch.from_numpy(np.array(self._files[path][slots[slot]]))
+
+
+def _opened(path: Path, size: int) -> np.memmap:
+    """The states [states, D] that are completely written; another rank may be adding to them."""
+    shape = path.stat().st_size // (FLOAT_BYTES * size), size
+    return np.memmap(path, dtype=np.float32, mode="r", shape=shape)

@@ -45,8 +45,12 @@ class Decoding:
     seed: int
     dtype: Dtype | None
 
-    def load(self) -> Any:
-        """Decoder and encoder; prints how the model is computed to stderr."""
+    def load(self, *, announce: bool = True) -> Any:
+        """Decoder and encoder.
+
+        Args:
+            announce: print to stderr how the model is computed.
+        """
         from transformers.utils import logging
 
         from mirage_ds.inference.generate import load_decoder
@@ -62,5 +66,6 @@ class Decoding:
             sampling=Sampling(self.temperature, self.top_p, self.seed),
             dtype=DTYPES[self.dtype] if self.dtype else None,
         )
-        typer.echo(f"{self.model}: latent_size {decoder.latent_size}, {decoder.backbone.describe()}", err=True)
+        if announce:
+            typer.echo(f"{self.model}: latent_size {decoder.latent_size}, {decoder.backbone.describe()}", err=True)
         return decoder, encoder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm.cluster import Cluster, check_partition, run_slurm
-from launch.slurm.submit import submission_environment
+from launch.slurm.script import submission_environment
 from mirage_ds.programs import plain_environment, without_current_folder
 from mirage_ds.versions import versions
 

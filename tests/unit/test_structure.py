@@ -11,8 +11,18 @@ PACKAGE = ROOT / "mirage_ds"
 SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for path in (ROOT / folder).rglob("*.py"))
 
 GROUND = (
-    *("batch", "config", "config_train", "config_values", "console", "errors", "housekeeping", "library_noise"),
-    *("model_folder", "output_folder", "owner", "paths", "programs", "recipe", "strict_json", "strict_yaml"),
+    *("batch", "config", "config_train", "config_values", "console", "errors", "housekeeping", "launcher"),
+    *(
+        "library_noise",
+        "model_folder",
+        "output_folder",
+        "owner",
+        "paths",
+        "programs",
+        "recipe",
+        "strict_json",
+        "strict_yaml",
+    ),
     *("tokens", "train_state", "versions"),
 )
 # A folder imports from itself and from the lines above its own, never from those below.
@@ -34,7 +44,7 @@ LAUNCH_ORDER = (
     ("wide_console", "demo_report"),
     ("planner", "doctor", "demo_answers"),
     ("slurm", "local"),
-    ("demo", "cli"),
+    ("demo", "evaluate", "cli"),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
 

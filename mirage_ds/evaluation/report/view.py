@@ -16,9 +16,20 @@ from mirage_ds.evaluation.heat import heat_maps
 from mirage_ds.evaluation.parts import Parts
 from mirage_ds.evaluation.rates import Difference, difference, rate_of, success_rates, ways_of
 from mirage_ds.evaluation.replace import Replacements
-from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate, Health, Measure, Picture, Piece, Reply, RowView
-from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
+from mirage_ds.evaluation.report.contents import (
+    ArmResult,
+    Contents,
+    Estimate,
+    Health,
+    Measure,
+    Picture,
+    Piece,
+    Reply,
+    RowView,
+    Verdict,
+)
 from mirage_ds.evaluation.report.pictures import heat_picture, picture
+from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
 from mirage_ds.evaluation.tables import Figures
 
 # By an arm's name, without the factor of the noise.
@@ -39,7 +50,9 @@ MEANINGS = {
 }
 
 
-def contents_of(engine: Engine, parts: Parts, num_shown: int, *, data: str, facts: Mapping[str, str]) -> Contents:
+def contents_of(
+    engine: Engine, parts: Parts, num_shown: int, *, model: str, data: str, facts: Mapping[str, str]
+) -> Contents:
     """All that the page shows of an evaluation whose answers and states are there.
 
     Args:
@@ -52,7 +65,9 @@ def contents_of(engine: Engine, parts: Parts, num_shown: int, *, data: str, fact
     shown = []
     for number in evenly(len(rows), num_shown):
         row = rows[number]
-        made = [state for slot in states.slots(row.sample.key) if (state := states.at(row.sample.key, slot)) is not None]
+        made = [
+            state for slot in states.slots(row.sample.key) if (state := states.at(row.sample.key, slot)) is not None
+        ]
         cosines = heat_maps(decoder, encoder, row.sample, made)
         replies = {name: arm[number] for name, arm in answers.items()}
         shown.append(row_view(row, replies, cosines, exif_orientation=turned))
@@ -61,7 +76,7 @@ def contents_of(engine: Engine, parts: Parts, num_shown: int, *, data: str, fact
     embedding_norm = mean_norm(decoder.backbone.embed_tokens.weight)
     health = health_of(states, answers[OWN], embedding_norm, targets_of if has_targets else None)
     return Contents(
-        model=decoder.backbone.hf.name_or_path,
+        model=model,
         data=data,
         date=datetime.now().strftime("%Y-%m-%d %H:%M"),
         task=engine.task.name,
@@ -144,8 +159,8 @@ def health_view(health: LatentHealth) -> Health:
         ),
         Measure(
             "To the target",
-            "Mean cosine between a state and the pooled patches of the row's helper image. Stage 1 trains it towards 1; "
-            "after stage 2 it is usually lower, and a high one alone does not make answers right.",
+            "Mean cosine between a state and the pooled patches of the row's helper image. Stage 1 trains it towards "
+            "1; after stage 2 it is usually lower, and a high one alone does not make answers right.",
             health.target_cosines,
             0,
             1,
@@ -208,7 +223,8 @@ def _heat(images: Sequence[Image.Image], cosines: Sequence[NDArray[np.float32]])
 
 def _reply(answer: Answer, pieces: Sequence[Piece], own: Answer) -> Reply:
     outcome = next(iter(answer.scores.values()), None)
-    verdicts = {0.0: "wrong", 1.0: "right"}
-    verdict = verdicts.get(float(outcome.success), "scored") if outcome else "unscored" if answer.unscored else ""
+    verdict: Verdict = "unscored" if answer.unscored else ""
+    if outcome:
+        verdict = "right" if outcome.success == 1 else "wrong" if outcome.success == 0 else "scored"
     status = outcome.status if outcome else answer.unscored
     return Reply(answer.arm, pieces, verdict, status, answer.complete, answer.text != own.text)

@@ -9,19 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from generated_rows import write_jsonl
 from talkative import write_questions, write_talkative
 from typer.testing import CliRunner
 
+from mirage_ds.batch import Batch
 from mirage_ds.cli import app, main
 from mirage_ds.errors import DataError, MirageError, OwnerError
-from mirage_ds.evaluation.engine import evaluate
-from mirage_ds.evaluation.questions import read_task
-from mirage_ds.evaluation.rates import success_rates, wilson_interval
-from mirage_ds.evaluation.results import Answer, Results
-from mirage_ds.evaluation.tasks.vsp import Outcome
-from mirage_ds.inference.generate import Decoder, load_decoder
+from mirage_ds.evaluation.results import Results
+from mirage_ds.inference.generate import Decoder
 
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
 
@@ -53,21 +49,21 @@ def test_results(model: str, tmp_path: Path) -> None:
     records = lines(tmp_path / "new" / "results.jsonl")
     assert [record["where"] for record in records] == [f"{data}:{number + 1}" for number in range(12)]
     assert [record["row"]["id"] for record in records] == list(range(12))
-    assert {record["level"] for record in records} == {"2"}
     assert all(set(record["scores"]) == {"strict", "reference"} for record in records)
     assert any(record["num_latents"] for record in records)
     summary = json.loads((tmp_path / "new" / "results.jsonl.summary.json").read_text())
-    assert summary["rates"]["all"]["strict"]["num_rows"] == 12
+    assert summary["arms"]["own"]["rates"]["all"]["strict"]["num_rows"] == 12
     assert summary["settings"]["temperature"] == 0
     assert summary["settings"]["latent_size"] == 3
     assert summary["settings"]["computed"] == "float32 on cpu, attention sdpa (flash-attn needs a GPU)"
     cut_off = [record for record in records if not record["complete"]]
     assert all(record["num_tokens"] == 12 for record in cut_off)
-    assert f"{len(cut_off)} answers were cut off by --max-new-tokens" in printed
+    assert f"own: {len(cut_off)} of 12 answers were cut off by --max-new-tokens" in printed
     assert {"torch", "transformers", "git_commit"} <= set(summary["versions"])
     for words in (PLANNING, "strict", "reference", "95% interval", "all"):
         assert words in printed
-    assert not list((tmp_path / "new").glob("*.part"))
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert names == {"results.jsonl", "results.jsonl.summary.json"}
 
 
 def test_sampled_and_zeroed(model: str, tmp_path: Path) -> None:
@@ -83,20 +79,10 @@ def test_sampled_and_zeroed(model: str, tmp_path: Path) -> None:
     texts = {}
     for name, options in ways.items():
         decode(model, data, tmp_path / name, *options)
-        texts[name] = [record["text"] for record in lines(tmp_path / name)]
+        arm = "zeroed" if name == "zeroed" else "own"
+        texts[name] = [record["text"] for record in lines(tmp_path / name) if record["arm"] == arm]
     assert texts["one"] == texts["again"]
     assert len({tuple(texts[name]) for name in ("greedy", "one", "two", "zeroed")}) == 4
-
-
-def test_rates_by_level() -> None:
-    """Three of four and none of one; the level "10" after "9"."""
-    outcomes = [("9", True), ("9", True), ("9", False), ("9", True), ("10", False)]
-    answers = [Answer("", "", 1, 0, 0, True, level, {"exact": Outcome(right, "")}, {}) for level, right in outcomes]
-    rates = success_rates(answers)
-    assert list(rates) == ["9", "10", "all"]
-    assert [rates[level]["exact"]["rate"] for level in rates] == [0.75, 0.0, 0.6]
-    assert (rates["9"]["exact"]["low"], rates["9"]["exact"]["high"]) == wilson_interval(3, 4)
-    assert rates["all"]["exact"]["num_rows"] == 5
 
 
 @pytest.mark.skipif(
@@ -112,25 +98,23 @@ def test_the_reference_s_planning_rows(model: str, tmp_path: Path) -> None:
         row["image_input"] = str(data.parent / row["image_input"])
     few = write_jsonl(tmp_path / "few.jsonl", list(chosen.values()))
     printed = decode(model, few, tmp_path / "results")
-    assert {record["level"] for record in lines(tmp_path / "results")} == {"3", "4", "5", "6"}
+    assert {len(record["row"]["map_desc"]) for record in lines(tmp_path / "results")} == {3, 4, 5, 6}
     assert re.search(r"all\W+4\W", printed)
 
 
 @pytest.mark.parametrize(
-    ("task", "row", "message"),
+    ("row", "message"),
     [
-        (PLANNING, {"text_input": "Which way?"}, "rows.jsonl:1 is not a row of vsp-spatial-planning: map_desc is None"),
-        (REASONING, {"text_input": "A or B?"}, "rows.jsonl:1 is not a row of vsp-spatial-reasoning: text_output ''"),
-        (PLANNING, {"map_desc": [[1, 2]]}, r"no field text_input \(.*rows.jsonl:1\), fields: 'map_desc';"),
-        (PLANNING, {"text_input": "?", "image_input": "no.png"}, "image_input cannot be read: 'no.png'"),
-        (PLANNING, {"text_input": "<image>"}, "image slots in text_input: 1, input images: 0"),
+        ({"map_desc": [[1, 2]]}, r"no field text_input \(.*rows.jsonl:1\), fields: 'map_desc';"),
+        ({"text_input": "?", "image_input": "no.png"}, "image_input cannot be read: 'no.png'"),
+        ({"text_input": "<image>"}, "image slots in text_input: 1, input images: 0"),
     ],
 )
-def test_rows_that_cannot_be_asked_or_scored(tmp_path: Path, task: str, row: dict, message: str) -> None:
+def test_rows_that_cannot_be_asked(tmp_path: Path, row: dict, message: str) -> None:
     """Refused before anything is loaded or written."""
     data = write_jsonl(tmp_path / "rows.jsonl", [row])
     with pytest.raises(DataError, match=message):
-        run("evaluate", "--model", "some/model", "--task", task, "--data", data, "--output", tmp_path / "results")
+        run("evaluate", "--model", "some/model", "--task", PLANNING, "--data", data, "--output", tmp_path / "results")
     assert list(tmp_path.iterdir()) == [data]
 
 
@@ -138,7 +122,7 @@ def test_an_image_that_cannot_be_decoded(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"not an image")
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text_input": "?", "image_input": "bad.png", "map_desc": [[1, 2]]}])
     with pytest.raises(DataError, match=r"cannot be decoded.*rows.jsonl:1, image 0"):
-        read_task(data, PLANNING)
+        run("evaluate", "--model", "some/model", "--task", PLANNING, "--data", data, "--output", tmp_path / "results")
 
 
 def test_existing_results_are_kept(tmp_path: Path) -> None:
@@ -166,30 +150,30 @@ def test_refusals_write_nothing(model: str, tmp_path: Path, more: tuple, message
 
 def test_results_that_cannot_be_written(model: str, tmp_path: Path) -> None:
     data = write_questions(tmp_path / "data", 2)
-    with pytest.raises(DataError, match=r"cannot be written: .*/dev/null/results\.part.*name another --output"):
+    with pytest.raises(DataError, match=r"cannot be written: .*/dev/null/results.*name another --output"):
         decode(model, data, Path("/dev/null/results"))
 
 
 def test_two_evaluations_do_not_share_a_file(tmp_path: Path) -> None:
     with Results(tmp_path / "results"), pytest.raises(OwnerError, match="another program writes to this output"):
         Results(tmp_path / "results").__enter__()
-    assert [path.name for path in tmp_path.iterdir()] == ["results.part"]
+    assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_evaluation_leaves_no_results(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The finished answers stay in FILE.part, and the next start begins from scratch."""
+def test_an_interrupted_evaluation_continues(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finished answers stay in FILE.parts, the next start decodes the others, and the file is as without."""
     data, output = write_questions(tmp_path / "data", 12), tmp_path / "results"
+    decode(model, data, tmp_path / "whole")
     generate = Decoder.generate
     monkeypatch.setattr(Decoder, "generate", interrupted_at_second_call(generate))
     with pytest.raises(RuntimeError, match="interrupted"):
         decode(model, data, output)
     assert not output.exists()
-    assert len(lines(tmp_path / "results.part")) == 5
-    monkeypatch.setattr(Decoder, "generate", generate)
-    decode(model, data, output)
-    assert len(lines(output)) == 12
+    calls: list[Batch] = []
+    monkeypatch.setattr(Decoder, "generate", lambda decoder, batch: calls.append(batch) or generate(decoder, batch))
+    assert "continues: 5 of 12 answers are there" in decode(model, data, output)
+    assert [len(batch.keys) for batch in calls] == [5, 2]
+    assert output.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def interrupted_at_second_call(function: Callable) -> Callable:
@@ -226,10 +210,9 @@ def test_multiple_choice(model: str, tmp_path: Path) -> None:
         tmp_path / "rows.jsonl",
         [{"text_input": f"{letter}?", "text_output": f"\\boxed{{{letter}}}"} for letter in "AB"],
     )
-    decoder, encoder = load_decoder(model, latent_size=3, max_new_tokens=8, dtype=torch.float32)
-    answers = list(evaluate(decoder, encoder, read_task(data, REASONING), REASONING, batch_size=2))
-    assert [answer.scores["exact"] for answer in answers] == [Outcome(False, "Invalid")] * 2
-    assert [answer.level for answer in answers] == ["-", "-"]
+    decode(model, data, tmp_path / "results", "--task", REASONING)
+    scores = [record["scores"] for record in lines(tmp_path / "results")]
+    assert scores == [{"exact": {"success": False, "status": "Invalid"}}] * 2
 
 
 def test_generate(model: str, tmp_path: Path) -> None:

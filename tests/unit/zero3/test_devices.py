@@ -11,6 +11,7 @@ import torch.distributed
 from deepspeed.accelerator import real_accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
+from mirage_ds import launcher
 from mirage_ds.errors import DeviceError
 from mirage_ds.zero3 import distributed
 
@@ -58,7 +59,7 @@ def rank_5(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 def test_a_rank_without_a_device(rank_5: dict[str, str], num_devices: int) -> None:
     words = rf"rank 13 has .*CUDA_VISIBLE_DEVICES 0,1,2,3\): .*number 5 .*sees {num_devices} GPUs; each .*; start"
     with pytest.raises(DeviceError, match=words) as error:
-        distributed.take_device(num_devices)
+        launcher.take_device(num_devices)
     assert error.value.exit_code == 1  # as of a node that has lost a GPU: SLURM jobs start again, on others
 
 

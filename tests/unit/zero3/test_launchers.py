@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mirage_ds.zero3.distributed import map_launcher_variables
+from mirage_ds.launcher import map_launcher_variables
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
