@@ -94,7 +94,7 @@ def _values(annotation: Any, limits: Any = ()) -> str:
         kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
         return " or ".join(_values(kind, limits) for kind in kinds)
     if get_origin(annotation) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(annotation))
+        return ", ".join(_default(value) for value in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"[{', '.join(_values(kind) for kind in get_args(annotation))}]"
     if annotation not in TYPES:

@@ -22,6 +22,7 @@ from mirage_ds.errors import ConfigError
 
 CompressStrategy = Literal["average", "average_all", "grid"]
 OnFault = Literal["stop", "skip"]
+HelperImages = Literal[True, "gray", "input", "shuffled", "none"]
 LatentEnd = Literal["fixed", "model"]
 
 
@@ -110,6 +111,11 @@ class DataConfig(Section):
     [training](training.md#packed-rows)."""
     token_budget: PositiveInt | None = None
     """Most tokens of a packed row; a sample that is longer is refused before the run."""
+    helper: HelperImages = True
+    """What the helper images of the samples are, to train the arms of a comparison from the same shards. `true`: the
+    row's own; `gray`: a gray image of the same size; `input`: the row's input image; `shuffled`: the helper images of
+    another row; `none`: the row has no helper image, and its answer no latents. Stage 2 and text read no helper image,
+    so that there only `none` changes something; see [training](training.md#control-arms)."""
     on_fault: OnFault = "stop"
     """What a sample does that turns out to be unusable. `stop`: the run saves and ends with an error; `skip`: the next
     sample of the order takes its place too, with a warning, whatever the number of ranks and after every resume."""
@@ -211,6 +217,11 @@ class Config(Section):
             raise ValueError(
                 f"model.cache_targets is set, but {self.train.stage} has no latent targets; it is for "
                 "train.stage=stage1; unset model.cache_targets"
+            )
+        if self.model.cache_targets is not None and self.data.helper == "none":
+            raise ValueError(
+                "model.cache_targets is set, but with data.helper=none there is no latent target; allowed with any "
+                "other data.helper; unset one of the two"
             )
         # Not by model_fields_set: a resolved recipe has every key.
         default = ModelConfig.model_fields["cache_targets_gib"].default

@@ -9,7 +9,7 @@ import numpy as np
 
 from mirage_ds.config import Config
 from mirage_ds.data.costs import TOKEN_PATCHES, Costs, measure_costs
-from mirage_ds.data.index import load_index
+from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
 from mirage_ds.data.steps import Share, Steps
@@ -72,7 +72,7 @@ def folder_costs(config: Config) -> FolderCosts | None:
         return None
     shards = read_manifest(config.data.shards)
     costs = measure_costs(
-        load_index(shards),
+        Helpers.of(config).index(shards),
         image_processor(config).image_tokens,
         stage=config.train.stage,
         latent_size=config.model.latent_size,

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mirage_ds.config import CompressStrategy, Stage
 from mirage_ds.data.conversation import IMAGE_BLOCK, LATENT_BLOCK, load_tokenizer, prompt_text, train_text
+from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.ids import expand_pads, find_prompt_length, supervised_labels
 from mirage_ds.data.images import decode
-from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
@@ -143,8 +143,9 @@ class Encoder:
         pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
         is_cached = sample.cached_targets is not None
         helper_images = sample.helper_images if self._stage == "stage1" and not is_cached else ()
-        pixel_values_latent, grid_thw_latent = self._patches(helper_images, f"{sample.key}.helper")
-        self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sizes, sample.key)
+        helper_name = sample.helper_name or f"{sample.key}.helper"
+        pixel_values_latent, grid_thw_latent = self._patches(helper_images, helper_name)
+        self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sizes, helper_name)
         text = self._text(sample, grid_thw, sizes)
         return EncodedSample(
             key=sample.key,
@@ -200,17 +201,17 @@ class Encoder:
             latent_sizes=[],
         )
 
-    def check_index(self, folder: ShardFolder) -> None:
+    def check_index(self, folder: ShardFolder, helpers: Helpers = OWN) -> None:
         """Checks before a run, from the index alone, what `__call__` would refuse in this stage.
 
         Raises:
             DataError: a sample would be refused; the message names its shard and key.
         """
-        for entry in load_index(folder):
+        for entry in helpers.index(folder):
             key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
             if self._stage == "stage1":
                 merged = [self._image_processor.merged_grid_of(*size) for size in entry.helper_sizes]
-                self._check_helpers(merged, entry.block_sizes(self.latent_size), key)
+                self._check_helpers(merged, entry.block_sizes(self.latent_size), f"{key}.helper")
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of input images of these sizes (width, height)."""
@@ -255,7 +256,7 @@ class Encoder:
             return []
         return list(own) or [self.latent_size] * num_latent_blocks(answer, num_helpers)
 
-    def _check_helpers(self, grids: Sequence[tuple[int, int]], latent_sizes: Sequence[int], key: str) -> None:
+    def _check_helpers(self, grids: Sequence[tuple[int, int]], latent_sizes: Sequence[int], name: str) -> None:
         """Refuses helper images, given by their rows and columns of merged patches, that cannot be pooled to K.
 
         Where helper images are not encoded there are no grids.
@@ -265,7 +266,7 @@ class Encoder:
                 image_segments(rows, columns, size, self._compress_strategy)
             except ValueError as error:
                 raise DataError(
-                    f"{error} ({key}.helper_{number}); expected the row's latent_size, else model.latent_size <= "
+                    f"{error} ({name}_{number}); expected the row's latent_size, else model.latent_size <= "
                     "merged patches, and with model.compress_strategy=grid a product of two factors that fit into "
                     "their rows and columns; use a larger image or data.min_pixels, or set another model.latent_size, "
                     "or another latent_size in the row"

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from mirage_ds.data.costs import MARKERS
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.index import IndexEntry, load_index
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.stream import SampleReader
@@ -17,7 +18,7 @@ MAX_UTF8_BYTES = 4  # of a character; a token of byte-level BPE has at least one
 NUM_LISTED = 5
 
 
-def check_lengths(encoder: Encoder, folder: ShardFolder) -> None:
+def check_lengths(encoder: Encoder, folder: ShardFolder, helpers: Helpers = OWN) -> None:
     """Compares every sample with the encoder's limit, if it has one.
 
     Raises:
@@ -25,10 +26,10 @@ def check_lengths(encoder: Encoder, folder: ShardFolder) -> None:
     """
     if encoder.max_length is None:
         return
-    reader = SampleReader(folder)
+    reader = SampleReader(folder, helpers=helpers.of_texts())
     template = encoder.count_tokens("", "", [], 0)
     too_long: dict[str, int] = {}
-    for number, entry in enumerate(load_index(folder)):
+    for number, entry in enumerate(helpers.of_texts().index(folder)):
         if template + _most_tokens(encoder, entry) <= encoder.max_length:
             continue
         sample = reader(number)

@@ -45,6 +45,7 @@ class Sample:
     helper_images: tuple[bytes, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)  # the row's other fields, including the user's id
     latent_sizes: tuple[int, ...] = ()  # K of each latent block; empty: all have the configured one
+    helper_name: str = ""  # of helper images that are not the row's own, for messages
     target_slots: range = range(0)  # of the helper images in the run's target cache, if it has one
     cached_targets: bytes | None = None  # what the cache has there, if it is complete
 

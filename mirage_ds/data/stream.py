@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mirage_ds.config import OnFault
 from mirage_ds.data.encode import EncodedSample
+from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.index import load_index
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
@@ -25,30 +26,39 @@ MAX_FAULTS_IN_ROW = 100  # then it is not single samples
 
 
 class SampleReader:
-    """Reads samples of a shard folder by their number, and what a target cache has for them."""
+    """Reads samples of a shard folder by their number, with the helper images of the run's control arm, or what a
+    target cache has for them."""
 
-    def __init__(self, folder: ShardFolder, targets: TargetCache | None = None) -> None:
+    def __init__(self, folder: ShardFolder, targets: TargetCache | None = None, helpers: Helpers = OWN) -> None:
         self._targets = targets
+        self._helpers = helpers
         index = load_index(folder)
         self._paths = [folder.path / shard.name for shard in folder.manifest.shards]
         # Arrays instead of objects: forked workers share their memory, as no reference counts are written.
         self._locations = np.array([(entry.shard, entry.offset, entry.size) for entry in index], dtype=np.int64)
         self._keys = np.array([entry.key for entry in index])
+        self._donors = helpers.donors(index, folder.digest)
 
     def __call__(self, number: int) -> Sample:
         """Reads and parses one sample; its key becomes SHARD/KEY, so that every later message has both.
 
+        Where the cache has its targets, its helper images stay as they are: they are not encoded.
+
         Raises:
-            DataError: the bytes cannot be read or are not this sample.
+            DataError: the bytes cannot be read or are not this sample, or `Helpers.sample` raises.
         """
+        sample = self._read(number)
+        slots = range(0) if self._targets is None else self._targets.slots(number)
+        cached = None if self._targets is None else self._targets.read(slots)
+        if cached is None:
+            sample = self._helpers.sample(sample, lambda: self._read(int(self._donors[number])))
+        return replace(sample, target_slots=slots, cached_targets=cached)
+
+    def _read(self, number: int) -> Sample:
         shard, offset, size = self._locations[number].tolist()
         path, key = self._paths[shard], str(self._keys[number])
         where = f"{path.name}/{key}"
-        sample = from_members(where, parse_members(read_range(path, offset, size, where), key, where))
-        if self._targets is None:
-            return sample
-        slots = self._targets.slots(number)
-        return replace(sample, target_slots=slots, cached_targets=self._targets.read(slots))
+        return from_members(where, parse_members(read_range(path, offset, size, where), key, where))
 
 
 class MicroBatches(IterableDataset[T | DataError], Generic[T]):
@@ -154,6 +164,7 @@ def make_loader(
     on_fault: OnFault = "stop",
     timeout_s: int | None = None,
     targets: TargetCache | None = None,
+    helpers: Helpers = OWN,
 ) -> Loader[T]:
     """The micro-batches of one rank's steps, from its start on, without end.
 
@@ -165,11 +176,12 @@ def make_loader(
         on_fault: what becomes of a sample that cannot be used, see `first_usable`.
         pin_memory: calls pin_memory() of each batch, for asynchronous copies to a GPU.
         targets: helper images whose latent targets are there are not encoded.
+        helpers: what the helper images are.
     Raises:
         DataError: the index does not match the manifest; while iterating: a sample cannot be used.
     """
     loader: Loader[T] = Loader(
-        MicroBatches(SampleReader(folder, targets), steps, encoder, collate, on_fault),
+        MicroBatches(SampleReader(folder, targets, helpers), steps, encoder, collate, on_fault),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,

@@ -91,11 +91,15 @@ def evaluate(
     settings = {"task": task, "data": str(data), "limit": limit, "samples": samples, "batch_size": batch_size}
 
     def finish(engine: "Engine", parts: "Parts", settings: dict[str, Any]) -> None:
+        from mirage_ds.evaluation.health_tables import health_tables
+
         answers = engine.in_order(parts.answers())
         every = [answer for arm in answers.values() for answer in arm]
         names = [arm.name for arm in asked.arms]
-        asked.results.finish(every, summary_of(answers, asked.task, by) | {"settings": settings | {"arms": names}})
-        for table in tables_of(answers, asked.task, by):
+        health = engine.health(parts.states(), answers[OWN])
+        summary = summary_of(answers, asked.task, by) | {"health": health.as_dict()}
+        asked.results.finish(every, summary | {"settings": settings | {"arms": names}})
+        for table in [*tables_of(answers, asked.task, by), *health_tables(health)]:
             Console().print(table)
 
     answer_all(asked, options, settings | asdict(options), batch_size, ranks, finish)

@@ -17,6 +17,7 @@ from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.arms import OWN, Arm
 from mirage_ds.evaluation.batches import Batch, cut, deal, question_tokens
+from mirage_ds.evaluation.health import LatentHealth, health_of, mean_norm
 from mirage_ds.evaluation.parts import Decoded, Parts
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.replace import Replacements
@@ -162,6 +163,13 @@ class Engine:
             elif token == self.decoder.ids.latent_pad:
                 places.append(before)
         return places
+
+    def health(self, states: States, own: Sequence[Answer]) -> LatentHealth:
+        """The health of the own states; with targets where helper images were read."""
+        replacements = Replacements(self.decoder, self.encoder, self.rows, self.seed)
+        has_targets = any(row.sample.helper_images for row in self.rows)
+        embedding_norm = mean_norm(self.decoder.backbone.embed_tokens.weight)
+        return health_of(states, own, embedding_norm, replacements.targets if has_targets else None)
 
     def in_order(self, answers: Sequence[Answer]) -> dict[str, list[Answer]]:
         """Answers by arm; in each, by row, then by sample."""

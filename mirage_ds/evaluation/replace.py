@@ -1,15 +1,14 @@
 """What an arm changes: the decoder that decodes it, and what is asked."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
 import torch
-from PIL import Image
 
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, Encoder
+from mirage_ds.data.helpers import gray_png, in_places
 from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, num_image_blocks
 from mirage_ds.evaluation.answers import Row
@@ -31,8 +30,6 @@ from mirage_ds.inference.replaced import REPLACED
 from mirage_ds.model.targets import latent_targets
 from mirage_ds.model.tower import Tower
 
-GRAY = (128, 128, 128)
-
 
 class Replacements:
     """The replacements of one evaluation. The same on every rank: all draws depend on the seed and the rows alone."""
@@ -52,11 +49,10 @@ class Replacements:
         if arm.image == "gray":
             turned = self.encoder.helper_facts()["exif_orientation"]
             sizes = [open_image(data, sample.key, exif_orientation=turned).size for data in sample.input_images]
-            return replace(sample, input_images=tuple(_gray(size) for size in sizes))
+            return replace(sample, input_images=tuple(gray_png(*size) for size in sizes))
         if arm.image == "other":
             others = self._by_key[self._next_with_images[sample.key]].input_images
-            count = len(sample.input_images)
-            return replace(sample, input_images=tuple(others[min(i, len(others) - 1)] for i in range(count)))
+            return replace(sample, input_images=tuple(in_places(others, len(sample.input_images))))
         text = sample.text_input.replace(IMAGE_TAG, "").replace(OUTPUT_IMAGE_TAG, "")
         assert num_image_blocks(text, 0) == 0, "every slot was removed"
         return replace(sample, text_input=text, input_images=())
@@ -110,10 +106,3 @@ class Replacements:
         strategy = self.encoder.helper_facts()["compress_strategy"]
         pooled = latent_targets(helper_embeds, batch, strategy, backbone.embed_tokens.weight.dtype)
         return list(pooled.inputs.split(batch.latent_sizes))
-
-
-def _gray(size: tuple[int, int]) -> bytes:
-    """A PNG file of one colour."""
-    file = io.BytesIO()
-    Image.new("RGB", size, GRAY).save(file, "PNG")
-    return file.getvalue()

@@ -16,7 +16,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mirage_ds.config import Config
 from mirage_ds.data.alignment import PASS_TOKENS
 from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, row_size
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.helpers import Helpers
+from mirage_ds.data.index import IndexEntry
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
 
@@ -165,13 +166,13 @@ def workload(config: Config) -> Workload:
     Raises:
         DataError: the shards' manifest or index is damaged.
     """
-    processor, num_samples = image_processor(config), None
+    processor, helpers, num_samples = image_processor(config), Helpers.of(config), None
     if (config.data.shards / MANIFEST_NAME).is_file():
-        shapes = [measure(entry, config, processor) for entry in load_index(read_manifest(config.data.shards))]
+        shapes = [measure(entry, config, processor) for entry in helpers.index(read_manifest(config.data.shards))]
         num_samples = len(shapes)
         source = f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token"
     else:
-        shapes = [measure(ASSUMED, config, processor)]
+        shapes = [measure(helpers.entry(ASSUMED, ASSUMED), config, processor)]
         source = (
             f"no shards at {config.data.shards}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"

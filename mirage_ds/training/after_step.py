@@ -10,6 +10,7 @@ from mirage_ds.checkpoint.save import Progress, Saves
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, Encoder
+from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader, first_usable
 from mirage_ds.housekeeping import housekeeping
@@ -26,7 +27,7 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
     if config.evaluation.shards is None:
         return lambda state: None
     shards, interval = load_manifest(config.evaluation.shards), config.evaluation.interval
-    read, align = SampleReader(shards), config.train.stage == "stage2"
+    read, align = SampleReader(shards, helpers=Helpers.of(config)), config.train.stage == "stage2"
 
     def usable(number: int) -> EncodedSample:
         following = (later % shards.num_samples for later in count(number))

@@ -8,6 +8,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from mirage_ds.config import Config
+from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.target_cache import TargetCache
 from mirage_ds.model.targets import LatentTargets
 from mirage_ds.training.start import Start
@@ -26,16 +27,20 @@ def open_target_cache(engine: DeepSpeedEngine, config: Config, start: Start) -> 
     if config.model.cache_targets is None:
         return None
     tower = engine.module.tower
-    facts = start.encoder.helper_facts() | {
-        "tower": weights_digest(tower),
-        "vision_config": tower.visual.config.to_dict(),  # with the version of transformers, whose blocks compute
-        # What computes decides the last bits.
-        "dtype": config.train.dtype,
-        "attention": tower.attention,
-        "device": start.device.type,
-        "torch": torch.__version__,
-        "pillow": PIL.__version__,  # decodes and scales
-    }
+    facts = (
+        start.encoder.helper_facts()
+        | Helpers.of(config).facts()
+        | {
+            "tower": weights_digest(tower),
+            "vision_config": tower.visual.config.to_dict(),  # with the version of transformers, whose blocks compute
+            # What computes decides the last bits.
+            "dtype": config.train.dtype,
+            "attention": tower.attention,
+            "device": start.device.type,
+            "torch": torch.__version__,
+            "pillow": PIL.__version__,  # decodes and scales
+        }
+    )
     cache = TargetCache.open(
         config.model.cache_targets,
         start.shards,

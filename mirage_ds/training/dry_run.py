@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
+from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.packing import collate_packed
 from mirage_ds.data.stream import SampleReader, first_usable
 from mirage_ds.errors import MemoryFullError
@@ -107,7 +108,7 @@ def take(config: Config, start: Start, numbers: Iterable[int], size: int) -> Bat
 
     A sample that cannot be used is left for the run to meet, which may never read it; the next one takes its place.
     """
-    read, following = SampleReader(start.shards), cycle(numbers)
+    read, following = SampleReader(start.shards, helpers=Helpers.of(config)), cycle(numbers)
     samples = [first_usable(lambda number: start.encoder(read(number)), following, "skip") for _ in range(size)]
     if config.data.packing:
         return collate_packed(samples)

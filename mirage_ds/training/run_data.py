@@ -6,6 +6,7 @@ from functools import partial
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
+from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.packing import collate_packed
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.steps import Share, Steps
@@ -41,5 +42,6 @@ def open_stream(config: Config, start: Start, steps: Steps, targets: TargetCache
         # Sooner than the other ranks' collectives, so that they still answer, and the run can save.
         timeout_s=max(1, config.distributed.timeout_s * 4 // 5),
         targets=targets,
+        helpers=Helpers.of(config),
     )
     return iter(loader)

@@ -67,6 +67,7 @@ HARMLESS = (
 MEANT_BEFORE = {
     "data.exif_orientation": False,
     "data.balance": False,
+    "data.helper": True,
     "data.packing": False,
     "model.cache_targets_gib": 64.0,
 }

@@ -7,7 +7,7 @@ from mirage_ds.config import Config
 from mirage_ds.data.costs import Costs, measure_costs
 from mirage_ds.data.counts import counts_path, load_counts
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.index import load_index
+from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.lengths import check_budget
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import DataError
@@ -25,11 +25,12 @@ def measure_samples(config: Config, encoder: Encoder, shards: ShardFolder) -> tu
             counts cannot be used.
     """
     path = counts_path(shards, encoder.tokenizer, system_turn=config.data.system_turn)
-    counts = load_counts(path, shards, stage=config.train.stage)
+    helpers = Helpers.of(config)
+    counts = load_counts(path, shards, stage="text" if helpers.images == "none" else config.train.stage)
     if config.data.packing and counts is None:
         raise not_counted(config)
     costs = measure_costs(
-        load_index(shards),
+        helpers.index(shards),
         encoder.image_tokens,
         stage=config.train.stage,
         latent_size=config.model.latent_size,

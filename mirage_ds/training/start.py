@@ -14,6 +14,7 @@ from mirage_ds.checkpoint.load import check_start
 from mirage_ds.config import Config
 from mirage_ds.data.costs import Costs
 from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.model.backbone import check_config
@@ -120,11 +121,12 @@ def open_encoder(config: Config) -> Encoder:
         compress_strategy=config.model.compress_strategy,
         exif_orientation=config.data.exif_orientation,
     )
+    helpers = Helpers.of(config)
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:
             shards = load_manifest(folder)
-            encoder.check_index(shards)
-            check_lengths(encoder, shards)
+            encoder.check_index(shards, helpers)
+            check_lengths(encoder, shards, helpers)
     return encoder
 
 

@@ -48,6 +48,7 @@ def deepspeed_json(**changes: Any) -> Callable[[Path], None]:
     return write
 
 
+NO_INPUT = {"image_input": None, "text_input": "Which way?"}
 OWN_JSON = ("distributed.deepspeed_config=./ds.json",)
 
 
@@ -58,6 +59,15 @@ def shards_spoiled_by(spoil: Callable[[Path], object]) -> Callable[[Path], None]
 def manifest_without_samples(shards: Path) -> None:
     manifest = json.loads((shards / "manifest.json").read_text())
     (shards / "manifest.json").write_text(json.dumps(manifest | {"num_samples": 0, "shards": []}))
+
+
+def shards_of(*rows: dict[str, Any]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        shutil.rmtree(folder / "shards")
+        path = write_rows(folder / "rows", len(rows))
+        build(write_jsonl(path, list(rows)), folder / "shards", maxcount=4, maxsize=10**9)
+
+    return write
 
 
 def other_model(folder: Path) -> None:
@@ -192,6 +202,21 @@ TRAIN = {
             r"larger image or data\.min_pixels, or set another model\.latent_size",
         ),
         ("model.latent_size=10",),
+    ),
+    # rows that have no image for the places of an arm's helper images
+    "input as helper, without input": Case(
+        (
+            r"rows with a helper image but no input image: 2 \(shards\): shard-000000\.tar/000000001, .*/000000003; ",
+            r"data\.helper=input puts the input image in place .*, so each of these rows needs one",
+            r"build the shards without these rows, or use another data\.helper",
+        ),
+        ("data.helper=input",),
+        shards_of(*[make_row(number) | (NO_INPUT if number % 2 else {}) for number in range(4)]),
+    ),
+    "shuffled, one row": Case(
+        (r"rows with helper images: 1 \(shards\)", "needs at least 2", r"use other shards, or another data\.helper"),
+        ("data.helper=shuffled", "evaluation.shards=shards"),
+        shards_of(make_row(0)),
     ),
     # a model folder that is not Qwen2.5-VL or lacks the latent tokens
     "no model": Case(

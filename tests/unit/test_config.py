@@ -40,6 +40,8 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
         ("train.max_steps=null", r"train: the length of the run is set twice or not at all; set train\.max_steps or"),
         ("train.epochs=2", r"train: the length of the run is set twice"),
         ("train.warmup_steps=500", r"warmup_steps is 500.*set train\.warmup_steps below train\.max_steps"),
+        ("data.helper=grey", r"data\.helper: .*True, 'gray', 'input', 'shuffled' or 'none' \(got 'grey'\)"),
+        ("data.helper=false", r"data\.helper: .*True, 'gray', 'input', 'shuffled' or 'none' \(got False\)"),
         ("data.max_pixels=0", r"data\.max_pixels: .*greater than 0"),
         ("data.max_length=-5", r"data\.max_length: .*greater than 0"),
         ("train", r"override cannot be parsed .*section\.key=value"),
@@ -88,6 +90,17 @@ def test_auto_leaves_no_accumulation_to_set() -> None:
 def test_latent_targets_are_kept_in_stage_1_only() -> None:
     with pytest.raises(ConfigError, match=r"  - model\.cache_targets is set, but stage2 .*unset model\.cache_targets"):
         load_config(RECIPES / "tiny-stage2.yaml", ["model.cache_targets=targets"])
+
+
+def test_the_arm_of_a_control_is_a_name_or_true() -> None:
+    assert load_config(RECIPE).data.helper is True
+    assert load_config(RECIPE, ["data.helper=true"]).data.helper is True
+    for name in ("gray", "input", "shuffled", "none"):
+        assert load_config(RECIPE, [f"data.helper={name}"]).data.helper == name
+    with pytest.raises(
+        ConfigError, match=r"cache_targets is set, but with data\.helper=none there is no latent target"
+    ):
+        load_config(RECIPE, ["data.helper=none", "model.cache_targets=targets"])
 
 
 def test_samples_are_packed_where_they_may_share_a_row() -> None:

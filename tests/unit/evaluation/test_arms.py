@@ -28,8 +28,10 @@ def rows(*images: tuple[int, int]) -> list[Row]:
         (
             "all",
             "all",
-            [*("own", "none", "markers", "zeroed", "mean", "fixed", "noise:1.0", "shuffled", "oracle", "first")]
-            + ["image:gray", "image:other", "image:none"],
+            [
+                *("own", "none", "markers", "zeroed", "mean", "fixed", "noise:1.0", "shuffled", "oracle", "first"),
+                *("image:gray", "image:other", "image:none"),
+            ],
         ),
     ],
 )

@@ -213,24 +213,28 @@ def test_whatever_decides_the_targets_has_a_file_of_its_own(
     for name, value in {"rank": 0, "is_main": True}.items():
         monkeypatch.setattr(distributed, name, lambda value=value: value)
     monkeypatch.setattr(distributed, "gather", lambda value: [value])
-    config = load_config(RECIPE, [f"model.cache_targets={tmp_path}"])
+    settings = [f"model.cache_targets={tmp_path}"]
     model = make_model(ground)
     visual = model.tower.visual
 
-    def name(**settings: Any) -> str:
-        encoder = load_encoder(str(ground / "model"), stage="stage1", latent_size=LATENT_SIZE, **settings)
+    def name(*overrides: str, **images: Any) -> str:
+        config = load_config(RECIPE, [*settings, *overrides])
+        encoder = load_encoder(str(ground / "model"), stage="stage1", latent_size=LATENT_SIZE, **images)
         start = SimpleNamespace(encoder=encoder, shards=shards, device=torch.device("cpu"))
         return open_target_cache(SimpleNamespace(module=model), config, start).path.name
 
     names = [name(), name(max_pixels=56 * 56), name(exif_orientation=False), name(compress_strategy="grid")]
-    assert name() == names[0]
+    names += [name(f"data.helper={arm}") for arm in ("gray", "input", "shuffled")]
+    names.append(name("data.helper=shuffled", "run.seed=7"))
+    assert name("data.helper=gray", "run.seed=7") == names[4]
+    assert name() == name("run.seed=7") == names[0]
     visual.config.window_size *= 2
     names.append(name())
     visual.patch_embed.proj.weight.data.view(-1)[-1] += 1
     names.append(name())
     monkeypatch.setattr(PIL, "__version__", "0.1")
     names.append(name())
-    assert len(set(names)) == 7
+    assert len(set(names)) == len(names) == 11
 
 
 class Copied:

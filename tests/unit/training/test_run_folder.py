@@ -71,6 +71,7 @@ def test_harmless_changes_pass_and_are_named(checkpoint: Path, facts: dict[str, 
         ("config.train.weight_decay", 0.0),
         ("config.model.path", "another"),
         ("config.run.seed", 7),
+        ("config.data.helper", "gray"),
         ("deepspeed.communication_data_type", "bf16"),
     ],
 )
@@ -88,11 +89,13 @@ def test_other_changes_are_refused_with_both_values(
 def test_a_checkpoint_of_an_older_version_lacks_new_keys(checkpoint: Path, facts: dict[str, Any]) -> None:
     """It resumes if the run does what that version did."""
     before = json.loads(checkpoint.read_text())
-    del before["config"]["data"]["exif_orientation"]
+    del before["config"]["data"]["exif_orientation"], before["config"]["data"]["helper"]
     checkpoint.write_text(json.dumps(before))
     assert check_same_run(checkpoint, changed(facts, "config.data.exif_orientation", False)) == []
     with pytest.raises(CheckpointError, match=r"data\.exif_orientation: False -> True"):
         check_same_run(checkpoint, facts)
+    with pytest.raises(CheckpointError, match=r"data\.helper: True -> 'none'"):
+        check_same_run(checkpoint, changed(facts, "config.data.helper", "none"))
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 30, "epochs": None}, {"max_steps": None, "epochs": 3.0}])
