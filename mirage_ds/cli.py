@@ -1,9 +1,10 @@
-"""The `mirage` command: makes a model folder before training; exports, asks and evaluates a model after it.
+"""The `mirage` command: makes a model folder before training; exports, asks, evaluates and compares models after it.
 
 mirage init --preset tiny --text rows.jsonl --output DIR | --from MODEL --output DIR
 mirage export --checkpoint RUN --output DIR
 mirage generate --model DIR --image a.png --prompt "..."
 mirage evaluate --model DIR --task vsp-spatial-planning --data test.jsonl --output results.jsonl
+mirage compare results.jsonl others.jsonl
 mirage inspect --model DIR --data test.jsonl --output report.html
 """
 
@@ -16,6 +17,7 @@ from mirage_ds import errors, library_noise
 from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
 from mirage_ds.evaluation.command import evaluate
+from mirage_ds.evaluation.compare_command import compare
 from mirage_ds.evaluation.inspect import inspect
 from mirage_ds.inference.command import generate
 from mirage_ds.model_folder import check_exists, check_model
@@ -107,6 +109,7 @@ def export(
 
 app.command()(generate)
 app.command()(evaluate)
+app.command()(compare)
 app.command()(inspect)
 
 

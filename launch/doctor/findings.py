@@ -6,8 +6,8 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from launch.wide_console import wide_console
 from mirage_ds.errors import MirageError
+from mirage_ds.wide_console import wide_console
 
 State = Literal["ok", "warn", "fail"]
 

@@ -11,11 +11,11 @@ import typer
 from rich import box
 from rich.table import Table
 
-from launch.wide_console import wide_console
 from mirage_ds.config import Config
 from mirage_ds.paths import expanded
 from mirage_ds.recipe import load_config
 from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE, find_gpu
+from mirage_ds.wide_console import wide_console
 
 if TYPE_CHECKING:
     from launch.planner.estimate import Estimate

@@ -1,8 +1,8 @@
 """The interval of a mean over rows, by the percentile bootstrap.
 
-A resample draws as many rows as there are, with replacement; its mean depends only on how often it draws each distinct
-score. These counts have a multinomial distribution, so they are drawn at once: a file of 100 000 right and wrong
-answers costs no more than one of 10.
+A resample draws as many rows as there are, with replacement. Its mean depends only on how often it draws each distinct
+score, and these counts have a multinomial distribution: where scores are few, such as right and wrong, the counts are
+drawn at once, so that a file of 100 000 rows costs no more than one of 100.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ import numpy as np
 
 NUM_RESAMPLES = 10_000
 PERCENTILES = (2.5, 97.5)
-MAX_COUNTS = 2_000_000  # drawn at a time: 16 MB
+MAX_DRAWS = 1_000_000  # at a time: 8 MB
+FEW = 100  # distinct scores; with more, drawing rows is cheaper than drawing counts
 
 
 def mean_interval(scores: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -22,15 +23,22 @@ def mean_interval(scores: Sequence[float], seed: int = 0) -> tuple[float, float]
     Args:
         scores: one of each row; of a paired difference, the difference of each row.
     """
-    distinct, counts = np.unique(np.asarray(scores, dtype=np.float64), return_counts=True)
-    generator = np.random.default_rng(seed)
-    at_a_time = max(1, MAX_COUNTS // len(distinct))
-    means = np.concatenate(
-        [
-            generator.multinomial(len(scores), counts / len(scores), size=min(at_a_time, NUM_RESAMPLES - start))
-            @ distinct
-            for start in range(0, NUM_RESAMPLES, at_a_time)
-        ]
-    )
-    low, high = np.percentile(means / len(scores), PERCENTILES)
+    low, high = np.percentile(resampled_means(np.asarray(scores, dtype=np.float64), seed), PERCENTILES)
     return float(low), float(high)
+
+
+def resampled_means(scores: np.ndarray, seed: int) -> np.ndarray:
+    """The means [NUM_RESAMPLES] of resamples of the scores [rows]."""
+    generator = np.random.default_rng(seed)
+    rows = len(scores)
+    distinct, counts = np.unique(scores, return_counts=True)
+    few = len(distinct) <= FEW
+    at_a_time = max(1, MAX_DRAWS // (len(distinct) if few else rows))
+    means = []
+    for start in range(0, NUM_RESAMPLES, at_a_time):
+        number = min(at_a_time, NUM_RESAMPLES - start)
+        if few:
+            means.append(generator.multinomial(rows, counts / rows, size=number) @ distinct / rows)
+        else:
+            means.append(scores[generator.integers(rows, size=(number, rows))].mean(axis=1))
+    return np.concatenate(means)

@@ -31,6 +31,7 @@ from mirage_ds.inference.options import (
 )
 from mirage_ds.output_folder import signals_as_errors
 from mirage_ds.paths import expanded
+from mirage_ds.wide_console import wide_console
 
 if TYPE_CHECKING:
     from mirage_ds.evaluation.engine import Engine
@@ -100,7 +101,7 @@ def evaluate(
         summary = summary_of(answers, asked.task, by) | {"health": health.as_dict()}
         asked.results.finish(every, summary | {"settings": settings | {"arms": names}})
         for table in [*tables_of(answers, asked.task, by), *health_tables(health)]:
-            Console().print(table)
+            wide_console().print(table)
 
     answer_all(asked, options, settings | asdict(options), batch_size, ranks, finish)
 

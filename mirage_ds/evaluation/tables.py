@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from mirage_ds.evaluation.answers import Answer
@@ -59,7 +60,7 @@ def arms_table(answers: dict[str, list[Answer]], task: Task, by: str | None = No
     for group in [ALL, *(names if len(names) > 1 else [])]:
         own = parts[OWN][group]
         drawn.add_section()
-        drawn.add_row(f"[bold]{group_title(group, own, by)}[/bold]")
+        drawn.add_row(f"[bold]{escape(group_title(group, own, by))}[/bold]")
         for name, part in parts.items():
             drawn.add_row(name, *_scores(part[group], own, ways, show), *_counts(part[group]))
     return drawn

@@ -23,7 +23,7 @@ GROUND = (
         "strict_json",
         "strict_yaml",
     ),
-    *("tokens", "train_state", "versions"),
+    *("tokens", "train_state", "versions", "wide_console"),
 )
 # A folder imports from itself and from the lines above its own, never from those below.
 ORDER = (
@@ -41,7 +41,7 @@ ORDER = (
     ("train", "cli"),
 )
 LAUNCH_ORDER = (
-    ("wide_console", "demo_report"),
+    ("demo_report",),
     ("planner", "doctor", "demo_answers"),
     ("slurm", "local"),
     ("demo", "evaluate", "cli"),

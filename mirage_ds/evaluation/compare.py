@@ -1,0 +1,131 @@
+"""Compares finished results files: success, paired differences to the first file, rows that changed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from mirage_ds.errors import DataError
+from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.finished import read_results, read_summary
+from mirage_ds.evaluation.groups import ALL, grouped
+from mirage_ds.evaluation.rates import difference, row_scores, success_rates, ways_of
+from mirage_ds.evaluation.tables import Figures, group_title, new_table
+
+SHORT = 60  # characters of an answer in a table
+
+
+@dataclass(frozen=True)
+class Side:
+    """One arm of a results file."""
+
+    name: str
+    task: str
+    rows: str  # digest of the questions, images and fields of all rows
+    answers: list[Answer]
+
+
+def read_sides(files: Sequence[Path], arm: str) -> list[Side]:
+    """The answers of every file in one arm.
+
+    Raises:
+        DataError: a file cannot be read, lacks the arm or scores, or its rows or its task differ from the first one's.
+    """
+    sides = [_read_side(file, arm) for file in files]
+    first = sides[0]
+    for side in sides:
+        if Path(side.task).name != Path(first.task).name:  # my_file.py:score may have been elsewhere
+            raise DataError(
+                f"the tasks differ: {side.task} ({side.name}) and {first.task} ({first.name}); expected results of one "
+                "task; name other files, or evaluate again"
+            )
+        if problem := _difference_of_rows(first, side):
+            raise DataError(
+                f"the rows differ: {problem} ({side.name}); differences are over the same rows; name files of the same "
+                "data and --limit"
+            )
+    return sides
+
+
+def _read_side(file: Path, arm: str) -> Side:
+    arms, summary = read_results(file), read_summary(file)
+    if arm not in arms:
+        raise DataError(
+            f"the file has no arm {arm!r:.80} ({file}, --arm); it has {', '.join(arms):.200}; name one of them"
+        )
+    if not ways_of(arms[arm]):
+        raise DataError(
+            f"no answer is scored ({file}, task {summary['task']}); expected results of a task that scores; evaluate "
+            "again with another --task"
+        )
+    return Side(str(file), summary["task"], summary["settings"]["rows"], arms[arm])
+
+
+def _difference_of_rows(first: Side, side: Side) -> str:
+    """What differs between the rows of two files; empty if nothing does."""
+    ours, theirs = ({answer.number: answer.row for answer in each.answers} for each in (side, first))
+    if set(ours) != set(theirs):
+        return f"{len(ours)} rows, and {len(theirs)} in {first.name}"
+    for number, row in ours.items():
+        for name in {**row, **theirs[number]}:
+            if row.get(name) != theirs[number].get(name):
+                return f"the field {name!r:.80} of row {number} is not the same as in {first.name}"
+    return "" if side.rows == first.rows else f"a question, an image or a right answer is not that of {first.name}"
+
+
+def comparison_table(sides: Sequence[Side], by: str | None) -> Table:
+    """A line per file: success, difference to the first, rows gained and lost; over all rows, then over each group."""
+    way = ways_of(sides[0].answers)[0]
+    drawn = new_table("comparison", "file", way, "minus the first", "gained", "lost", "never ended")
+    show = Figures(answer for side in sides for answer in side.answers)
+    parts = [grouped(side.answers, by) for side in sides]
+    names = [name for name in parts[0] if name != ALL]
+    for group in [ALL, *(names if len(names) > 1 else [])]:
+        drawn.add_section()
+        drawn.add_row(f"[bold]{escape(group_title(group, parts[0][group], by))}[/bold]")
+        for side, part in zip(sides, parts, strict=True):
+            drawn.add_row(escape(side.name), *_figures(part[group], parts[0][group], way, show))
+    return drawn
+
+
+def _figures(answers: list[Answer], first: list[Answer], way: str, show: Figures) -> list[str]:
+    never_ended = f"{sum(not answer.complete for answer in answers)}"
+    rates = success_rates(answers).get(ALL)
+    if rates is None:
+        return ["-", "-", "-", "-", never_ended]
+    found = difference(answers, first)
+    changes = ["", "", ""] if answers is first else [show.difference(found), f"{found.gained}", f"{found.lost}"]
+    return [show.rate(rates[way]), *changes, never_ended]
+
+
+def changed_table(sides: Sequence[Side], number: int) -> Table | None:
+    """Up to `number` rows whose score in another file differs from that in the first, and the answers; None: no row."""
+    rows = [row for side in sides[1:] for row in _changed(sides[0], side)][:number]
+    if not rows:
+        return None
+    drawn = Table(title="rows that changed: the ends of their first answers", show_lines=True)
+    for heading in ("row", "file", "change", f"answer in {sides[0].name}", "answer in the file"):
+        drawn.add_column(escape(heading))
+    for row in rows:
+        drawn.add_row(*map(escape, row))
+    return drawn
+
+
+def _changed(first: Side, side: Side) -> Iterator[tuple[str, ...]]:
+    way = ways_of(first.answers)[0]
+    before, after = row_scores(first.answers, way), row_scores(side.answers, way)
+    texts = [{answer.number: answer for answer in reversed(each.answers)} for each in (first, side)]
+    for number, score in after.items():
+        change = score - before.get(number, score)
+        if change:
+            old, new = (by_row[number] for by_row in texts)
+            where = Path(old.where).name
+            yield where, side.name, "gained" if change > 0 else "lost", _short(old.text), _short(new.text)
+
+
+def _short(text: str) -> str:
+    """The end of an answer, where it says what it comes to."""
+    line = " ".join(text.split())
+    return line if len(line) <= SHORT else f"...{line[3 - SHORT :]}"

@@ -1,0 +1,191 @@
+"""`mirage compare` as typed: what it prints of finished results files, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+from written_answers import answer, answers, several
+
+from mirage_ds.cli import app
+from mirage_ds.errors import ConfigError, DataError, MirageError
+from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.bootstrap import mean_interval
+from mirage_ds.evaluation.finished import read_results
+from mirage_ds.evaluation.rates import wilson_interval
+
+
+def write(path: Path, *arms: list[Answer], task: str = "exact", rows: str = "digest") -> Path:
+    """A results file and its summary."""
+    Path(f"{path}.summary.json").write_text(json.dumps({"task": task, "settings": {"rows": rows}}))
+    path.write_text("".join(json.dumps(asdict(each)) + "\n" for arm in arms for each in arm))
+    return path
+
+
+def compare(*arguments: object) -> str:
+    """What the command prints; an error is raised as it is."""
+    result = CliRunner().invoke(app, ["compare", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def line_of(printed: str, start: str) -> list[str]:
+    """The cells of the first line whose first cell begins so."""
+    cells = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in printed.splitlines()]
+    return next(line for line in cells if line and line[0].startswith(start))
+
+
+@pytest.fixture(autouse=True)
+def in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_differences_to_the_first_file() -> None:
+    write(Path("a.jsonl"), answers("xxxx......"), answers("x" * 10, arm="mean"))
+    write(Path("b.jsonl"), answers("xxx.xxx..."), answers("." * 10, arm="mean"))
+    write(Path("c.jsonl"), answers(".........."))
+    printed = compare("a.jsonl", "b.jsonl", "c.jsonl")
+    low, high = (100 * end for end in wilson_interval(4, 10))
+    assert line_of(printed, "a.jsonl") == ["a.jsonl", f"40.0% [{low:.1f}, {high:.1f}]", "", "", "", "0"]
+    low, high = (100 * end for end in mean_interval([0, 0, 0, -1, 1, 1, 1, 0, 0, 0]))
+    b = line_of(printed, "b.jsonl")
+    assert b[2:] == [f"+20.0 [{low:+.1f}, {high:+.1f}]", "3", "1", "0"]
+    assert line_of(printed, "c.jsonl")[2].startswith("-40.0 [")
+    assert line_of(printed, "c.jsonl")[3:5] == ["0", "4"]
+    assert line_of(compare("a.jsonl", "b.jsonl", "--arm", "mean"), "b.jsonl")[2] == "-100.0 [-100.0, -100.0]"
+
+
+def test_other_numbers_of_answers_and_another_order() -> None:
+    """A row's score is the mean of its answers."""
+    write(Path("a.jsonl"), several("x.", "xx", ".."))
+    write(Path("b.jsonl"), answers("xx.")[::-1])
+    b = line_of(compare("a.jsonl", "b.jsonl"), "b.jsonl")
+    assert b[2].startswith("+16.7 [")
+    assert b[3:5] == ["1", "0"]
+
+
+def test_groups() -> None:
+    for name, pattern in (("a.jsonl", "xx.."), ("b.jsonl", "xxxx")):
+        rows = [answer(number, mark, row={"kind": "ab"[number // 2]}) for number, mark in enumerate(pattern)]
+        write(Path(name), rows)
+    below = compare("a.jsonl", "b.jsonl", "--by", "kind").partition("kind b: 2")[2]
+    assert line_of(below, "a.jsonl")[1].startswith("0.0%")
+    assert line_of(below, "b.jsonl")[2].startswith("+100.0")
+
+
+def test_rows_that_changed() -> None:
+    long = "first words " * 10 + "so \\boxed{x}"
+    write(Path("a.jsonl"), [answer(0, "."), answer(1, "x", text=long), answer(2, "x")])
+    write(Path("b.jsonl"), [answer(0, "x"), answer(1, ".", text="[bold]no"), answer(2, "x")])
+    _, _, below = compare("a.jsonl", "b.jsonl").partition("rows that changed")
+    assert line_of(below, "test.jsonl:1")[1:] == ["b.jsonl", "gained", "so \\boxed{.}", "so \\boxed{x}"]
+    lost = line_of(below, "test.jsonl:2")
+    assert lost[2] == "lost"
+    assert lost[3] == f"...{long[-57:]}"
+    assert lost[4] == "[bold]no"
+    assert "test.jsonl:3" not in below
+    assert "test.jsonl:2" not in compare("a.jsonl", "b.jsonl", "--changed", 1)
+    assert "rows that changed" not in compare("a.jsonl", "b.jsonl", "--changed", 0)
+    assert "rows that changed" not in compare("a.jsonl", "a.jsonl")
+
+
+def test_a_copy_of_the_data_is_the_same() -> None:
+    write(Path("a.jsonl"), answers("x."))
+    write(Path("b.jsonl"), [answer(number, "x", where=f"/copy/of.jsonl:{number + 1}") for number in range(2)])
+    assert line_of(compare("a.jsonl", "b.jsonl"), "b.jsonl")[2].startswith("+50.0")
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "error", "message"),
+    [
+        (answers("x."), (), DataError, r"the rows differ: 2 rows, and 3 in a.jsonl \(b.jsonl\)"),
+        (answers("xxx", row={"id": 0}), (), DataError, "the field 'id' of row 1 is not the same as in a.jsonl"),
+        (answers("???"), (), DataError, r"no answer is scored \(b.jsonl, task exact\)"),
+        (answers("xxx"), ("--arm", "mean"), DataError, r"no arm 'mean' \(a.jsonl, --arm\); it has own"),
+        (answers("xxx"), ("--by", "kind"), ConfigError, r"no row has the field 'kind' \(--by\)"),
+    ],
+)
+def test_files_that_cannot_be_compared(
+    other: list[Answer], options: tuple, error: type[MirageError], message: str
+) -> None:
+    write(Path("a.jsonl"), answers("xx."))
+    write(Path("b.jsonl"), other)
+    with pytest.raises(error, match=message):
+        compare("a.jsonl", "b.jsonl", *options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rows": "other"},
+            r"the rows differ: a question, an image or a right answer is not that of a.jsonl \(b.jsonl\)",
+        ),
+        ({"task": "choice"}, r"the tasks differ: choice \(b.jsonl\) and exact \(a.jsonl\)"),
+    ],
+)
+def test_other_questions_or_another_task(changes: dict[str, str], message: str) -> None:
+    write(Path("a.jsonl"), answers("xx."))
+    write(Path("b.jsonl"), answers("xx."), **changes)
+    with pytest.raises(DataError, match=message):
+        compare("a.jsonl", "b.jsonl")
+
+
+def test_the_file_of_a_task_may_have_moved() -> None:
+    write(Path("a.jsonl"), answers("xx."), task="tasks/my_file.py:score")
+    write(Path("b.jsonl"), answers("x.."), task="my_file.py:score")
+    assert line_of(compare("a.jsonl", "b.jsonl"), "b.jsonl")[4] == "1"
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]", "{}", '{"task": "exact", "settings": {}}', '{"task": 1}'])
+def test_a_summary_that_is_none(text: str | None) -> None:
+    write(Path("a.jsonl"), answers("xx."))
+    Path("a.jsonl.summary.json").unlink() if text is None else Path("a.jsonl.summary.json").write_text(text)
+    with pytest.raises(DataError, match=r"the summary cannot be used: .* \(a.jsonl.summary.json\); expected the file"):
+        compare("a.jsonl", "a.jsonl")
+
+
+def test_one_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"results files on the command line: 1; expected two or more"):
+        compare(write(Path("a.jsonl"), answers("x")))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"number": "0"},
+        {"scores": {"exact": {"success": "x", "status": ""}}},
+        {"scores": {"exact": {"success": None, "status": ""}}},
+        {"scores": {"exact": {"right": 1}}},
+        {"scores": {"exact": 1}},
+        {"scores": [1]},
+        {"row": None},
+        {"complete": 1},
+        {"later": 1},
+    ],
+)
+def test_a_line_that_is_no_answer(tmp_path: Path, change: dict) -> None:
+    (tmp_path / "b.jsonl").write_text(json.dumps(asdict(answer(0, "x")) | change) + "\n")
+    with pytest.raises(DataError, match=r"the line is no answer: .* \(b.jsonl:1\); expected a line of a results file"):
+        read_results(Path("b.jsonl"))
+
+
+@pytest.mark.parametrize("text", ['{"text_input": "?"}', "{", "[1]", ""])
+def test_files_that_are_no_results(text: str) -> None:
+    Path("b.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"b\.jsonl"):
+        read_results(Path("b.jsonl"))
+    with pytest.raises(DataError, match=r"No such file or directory \(c.jsonl\)"):
+        read_results(Path("c.jsonl"))
+
+
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    """So that it answers at once."""
+    write(Path("a.jsonl"), answers("x."))
+    program = "import sys\nfrom mirage_ds.cli import app\nsys.argv = ['mirage', 'compare', 'a.jsonl', 'a.jsonl']\n"
+    program += "try: app()\nexcept SystemExit: print('torch' in sys.modules)\n"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert result.stdout.strip().endswith("False"), result.stderr

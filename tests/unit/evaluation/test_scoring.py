@@ -1,0 +1,132 @@
+"""Tasks by name and from a user's file; rows that cannot be scored."""
+
+from pathlib import Path
+
+import pytest
+
+from mirage_ds.data.rows import Sample
+from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.evaluation.answers import Row
+from mirage_ds.evaluation.scoring import TASKS, check_rows, load_task
+
+OWN = """
+from dataclasses import dataclass
+
+@dataclass
+class Words:
+    expected: int
+
+def score(row, answer):
+    if "words" not in row:
+        return None
+    return answer == row["text_output"] or abs(Words(row["words"]).expected - len(answer.split())) / 10
+
+def fails(row, answer):
+    return 1 / len(answer)
+
+def texts(row, answer):
+    return "right"
+
+def endless(row, answer):
+    return float("inf")
+
+def changes(row, answer):
+    return len(row.pop("words"))
+
+LIMIT = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my_task.py"
+    path.write_text(OWN)
+    return path
+
+
+def row(number: int, text_output: str = "", **extra: object) -> Row:
+    return Row(number, f"rows.jsonl:{number + 1}", Sample(f"{number:09d}", "How?", text_output, extra=extra))
+
+
+def test_every_task_scores_its_row() -> None:
+    rows = {
+        "vsp-spatial-planning": (row(0, map_desc=[[1, 2], [0, 0]]), "\\boxed{R}", "Reached goal", "RIGHT"),
+        "vsp-spatial-reasoning": (row(0, "\\boxed{B}"), "\\boxed{B}", "Right", "B"),
+        "choice": (row(0, options=["x", "y"], answer="y"), "B", "Right", "B"),
+        "exact": (row(0, answer="1,000"), "1000.0", "Right", "1000"),
+    }
+    assert {*rows, "none"} == set(TASKS)
+    for name, (asked, answer, status, given) in rows.items():
+        task = load_task(name)
+        scores = task.score(asked.sample, answer)
+        assert tuple(scores) == task.ways
+        outcome = scores[task.ways[0]]
+        assert (outcome.success, outcome.status, outcome.given) == (1, status, given), name
+    assert load_task("none").score(row(0).sample, "x") == {}
+
+
+def test_a_function_of_the_users_own(file: Path) -> None:
+    task = load_task(f"{file}:score")
+    assert task.ways == ("score",)
+    asked = row(0, "three short words", words=5).sample
+    right, near = (task.score(asked, answer)["score"] for answer in ("three short words", "Answer: two words"))
+    assert (right.success, right.status) == (1, "scored 1")
+    assert (near.success, near.given) == (0.2, "two words")
+    with pytest.raises(DataError, match="the task's function returned None"):
+        task.score(row(0).sample, "x")
+
+
+def test_home_and_variables_in_the_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(file.parent))
+    monkeypatch.setenv("MY_TASKS", str(file.parent))
+    assert load_task("~/my_task.py:score").ways == load_task("$MY_TASKS/my_task.py:score").ways == ("score",)
+
+
+def test_a_function_gets_a_row_of_its_own(file: Path) -> None:
+    """What it does to the row changes nothing."""
+    task, asked = load_task(f"{file}:changes"), row(0, words="abc").sample
+    assert [task.score(asked, "x")["score"].success for _ in range(2)] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("fails", r"function failed: ZeroDivisionError: division by zero, line 14 \(row 000000007, answer ''\)"),
+        ("texts", r"function returned 'right' \(row 000000007.*expected a finite number"),
+        ("endless", r"function returned inf \(row 000000007"),
+    ],
+)
+def test_a_function_that_fails_is_named_with_line_and_row(file: Path, function: str, message: str) -> None:
+    """Before anything is decoded: all rows are scored with an empty answer."""
+    with pytest.raises(ConfigError, match=message):
+        check_rows([row(7, words=1)], load_task(f"{file}:{function}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vsp", r"unknown task 'vsp' \(--task\); expected one of vsp-spatial-planning, .*or my_file.py:function"),
+        ("my_task.py", "unknown task 'my_task.py'"),
+        ("my_task.py:", "unknown task 'my_task.py:'"),
+        ("none.py:score", r"no such file \(--task none.py:score\)"),
+        ("{folder}/my_task.py:scores", "has no function 'scores' .* which are dataclass, Words, score, fails"),
+        ("{folder}/my_task.py:LIMIT", "something that cannot be called under the name 'LIMIT'"),
+        ("{folder}/missing.py:score", r"cannot be imported: ModuleNotFoundError: No module named 'nowhere', line 2"),
+        ("{folder}/broken.py:score", r"cannot be imported: SyntaxError: .*, line 3"),
+    ],
+)
+def test_tasks_that_cannot_be_used(file: Path, name: str, message: str) -> None:
+    (file.parent / "missing.py").write_text("\nimport nowhere\n")
+    (file.parent / "broken.py").write_text("\n\ndef score(row, answer:\n")
+    with pytest.raises(ConfigError, match=message):
+        load_task(name.format(folder=file.parent))
+
+
+def test_rows_that_cannot_be_scored_are_found_before_decoding() -> None:
+    rows = [row(0, answer=3), row(1), row(2, answer=[3]), row(3, "\\boxed{3}")]
+    found = check_rows(rows, load_task("exact"))
+    assert [asked.number for asked, _ in found] == [1, 2]
+    assert found[0][1].startswith("the row has no right answer")
+    assert check_rows(rows, load_task("none")) == []
+    with pytest.raises(DataError, match=r"no row can be scored as choice; the first, rows.jsonl:1: lists of options"):
+        check_rows(rows, load_task("choice"))
