@@ -1,4 +1,4 @@
-"""The `mirage-data` command: `mirage-data make-vsp | build | merge | check | count`."""
+"""The `mirage-data` command: `mirage-data make-vsp | make-puzzles | build | merge | check | count`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from data_tools import vsp
+from data_tools import puzzles, vsp
 from data_tools.build import REJECTS_NAME
 from data_tools.build import build as build_shards
 from data_tools.check import check as check_shards
@@ -62,6 +62,29 @@ def make_vsp(
             cell_px=cell_px,
             style=style.value,
             prompt=prompt.value,
+            seed=seed,
+        )
+    typer.echo(f"wrote {counted(num_train, 'training row')} and {counted(num_test, 'test row')} to {output}")
+
+
+@app.command()
+@expanded()
+def make_puzzles(
+    output: Annotated[Path, typer.Option(help="New folder for train.jsonl, test.jsonl and images.")],
+    num_train: Annotated[int, typer.Option(min=1, help="Number of training rows, each with its own puzzle.")],
+    num_test: Annotated[int, typer.Option(min=1, help="Number of test rows; no training row has the same pieces.")],
+    levels: Annotated[str, typer.Option(help="How hard, from 1 to 4: one level, or a range.")] = "1",
+    cell_px: Annotated[int, typer.Option(min=8, help="Side of a cell in pixels; 28 gives one token per cell.")] = 28,
+    seed: Annotated[int, typer.Option(help="Seed of the puzzles.")] = 0,
+) -> None:
+    """Generates puzzles whose answer is seen in a picture that the question does not show."""
+    with Console(stderr=True).status("drawing puzzles"):
+        puzzles.make_puzzles(
+            output,
+            levels=vsp.parse_levels(levels, smallest=min(puzzles.LEVELS)),
+            num_train=num_train,
+            num_test=num_test,
+            cell_px=cell_px,
             seed=seed,
         )
     typer.echo(f"wrote {counted(num_train, 'training row')} and {counted(num_test, 'test row')} to {output}")

@@ -101,18 +101,18 @@ def make_vsp(
             _write_rows(folder / f"{side}.jsonl", (write(map_desc) for map_desc in maps))
 
 
-def parse_levels(text: str) -> range:
+def parse_levels(text: str, smallest: int = 2) -> range:
     """`3` or `3-6`, both ends included.
 
     Raises:
-        ConfigError: the text has another form.
+        ConfigError: the text has another form, or a level is below the smallest.
     """
     match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 2 <= first <= last:
+    if not smallest <= first <= last:
         raise ConfigError(
-            f"invalid levels {text!r:.80} (--levels); allowed: a size of at least 2, or a range of sizes, the smaller "
-            "one first; write for example 3 or 3-6"
+            f"invalid levels {text!r:.80} (--levels); allowed: a number of at least {smallest}, or a range of them, "
+            "the smaller one first; write for example 3 or 3-6"
         )
     return range(first, last + 1)
 

@@ -4,7 +4,7 @@
 
 A model of a million parameters learns to find the shortest path on 3x3 maps. Stage 1 and stage 2 together see as many
 samples as the text baseline. The score is the share of held-out maps (no training row has them) that are solved, with
-greedy decoding and strictly parsed moves. The stage 2 model is scored again with its latents replaced.
+greedy decoding and strictly parsed moves. The models with latents are scored again with their latents replaced.
 """
 
 import json
@@ -27,12 +27,16 @@ from mirage_ds import errors
 from mirage_ds.cli import app as mirage
 from mirage_ds.data.rows import read_rows
 from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.arms import OWN
+from mirage_ds.evaluation.finished import read_results
 from mirage_ds.paths import expanded
 
 RECIPES = Path(__file__).parent / "recipes"
 RANKS, LATENT_SIZE = 2, 4
 GLOBAL_BATCH_SIZE = 64
 RUNS = ("untrained", "text", "stage1", "stage2")
+LATENTS = {"stage1": "own,oracle", "stage2": "own,shuffled,mean,noise:1.0,zeroed,oracle"}  # fed to these models
+BATCH_SIZE, MAX_NEW_TOKENS = 50, 24
 
 
 @dataclass(frozen=True)
@@ -129,11 +133,16 @@ class Demo:
             pass
 
     def test(self) -> dict[str, list[Answer]]:
-        """The answers of every model to the held-out maps."""
-        from launch.demo_answers import held_out_answers
-
-        models = {run: self.trained(run) for run in RUNS}
-        return held_out_answers(models, self.output / "rows" / "test.jsonl", LATENT_SIZE, self.console)
+        """The answers of every model to the held-out maps, with each replacement of its latents."""
+        answers = {}
+        for run in RUNS:
+            output = self.output / f"{run}-answers.jsonl"
+            what = ("--model", self.trained(run), "--task", "vsp-spatial-planning", "--latents", LATENTS.get(run, OWN))
+            limits = ("--latent-size", LATENT_SIZE, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", BATCH_SIZE)
+            self.mirage("evaluate", *what, "--data", self.output / "rows" / "test.jsonl", "--output", output, *limits)
+            for arm, found in read_results(output).items():
+                answers[run if arm == OWN else f"{run}_{arm.partition(':')[0]}"] = found
+        return answers
 
     def trained(self, run: str) -> Path:
         """The folder of a run's exported model, or of the model that all runs start from."""

@@ -15,12 +15,15 @@ LABELS = {
     "untrained": "before training",
     "text": "text baseline",
     "stage1": "stage 1",
+    "stage1_oracle": "  with oracle latents",
     "stage2": "stage 1 + stage 2",
     "stage2_shuffled": "  with shuffled latents",
     "stage2_mean": "  with mean latents",
+    "stage2_noise": "  with noise added",
     "stage2_zeroed": "  with zeroed latents",
+    "stage2_oracle": "  with oracle latents",
 }
-REPLACED = ("stage2_shuffled", "stage2_mean", "stage2_zeroed")
+REPLACED = ("stage2_shuffled", "stage2_mean", "stage2_noise", "stage2_zeroed", "stage2_oracle")
 
 
 def solved(answer: Answer) -> bool:
@@ -57,10 +60,11 @@ def results_table(answers: dict[str, list[Answer]], samples_seen: dict[str, int]
 def conclusions(answers: dict[str, list[Answer]]) -> list[str]:
     """What the numbers say of the latents, in sentences that depend on the numbers; differences are paired by map."""
     own = answers["stage2"]
-    from_text, from_shuffled, from_mean, from_zeroed = (
-        difference(own, answers[name]) for name in ("text", "stage2_shuffled", "stage2_mean", "stage2_zeroed")
+    from_text, from_shuffled, from_mean, from_noise, from_zeroed, from_oracle = (
+        difference(own, answers[name]) for name in ("text", *REPLACED)
     )
     shuffled_minus_zeroed = difference(answers["stage2_shuffled"], answers["stage2_zeroed"])
+    in_stage1 = difference(answers["stage1_oracle"], answers["stage1"])
     with_latents = sum(answer.num_latents > 0 for answer in own)
     kept = sum(one.num_latents - one.num_replaced for name in REPLACED for one in answers[name])
     malformed = {name: count_malformed(answers[name]) for name in LABELS}
@@ -75,6 +79,7 @@ def conclusions(answers: dict[str, list[Answer]]) -> list[str]:
         "and malformed answers count as failed):",
         f"- own minus shuffled latents: {from_shuffled}: " + verdict(from_shuffled, *content),
         f"- own minus mean latents: {from_mean}: " + verdict(from_mean, *content),
+        f"How exact they have to be: own minus own with noise: {from_noise}",
         "What zeros do, which the model never saw in training:",
         f"- own minus zeroed latents: {from_zeroed}; {malformed['stage2_zeroed']} answers are malformed with zeros",
         f"- shuffled minus zeroed latents: {shuffled_minus_zeroed}: "
@@ -84,6 +89,10 @@ def conclusions(answers: dict[str, list[Answer]]) -> list[str]:
             "zeroing understates what the content is worth",
             "no difference between the two is shown",
         ),
+        "What the latents of the true helper image (oracle) would give:",
+        f"- stage 1, oracle minus own: {in_stage1}",
+        f"- stage 2, which was not trained on them, own minus oracle: {from_oracle}; "
+        f"{malformed['stage2_oracle']} answers are malformed",
         *([f"{kept} latents could not be replaced and kept their own states"] if kept else []),
     ]
 

@@ -50,6 +50,14 @@ class Batch:
     keys: list[str]  # [S] each sample's key, for messages
     faults: list[str] = field(default_factory=list)  # of samples that could not be used, and whose places others took
     sample_ends: torch.Tensor | None = None  # [S] int32: flat positions where packed samples end; None: not packed
+    hidden_from: torch.Tensor | None = None  # [B] int64: nothing from this column on attends to the row's images
+    hide_columns: list[int] = field(default_factory=list)  # those of `hidden_from` that are columns, ascending
+
+    @property
+    def image_mask(self) -> torch.Tensor:
+        """[B, L] bool: True where the input is an embedding of an image."""
+        flat = torch.zeros_like(self.attention_mask).flatten()
+        return flat.index_fill_(0, self.image_rows, True).view_as(self.attention_mask)
 
     @property
     def num_tokens(self) -> int:

@@ -61,9 +61,13 @@ class ModelConfig(Section):
     """Attention kernels. `auto`: `flash_attention_2` on a GPU in bf16 where flash-attn can be imported, else `sdpa`."""
     gather: Literal["auto", "layer", "rollout"] = "auto"
     """What ZeRO-3 gathers at a time. `layer`: one decoder layer; `rollout`: the complete decoder, once for all passes;
-    `auto`: `rollout` in stage 2, else `layer`."""
+    `auto`: `rollout` where the decoder takes several passes, in stage 2 and where images are hidden, else `layer`."""
     activation_checkpointing: Literal["full", "none"] = "full"
     """`full`: the activations of each decoder layer are recomputed in backward; `none`: they are stored."""
+    answer_sees_image: bool = True
+    """`false`: after a row's first latent block nothing attends to its input images any more, in training and in
+    decoding, so that what the answer needs of them must be in the latents; see
+    [training](training.md#make-the-latents-necessary). Rows without a block see their images."""
     train_tower: bool = False
     """Train the vision tower too; the method keeps it frozen."""
     cache_targets: UserPath | None = None
@@ -109,6 +113,9 @@ class DataConfig(Section):
     each other; the losses stay the same. A micro-batch is one such row, `train.micro_batch_size_per_gpu` then only
     counts for the size of the global batch. Needs the counts of `mirage-data count`; see
     [training](training.md#packed-rows)."""
+    text_dropout_image: float = Field(default=0.0, ge=0, le=1)
+    """Share of the training rows, drawn by `run.seed` and the row's place in the order, whose images are hidden after
+    their first latent block as with `model.answer_sees_image: false`. Not in validation and decoding."""
     token_budget: PositiveInt | None = None
     """Most tokens of a packed row; a sample that is longer is refused before the run."""
     helper: HelperImages = True
@@ -172,14 +179,34 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Validation loss on samples that are not used for training."""
+    """Validation loss, and answers to questions, on samples that are not used for training."""
 
     shards: UserPath | None = None
     """Folder that `mirage-data build` wrote; unset: no validation."""
     interval: PositiveInt = 100
-    """Steps between two validations; there is one more after the last step."""
+    """Steps between two validations or evaluations; there is one more after the last step."""
     max_samples: PositiveInt = 256
     """Most samples of a validation, taken evenly from all of the folder."""
+    task: str | None = None
+    """How answers are scored, as `mirage evaluate --task`; `none`: answers only; unset: no questions are answered."""
+    rows: UserPath | None = None
+    """The questions: JSONL rows, or a folder that `mirage-data build` wrote."""
+    max_rows: PositiveInt = 64
+    """Most questions of an evaluation, taken evenly from all rows."""
+    latents: str = "own"
+    """What is fed at the latents: a list of arms, as `mirage evaluate --latents`; each decodes all questions."""
+    max_new_tokens: PositiveInt = 1024
+    """Limit of an answer, latents included."""
+    batch_size: PositiveInt = 8
+    """Questions that a rank decodes together."""
+
+    @model_validator(mode="after")
+    def _task_and_rows(self) -> "EvaluationConfig":
+        if (self.task is None) != (self.rows is None):
+            raise ValueError(
+                "evaluation.task and evaluation.rows belong together, and one of them is unset; set both or neither"
+            )
+        return self
 
 
 class DistributedConfig(Section):
@@ -238,6 +265,42 @@ class Config(Section):
                 "data.balance"
             )
         return self
+
+    @model_validator(mode="after")
+    def _images_can_be_hidden(self) -> "Config":
+        share = self.data.text_dropout_image
+        if not self.hides_images:
+            return self
+        setting = f"data.text_dropout_image is {share}" if share else "model.answer_sees_image is false"
+        default = "data.text_dropout_image=0" if share else "model.answer_sees_image=true"
+        if share and not self.model.answer_sees_image:
+            raise ValueError(
+                f"{setting}, but model.answer_sees_image=false hides the images of all rows already; one of the two is "
+                "enough; set data.text_dropout_image=0, or model.answer_sees_image=true"
+            )
+        if self.train.stage == "text" or self.data.helper == "none":
+            without = "stage text" if self.train.stage == "text" else "data.helper=none"
+            raise ValueError(
+                f"{setting}, which hides the images after a row's first latent block, and {without} has no blocks; "
+                f"allowed in stage1 and stage2, with any other data.helper; set {default}"
+            )
+        if self.data.packing:
+            raise ValueError(
+                f"{setting}, but rows are packed (data.packing=true), whose samples would each hide other columns from "
+                "another one on; only one of the two is possible; set data.packing=false data.token_budget=null, or "
+                f"{default}"
+            )
+        return self
+
+    @property
+    def hides_images(self) -> bool:
+        """Whether nothing attends to the images of some rows after their first latent block."""
+        return not self.model.answer_sees_image or self.data.text_dropout_image > 0
+
+    @property
+    def several_passes(self) -> bool:
+        """Whether the decoder may take several passes over a micro-batch: see model/rollout.py."""
+        return self.train.stage == "stage2" or self.hides_images
 
     @property
     def rows_per_micro_batch(self) -> int:

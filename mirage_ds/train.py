@@ -46,6 +46,8 @@ from mirage_ds.errors import (
     leave,
     name_full_disk,
 )
+from mirage_ds.evaluation.in_training import InTraining, evaluate_if_due, open_evaluation
+from mirage_ds.evaluation.training_questions import read_evaluation
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.owner import Owner
@@ -56,6 +58,7 @@ from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
 from mirage_ds.training.cached_targets import open_target_cache
 from mirage_ds.training.dry_run import dry_run
 from mirage_ds.training.heartbeat import Heartbeat
+from mirage_ds.training.latent_sums import LatentSums
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.planned import plan
 from mirage_ds.training.run_data import deal_steps, open_stream
@@ -83,22 +86,24 @@ def train(config: Config) -> None:
         end_finished(config, start)
         return
     config.check_packing(distributed.world_size())
+    questions = read_evaluation(config)
     with own(config.run.dir, start.tags) as owner:
-        engine = load_engine(config, start)
+        engine, backbone = load_engine(config, start)
         state = load_state(engine, config, start.checkpoint)
         copies = open_copies(config)
         saves = open_saves(engine, config, start, writer, copies)
         targets = open_target_cache(engine, config, start)
         trainer = make_trainer(engine, config, start, state, saves, targets)
+        evaluation = open_evaluation(trainer, backbone, questions, config, start)
         dry_run(trainer, config, start)
-        train_steps(trainer, config, start, saves, owner)
+        train_steps(trainer, config, start, saves, owner, evaluation)
         end(trainer, config)
         if copies is not None:
             copies.wait()
 
 
-def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
-    """The model under ZeRO-3. From here on the run writes into its folder."""
+def load_engine(config: Config, start: Start) -> tuple[DeepSpeedEngine, Backbone]:
+    """The model under ZeRO-3, and its modules as transformers has them. From here on the run writes into its folder."""
     backbone = load_backbone(
         config.model.path,
         dtype=DTYPES[config.train.dtype],
@@ -112,14 +117,14 @@ def load_engine(config: Config, start: Start) -> DeepSpeedEngine:
     model = make_model(config, backbone)
     check_room(config.run.dir, model, start.device)
     write_folder(config, start.facts, start.began)
-    mark_gather_units(model, start.gather)
+    mark_gather_units(model, config)
     groups = parameter_groups(model, config.train.weight_decay)
     engine = initialize(model, groups, config.train, start.deepspeed_config)
     if distributed.is_main():
         print(describe(config, start, model, backbone))
         print(describe_gather(model, start.gather, start.deepspeed_config, DTYPES[config.train.dtype]))
         print(start.pooling, flush=True)
-    return engine
+    return engine, backbone
 
 
 def make_trainer(
@@ -131,6 +136,11 @@ def make_trainer(
     targets: TargetCache | None,
 ) -> Trainer:
     """The training loop from `state` on, with this rank's data and the run's metrics."""
+    latents = None
+    if config.train.stage != "text":
+        size = engine.module.embed_tokens.embedding_dim
+        latents = LatentSums(config.model.latent_size, size, start.device)
+        engine.module.keep_states = latents.add
     metrics = Metrics(
         config.run.dir,
         stage=config.train.stage,
@@ -139,7 +149,9 @@ def make_trainer(
         log_freq=config.train.log_freq,
         steps_done=state.step,
         planned=plan(config, start.deepspeed_config),
+        latents=latents,
     )
+    metrics.show_configuration(config.model_dump(mode="json"))
     steps = deal_steps(config, start, state.position)
     trainer = Trainer(
         engine,
@@ -150,7 +162,7 @@ def make_trainer(
         state,
         max_steps=start.max_steps,
         device=start.device,
-        agree_on_passes=start.gather == "layer" and config.train.stage == "stage2",
+        agree_on_passes=start.gather == "layer" and config.several_passes,
         early_end=watch_end(config),
         save_progress=saves.progress,
     )
@@ -160,13 +172,21 @@ def make_trainer(
     return trainer
 
 
-def train_steps(trainer: Trainer, config: Config, start: Start, saves: Saves, owner: Owner | None) -> None:
+def train_steps(
+    trainer: Trainer,
+    config: Config,
+    start: Start,
+    saves: Saves,
+    owner: Owner | None,
+    evaluation: InTraining | None,
+) -> None:
     """All steps that are left, with what is due after each of them."""
     beating = Heartbeat(config.run.dir, distributed.rank(), config.distributed.timeout_s, trainer.state.step)
     with beating as heartbeat, profiler(config, trainer.state) as profile_step:
         actions = [
             lambda state: heartbeat.beat(state.step),
             lambda state: owner.check(state.step) if owner else None,
+            evaluate_if_due(evaluation),  # before a validation, which leaves weights gathered
             validate_if_due(trainer, config, start.encoder),
             save_if_due(trainer, config.checkpoint.interval, saves),
             profile_step,

@@ -11,7 +11,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 Sample = dict[str, Any]
 """input_ids, labels [L]; latent_mask, image_mask [L] bool; pixel_values [P, 1176]; image_grid_thw [n, 3];
-pixel_values_latent, image_grid_thw_latent: of the helper images, or empty; latent_sizes: K of each latent block."""
+pixel_values_latent, image_grid_thw_latent: of the helper images, or empty; latent_sizes: K of each latent block;
+hides_images: whether nothing after the first latent block attends to the images."""
 
 
 def positions(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
@@ -39,18 +40,35 @@ def targets(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
     return torch.stack(means)
 
 
-def hidden_states(model: torch.nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def attention_mask(sample: Sample) -> torch.Tensor | None:
+    """[1, 1, L, L] bool, causal, in which later tokens than the first block's latents see no image; None: causal."""
+    if not (sample.get("hides_images") and sample["latent_sizes"]):
+        return None
+    length = len(sample["input_ids"])
+    mask = torch.ones(length, length).tril().bool()
+    first_block = sample["latent_mask"].nonzero().flatten()[: sample["latent_sizes"][0]]
+    for image_column in sample["image_mask"].nonzero().flatten():
+        mask[first_block[-1] + 1 :, image_column] = False
+    return mask[None, None]
+
+
+def hidden_states(
+    model: torch.nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Final-normed states [L, D] of one sequence [L, D], without a cache."""
     length = len(embeds)
     output = model.model.language_model(
-        inputs_embeds=embeds[None], position_ids=position_ids[:, :, :length], use_cache=False
+        inputs_embeds=embeds[None],
+        position_ids=position_ids[:, :, :length],
+        attention_mask=None if mask is None else mask[..., :length, :length],
+        use_cache=False,
     )
     return output.last_hidden_state[0]
 
 
 def sample_losses(model: torch.nn.Module, sample: Sample, stage: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy and latent loss of one sample, each its own mean; 0 where there is nothing to average."""
-    position_ids = positions(model, sample)
+    position_ids, mask = positions(model, sample), attention_mask(sample)
     text = model.get_input_embeddings()(sample["input_ids"])
     image_rows = iter(images(model, sample["pixel_values"], sample["image_grid_thw"]))
     latents = sample["latent_mask"].nonzero().flatten().tolist()
@@ -60,8 +78,8 @@ def sample_losses(model: torch.nn.Module, sample: Sample, stage: str) -> tuple[t
         if stage == "stage1":
             rows[place] = pooled[number]
         else:
-            rows[place] = hidden_states(model, torch.stack(rows[:place]), position_ids)[-1]
-    hidden = hidden_states(model, torch.stack(rows), position_ids)
+            rows[place] = hidden_states(model, torch.stack(rows[:place]), position_ids, mask)[-1]
+    hidden = hidden_states(model, torch.stack(rows), position_ids, mask)
     cosines = [
         torch.cosine_similarity(hidden[p - 1], pooled[n].detach(), dim=0) for n, p in enumerate(latents[: len(pooled)])
     ]

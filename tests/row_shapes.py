@@ -8,7 +8,10 @@ from mirage_ds.tokens import IGNORE_INDEX
 
 
 def shape_of(sample: EncodedSample, stage: str) -> Shape:
-    """Stage 2 cuts it at its latent blocks, or at the end of its question; other stages make one pass over it."""
+    """Stage 2 cuts it at its latent blocks, or at the end of its question; other stages make one pass over it.
+
+    If its images are hidden, each also cuts it before the column after the first block's last latent.
+    """
     tokens = len(sample.input_ids)
     runs = [(is_latent, len(list(run))) for is_latent, run in groupby(sample.latent_mask.tolist())]
     stretches, sizes = [], []
@@ -17,7 +20,10 @@ def shape_of(sample: EncodedSample, stage: str) -> Shape:
     if not sizes:
         stretches, sizes = [sample.prompt_length, tokens - sample.prompt_length], [0]
     if stage != "stage2":
-        stretches, sizes = [tokens], []
+        lead = stretches[0] + sizes[0]
+        stretches, sizes = ([lead, tokens - lead], [0]) if sample.hides_images else ([tokens], [])
+    if sample.hides_images:
+        stretches[1], sizes[0] = stretches[1] - 1, sizes[0] + 1
     return Shape(
         stretches=tuple(stretches),
         latent_sizes=tuple(sizes),

@@ -109,7 +109,7 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
 
     def row_of(run: Config) -> Row:
         """Ranks that gather layer by layer make the same passes: as if all their rows were one micro-batch."""
-        alike = choose_gather(run.model, run.train.stage) == "layer"
+        alike = choose_gather(run) == "layer"
         return rows.mean_of(run.train.micro_batch_size * (world_size if alike else 1))
 
     costs = folder_costs(config)

@@ -73,6 +73,7 @@ def figures(found: "Estimate") -> list[tuple[str, str]]:
         "gather buffer": memory.gathering,
         "full gradients (with reduction copy)": memory.full_gradients + memory.reducing,
         "optimizer-step buffer": memory.update,
+        **({"evaluation (whole model and cache)": memory.evaluation} if memory.evaluation else {}),
         "peak": memory.peak,
     }
     rows = [(f"GiB per GPU: {name}", f"{size / GIB:.1f}") for name, size in parts.items()]

@@ -79,7 +79,7 @@ def traffic(
     from other nodes, (N - 1) / N of it: 1 / G of that through each.
     """
     world_size = nodes * gpus_per_node
-    gather = choose_gather(config.model, config.train.stage)
+    gather = choose_gather(config)
     count = gathers(gather, row.latents)
     trained = sizes.all if config.model.train_tower else sizes.language
     gathered = micro_steps * count * DTYPES[config.train.dtype].itemsize * sum(sizes.all)
@@ -125,7 +125,7 @@ def step_time(
     peak = gpu.flops[config.train.dtype]
     memory_bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
     compute_s = micro_steps * done.computed / (peak * COMPUTE_EFFICIENCY) * level.factor
-    overlaps = choose_gather(config.model, config.train.stage) == "layer"
+    overlaps = choose_gather(config) == "layer"
     stored = not overlaps and config.train.micro_batch_size == 1
     recomputed = config.model.activation_checkpointing == "full" and not stored
     accesses = row.single_columns * (COLUMN_ACCESSES + recomputed) + row.blocks * SUM_ACCESSES

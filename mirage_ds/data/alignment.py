@@ -1,6 +1,7 @@
 """In which columns the tokens of a micro-batch's rows lie, so that a rollout of stage 2 costs little.
 
-Each column in which any row has a latent begins a pass (mirage_ds/model/rollout.py). There are two ways to lay rows:
+Each column in which any row has a latent begins a pass (mirage_ds/model/rollout.py), and so does each from which on a
+row's images are hidden. There are two ways to lay rows:
 
 - aligned: blocks of the same ordinal start in one column. The stretch of text before each block is padded on the left,
   what follows a row's last block is not. The passes are at most the sum over the ordinals of the largest K, plus one.
@@ -39,8 +40,20 @@ def cheapest_columns(samples: Sequence[EncodedSample]) -> list[torch.Tensor]:
 
 def cost(samples: Sequence[EncodedSample], columns: Sequence[torch.Tensor]) -> int:
     """B * L + PASS_TOKENS * passes, in tokens."""
-    latents = torch.cat([each[sample.latent_mask] for each, sample in zip(columns, samples, strict=True)])
-    return len(samples) * num_columns(columns) + PASS_TOKENS * (1 + len(latents.unique()))
+    starts: set[int | None] = set()
+    for sample, each in zip(samples, columns, strict=True):
+        starts |= {hide_column(sample, each), *each[sample.latent_mask].tolist()}
+    return len(samples) * num_columns(columns) + PASS_TOKENS * (1 + len(starts - {None}))
+
+
+def hide_column(sample: EncodedSample, columns: torch.Tensor) -> int | None:
+    """The column from which on the row's images are hidden: after the last latent of its first block; None: none.
+
+    The token there is <|latent_end|>, or padding before it.
+    """
+    if not (sample.hides_images and sample.latent_sizes and sample.image_mask.any()):
+        return None
+    return int(columns[sample.latent_mask][sample.latent_sizes[0] - 1]) + 1
 
 
 def num_columns(columns: Sequence[torch.Tensor]) -> int:

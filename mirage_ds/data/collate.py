@@ -1,11 +1,12 @@
 """Collates encoded samples to a Batch: padding, positions of images, latents and targets, weights of the losses."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from mirage_ds.batch import CELL_PATCHES, MERGE_SIZE, Batch, Grid
-from mirage_ds.data.alignment import cheapest_columns, columns_from_left, num_columns
+from mirage_ds.data.alignment import cheapest_columns, columns_from_left, hide_column, num_columns
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.tokens import IGNORE_INDEX
 
@@ -24,7 +25,15 @@ def collate(samples: Sequence[EncodedSample], *, align_latents: bool) -> Batch:
     columns = cheapest_columns(samples) if align_latents else columns_from_left(samples)
     length = num_columns(columns)
     places = [row * length + each for row, each in enumerate(columns)]
-    return lay_out(samples, places, (len(samples), length))
+    batch = lay_out(samples, places, (len(samples), length))
+    hidden_from = [hide_column(*row) for row in zip(samples, columns, strict=True)]
+    if hidden_from == [None] * len(samples):
+        return batch
+    return replace(
+        batch,
+        hidden_from=torch.tensor([length if column is None else column for column in hidden_from]),
+        hide_columns=sorted({column for column in hidden_from if column is not None and column < length}),
+    )
 
 
 def lay_out(samples: Sequence[EncodedSample], places: Sequence[torch.Tensor], shape: tuple[int, int]) -> Batch:

@@ -63,6 +63,7 @@ class EncodedSample:
     faults: list[str] = field(default_factory=list)  # of the samples before it that could not be used
     target_slots: range = range(0)  # of the encoded helper images in the run's target cache, if it has one
     cached_targets: torch.Tensor | None = None  # [all latents, D + 1] float32: targets and their inverse norms
+    hides_images: bool = False  # nothing after the first latent block attends to the input images
 
 
 def load_encoder(
@@ -77,6 +78,7 @@ def load_encoder(
     cache_dir: Path | None = None,
     compress_strategy: CompressStrategy = "average",
     exif_orientation: bool = True,
+    answer_sees_image: bool = True,
 ) -> "Encoder":
     """The encoder for a model folder or hub id; the arguments are those of `Encoder` and `ImageProcessor.load`.
 
@@ -92,6 +94,7 @@ def load_encoder(
         max_length=max_length,
         compress_strategy=compress_strategy,
         exif_orientation=exif_orientation,
+        answer_sees_image=answer_sees_image,
     )
 
 
@@ -109,6 +112,7 @@ class Encoder:
         max_length: int | None = None,
         compress_strategy: CompressStrategy = "average",
         exif_orientation: bool = True,
+        answer_sees_image: bool = True,
     ) -> None:
         """
         Args:
@@ -117,6 +121,7 @@ class Encoder:
             max_length: maximum tokens of a sample; None: no limit.
             compress_strategy: how the model will pool helper images; each must have enough patches for it.
             exif_orientation: turn images as their EXIF orientation says.
+            answer_sees_image: whether the answer attends to the input images after its first latent block.
         """
         self.ids = TokenIds.of(tokenizer)
         self.tokenizer = tokenizer
@@ -127,6 +132,7 @@ class Encoder:
         self.max_length = max_length
         self._compress_strategy = compress_strategy
         self._exif_orientation = exif_orientation
+        self._answer_sees_image = answer_sees_image
         self._marker = self._tokenize(ASSISTANT_MARKER)
         self._kept_texts: dict[tuple[object, ...], EncodedText] = {}
         self._kept_tokens = 0
@@ -157,6 +163,7 @@ class Encoder:
             latent_sizes=sizes,
             target_slots=range(0) if is_cached else sample.target_slots,
             cached_targets=_cached_targets(sample, sum(sizes)),
+            hides_images=not self._answer_sees_image,
         )
 
     def helper_facts(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Helpers:
             read_donor: reads the row that `donors` names; called for `shuffled` only.
 
         Raises:
-            DataError: the images that take the place cannot be read; or the row's own, where their size is needed.
+            DataError: the images that take the place cannot be read; or with `gray` the row's own.
         """
         key, count = sample.key, len(sample.helper_images)
         if self.images is True or count == 0:
@@ -122,7 +122,7 @@ class Helpers:
         return replace(sample, helper_images=tuple(in_places(images, count)), helper_name=name)
 
     def _gray(self, sample: Sample) -> list[bytes]:
-        """Decodes the helper images too, so that every arm refuses the same rows."""
+        """Of the sizes in the files: the index has those of turned images, whatever the encoder does."""
         names = [f"{sample.key}.helper_{number}" for number in range(len(sample.helper_images))]
         images = zip(sample.helper_images, names, strict=True)
         return [gray_png(*open_image(*each, exif_orientation=self.exif_orientation).size) for each in images]

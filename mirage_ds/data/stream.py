@@ -77,8 +77,10 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
         encoder: Callable[[Sample], EncodedSample],
         collate: Callable[[list[EncodedSample]], T],
         on_fault: OnFault = "stop",
+        drops_image: Callable[[int], bool] | None = None,
     ) -> None:
         self._on_fault = on_fault
+        self._drops_image = drops_image
         self._reader = reader
         self._steps = steps
         self._encoder = encoder
@@ -97,7 +99,10 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
 
     def _sample(self, position: int) -> EncodedSample:
         numbers = self._steps.candidates(position)
-        return first_usable(lambda number: self._encoder(self._reader(number)), numbers, self._on_fault)
+        sample = first_usable(lambda number: self._encoder(self._reader(number)), numbers, self._on_fault)
+        if self._drops_image is not None and self._drops_image(position):
+            return replace(sample, hides_images=True)
+        return sample
 
 
 def first_usable(encode: Callable[[int], EncodedSample], numbers: Iterable[int], on_fault: OnFault) -> EncodedSample:
@@ -165,6 +170,7 @@ def make_loader(
     timeout_s: int | None = None,
     targets: TargetCache | None = None,
     helpers: Helpers = OWN,
+    drops_image: Callable[[int], bool] | None = None,
 ) -> Loader[T]:
     """The micro-batches of one rank's steps, from its start on, without end.
 
@@ -177,11 +183,12 @@ def make_loader(
         pin_memory: calls pin_memory() of each batch, for asynchronous copies to a GPU.
         targets: helper images whose latent targets are there are not encoded.
         helpers: what the helper images are.
+        drops_image: whether the images of the sample at a position of the order are hidden, see `image_dropout.py`.
     Raises:
         DataError: the index does not match the manifest; while iterating: a sample cannot be used.
     """
     loader: Loader[T] = Loader(
-        MicroBatches(SampleReader(folder, targets, helpers), steps, encoder, collate, on_fault),
+        MicroBatches(SampleReader(folder, targets, helpers), steps, encoder, collate, on_fault, drops_image),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,

@@ -26,12 +26,10 @@ from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.feeds import target_at
 from mirage_ds.evaluation.states import States
 from mirage_ds.inference.feed import Slot
+from mirage_ds.model.alike import warn_if_alike
 
 MAX_SAMPLED = 1024  # the Gram matrix of so many rows takes 8 MiB
 EXACT = 1e-12  # what is smaller, relative to the largest eigenvalue of a Gram matrix in float64, is rounding
-# Mean angle between rows below 18 degrees. In the demo's models, where the content of the latents is worth 28 points,
-# the mean cosine between rows was 0.76 to 0.85.
-ALIKE = 0.95
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,7 @@ class LatentHealth:
 
     def warning(self) -> str | None:
         """One line if the states of different rows are alike; else None."""
-        cosine = self.row_cosine()
-        if cosine is None or cosine <= ALIKE:
-            return None
-        return (
-            f"the latents of different rows are alike: their mean cosine is {cosine:.3f} (above {ALIKE}), so they can "
-            "say little about the question; compare the arms own, mean and shuffled of `mirage evaluate --latents`"
-        )
+        return warn_if_alike(self.row_cosine())
 
 
 def health_of(

@@ -115,6 +115,8 @@ def _latent_settings(config: Config, ids: TokenIds) -> LatentSettings:
         stage=config.train.stage,
         system_turn=config.data.system_turn,
         exif_orientation=config.data.exif_orientation,
+        answer_sees_image=config.model.answer_sees_image,
+        text_dropout_image=config.data.text_dropout_image,
         compress_strategy=config.model.compress_strategy,
         latent_token_ids=LatentTokenIds(pad=ids.latent_pad, start=ids.latent_start, end=ids.latent_end),
     )

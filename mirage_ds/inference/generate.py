@@ -2,7 +2,8 @@
 
 A row that emits <|latent_start|> enters latent mode: each next input is its own hidden state after the final norm,
 emitted as <|latent_pad|>, until the block ends with <|latent_end|>. Then text follows, and perhaps another block.
-`Decoder.feed` can replace the states (feed.py).
+`Decoder.feed` can replace the states (feed.py). From the end of its first block on, nothing of a row attends to its
+images if the model was trained so (`model.answer_sees_image`).
 
     latent_end: fixed   the block ends after K states
     latent_end: model   the block ends where the model would choose <|latent_end|>, at the latest after K states
@@ -65,6 +66,8 @@ class Decoder:
     """What is fed at the latents; None: the model's own states."""
     forbidden: tuple[int, ...] = ()
     """Tokens that are never chosen."""
+    answer_sees_image: bool = True
+    """Whether a row attends to its images from its first <|latent_end|> on."""
 
     def __post_init__(self) -> None:
         self.backbone.hf.eval()
@@ -99,7 +102,7 @@ class Decoder:
         num_blocks = torch.zeros(len(generators), dtype=torch.int64)  # that were started
         done = torch.zeros(len(generators), dtype=torch.bool)
         cache = DynamicCache()
-        mask = batch.attention_mask
+        mask, image_mask = batch.attention_mask, batch.image_mask
         position = batch.position_ids.amax(dim=(0, 2)) + 1  # [B]: images count as grids, so not the length
         hidden = self.backbone.step(self.prompt_embeds(batch), batch.position_ids, mask, cache)
         for num_emitted in range(1, self.max_new_tokens + 1):
@@ -126,6 +129,9 @@ class Decoder:
             embeds = self.backbone.embed_tokens(emitted.to(hidden.device))
             embeds = torch.where(feeds_state.to(hidden.device)[:, None], fed, embeds)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            if not self.answer_sees_image:
+                ends_block = (emitted == self.ids.latent_end).to(mask.device)
+                mask[:, : image_mask.shape[1]] &= ~(image_mask & ends_block[:, None])
             hidden = self.backbone.step(embeds[:, None], position.expand(3, -1)[..., None], mask, cache)
             position = position + 1
 
@@ -235,6 +241,7 @@ def load_decoder(
     check_latent_ids(encoder.ids, backbone, model)
     backbone.to(device)
     decoder = Decoder(backbone, encoder.ids, latent_size, latent_end, max_new_tokens, sampling)
+    decoder.answer_sees_image = settings is None or settings.answer_sees_image
     return decoder, encoder
 
 

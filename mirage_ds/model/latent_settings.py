@@ -1,13 +1,14 @@
 """The training settings that decoding needs: `mirage export` writes them to config.json, decoding reads them.
 
 config.json: {"mirage": {"latent_size": 4, "stage": "stage2", "system_turn": true,
+                         "exif_orientation": true, "answer_sees_image": true, "text_dropout_image": 0.0,
                          "exif_orientation": true, "compress_strategy": "average",
                          "latent_token_ids": {"pad": 151665, "start": 151666, "end": 151667}}, ...}
 """
 
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from transformers import PreTrainedConfig
 
 from mirage_ds.config import CompressStrategy, ModelConfig, Stage
@@ -36,6 +37,10 @@ class LatentSettings(Section):
     """Whether prompts start with the chat template's default system turn."""
     exif_orientation: bool = False
     """Whether images are turned as EXIF says; what was exported before this key existed was trained without."""
+    answer_sees_image: bool = True
+    """Whether the answer attends to the input images after its first latent block; decoding does the same."""
+    text_dropout_image: float = Field(default=0.0, ge=0, le=1)
+    """Share of the training rows whose images were hidden there; for the record."""
     compress_strategy: CompressStrategy = "average"
     """How helper images are pooled to latent targets; exports from before this key existed may have used another."""
     latent_token_ids: LatentTokenIds

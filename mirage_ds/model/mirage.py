@@ -61,6 +61,8 @@ class MirageModel(torch.nn.Module):
         self.ce_loss_weight, self.latent_loss_weight = ce_loss_weight, latent_loss_weight
         # Gets slots of helper images, their K, and their targets.
         self.keep_targets: Callable[[Sequence[int], Sequence[int], LatentTargets], None] | None = None
+        # Gets hidden states, targets and the tokens' embeddings, without gradients, after each forward.
+        self.keep_states: Callable[[torch.Tensor, LatentTargets, torch.Tensor, Batch], None] | None = None
         self.tower = Tower(backbone.visual, trained=train_tower, attention=backbone.attention)
         self.embed_tokens = backbone.embed_tokens
         self.rollout = Rollout(
@@ -86,20 +88,9 @@ class MirageModel(torch.nn.Module):
             self.keep_targets(batch.target_slots, batch.latent_sizes, pooled)
         latents = add_cached(pooled, batch)
         inputs_embeds = build_inputs_embeds(text_embeds, image_embeds, latents.inputs, batch)
-        hidden, target_losses = self.rollout(
-            inputs_embeds,
-            batch.position_ids,
-            batch.attention_mask if batch.left_padded else None,
-            batch.latent_mask,
-            batch.latent_columns,
-            batch.target_rows,
-            batch.target_ids,
-            num_passes,
-            batch.sample_ends,
-            max(batch.sample_tokens),
-            # Rows whose blocks lie in different columns have so many passes that storing them would take much memory.
-            store_columns=num_passes is None and len(batch.latent_columns) <= batch.most_latents,
-        )
+        hidden, target_losses = self.rollout(inputs_embeds, batch=batch, num_passes=num_passes)
+        if self.keep_states is not None:
+            self.keep_states(hidden.detach(), latents, text_embeds.detach(), batch)
         ce_loss = (target_losses * batch.target_weights).sum()
         latent_loss = self.latent_loss(hidden, latents, batch)
         loss = self.ce_loss_weight * ce_loss + self.latent_loss_weight * latent_loss

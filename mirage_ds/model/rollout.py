@@ -10,7 +10,9 @@ Further blocks split their columns likewise. In a column with a latent in one ro
 row has its own input: rows may differ in their number of blocks, in K, and in where their blocks lie. Before a column
 with a latent, the row has the token before it (see Batch), whose state is fed back.
 
-Without fed-back states, several samples may be packed into one row: see packed.py.
+In any stage, a pass also begins where the images of a row are hidden, as all columns of a pass have the same keys.
+
+Without fed-back states and hidden images, several samples may be packed into one row: see packed.py.
 
 Shape legend: B rows, L columns, Q columns of one pass, D hidden, H key-value heads, T supervised tokens, S samples.
 """
@@ -23,9 +25,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from mirage_ds.batch import Batch
 from mirage_ds.model.losses import LossHead
 from mirage_ds.model.packed import apart
 from mirage_ds.model.parts_cache import KeyValue, PartsCache, remade_hooks
+from mirage_ds.model.pass_mask import pass_mask
 from mirage_ds.model.weight_gradients import DeferredGradient, deferred_gradients, deferring
 
 
@@ -60,39 +64,23 @@ class Rollout(torch.nn.Module):
         self.recurrent, self.recompute, self.attention = recurrent, recompute, attention
         self.deferred = [deferred_gradients(layer) if recurrent else [] for layer in layers]
 
-    def num_passes(self, latent_columns: Sequence[int]) -> int:
-        """How many passes a micro-batch with latents in these columns takes."""
-        return 1 + len(latent_columns) if self.recurrent else 1
+    def starts(self, batch: Batch) -> set[int]:
+        """The columns that begin a pass, besides the first one."""
+        return {*batch.hide_columns, *(batch.latent_columns if self.recurrent else [])}
+
+    def num_passes(self, batch: Batch) -> int:
+        """How many passes a micro-batch takes."""
+        return 1 + len(self.starts(batch))
 
     def forward(
-        self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        latent_mask: torch.Tensor,
-        latent_columns: Sequence[int],
-        target_rows: torch.Tensor,
-        target_ids: torch.Tensor,
-        num_passes: int | None = None,
-        sample_ends: torch.Tensor | None = None,
-        longest_sample: int = 0,
-        *,
-        store_columns: bool = True,
+        self, inputs_embeds: torch.Tensor, *, batch: Batch, num_passes: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             inputs_embeds: [B, L, D]; must require grad, or ZeRO-3's backward does not enter a leaf module.
-            position_ids: [3, B, L].
-            attention_mask: [B, L] bool; None if no row has padding before one of its tokens, see `pass_mask`.
-            latent_mask: [B, L] bool.
-            latent_columns: ascending columns of latents, none of them 0.
-            target_rows, target_ids: [T], see Batch.
-            num_passes: make this many passes (at least `self.num_passes(latent_columns)`, at most L); for ZeRO-3
-                ranks that gather layer by layer and must agree. The extra splits are at the end and change nothing.
-            sample_ends: [S] int32, where the samples of one packed row end, see Batch; None: rows are not packed.
-            longest_sample: tokens of the longest packed sample; a number on the host.
-            store_columns: do not recompute passes over one column without a mask. Not where ranks agree on
-                `num_passes`: they gather inside the passes, so they must also recompute the same ones.
+            batch: by name, as ZeRO-3's hooks look for tensors in positional arguments, and warn of other types.
+            num_passes: make this many passes (at least `self.num_passes(batch)`, at most L); for ZeRO-3 ranks that
+                gather layer by layer and must agree. The extra ones begin in the last columns and change nothing.
 
         Returns:
             Hidden states after the final norm [B, L, D], and cross-entropies [T] float32.
@@ -101,24 +89,28 @@ class Rollout(torch.nn.Module):
             deferred.columns.clear()  # of a backward that did not come to its end
         length = inputs_embeds.shape[1]
         packed: dict[str, Any] | None = None
-        if sample_ends is not None:
+        if batch.sample_ends is not None:
             if self.recurrent or len(inputs_embeds) != 1:
                 raise RuntimeError("samples can share one row, and only where no hidden state is fed back")
-            packed = apart(sample_ends, longest_sample, length, inputs_embeds.dtype, self.attention)
-        splits = set(latent_columns) if self.recurrent else set()
-        spare = (column for column in range(length - 1, 0, -1) if column not in splits)
-        splits |= {next(spare) for _ in range((num_passes or 0) - 1 - len(splits))}
+            longest = max(batch.sample_tokens)
+            packed = apart(batch.sample_ends, longest, length, inputs_embeds.dtype, self.attention)
+        starts = self.starts(batch)
+        spare = (column for column in range(length - 1, 0, -1) if column not in starts)
+        starts |= {next(spare) for _ in range((num_passes or 0) - 1 - len(starts))}
+        # Ranks that agree on `num_passes` gather inside the passes, so they must also recompute the same ones. And rows
+        # whose blocks lie in different columns have so many passes that storing them would take much memory.
+        store_columns = num_passes is None and len(batch.latent_columns) <= batch.most_latents
 
         # [B, L, head dimension], or with a first dimension of 3 where the layers combine the rows of position_ids.
-        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
+        cos, sin = self.rotary_emb(inputs_embeds, batch.position_ids)
         past: list[list[KeyValue]] = [[] for _ in self.layers]
         hidden: list[torch.Tensor] = []
-        for start, end in pairwise([0, *sorted(splits), length]):
+        for start, end in pairwise([0, *sorted(starts), length]):
             inputs = inputs_embeds[:, start:end]
-            if hidden:
-                first = torch.where(latent_mask[:, start, None, None], hidden[-1][:, -1:], inputs[:, :1])
+            if hidden and self.recurrent:
+                first = torch.where(batch.latent_mask[:, start, None, None], hidden[-1][:, -1:], inputs[:, :1])
                 inputs = torch.cat([first, inputs[:, 1:]], dim=1)
-            seen = packed or {"attention_mask": self.pass_mask(attention_mask, start, end, inputs.device)}
+            seen = packed or {"attention_mask": pass_mask(batch, start, end, self.attention)}
             rotary = (cos[..., start:end, :], sin[..., start:end, :])
             column = end == start + 1
             # With a mask, attention may store copies of all keys and values, such as repeated or unpadded ones.
@@ -128,7 +120,7 @@ class Rollout(torch.nn.Module):
             self.check_cache(past, end)
 
         hidden_states = torch.cat(hidden, dim=1)
-        return hidden_states, self.head(hidden_states.flatten(0, 1)[target_rows], target_ids)
+        return hidden_states, self.head(hidden_states.flatten(0, 1)[batch.target_rows], batch.target_ids)
 
     def one_pass(
         self,
@@ -161,31 +153,6 @@ class Rollout(torch.nn.Module):
             held = sum(key.shape[2] for key, _ in parts)
             if held != columns:
                 raise RuntimeError(f"the KV cache of layer {index} holds {held} of {columns} columns")
-
-    def pass_mask(
-        self, attention_mask: torch.Tensor | None, start: int, end: int, device: torch.device
-    ) -> torch.Tensor | None:
-        """What the columns [start, end) may attend to, in the form that the attention implementation expects.
-
-        Nothing attends to padding that comes after all tokens of its row. So without other padding no mask is needed
-        where attention is causal by itself: FlashAttention aligns the last query with the last key; SDPA the first
-        query with the first key, which is the same in the first pass, and for a single query.
-
-        With a mask, FlashAttention gets the tokens of each row alone, wherever its padding lies: its last queries are
-        its last keys. A row may have no query. In a pass of one column every row has one, also where it is padding,
-        whose output nothing uses; by then every row has tokens, so that it has keys.
-        """
-        flash = self.attention == "flash_attention_2"
-        columns = torch.arange(end, device=device)
-        queries = columns[start:, None]
-        if attention_mask is None:
-            exact = flash or start == 0 or end == start + 1
-            return None if exact else (columns <= queries)[None, None]  # [1, 1, Q, end]
-        if flash:
-            return attention_mask[:, :end]
-        # Padding attends to itself: a softmax over no entries would be NaN.
-        seen = ((columns <= queries) & attention_mask[:, None, :end]) | (columns == queries)
-        return seen[:, None]  # [B, 1, Q, end]
 
 
 def run_layer(

@@ -52,6 +52,8 @@ class Memory:
     """A copy of the gradients that are being reduced, in the communication dtype."""
     update: int
     """The optimizer's copy of this rank's gradients, during its step."""
+    evaluation: int
+    """What an evaluation in training needs: the whole model, and one batch that is decoded; 0 without one."""
 
     @property
     def resident(self) -> int:
@@ -59,11 +61,12 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Weights are gathered before their gradients exist, and both are freed before the optimizer steps."""
+        """Weights are gathered before their gradients exist, and both are freed before the optimizer steps. Evaluations
+        come between two steps."""
         backward = (
             self.gathered + self.activations + self.logits + max(self.gathering, self.full_gradients + self.reducing)
         )
-        return self.resident + max(backward, self.update)
+        return self.resident + max(backward, self.update, self.evaluation)
 
 
 def estimate_memory(
@@ -87,6 +90,7 @@ def estimate_memory(
         full_gradients=waiting_gradients(sizes, config) * e,
         reducing=reduced_elements(sizes, zero) * REDUCTION_BYTES[deepspeed_config["communication_data_type"]],
         update=0 if offloaded["optimizer"] else min(shard, largest_group(zero, trained, world_size)) * FP32_BYTES,
+        evaluation=0 if config.evaluation.task is None else decoding_bytes(sizes, config, zero, row, e),
     )
 
 
@@ -138,7 +142,7 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
     everything = sum(sizes.all) - persistent_numel(sizes.all, zero)
     language, tower = sum(sizes.language), sum(sizes.tower)
     small = language < zero.get("stage3_max_reuse_distance", DEFAULT_LIVE)
-    if choose_gather(config.model, config.train.stage) == "rollout":
+    if choose_gather(config) == "rollout":
         gathered = everything if small else max(language - persistent_numel(sizes.language, zero), tower)
         return gathered, language
     live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE) + unit_elements(sizes, config), tower)
@@ -148,7 +152,7 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
 
 def unit_elements(sizes: ModelSizes, config: Config) -> int:
     """The largest unit of `layer`, besides the tower: a decoder layer in one pass, else one weight; or the head."""
-    layer = 0 if config.train.stage == "stage2" else sum(sizes.layers) // sizes.num_layers
+    layer = 0 if config.several_passes else sum(sizes.layers) // sizes.num_layers
     return max(layer, *sizes.language)
 
 
@@ -156,12 +160,12 @@ def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
     """Elements of weights whose full gradients exist at the same time.
 
     A leaf module's gradients are reduced after its backward (DS stage3.py, reduce_leaf_module_grads): those of the
-    complete rollout, of one layer, or of the head alone. In stage 2 with `layer`, autograd accumulates the gradients of
-    all passes until the backward of the first one (as the order of torch's gradient hooks shows), so that all layers
-    have full gradients as well.
+    complete rollout, of one layer, or of the head alone. In several passes with `layer`, autograd accumulates the
+    gradients of all until the backward of the first one (as the order of torch's gradient hooks shows), so that all
+    layers have full gradients as well.
     """
-    rollout = choose_gather(config.model, config.train.stage) == "rollout"
-    waiting = sum(sizes.rollout) if rollout or config.train.stage == "stage2" else unit_elements(sizes, config)
+    rollout = choose_gather(config) == "rollout"
+    waiting = sum(sizes.rollout) if rollout or config.several_passes else unit_elements(sizes, config)
     return max(waiting, sum(sizes.tower) if config.model.train_tower else 0)
 
 
@@ -231,6 +235,21 @@ def tower_bytes(sizes: ModelSizes, config: Config, e: int) -> int:
     hidden, inner = sizes.tower_hidden, sizes.tower_intermediate
     block = 2 * hidden * (FP32_BYTES + 2 * e) + 4 * hidden * e + 4 * inner * e
     return block * (sizes.tower_blocks if config.model.train_tower else 1)
+
+
+def decoding_bytes(sizes: ModelSizes, config: Config, zero: dict[str, Any], row: Row, e: int) -> int:
+    """e x (all weights that are not kept on every rank anyway) + one batch of prompts, each taken as long as `row`.
+
+    Per prompt: keys and values of its columns and of max_new_tokens more, in all layers, and once more in the layer
+    whose cache grows; the larger of one layer's activations over the prompt, one block's in the tower, and its logits
+    in float32 with their copy.
+    """
+    weights = e * (sum(sizes.all) - persistent_numel(sizes.all, zero))
+    columns = row.tokens + config.evaluation.max_new_tokens
+    cache = (sizes.num_layers + 1) * columns * key_value_bytes(sizes, e)
+    block = tower_bytes(sizes, config, e) // (sizes.tower_blocks if config.model.train_tower else 1)
+    prompt = max(row.tokens * column_bytes(sizes, e), row.patches * block, 2 * FP32_BYTES * sizes.vocab)
+    return weights + config.evaluation.batch_size * (cache + prompt)
 
 
 def logit_bytes(sizes: ModelSizes, targets: int, e: int) -> int:

@@ -11,7 +11,7 @@ def savings(config: Config) -> Iterator[tuple[str, Config]]:
     """Settings beside the micro-batch that are not in use yet, the cheapest first, each with the changed run."""
     if config.model.activation_checkpointing == "none":
         yield "model.activation_checkpointing=full", _change(config, "model", activation_checkpointing="full")
-    if choose_gather(config.model, config.train.stage) == "rollout":
+    if choose_gather(config) == "rollout":
         yield "model.gather=layer", _change(config, "model", gather="layer")
     if config.distributed.deepspeed_config == "zero3.json":
         name = "zero3_offload.json"

@@ -61,7 +61,7 @@ SIZES = tuple(field.name for field in fields(Row))
 
 @dataclass(frozen=True)
 class Shape:
-    """How the columns of one row follow each other, with N latent blocks that are fed back.
+    """How the columns of one row follow each other, with N latent blocks that are fed back: each column begins a pass.
 
     Like data/alignment.py, a row of stage 2 without latents has a block of size 0 at the end of its question.
     """
@@ -184,6 +184,9 @@ def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Sha
     """A row by data/costs.py. Latents are fed back in stage 2 only.
 
     The positions of the blocks in the answer are not in the index: they are assumed to cut its text into equal parts.
+
+    Where images are hidden, the column after the first block begins a pass as one more latent of it would: the only one
+    in stage 1.
     """
     stage = config.train.stage
     size = row_size(entry, processor.image_tokens, stage, config.model.latent_size)
@@ -194,11 +197,17 @@ def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Sha
     cuts = [answer * part // (len(sizes) + 1) for part in range(len(sizes) + 2)]
     before, *after = [end - start for start, end in pairwise(cuts)]
     stretches: tuple[int, ...] = (question + before, *after) if sizes else (question, before)
+    hides, fed_back = config.hides_images and bool(sizes), tuple(sizes or (0,))
     if stage != "stage2":
-        stretches = (question + answer + sum(sizes),)
+        rest = answer - before + sum(sizes[1:])
+        stretches = (question + before + sizes[0], rest) if hides else (question + answer + sum(sizes),)
+        fed_back = (0,) if hides else ()
+    if hides:
+        stretches = (stretches[0], max(0, stretches[1] - 1), *stretches[2:])
+        fed_back = (fed_back[0] + 1, *fed_back[1:])
     return Shape(
         stretches=stretches,
-        latent_sizes=(sizes or (0,)) if stage == "stage2" else (),
+        latent_sizes=fed_back,
         targets=answer,
         patches=size.input_patches + size.helper_patches,
     )

@@ -5,6 +5,7 @@ A run that lacks memory ends in its first minute instead of at the hour in which
 
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import cycle, zip_longest
 
 import torch
@@ -110,6 +111,8 @@ def take(config: Config, start: Start, numbers: Iterable[int], size: int) -> Bat
     """
     read, following = SampleReader(start.shards, helpers=Helpers.of(config)), cycle(numbers)
     samples = [first_usable(lambda number: start.encoder(read(number)), following, "skip") for _ in range(size)]
+    if config.hides_images:  # any of them may be drawn, which takes more memory
+        samples = [replace(sample, hides_images=True) for sample in samples]
     if config.data.packing:
         return collate_packed(samples)
     return collate(samples, align_latents=config.train.stage == "stage2")

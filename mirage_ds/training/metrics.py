@@ -10,6 +10,8 @@ from typing import Any
 
 from mirage_ds.batch import Batch
 from mirage_ds.config import Stage
+from mirage_ds.training.curves import Look
+from mirage_ds.training.latent_sums import LatentSums
 from mirage_ds.training.planned import Planned
 from mirage_ds.training.report import BAD_BATCHES_NAME, Report, Step
 from mirage_ds.training.step_sums import StepSums, sum_over_ranks
@@ -29,14 +31,16 @@ class Metrics:
         log_freq: int,
         steps_done: int = 0,
         planned: Planned | None = None,
+        latents: LatentSums | None = None,
     ) -> None:
         """
         Args:
             steps_done: a resumed run repeats the steps after its checkpoint, so their earlier records are dropped.
             planned: what the figures are compared with; without it no FLOPs are counted.
+            latents: takes the states of steps that are due, and of those alone.
         """
         self.run_dir, self.max_steps, self.log_freq = run_dir, max_steps, log_freq
-        self.planned = planned
+        self.planned, self.latents, self.stage = planned, latents, stage
         self.pending: list[StepSums] = []
         self.first_step = steps_done + 1
         hosts = distributed.gather(socket.gethostname())
@@ -48,11 +52,22 @@ class Metrics:
         """What the mathematics of a batch requires."""
         return self.planned.flops(batch) if self.planned else 0.0
 
+    def begin(self, step: int) -> None:
+        """A step begins."""
+        if self.latents:
+            self.latents.active = self.is_due(step)
+
     def add(self, sums: StepSums) -> None:
         """Takes a step; every `log_freq` steps, and after the last one, writes what is pending."""
         self.pending.append(sums)
-        if sums.step % self.log_freq == 0 or sums.step == self.max_steps:
+        if self.latents:
+            self.latents.active = False
+        if self.is_due(sums.step):
             self.flush()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step is shown."""
+        return step % self.log_freq == 0 or step == self.max_steps
 
     def flush(self) -> None:
         """Sums the pending steps over the ranks, in one all-reduce, and writes them."""
@@ -61,14 +76,27 @@ class Metrics:
         totals, ranks = sum_over_ranks(self.pending, self.first_step)
         # A background save may have been completed between two of them, and belongs to neither.
         ends = [sums.started_s - sums.times.host_s.get("save", 0.0) for sums in self.pending[1:]] + [time.monotonic()]
+        figures = None
+        if self.latents and self.is_due(self.pending[-1].step):
+            figures = self.latents.take(targets=self.stage == "stage1")
         if self.report:
-            self.report.write([Step(*each) for each in zip(self.pending, totals, ends, strict=True)], ranks)
+            self.report.write([Step(*each) for each in zip(self.pending, totals, ends, strict=True)], ranks, figures)
         self.pending.clear()
 
     def add_validation(self, step: int, losses: dict[str, float]) -> None:
         """Writes a validation, whose losses are the same on every rank."""
         if self.report:
             self.report.write_validation(step, losses)
+
+    def add_evaluation(self, step: int, figures: dict[str, float], seconds: float, looks: list[Look]) -> None:
+        """Writes an evaluation, of which rank 0 has the figures."""
+        if self.report:
+            self.report.write_evaluation(step, figures, seconds, looks)
+
+    def show_configuration(self, config: dict[str, Any]) -> None:
+        """Writes the run's configuration, as JSON values, by section, where curves are shown."""
+        if self.report:
+            self.report.curves.add_configuration(config)
 
     def add_bad_batches(self, step: int, batches: list[dict[str, Any]]) -> Path:
         """Writes the micro-batches of a skipped step, from all ranks, to a file of their own, and returns it."""

@@ -3,13 +3,14 @@
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mirage_ds.config import Stage
-from mirage_ds.training.curves import Curves
+from mirage_ds.training.curves import Curves, Look
 from mirage_ds.training.goodput import Goodput
+from mirage_ds.training.latent_sums import LatentFigures
 from mirage_ds.training.planned import Planned
 from mirage_ds.training.records import Records
 from mirage_ds.training.slow_rank import Slowest, Window
@@ -90,33 +91,56 @@ class Report:
         self.recent_step_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self.steps = Records(run_dir / "metrics.jsonl", steps_done)
         self.validation = Records(run_dir / "validation.jsonl", steps_done)
+        self.evaluation = Records(run_dir / "evaluation.jsonl", steps_done)
         self.bad_batches = Records(run_dir / BAD_BATCHES_NAME, steps_done)
         self.curves = Curves(run_dir / "tensorboard", steps_done)
         self.goodput = Goodput(run_dir, self.steps.last)
         self.window = Window(hosts)
+        self.warned_of_latents = False  # once in a start
 
-    def write(self, steps: list[Step], ranks: list[RankFigures]) -> None:
-        """Writes all of them to metrics.jsonl, and the last one as curves and on the console too."""
+    def write(self, steps: list[Step], ranks: list[RankFigures], latents: LatentFigures | None = None) -> None:
+        """Writes all of them to metrics.jsonl, and the last one as curves and on the console too.
+
+        Args:
+            latents: of the last one.
+        """
         slowest = self.find_slowest(steps, ranks)
         records = [self.record(step) | describe_memory(ranks, self.planned) | describe_slowest(None) for step in steps]
         shown = records[-1] = records[-1] | describe_slowest(slowest)
+        if latents:
+            shown["latents"] = asdict(latents)
         # Seldom is the last one the step after a save, so its curve has what all of these waited for saves.
         points = shown | {"save_s": sum(record["save_s"] for record in records)}
         self.steps.add(*(record | {"loss_hex": record["loss"].hex()} for record in records))
         self.curves.add(
-            {tag: points[name] for name, tag in TAGS.items() if self.has(name) and points[name] is not None},
+            {tag: points[name] for name, tag in TAGS.items() if self.has(name) and points[name] is not None}
+            | {f"latents/{name}": value for name, value in (latents.curves() if latents else {}).items()},
             points["step"],
         )
         self.recent_step_s.extend(step.seconds for step in steps if step.sums.step > self.steps_done + 1)
         print(self.console_line(shown), flush=True)
         if slowest and slowest.is_slow:
             print(f"step {shown['step']:>5}/{self.max_steps} | {slowest.describe()}", flush=True)
+        if latents and not self.warned_of_latents and (warning := latents.warning()):
+            self.warned_of_latents = True
+            print(f"step {shown['step']:>5}/{self.max_steps} | {warning}", flush=True)
 
     def write_validation(self, step: int, losses: dict[str, float]) -> None:
         hexadecimal = {"loss_hex": losses["loss"].hex()}
         self.validation.add({"step": step} | losses | hexadecimal)
         self.curves.add({f"validation/{name}": value for name, value in losses.items() if self.has(name)}, step)
         print(f"step {step:>5}/{self.max_steps} | validation {self.losses(losses)}", flush=True)
+
+    def write_evaluation(self, step: int, figures: dict[str, float], seconds: float, looks: list[Look]) -> None:
+        self.evaluation.add({"step": step} | figures | {"seconds": seconds})
+        curves = {f"evaluation/{name}": value for name, value in figures.items()}
+        self.curves.add(curves | {"time/evaluation_s": seconds}, step)
+        self.curves.add_looks(looks, step)
+        shares = [f"{name.replace('_', ' ')} {value:.1%}" for name, value in figures.items()]
+        print(
+            f"step {step:>5}/{self.max_steps} | evaluation {' | '.join(shares)} | {duration(seconds)}",
+            flush=True,
+        )
 
     def write_bad_batches(self, step: int, batches: list[dict[str, Any]]) -> None:
         self.bad_batches.add(*({"step": step} | batch for batch in batches))
@@ -192,7 +216,7 @@ class Report:
         return " | ".join(parts)
 
     def close(self) -> None:
-        for file in (self.steps, self.validation, self.bad_batches, self.curves):
+        for file in (self.steps, self.validation, self.evaluation, self.bad_batches, self.curves):
             file.close()
 
 

@@ -7,6 +7,7 @@ from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.helpers import Helpers
+from mirage_ds.data.image_dropout import drops_image
 from mirage_ds.data.packing import collate_packed
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.steps import Share, Steps
@@ -31,6 +32,7 @@ def deal_steps(config: Config, start: Start, position: int) -> Steps:
 
 def open_stream(config: Config, start: Start, steps: Steps, targets: TargetCache | None) -> Iterator[Batch]:
     """The micro-batches of these steps, without end."""
+    share = config.data.text_dropout_image
     loader = make_loader(
         start.shards,
         start.encoder,
@@ -43,5 +45,6 @@ def open_stream(config: Config, start: Start, steps: Steps, targets: TargetCache
         timeout_s=max(1, config.distributed.timeout_s * 4 // 5),
         targets=targets,
         helpers=Helpers.of(config),
+        drops_image=partial(drops_image, config.run.seed, share) if share else None,
     )
     return iter(loader)

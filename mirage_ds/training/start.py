@@ -11,7 +11,7 @@ from mirage_ds.checkpoint import complete
 from mirage_ds.checkpoint.facts import describe_run
 from mirage_ds.checkpoint.find import find_damage, newest_complete, refuse_damaged, require_latest
 from mirage_ds.checkpoint.load import check_start
-from mirage_ds.config import Config
+from mirage_ds.config import Config, Stage
 from mirage_ds.data.costs import Costs
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.helpers import Helpers
@@ -86,7 +86,7 @@ def prepare(config: Config) -> Start:
         shards=shards,
         encoder=encoder,
         device=device,
-        gather=choose_gather(config.model, config.train.stage),
+        gather=choose_gather(config),
         pooling=pooling,
         max_steps=max_steps,
         facts=facts,
@@ -109,9 +109,20 @@ def choose_micro_batch(config: Config, deepspeed_config: dict[str, Any], device:
 
 def open_encoder(config: Config) -> Encoder:
     """What turns samples into tokens; every sample of the run's shards fits it."""
-    encoder = load_encoder(
+    encoder, helpers = make_encoder(config, config.train.stage), Helpers.of(config)
+    for folder in (config.data.shards, config.evaluation.shards):
+        if folder is not None:
+            shards = load_manifest(folder)
+            encoder.check_index(shards, helpers)
+            check_lengths(encoder, shards, helpers)
+    return encoder
+
+
+def make_encoder(config: Config, stage: Stage) -> Encoder:
+    """The encoder of the run's settings; in stage 1 it encodes helper images too."""
+    return load_encoder(
         config.model.path,
-        stage=config.train.stage,
+        stage=stage,
         latent_size=config.model.latent_size,
         system_turn=config.data.system_turn,
         max_length=config.data.max_length,
@@ -120,14 +131,8 @@ def open_encoder(config: Config) -> Encoder:
         cache_dir=config.model.cache_dir,
         compress_strategy=config.model.compress_strategy,
         exif_orientation=config.data.exif_orientation,
+        answer_sees_image=config.model.answer_sees_image,
     )
-    helpers = Helpers.of(config)
-    for folder in (config.data.shards, config.evaluation.shards):
-        if folder is not None:
-            shards = load_manifest(folder)
-            encoder.check_index(shards, helpers)
-            check_lengths(encoder, shards, helpers)
-    return encoder
 
 
 def check_init_from(config: Config) -> None:

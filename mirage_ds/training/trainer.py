@@ -44,7 +44,7 @@ class Trainer:
         Args:
             batches: this rank's micro-batches, endless.
             steps: which samples they are; a step has as many on every rank.
-            agree_on_passes: all ranks make the same number of latent passes; needed where ZeRO-3 gathers inside them.
+            agree_on_passes: all ranks make the same number of passes; needed where ZeRO-3 gathers inside them.
             early_end: called after each step; if it gives one rank a reason to end, all ranks end.
             save_progress: called after each step; the largest value of the ranks is then in `save_progress`.
         """
@@ -93,6 +93,7 @@ class Trainer:
         """One optimizer step over one global batch."""
         started_s = time.monotonic()
         self.clock.begin()
+        self.metrics.begin(self.state.step + 1)
         lr = self.set_learning_rate()
         losses, num_grounded_samples, num_tokens, num_faults = torch.zeros(3, device=self.device), 0, 0, 0
         flops, num_cells, dealt = 0.0, 0, self.dealt
@@ -247,7 +248,7 @@ class Trainer:
         if not self.agree_on_passes:
             return None
         columns = batch.input_ids.shape[1]
-        own_passes = self.engine.module.rollout.num_passes(batch.latent_columns)
+        own_passes = self.engine.module.rollout.num_passes(batch)
         passes, negative_columns = distributed.max_over_ranks([own_passes, -columns], self.device)
         if passes > -negative_columns:
             _, keys = min(distributed.gather((columns, batch.keys)))

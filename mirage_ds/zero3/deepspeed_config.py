@@ -83,7 +83,7 @@ def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
             f"zero_optimization.stage is not 3 ({where}); mirage_ds runs under ZeRO-3 only; set it, or use zero3.json"
         )
     train, zero = config.train, resolved["zero_optimization"]
-    for key, value in GATHER_SETTINGS[choose_gather(config.model, train.stage)].items():
+    for key, value in GATHER_SETTINGS[choose_gather(config)].items():
         if zero.get(key) == "auto":
             zero[key] = value
     _fill(resolved, ["train_micro_batch_size_per_gpu"], train.micro_batch_size_per_gpu, where)

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_module
 from torch.utils import cpp_extension
 
-from mirage_ds.config import ModelConfig, Stage, TrainConfig
+from mirage_ds.config import Config, TrainConfig
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.zero3 import distributed
@@ -23,28 +23,28 @@ GIB = 2**30
 BUILD_S = 600  # longer than any op takes to compile
 
 
-def choose_gather(model: ModelConfig, stage: Stage) -> str:
+def choose_gather(config: Config) -> str:
     """What ZeRO-3 gathers as one unit: `layer` for one pass (overlaps with computation), `rollout` for several."""
-    if model.gather != "auto":
-        return model.gather
-    return "rollout" if stage == "stage2" else "layer"
+    if config.model.gather != "auto":
+        return config.model.gather
+    return "rollout" if config.several_passes else "layer"
 
 
-def mark_gather_units(model: MirageModel, gather: str) -> None:
+def mark_gather_units(model: MirageModel, config: Config) -> None:
     """Marks ZeRO-3's leaf modules: always the tower and the loss head; for `rollout`, also the rollout.
 
     Inside a leaf module there are no collectives, so ranks may do different work there. With one pass, `layer` makes
-    each decoder layer one, so that DeepSpeed's hooks run once per layer instead of once per matrix. In stage 2 a layer
-    must not be one: gradients of its keys and values come from later passes, past the hook of its output.
+    each decoder layer one, so that DeepSpeed's hooks run once per layer instead of once per matrix. With several a
+    layer must not be one: gradients of its keys and values come from later passes, past the hook of its output.
     """
-    head = model.rollout.head
+    gather, head = choose_gather(config), model.rollout.head
     for module in (model.tower, head):
         set_z3_leaf_module(module, True)
     set_z3_leaf_module(model.rollout, gather == "rollout")
     if gather == "rollout":
         model.register_forward_pre_hook(gather_tower)  # before DeepSpeed's own hooks, which come later
     for layer in model.rollout.layers:
-        set_z3_leaf_module(layer, gather == "layer" and not model.rollout.recurrent)
+        set_z3_leaf_module(layer, gather == "layer" and not config.several_passes)
     if head.shared:
         unit = model.rollout if gather == "rollout" else head
         deepspeed.zero.register_external_parameter(unit, model.embed_tokens.weight)

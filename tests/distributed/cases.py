@@ -16,6 +16,7 @@ VARYING = [[4, 2, 3, 8], [1, 6, 2, 2], [5, 5, 5, 5]]
 BLOCKS = [[[], [2], [8, 2], [2, 8, 2]], [[2], [2, 2], [], [8, 2]]]
 """K of each sample of a global batch, or of each of its blocks, step by step."""
 BLOCKS_STEPS = len(BLOCKS) + 1  # more than those of the warm-up
+HIDDEN_GATHERS = {"stage1": "layer", "stage2": "rollout"}
 CUT_STEPS = 9  # three rounds of VARYING, over warm-up and decay
 RAGGED_STEPS, MANY_RAGGED_STEPS = 40, 200
 RAGGED_CUTS = {"stage1": {"accumulation": 2, "token_budget": 68}, "stage2": {"accumulation": 2, "balance": True}}
@@ -77,6 +78,10 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
             settings = {"model": {"gather": gather}, "train": slow}
             shape = {"micro_batch": 2, "accumulation": 2 // ranks, "steps": BLOCKS_STEPS, "latent_sizes": BLOCKS}
             add(ranks, f"blocks-{tied}-{ranks}", "stage2", model=tied, settings=settings, **shape)
+    for stage, gather in HIDDEN_GATHERS.items():
+        model = {"gather": gather, "answer_sees_image": False}
+        shape = {"micro_batch": 2, "accumulation": 1, "steps": BLOCKS_STEPS, "latent_sizes": BLOCKS}
+        add(2, f"hidden-{stage}", stage, settings={"model": model, "train": slow}, **shape)
     sizes = GATHER_SIZES["alternating"]
     add(
         2,

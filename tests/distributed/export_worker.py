@@ -29,7 +29,6 @@ from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import (
-    choose_gather,
     initialize,
     mark_gather_units,
     parameter_groups,
@@ -71,7 +70,7 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
     )
     train_tower = config.model.train_tower
     model = MirageModel(backbone, stage=config.train.stage, ce_loss_weight=1.0, train_tower=train_tower)
-    mark_gather_units(model, choose_gather(config.model, config.train.stage))
+    mark_gather_units(model, config)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
     steps, world_size = config.train.max_steps, distributed.world_size()
     metrics = Metrics(

@@ -28,7 +28,7 @@ from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.train import make_model
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
-from mirage_ds.zero3.engine import choose_gather, initialize, mark_gather_units, parameter_groups
+from mirage_ds.zero3.engine import initialize, mark_gather_units, parameter_groups
 
 LATENT_SIZES = (2, 6)
 
@@ -109,7 +109,7 @@ def run(config: Config) -> dict[str, Any]:
     deepspeed_config = resolve_deepspeed_config(config)
     backbone = load_backbone(config.model.path, dtype=DTYPES[config.train.dtype], deepspeed_config=deepspeed_config)
     model = make_model(config, backbone)
-    mark_gather_units(model, choose_gather(config.model, config.train.stage))
+    mark_gather_units(model, config)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
     zero = engine.optimizer
     (bucket,) = zero.ipg_buckets.values()

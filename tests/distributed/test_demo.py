@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import launching
@@ -13,7 +14,8 @@ from PIL import Image
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("untrained", "text", "stage1", "stage2", "stage2_shuffled", "stage2_mean", "stage2_zeroed")
+NAMES = {"untrained", "text", "stage1", "stage1_oracle", "stage2"}
+NAMES |= {f"stage2_{replaced}" for replaced in ("shuffled", "mean", "noise", "zeroed", "oracle")}
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,17 @@ def test_figures(demo: Path) -> None:
     rates = {f"success_{name}" for name in NAMES}
     assert rates | {"malformed", "num_test", "seconds", "seconds_total"} == set(summary)
     assert all(0 <= summary[name] <= 1 for name in rates)
-    assert set(summary["malformed"]) == set(NAMES)
+    assert set(summary["malformed"]) == NAMES
     assert summary["num_test"] == 16
     assert all(seconds > 0 for seconds in [*summary["seconds"].values(), summary["seconds_total"]])
 
 
 def test_what_is_left_behind(demo: Path) -> None:
-    """A picture, TensorBoard's files, validation losses, and checkpoints of all three runs."""
+    """A picture, answers, TensorBoard's files, validation losses, and checkpoints of all three runs."""
+    answers = [json.loads(line) for line in (demo / "run" / "stage2-answers.jsonl").read_text().splitlines()]
+    assert Counter(answer["arm"] for answer in answers) == dict.fromkeys(
+        ("own", "shuffled", "mean", "noise:1.0", "zeroed", "oracle"), 16
+    )
     with Image.open(demo / "run" / "answers.png") as picture:
         assert picture.width > 600
     for stage in ("text", "stage1", "stage2"):
@@ -59,7 +65,8 @@ def test_what_is_said(demo: Path) -> None:
     output = (demo / "output").read_text()
     assert output.count("$ mirage-launch local --ranks 2") == 3
     assert output.count("$ mirage-data build") == 2
-    labels = ("stage 1 + stage 2", "with shuffled latents", "with mean latents", "with zeroed latents")
+    assert output.count("$ mirage evaluate") == 4
+    labels = ("stage 1 + stage 2", "with shuffled latents", "with noise added", "with oracle latents")
     for words in (*labels, "95% interval", "own latents minus text only:", "own minus shuffled latents:"):
         assert words in output
     assert f"mirage generate --model {demo / 'run' / 'stage2-model'} --prompt" in output

@@ -20,6 +20,7 @@ from cases import (
     DEEP_LAYERS,
     FIXED,
     GATHER_SIZES,
+    HIDDEN_GATHERS,
     MANY_RAGGED_STEPS,
     RAGGED_CUTS,
     RAGGED_STEPS,
@@ -33,6 +34,7 @@ from deviations import check
 from random_samples import ragged_batch
 
 from mirage_ds.config import TrainConfig
+from mirage_ds.data.collate import collate
 from mirage_ds.zero3.engine import learning_rate
 
 Outcomes = Callable[[str], Outcome]
@@ -44,7 +46,16 @@ def rates(steps: int, **settings: Any) -> list[float]:
 
 
 @cache
-def plain(folder: str, stage: str, kind: str, steps: int, size: int, lrs: tuple[float, ...], train_tower: bool = False):
+def plain(
+    folder: str,
+    stage: str,
+    kind: str,
+    steps: int,
+    size: int,
+    lrs: tuple[float, ...],
+    train_tower: bool = False,
+    hides_images: bool = False,
+):
     """The independent loop on the samples of a case; once for all splits of the same global batches."""
     sizes = {"fixed": FIXED, "varying": VARYING, "blocks": BLOCKS, "ragged": None}[kind]
     batches = [
@@ -52,7 +63,7 @@ def plain(folder: str, stage: str, kind: str, steps: int, size: int, lrs: tuple[
     ]
     return plain_loop.train(
         folder,
-        [[vars(sample) for sample in batch] for batch in batches],
+        [[vars(sample) | {"hides_images": hides_images} for sample in batch] for batch in batches],
         stage,
         lrs=list(lrs),
         ce_loss_weight=0.1 if stage == "stage1" else 1.0,
@@ -84,6 +95,27 @@ def test_several_blocks(outcome: Outcomes, models: dict[str, str], tied: str, ra
     result = outcome(f"blocks-{tied}-{ranks}")
     assert result.losses == pytest.approx(expected["losses"], rel=1e-4)
     assert [record["grad_norm"] for record in result.records] == pytest.approx(expected["grad_norms"], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", HIDDEN_GATHERS)
+def test_hidden_images(outcome: Outcomes, models: dict[str, str], stage: str) -> None:
+    """Rows of 0 to 3 blocks, whose images are hidden in other columns, and other numbers of them, on each rank. Stage 1
+    gathers layer by layer, where the ranks agree on the passes; stage 2 the rollout."""
+    settings = {"model": {"answer_sees_image": False}}
+    shape = {"micro_batch": 2, "latent_sizes": BLOCKS, "settings": settings}
+    case = worker.Case("", "", "", stage, BLOCKS_STEPS, **shape)
+    places = [
+        [collate(samples, align_latents=False).hide_columns for samples in worker.samples_of(case, each)]
+        for each in (worker.steps_of(case, rank, 2) for rank in (0, 1))
+    ]
+    assert {len(one) - len(other) for one, other in zip(*places, strict=True)} != {0}
+    lrs = tuple(rates(BLOCKS_STEPS, lr=1e-5, lr_decay="constant"))
+    expected = plain(models["untied"], stage, "blocks", BLOCKS_STEPS, 4, lrs, hides_images=True)
+    result = outcome(f"hidden-{stage}")
+    assert result.losses == pytest.approx(expected["losses"], rel=1e-4)
+    assert [record["grad_norm"] for record in result.records] == pytest.approx(expected["grad_norms"], rel=1e-3)
+    seen = plain(models["untied"], stage, "blocks", BLOCKS_STEPS, 4, lrs)
+    assert result.losses != pytest.approx(seen["losses"], rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

@@ -5,7 +5,7 @@ Each case trains a small model on random ragged samples; what it reports goes to
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,10 @@ class Case:
     rehearsed: bool = False
     """Whether a dry run comes before the first step, of other and more samples."""
 
+    @property
+    def hides_images(self) -> bool:
+        return not self.settings.get("model", {}).get("answer_sees_image", True)
+
     def samples(self, step: int, size: int) -> list[EncodedSample]:
         """The global batch of a step: of the golden set in an order, or random ones with `latent_sizes[step % len]`
         (K of each sample or of its blocks), or completely ragged ones."""
@@ -78,7 +82,7 @@ class Case:
             if spoiled_step == step:
                 samples[number] = random_sample(number, stage=self.stage)
                 samples[number].pixel_values.fill_(float("nan"))
-        return samples
+        return [replace(sample, hides_images=self.hides_images) for sample in samples]
 
 
 def steps_of(case: Case, rank: int, world_size: int) -> Steps:
@@ -139,8 +143,8 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     )
     micro_losses: list[float] = []
     model.register_forward_hook(lambda module, inputs, losses: micro_losses.append(losses.loss.item()))
-    gather = choose_gather(config.model, config.train.stage)
-    mark_gather_units(model, gather)
+    gather = choose_gather(config)
+    mark_gather_units(model, config)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
     size = config.train.samples_per_step(distributed.world_size())
     metrics = Metrics(
@@ -160,7 +164,7 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
         TrainState(),
         max_steps=case.steps,
         device=device,
-        agree_on_passes=gather == "layer" and case.stage == "stage2",
+        agree_on_passes=gather == "layer" and config.several_passes,
         early_end=EarlyEnd(end_s=None, margin_s=0),
     )
     left = rehearse_case(case, trainer) if case.rehearsed else {}

@@ -101,6 +101,10 @@ def test_the_arm_of_a_control_is_a_name_or_true() -> None:
         ConfigError, match=r"cache_targets is set, but with data\.helper=none there is no latent target"
     ):
         load_config(RECIPE, ["data.helper=none", "model.cache_targets=targets"])
+    with pytest.raises(
+        ConfigError, match=r"answer_sees_image is false, .* data\.helper=none has no blocks; .*; set model"
+    ):
+        load_config(RECIPE, ["data.helper=none", "model.answer_sees_image=false"])
 
 
 def test_samples_are_packed_where_they_may_share_a_row() -> None:
@@ -119,6 +123,46 @@ def test_samples_are_packed_where_they_may_share_a_row() -> None:
         ConfigError, match=r"  - data\.packing is true, but stage2 .*set data\.packing=false: .*balance"
     ):
         load_config(RECIPES / "tiny-stage2.yaml", packing)
+
+
+HIDDEN = "model.answer_sees_image=false"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [HIDDEN, "train.stage=text"],
+            r"answer_sees_image is false, .*stage text has no blocks; allowed in .*; set model\.answer_sees_image=true",
+        ),
+        (
+            ["data.text_dropout_image=0.3", "train.stage=text"],
+            r"text_dropout_image is 0\.3, .*stage text has no blocks; .*set data\.text_dropout_image=0",
+        ),
+        (
+            [HIDDEN, "data.text_dropout_image=0.3"],
+            r"text_dropout_image is 0\.3, but model\.answer_sees_image=false hides .*; one of the two is enough; set ",
+        ),
+        (
+            [HIDDEN, "data.packing=true", "data.token_budget=64"],
+            r"answer_sees_image is false, but rows are packed .*; set data\.packing=false data\.token_budget=null, or ",
+        ),
+        (["data.text_dropout_image=1.5"], r"data\.text_dropout_image: .*less than or equal to 1"),
+    ],
+    ids=str,
+)
+def test_images_that_cannot_be_hidden(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(RECIPE, overrides)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("setting", [HIDDEN, "data.text_dropout_image=0.3"])
+def test_hidden_images_take_several_passes(setting: str, stage: str) -> None:
+    config = load_config(RECIPE, [setting, f"train.stage={stage}"])
+    assert config.hides_images
+    assert config.several_passes
+    assert load_config(RECIPE, [f"train.stage={stage}"]).several_passes == (stage == "stage2")
 
 
 def test_one_sample_per_rank_cannot_be_packed() -> None:

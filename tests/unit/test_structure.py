@@ -42,7 +42,7 @@ ORDER = (
 )
 LAUNCH_ORDER = (
     ("demo_report",),
-    ("planner", "doctor", "demo_answers"),
+    ("planner", "doctor"),
     ("slurm", "local"),
     ("demo", "evaluate", "cli"),
 )

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,10 @@ def test_a_row_whose_donor_cannot_be_read_is_a_fault_of_its_own(shards: ShardFol
         read(6)
     with pytest.raises(DataError, match=rf"for shard-.*/{receiver:09d} \(data\.helper=shuffled\): .*\({key}\)"):
         read(receiver)
+    undecodable = replace(SampleReader(shards, helpers=helpers)(0), helper_images=(b"GIF8",))
+    names = rf"\(shard-000000\.tar/000000000 with shard-00000\d\.tar/{donors[0]:09d}\.helper_0\)"
+    with pytest.raises(DataError, match=rf"cannot be decoded: .* {names}"):
+        make_encoder("stage1")(undecodable)
     in_turn = in_order(Share(0, 1, 10), shards, seed=3)
     stream = make_loader(shards, make_encoder("stage1"), list, in_turn, num_workers=0, on_fault="skip", helpers=helpers)
     order = Plan(10, shards.digest, 3).samples(0, 20)

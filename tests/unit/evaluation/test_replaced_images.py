@@ -1,6 +1,8 @@
 """`--image`: what is asked instead; and the targets of `oracle` against those of training."""
 
 import io
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from generated_rows import image_bytes, write_rows
 from PIL import Image
 
 from mirage_ds.data.collate import collate
-from mirage_ds.data.encode import EncodedSample
+from mirage_ds.data.encode import EncodedSample, load_encoder
 from mirage_ds.data.rows import Sample, read_questions
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.arms import Arm, parse_arms
@@ -123,9 +125,13 @@ def test_none(replacements: Replacements) -> None:
 
 @pytest.mark.parametrize("strategy", ["average", "average_all", "grid"])
 def test_the_oracle_s_targets_are_those_of_training(strategy: str, model: Path, tmp_path: Path) -> None:
-    """Bit for bit, with each way to pool; K is the row's own, or the model's."""
-    decoder, encoder = load_decoder(str(model), latent_size=4, dtype=torch.float32)
-    encoder._compress_strategy = strategy
+    """Bit for bit, with the way to pool that the export names; K is the row's own, or the model's."""
+    path = shutil.copytree(model, tmp_path / "model") / "config.json"
+    settings = {"latent_size": 4, "stage": "stage1", "system_turn": True, "compress_strategy": strategy}
+    ids = load_encoder(str(model), stage="stage1", latent_size=4).ids
+    settings["latent_token_ids"] = {"pad": ids.latent_pad, "start": ids.latent_start, "end": ids.latent_end}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mirage": settings}))
+    decoder, encoder = load_decoder(str(path.parent), dtype=torch.float32)
     samples = [each for _, each in read_questions(write_rows(tmp_path / "rows", 3), helpers=True)]
     samples[1] = replace(samples[1], latent_sizes=(2,))
     rows = [Row(number, "", each) for number, each in enumerate(samples)]

@@ -39,6 +39,7 @@ from mirage_ds.data.rows import read_rows
 from mirage_ds.errors import CheckpointError, ConfigError, DataError, MirageError
 from mirage_ds.hf.export import export_checkpoint
 from mirage_ds.hf.preset import write_tiny
+from mirage_ds.inference.generate import load_decoder
 from mirage_ds.model.backbone import empty_model
 from mirage_ds.model.latent_settings import read_latent_settings
 
@@ -212,7 +213,7 @@ def test_real_ids_are_kept(base: Path, tmp_path: Path, real_tokenizer: PreTraine
 def test_latent_settings_are_in_config_json(base: Path, tmp_path: Path) -> None:
     """Also as plain transformers reads it."""
     settings = {
-        "model": {"latent_size": 6},
+        "model": {"latent_size": 6, "compress_strategy": "grid", "answer_sees_image": False},
         "data": {"system_turn": False},
         "train": {"stage": "stage1", "dtype": "fp32"},
     }
@@ -224,11 +225,26 @@ def test_latent_settings_are_in_config_json(base: Path, tmp_path: Path) -> None:
         "stage": "stage1",
         "system_turn": False,
         "exif_orientation": True,
+        "compress_strategy": "grid",
+        "answer_sees_image": False,
+        "text_dropout_image": 0.0,
         "latent_token_ids": {name: ids[f"<|latent_{name}|>"] for name in ("pad", "start", "end")},
     }
     assert read_latent_settings(tmp_path / "out").model_dump() == wanted
     assert AutoConfig.from_pretrained(tmp_path / "out").mirage == wanted
     assert load_plain(tmp_path / "out").config.mirage == wanted
+    decoder, _ = load_decoder(str(tmp_path / "out"))
+    assert not decoder.answer_sees_image
+
+
+def test_a_share_of_hidden_images_is_kept_for_the_record(base: Path, tmp_path: Path) -> None:
+    """Decoding leaves the images visible."""
+    settings = {"data": {"text_dropout_image": 0.3}, "train": {"stage": "stage2", "dtype": "fp32"}}
+    write_run(tmp_path / "run", base / "untied", random_weights(base / "untied"), settings=settings)
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert read_latent_settings(tmp_path / "out").text_dropout_image == 0.3
+    decoder, _ = load_decoder(str(tmp_path / "out"))
+    assert decoder.answer_sees_image
 
 
 @pytest.mark.parametrize(

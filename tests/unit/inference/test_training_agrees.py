@@ -1,6 +1,7 @@
 """Decoding agrees with training: an answer's log-probabilities are minus the losses of stage 2 on exactly its ids.
 
-Answers of any number of blocks, of K states or of as many as the model chose.
+Answers of any number of blocks, of K states or of as many as the model chose; with images that are seen after the
+first block, or hidden there.
 """
 
 from collections import Counter
@@ -35,21 +36,24 @@ class Answered:
     model: MirageModel
 
 
-@pytest.fixture(scope="module", params=["fixed", "model"])
+@pytest.fixture(scope="module", params=["fixed", "model", "hidden"])
 def answered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answered:
     folder = tmp_path_factory.mktemp("answered")
     name = str(write_talkative(folder / "talkative", HEAD_SCALES, closes_blocks=request.param == "model"))
     decoder, encoder = load_decoder(
         name,
         latent_size=LATENT_SIZE,
-        latent_end=request.param,
+        latent_end="model" if request.param == "model" else "fixed",
         max_new_tokens=MAX_NEW_TOKENS,
         sampling=(watched := Watched()),
         dtype=torch.float32,
     )
     prompts = [encoder.prompt(sample) for _, sample in read_questions(write_questions(folder / "rows", NUM_ROWS))]
+    decoder.answer_sees_image = request.param != "hidden"
     answers = decoder.generate(collate(prompts, align_latents=True))
     samples = [with_answer(*row, encoder.ids) for row in zip(prompts, answers, strict=True)]
+    if request.param == "hidden":
+        samples = [replace(sample, hides_images=True) for sample in samples]
     labels = [sample.labels[sample.prompt_length :].tolist() for sample in samples]
     return Answered(
         answers=answers,
@@ -87,8 +91,16 @@ def test_answers_are_of_all_kinds(answered: Answered) -> None:
 
 
 def test_log_probabilities_are_the_losses_of_training(answered: Answered) -> None:
+    """Where images were hidden, those of training that sees them are others."""
+    hidden_blocks = []
     for sample, log_probs in zip(answered.samples, answered.log_probs, strict=True):
         assert cross_entropy(answered.model, sample) == pytest.approx(-log_probs, rel=1e-5), sample.latent_sizes
+        if sample.hides_images and sample.latent_sizes and sample.image_mask.any():
+            seen = cross_entropy(answered.model, replace(sample, hides_images=False))
+            assert seen != pytest.approx(-log_probs, rel=1e-4)
+            hidden_blocks.append(len(sample.latent_sizes))
+    assert not hidden_blocks or (len(hidden_blocks) >= 3 and max(hidden_blocks) >= 2)
+    assert bool(hidden_blocks) == any(sample.hides_images for sample in answered.samples)
 
 
 def test_a_micro_batch_of_all_answers(answered: Answered) -> None:

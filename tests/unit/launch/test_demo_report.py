@@ -18,18 +18,24 @@ def answers(num_solved: int, *, malformed: int = 0, num_latents: int = 4, num_re
     statuses = (
         ["Reached goal"] * num_solved + ["Fell in hole"] * (400 - num_solved - malformed) + ["Invalid"] * malformed
     )
-    scores = [{"strict": Outcome(status == "Reached goal", status)} for status in statuses]
-    return [Answer("", "LEFT", 9, num_latents, num_replaced, True, "3", score, {}) for score in scores]
+    return [answer(status, num_latents, num_replaced) for status in statuses]
+
+
+def answer(status: str, num_latents: int = 4, num_replaced: int = 0, *, complete: bool = True) -> Answer:
+    scores = {"strict": Outcome(status == "Reached goal", status)}
+    return Answer(0, "", "own", 0, "LEFT", 9, 1, num_latents, num_replaced, complete, scores)
 
 
 def demo(
     text: int, own: int, shuffled: int, mean: int, zero: int, *, malformed: int = 0, num_replaced: int = 4
 ) -> dict[str, list[Answer]]:
     replaced = {"stage2_shuffled": shuffled, "stage2_mean": mean}
+    replaced |= {"stage2_noise": max(0, own - 4), "stage2_oracle": max(0, own - 8)}
     found = {
         "untrained": answers(0),
         "text": answers(text, num_latents=0),
         "stage1": answers(50),
+        "stage1_oracle": answers(170),
         "stage2": answers(own),
     }
     found |= {name: answers(count, num_replaced=num_replaced) for name, count in replaced.items()}
@@ -52,6 +58,9 @@ def demo(
                 "120 answers are malformed with zeros",
                 "shuffled minus zeroed latents: +35.2 points",
                 "zeroing overstates what the content is worth",
+                "own minus own with noise: +1.0 points",
+                "oracle minus own: +30.0 points",
+                "own minus oracle: +2.0 points",
             ],
         ),
         (
@@ -80,12 +89,12 @@ def test_sentences_follow_the_numbers(found: dict[str, list[Answer]], expected: 
 
 
 def test_latents_that_kept_their_states_are_counted() -> None:
-    assert "1600 latents could not be replaced" in " ".join(conclusions(demo(9, 9, 9, 9, 9, num_replaced=2)))
+    assert "3200 latents could not be replaced" in " ".join(conclusions(demo(9, 9, 9, 9, 9, num_replaced=2)))
     assert "could not be replaced" not in " ".join(conclusions(demo(9, 9, 9, 9, 9)))
 
 
 def test_an_answer_without_moves_or_end_is_malformed() -> None:
-    cut_off = Answer("", "LEFT", 24, 4, 0, False, "3", {"strict": Outcome(False, "Fell in hole")}, {})
+    cut_off = answer("Fell in hole", complete=False)
     assert count_malformed([cut_off, *answers(390, malformed=3)]) == 4
 
 
@@ -104,8 +113,8 @@ def test_the_picture_has_a_column_for_each_trained_model(tmp_path: Path) -> None
     image = image_bytes((84, 84), seed=0)
     samples = [Sample(f"{row}", "?", "", (image,), (image,)) for row in range(8)]
     found = {name: answers(4) for name in LABELS}
-    for answer in found["text"]:
-        answer.text = "\\boxed{" + "DOWN," * 20
+    for one in found["text"]:
+        one.text = "\\boxed{" + "DOWN," * 20
     draw_picture(samples, found, tmp_path / "answers.png")
     with Image.open(tmp_path / "answers.png") as picture:
         num_columns = len(LABELS) - 1

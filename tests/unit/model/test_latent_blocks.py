@@ -86,7 +86,7 @@ def test_fed_back_blocks(
     monkeypatch.setattr(collation, "cheapest_columns", WAYS[way])
     model = make_model("stage2", recompute=recompute)
     batches = micro_batches("stage2", rows)
-    passes = [model.rollout.num_passes(batch.latent_columns) for batch in batches]
+    passes = [model.rollout.num_passes(batch) for batch in batches]
     if way == "aligned":
         assert passes == ALIGNED_PASSES[rows]
         assert [batch.left_padded for batch in batches] == [rows > 1] * len(batches)

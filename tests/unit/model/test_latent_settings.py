@@ -31,7 +31,9 @@ def test_what_was_trained_without_latents_takes_any(tmp_path: Path) -> None:
     check_latent_size(ModelConfig(path=export(tmp_path, "text"), latent_size=8))
 
 
-def test_older_exports_were_trained_on_pixels_as_stored(tmp_path: Path) -> None:
+def test_older_exports_were_trained_on_pixels_as_stored_and_saw_images(tmp_path: Path) -> None:
     settings = read_latent_settings(export(tmp_path, "stage2"))
     assert settings is not None
     assert not settings.exif_orientation
+    assert settings.compress_strategy == "average"
+    assert (settings.answer_sees_image, settings.text_dropout_image) == (True, 0)

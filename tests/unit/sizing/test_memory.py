@@ -3,6 +3,8 @@
 tests/distributed/test_plan_memory.py has the other kinds of memory, on the real engine.
 """
 
+from dataclasses import replace
+
 import golden_set
 import pytest
 import torch
@@ -22,18 +24,20 @@ from mirage_ds.sizing.workload import Row, Workload
 ROWS, FP32 = 4, 4
 
 
-def planned_and_measured(samples: list[EncodedSample], row: Row, checkpointing: str) -> tuple[int, int]:
+def planned_and_measured(
+    samples: list[EncodedSample], row: Row, checkpointing: str, stage: str = "stage2"
+) -> tuple[int, int]:
     """Bytes that a micro-batch of such rows stores for backward, by the formulas; and of these samples."""
     config = Config.model_validate(
         {
             "run": {"dir": "unused"},
             "model": {"path": golden_set.MODEL, "activation_checkpointing": checkpointing},
             "data": {"shards": "unused"},
-            "train": {"stage": "stage2", "max_steps": 1, "warmup_steps": 0, "micro_batch_size_per_gpu": ROWS},
+            "train": {"stage": stage, "max_steps": 1, "warmup_steps": 0, "micro_batch_size_per_gpu": ROWS},
         }
     )
     backbone = load_backbone(golden_set.MODEL, dtype=torch.float32)
-    model = MirageModel(backbone, stage="stage2", ce_loss_weight=1.0, recompute=checkpointing == "full")
+    model = MirageModel(backbone, stage=stage, ce_loss_weight=1.0, recompute=checkpointing == "full")
     sizes = model_sizes(config.model)
     logits = logit_bytes(sizes, ROWS * row.targets, FP32) // 2
     planned, measured = ROWS * kept_bytes(sizes, config, row, FP32) + logits, stored_bytes(model, samples)
@@ -47,6 +51,15 @@ def test_what_forward_keeps(sizes: list[int], checkpointing: str) -> None:
     """Of rows that are alike, and so not padded."""
     sample = random_sample(7, stage="stage2", latent_size=sizes, images=2)
     planned, measured = planned_and_measured([sample] * ROWS, shape_of(sample, "stage2").row(), checkpointing)
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "none"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_what_forward_keeps_of_hidden_images(stage: str, checkpointing: str) -> None:
+    sample = replace(random_sample(7, stage=stage, latent_size=[8], images=2), hides_images=True)
+    row = shape_of(sample, stage).row()
+    planned, measured = planned_and_measured([sample] * ROWS, row, checkpointing, stage)
     assert planned == pytest.approx(measured, rel=0.1)
 
 

@@ -1,5 +1,6 @@
 """The sizes of rows: of several latent blocks against the micro-batches that they make; what an index entry gives."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -23,12 +24,20 @@ def samples(sizes: list[list[int]]) -> list[EncodedSample]:
     return [random_sample(seed, stage="stage2", latent_size=each) for seed, each in enumerate(sizes)]
 
 
-@pytest.mark.parametrize("sizes", [[4], [1], [2, 8], [3, 1, 5], []], ids=str)
-def test_a_row_has_the_passes_of_its_micro_batch(sizes: list[int]) -> None:
-    """Cut as the rollout cuts it: before each column with a latent."""
-    (sample,) = samples([sizes])
-    row, batch = shape_of(sample, "stage2").row(), collate([sample], align_latents=True)
-    passes = list(pairwise([0, *batch.latent_columns, batch.input_ids.shape[1]]))
+@pytest.mark.parametrize(
+    ("stage", "sizes", "hides"),
+    [
+        *(("stage2", sizes, False) for sizes in ([4], [1], [2, 8], [3, 1, 5], [])),
+        *((stage, sizes, True) for stage in ("stage1", "stage2") for sizes in ([4], [2, 8])),
+    ],
+    ids=str,
+)
+def test_a_row_has_the_passes_of_its_micro_batch(stage: str, sizes: list[int], hides: bool) -> None:
+    """Cut as the rollout cuts it: before each column with a latent, and before that from which on images are hidden."""
+    sample = replace(random_sample(0, stage=stage, latent_size=sizes), hides_images=hides)
+    row, batch = shape_of(sample, stage).row(), collate([sample], align_latents=stage == "stage2")
+    starts = {*batch.hide_columns, *(batch.latent_columns if stage == "stage2" else [])}
+    passes = list(pairwise([0, *sorted(starts), batch.input_ids.shape[1]]))
     longer = [end for start, end in passes if end - start > 1]
     assert row.tokens == batch.num_tokens
     assert 1 + row.latents == len(passes)
@@ -89,11 +98,11 @@ def entry(**facts: object) -> IndexEntry:
     return IndexEntry(**(place | {"question_chars": 30, "answer_chars": 90} | facts))
 
 
-def measured(stage: str, each: IndexEntry, max_length: int | None = None) -> Shape:
+def measured(stage: str, each: IndexEntry, max_length: int | None = None, *, sees_image: bool = True) -> Shape:
     config = Config.model_validate(
         {
             "run": {"dir": "unused"},
-            "model": {"path": "unused", "latent_size": 4},
+            "model": {"path": "unused", "latent_size": 4, "answer_sees_image": sees_image},
             "data": {"shards": "unused", "max_length": max_length},
             "train": {"stage": stage, "max_steps": 1, "warmup_steps": 0},
         }
@@ -113,6 +122,18 @@ def test_each_stage_has_the_columns_of_its_latents() -> None:
     assert measured("stage2", entry(latent_blocks=0)).stretches == (40, 30)  # its question, its answer
     assert measured("text", own).targets == 30
     assert measured("stage2", own).targets == 30 + 4
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_hidden_images_begin_one_pass_more_and_add_no_column(stage: str) -> None:
+    for each, passes in (
+        (entry(latent_blocks=1), {"stage1": 2, "stage2": 6}),
+        (entry(latent_blocks=2, latent_sizes=[2, 8]), {"stage1": 2, "stage2": 12}),
+        (entry(latent_blocks=0), {"stage1": 1, "stage2": 1}),
+    ):
+        seen, hidden = measured(stage, each).row(), measured(stage, each, sees_image=False).row()
+        assert hidden.tokens == seen.tokens
+        assert 1 + hidden.latents == passes[stage]
 
 
 @pytest.mark.parametrize("stage", ["text", "stage1", "stage2"])

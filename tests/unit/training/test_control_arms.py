@@ -14,10 +14,12 @@ from generated_rows import image_bytes, make_row, write_jsonl, write_rows
 from PIL import Image, ImageOps
 
 from data_tools.build import build
+from launch.planner.level import folder_costs
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.data import stream
 from mirage_ds.data.collate import collate
+from mirage_ds.data.costs import TOKEN_PATCHES
 from mirage_ds.data.counts import count_texts, save_counts
 from mirage_ds.data.encode import EncodedSample, Encoder, load_encoder
 from mirage_ds.data.helpers import Helpers
@@ -31,6 +33,7 @@ from mirage_ds.model.backbone import load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.model.targets import latent_targets
 from mirage_ds.recipe import load_config
+from mirage_ds.sizing.workload import workload
 from mirage_ds.training import after_step
 from mirage_ds.training.cached_targets import TargetWriter
 from mirage_ds.training.dry_run import take
@@ -273,3 +276,26 @@ def test_stages_that_read_no_helper_image_read_no_other_row(ground: Path, shards
     for images in ("gray", "input", "shuffled"):
         assert Helpers.of(configuration(ground, f"data.helper={images}", f"train.stage={stage}")).images is True
     assert Helpers.of(configuration(ground, "data.helper=none", f"train.stage={stage}")).images == "none"
+
+
+@pytest.mark.parametrize("images", ["true", "gray", "input", "shuffled", "none"])
+def test_memory_and_time_are_estimated_for_the_arm(
+    ground: Path, shards: ShardFolder, encoder: Encoder, images: str
+) -> None:
+    """Patches are those that are encoded; without shards the assumed row loses its helper image and block by `none`."""
+    config = configuration(ground, f"data.helper={images}")
+    read = SampleReader(shards, helpers=Helpers.of(config))
+    encoded = [encoder(read(number)) for number in range(NUM_ROWS)]
+    patches = [len(sample.pixel_values) + len(sample.pixel_values_latent) for sample in encoded]
+    assert [row.patches for row in workload(config).rows] == patches
+    planned = folder_costs(config)
+    assert planned is not None
+    assert (planned.costs.costs - TOKEN_PATCHES * planned.costs.tokens).tolist() == patches
+    nowhere = f"data.shards={ground / 'nowhere'}"
+    arms = ("data.helper=true", f"data.helper={images}")
+    own, found = (workload(configuration(ground, nowhere, arm)).largest for arm in arms)
+    is_none = images == "none"
+    assert own.patches == found.patches * (2 if is_none else 1)
+    assert own.tokens == found.tokens + (K + 2 if is_none else 0)
+    latents = workload(configuration(ground, f"data.helper={images}", "train.stage=stage2")).largest.latents
+    assert latents == (0 if is_none else 2 + 6), "the blocks of row 2, and 6 more columns of the one of row 4"

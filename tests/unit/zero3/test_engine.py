@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from mirage_ds.errors import ConfigError
+from mirage_ds.model.mirage import MirageModel
 from mirage_ds.recipe import load_config
+from mirage_ds.self_check import tiny_backbone
 from mirage_ds.zero3 import engine
-from mirage_ds.zero3.engine import choose_gather, future_moments, parameter_groups
+from mirage_ds.zero3.engine import choose_gather, future_moments, mark_gather_units, parameter_groups
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 
@@ -28,7 +30,20 @@ RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 )
 def test_what_is_gathered_at_a_time(wanted: str, stage: str, chosen: str) -> None:
     overridden = load_config(RECIPE, [f"model.gather={wanted}", f"train.stage={stage}"])
-    assert choose_gather(overridden.model, overridden.train.stage) == chosen
+    assert choose_gather(overridden) == chosen
+
+
+def test_where_images_are_hidden_the_rollout_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 1 makes several passes then: with `layer`, no decoder layer may be one unit, as in stage 2."""
+    hidden = load_config(RECIPE, ["model.answer_sees_image=false"])
+    assert choose_gather(hidden) == "rollout"
+    marked: dict[torch.nn.Module, bool] = {}
+    monkeypatch.setattr(engine, "set_z3_leaf_module", lambda module, flag: marked.update({module: flag}))
+    model = MirageModel(tiny_backbone(), stage="stage1", ce_loss_weight=1.0)
+    for setting, one_unit in (("true", True), ("false", False)):
+        config = load_config(RECIPE, ["model.gather=layer", f"model.answer_sees_image={setting}"])
+        mark_gather_units(model, config)
+        assert {marked[layer] for layer in model.rollout.layers} == {one_unit}
 
 
 def test_norms_and_biases_do_not_decay() -> None:

@@ -1,0 +1,296 @@
+"""Do the latents matter? Trains a tiny model in several ways, with several seeds, and replaces its latents.
+
+    python -m benchmarks.do_latents_matter --task vsp --seeds 3
+    python -m benchmarks.do_latents_matter --task hidden --seeds 3
+
+vsp: shortest paths on 3x3 maps, as in the demo. hidden: the puzzles of `mirage-data make-puzzles`, whose answer is seen
+in a picture that the question does not show. The arms, each from the same rows and, with one seed, from the same
+random model and with the same order of samples:
+
+text             no latents, as many samples as stage 1 and stage 2 together
+text_seconds     no latents, for the seconds that the steps of stage 1 and stage 2 took
+latents          stage 1, then stage 2
+gray             the same, where every helper image is a gray one
+input            the same, where the helper image is the question's own image
+unseen_image     the same, where the answer does not see the question's image once its first latent block has begun
+
+A seed sets the model's random weights and the order of the samples; training and test rows are the same for all. Every
+model with latents answers the test rows again with its latents replaced (docs/evaluation.md says by what).
+
+Nothing is done twice: OUTPUT/parts.jsonl has a line for each part that is complete, and a start continues after them. A
+part that was interrupted begins again. Nothing else should run on the machine, as `text_seconds` depends on step times.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal
+
+import typer
+
+from benchmarks.latents_table import OWN, Solved, arms_table, latents_table
+from benchmarks.measuring import cpu_name
+from launch.demo import GLOBAL_BATCH_SIZE, RANKS, RECIPES
+from launch.local import count_gpus
+from mirage_ds import errors, strict_json
+from mirage_ds.errors import ConfigError
+from mirage_ds.evaluation.finished import read_results
+from mirage_ds.paths import expanded
+from mirage_ds.versions import versions
+
+ROOT = Path(__file__).parents[1]
+LATENTS = "own,none,markers,mean,shuffled,noise:1.0,zeroed,fixed,oracle,first"
+BATCH_SIZE, MAX_NEW_TOKENS = 50, 32
+TaskName = Literal["vsp", "hidden"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much data, and how many steps."""
+
+    num_train: int
+    num_test: int
+    stage1_steps: int
+    stage2_steps: int
+    warmup_steps: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt, and how it is scored."""
+
+    command: tuple[str, ...]  # draws the rows
+    scored_as: str
+    latent_size: int
+    size: Size
+
+
+TASKS: dict[TaskName, Task] = {
+    "vsp": Task(
+        ("make-vsp", "--levels", "3", "--cell-px", "28", "--prompt", "short"),
+        "vsp-spatial-planning",
+        4,
+        Size(num_train=5800, num_test=400, stage1_steps=260, stage2_steps=400, warmup_steps=30),
+    ),
+    "hidden": Task(
+        ("make-puzzles", "--levels", "1"),
+        "choice",
+        9,
+        Size(num_train=5800, num_test=400, stage1_steps=260, stage2_steps=200, warmup_steps=30),
+    ),
+}
+SHORT = Size(num_train=64, num_test=8, stage1_steps=2, stage2_steps=2, warmup_steps=1)
+
+TEXT_ARMS = ("text", "text_seconds")
+OVERRIDES = {
+    "latents": (),
+    "gray": ("data.helper=gray",),
+    "input": ("data.helper=input",),
+    "unseen_image": ("model.answer_sees_image=false",),
+}
+"""What an arm with latents sets beyond the recipes."""
+
+
+class Parts:
+    """The parts that are complete, in a file that outlives the process."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        """
+        Raises:
+            ConfigError: the folder has parts that were made with other settings.
+        """
+        self.folder, self.path = folder, folder / "parts.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        made = folder / "settings.json"
+        if not made.exists():
+            made.write_text(json.dumps(settings, indent=1) + "\n")
+        if (found := strict_json.loads(made.read_text())) != json.loads(json.dumps(settings)):
+            raise ConfigError(
+                f"{made} has other settings (--output {folder}): {found}; one folder is for one task in one size; name "
+                "another --output"
+            )
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {part["name"]: part for part in map(strict_json.loads, lines)}
+
+    def once(self, name: str, outputs: Sequence[Path], action: Callable[[], None]) -> None:
+        """Runs a part that is not complete, without what an interrupted one left of its outputs."""
+        if name in self.done:
+            return
+        for path in outputs:
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
+        started_s = time.monotonic()
+        action()
+        seconds = round(time.monotonic() - started_s, 1)
+        self.done[name] = {"name": name, "seconds": seconds, "date": date.today().isoformat(), "commit": commit()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.done[name]) + "\n")
+
+
+class Benchmark:
+    """All arms of one task in one folder; every part is a command that a user would type."""
+
+    def __init__(self, name: TaskName, folder: Path, *, short: bool) -> None:
+        self.task, self.folder = TASKS[name], folder
+        self.size = SHORT if short else self.task.size
+        self.parts = Parts(folder, {"task": name, "size": asdict(self.size)})
+        self.ranks = min(RANKS, count_gpus()) or RANKS
+
+    def run(self, num_seeds: int) -> None:
+        """Trains and evaluates what is not there yet."""
+        rows = self.folder / "rows"
+        counts = ("--num-train", self.size.num_train, "--num-test", self.size.num_test)
+        self.once("rows", rows, ("mirage-data", *self.task.command, "--output", rows, *counts))
+        shards = self.folder / "shards"
+        self.once("shards", shards, ("mirage-data", "build", "--input", rows / "train.jsonl", "--output", shards))
+        for seed in range(num_seeds):
+            model = self.folder / f"seed_{seed}" / "model"
+            made = ("--preset", "tiny", "--text", rows / "train.jsonl", "--seed", seed)
+            self.once(f"seed {seed}, model", model, ("mirage", "init", *made, "--output", model))
+            both = self.size.stage1_steps + self.size.stage2_steps
+            self.train(seed, "text", "text", both)
+            for arm in OVERRIDES:
+                self.train(seed, arm, "stage1", self.size.stage1_steps)
+                start = f"run.init_from={self.run_of(seed, arm, 'stage1')}"
+                self.train(seed, arm, "stage2", self.size.stage2_steps, start)
+            self.train(seed, "text_seconds", "text", self.steps_of_equal_seconds(seed))
+            for arm in TEXT_ARMS:
+                self.evaluate(seed, arm, "text", OWN)
+            for arm in OVERRIDES:
+                self.evaluate(seed, arm, "stage2", LATENTS)
+
+    def run_of(self, seed: int, arm: str, stage: str) -> Path:
+        return self.folder / f"seed_{seed}" / arm / stage
+
+    def train(self, seed: int, arm: str, stage: str, steps: int, *overrides: str) -> None:
+        """Trains one stage of an arm by the demo's recipe."""
+        run = self.run_of(seed, arm, stage)
+        settings = [
+            f"run.dir={run}",
+            f"run.seed={seed}",
+            f"model.path={self.folder / f'seed_{seed}' / 'model'}",
+            f"model.latent_size={self.task.latent_size}",
+            f"data.shards={self.folder / 'shards'}",
+            "evaluation.shards=null",
+            f"train.micro_batch_size_per_gpu={GLOBAL_BATCH_SIZE // self.ranks}",
+            f"train.max_steps={steps}",
+            f"train.warmup_steps={self.size.warmup_steps}",
+            *OVERRIDES.get(arm, ()),
+            *overrides,
+        ]
+        recipe = RECIPES / f"demo-{stage}.yaml"
+        command = ("mirage-launch", "local", "--ranks", self.ranks, recipe, *settings)
+        self.once(f"seed {seed}, {arm}, {stage}", run, command)
+
+    def evaluate(self, seed: int, arm: str, stage: str, latents: str) -> None:
+        """Exports a run and answers the test rows, with each replacement."""
+        model, answers = self.run_of(seed, arm, "model"), self.run_of(seed, arm, "answers.jsonl")
+        checkpoint = self.run_of(seed, arm, stage)
+        export = ("mirage", "export", "--checkpoint", checkpoint, "--output", model)
+        self.once(f"seed {seed}, {arm}, export", model, export)
+        command = ("mirage", "evaluate", "--model", model, "--task", self.task.scored_as, "--output", answers)
+        limits = ("--batch-size", BATCH_SIZE, "--max-new-tokens", MAX_NEW_TOKENS, "--latents", latents)
+        data = ("--data", self.folder / "rows" / "test.jsonl")
+        self.once(f"seed {seed}, {arm}, answers", answers, (*command, *data, *limits))
+
+    def once(self, name: str, output: Path, command: Sequence[object]) -> None:
+        """Runs the command of a part that is not complete, after printing it."""
+
+        def action() -> None:
+            words = [str(word) for word in command]
+            print(f"$ {' '.join(words)}", flush=True)
+            code = subprocess.run([Path(sys.executable).parent / words[0], *words[1:]]).returncode
+            if code:
+                raise SystemExit(f"`{' '.join(words)}` failed with exit code {code}; its message is above")
+
+        self.parts.once(name, [output, Path(f"{output}.summary.json")], action)
+
+    def step_seconds(self, seed: int, arm: str, stage: str) -> list[float]:
+        """What each step of a run took, with the wait for its data."""
+        lines = (self.run_of(seed, arm, stage) / "metrics.jsonl").read_text().splitlines()
+        return [strict_json.loads(line)["step_s"] for line in lines]
+
+    def steps_of_equal_seconds(self, seed: int) -> int:
+        """The steps of text that take as long as those of stage 1 and stage 2 took, by the median of a text step."""
+        latents_s = sum(sum(self.step_seconds(seed, "latents", stage)) for stage in ("stage1", "stage2"))
+        return max(1, round(latents_s / median(self.step_seconds(seed, "text", "text"))))
+
+    def solved(self, num_seeds: int) -> Solved:
+        """Whether each answer was right, by arm and by what was fed at its latents."""
+        found: Solved = {arm: {} for arm in (*TEXT_ARMS, *OVERRIDES)}
+        for arm, by_latents in found.items():
+            for seed in range(num_seeds):
+                for latents, answers in read_results(self.run_of(seed, arm, "answers.jsonl")).items():
+                    (way, *_) = answers[0].scores
+                    right = [answer.scores[way].success == 1 for answer in answers]
+                    by_latents.setdefault(latents, []).append(right)
+        return found
+
+    def training_of(self, num_seeds: int) -> dict[str, dict[str, float]]:
+        """Samples and minutes of training of each arm, by mean over the seeds."""
+        found = {}
+        for arm in (*TEXT_ARMS, *OVERRIDES):
+            stages = ("text",) if arm in TEXT_ARMS else ("stage1", "stage2")
+            steps = [self.step_seconds(seed, arm, stage) for seed in range(num_seeds) for stage in stages]
+            found[arm] = {
+                "samples": GLOBAL_BATCH_SIZE * sum(map(len, steps)) / num_seeds,
+                "minutes": sum(map(sum, steps)) / 60 / num_seeds,
+            }
+        return found
+
+    def report(self, num_seeds: int) -> None:
+        """Prints the tables, and writes the summary."""
+        solved, training = self.solved(num_seeds), self.training_of(num_seeds)
+        parts = list(self.parts.done.values())
+        summary = {
+            "settings": json.loads((self.folder / "settings.json").read_text()),
+            "num_seeds": num_seeds,
+            "machine": cpu_name(),
+            "ranks": self.ranks,
+            "versions": versions(),
+            "hours": sum(part["seconds"] for part in parts) / 3600,
+            "training": training,
+            "rates": {
+                arm: {latents: [sum(rows) / len(rows) for rows in seeds] for latents, seeds in by_latents.items()}
+                for arm, by_latents in solved.items()
+            },
+            "parts": parts,
+        }
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        print("\n".join(["", *arms_table(solved, training), "", *latents_table(solved, tuple(OVERRIDES))]))
+        commits, days = ({part[key] for part in parts} for key in ("commit", "date"))
+        print(
+            f"\n{summary['hours']:.1f} hours on {cpu_name()}, {', '.join(sorted(days))}, {', '.join(sorted(commits))}"
+        )
+
+
+def commit() -> str:
+    """The checkout's commit; with `+` if files were changed since."""
+    command = ("git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*")
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+@expanded()
+def main(
+    task: Annotated[TaskName, typer.Option(help="What is learnt.")] = "vsp",
+    seeds: Annotated[int, typer.Option(min=1, help="Models that are trained in each way.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option(show_default="runs/do-latents-matter-TASK", help="A folder; a start continues there.")
+    ] = None,
+    short: Annotated[bool, typer.Option("--short", help="A few steps of each part, to check that it runs.")] = False,
+) -> None:
+    """Trains every arm that is not there yet, and prints what came out."""
+    benchmark = Benchmark(task, output or Path("runs") / f"do-latents-matter-{task}", short=short)
+    benchmark.run(seeds)
+    benchmark.report(seeds)
+
+
+if __name__ == "__main__":
+    errors.run(lambda: typer.run(main))

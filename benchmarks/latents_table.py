@@ -1,0 +1,86 @@
+"""The tables of do_latents_matter.py: rates and paired differences, with intervals over seeds and rows.
+
+Every seed answers the same rows, so what was solved is a table of seeds x rows, and a rate is the mean of it. A
+bootstrap draws seeds with replacement and, for each of these draws, rows with replacement, the same rows for all its
+seeds; the interval is from the 2.5% to the 97.5% quantile of NUM_DRAWS means. So it covers other random models and
+orders of samples, as far as the few seeds show them, and other rows of the same kind. It does not cover other training
+rows, sizes of model or tasks. With 3 seeds it is too short for what seeds do: the spread of n drawn seeds is on average
+sqrt((n - 1) / n) of the real one. The two sides of a difference are drawn together: same seed, same row.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+OWN = "own"
+NUM_DRAWS = 10_000
+LABELS = {
+    "text": "text, same samples",
+    "text_seconds": "text, same seconds",
+    "latents": "stage 1 + stage 2",
+    "gray": "gray helper images",
+    "input": "the input image as helper",
+    "unseen_image": "answer does not see the image",
+}
+
+Solved = dict[str, dict[str, list[list[bool]]]]
+"""{arm: {what was fed at the latents: whether it was solved, [seeds][rows]}}"""
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95% interval of the mean of [seeds, rows] values."""
+    random = np.random.default_rng(0)
+    num_seeds, num_rows = values.shape
+    means = []
+    for _ in range(NUM_DRAWS):
+        seeds = random.integers(num_seeds, size=num_seeds)
+        rows = random.integers(num_rows, size=num_rows)
+        # The mean over the drawn seeds first: it is [rows], and cheap to draw from.
+        means.append(values[seeds].mean(axis=0)[rows].mean())
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def arms_table(solved: Solved, training: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Markdown, a line for each arm: how much it was trained, its rate, and the difference to text on equal samples."""
+    head = ("arm", "samples", "minutes", "solved", "95% interval", "by seed", "minus text", "95% interval")
+    lines = _head(head)
+    text = np.array(solved["text"][OWN], dtype=float)
+    for arm, by_latents in solved.items():
+        own = np.array(by_latents[OWN], dtype=float)
+        by_seed = ", ".join(f"{rate:.1%}" for rate in own.mean(axis=1))
+        cells = [LABELS[arm], f"{training[arm]['samples']:.0f}", f"{training[arm]['minutes']:.1f}"]
+        cells += [f"{own.mean():.1%}", _span(own, "{:.1%}"), by_seed]
+        cells += ["", ""] if arm == "text" else [_points(own - text), _span(own - text, "{:+.1f}", 100)]
+        lines.append(_line(cells))
+    return lines
+
+
+def latents_table(solved: Solved, arms: Sequence[str]) -> list[str]:
+    """Markdown, a line for each replacement: the rate of each arm, and own states minus it with the interval."""
+    lines = _head(("fed at the latents", *(LABELS[arm] for arm in arms)))
+    for latents in solved[arms[0]]:
+        cells = [latents]
+        for arm in arms:
+            own, replaced = (np.array(solved[arm][fed], dtype=float) for fed in (OWN, latents))
+            worth = own - replaced
+            span = _span(worth, "{:+.1f}", 100)
+            cells.append(f"{replaced.mean():.1%}" + ("" if latents == OWN else f" ({_points(worth)}: {span})"))
+        lines.append(_line(cells))
+    return lines
+
+
+def _points(difference: np.ndarray) -> str:
+    return f"{100 * difference.mean():+.1f}"
+
+
+def _span(values: np.ndarray, form: str, scale: float = 1) -> str:
+    return " to ".join(form.format(scale * end) for end in interval(values))
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [_line(names), _line(["---", *["---:"] * (len(names) - 1)])]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

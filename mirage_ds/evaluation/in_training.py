@@ -1,0 +1,233 @@
+"""Evaluation in training: the ranks answer questions with the weights of a step, and share the work.
+
+The weights are gathered once for all questions; from then on every rank decodes its own batches, without a collective,
+so answers may differ in length. The files are those of `mirage evaluate`: RUN/evaluations/step_N.jsonl.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirage_ds.config import Config
+from mirage_ds.errors import DataError, MirageError
+from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.arms import OWN
+from mirage_ds.evaluation.engine import Engine
+from mirage_ds.evaluation.parts import Parts, check_settings
+from mirage_ds.evaluation.ranks import Ranks
+from mirage_ds.evaluation.results import Results
+from mirage_ds.evaluation.scoring import Task
+from mirage_ds.evaluation.tables import summary_of
+from mirage_ds.evaluation.training_looks import looks
+from mirage_ds.evaluation.training_questions import Questions, describe_evaluation
+from mirage_ds.housekeeping import warn_once
+from mirage_ds.inference.generate import Decoder
+from mirage_ds.model.backbone import Backbone
+from mirage_ds.train_state import TrainState
+from mirage_ds.training.after_step import Action
+from mirage_ds.training.curves import Look
+from mirage_ds.training.start import Start
+from mirage_ds.training.trainer import Trainer
+from mirage_ds.zero3 import distributed
+from mirage_ds.zero3.whole_model import whole_model
+
+FOLDER = "evaluations"
+Gather = Callable[[Any], list[Any]]
+"""The values of all ranks, on every rank."""
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """A run's evaluations. All ranks call it together."""
+
+    trainer: Trainer
+    backbone: Backbone  # whose modules the trainer's engine has sharded
+    questions: Questions
+    config: Config
+
+    def __call__(self, step: int) -> None:
+        """Evaluates the weights after `step`, and reports it."""
+        began_s = time.monotonic()
+        output = self.config.run.dir / FOLDER / f"step_{step}.jsonl"
+        answers: dict[str, list[Answer]] = {}
+        shown: list[Look] = []
+        fault = together(lambda gather: answers.update(self.answer(step, output, gather, shown)))
+        if isinstance(fault, MirageError):
+            self.trainer.agree_on_fault(DataError(f"the evaluation after step {step} failed: {fault}"))
+        elif fault is not None:
+            warn_once(f"no evaluation after step {step} ({output}): {fault}; the run continues; free some space")
+        elif distributed.is_main():
+            seconds = time.monotonic() - began_s
+            self.trainer.metrics.add_evaluation(step, numbers(answers, self.questions.task), seconds, shown)
+            self.warn_of_timeout(seconds)
+
+    def answer(self, step: int, output: Path, gather: Gather, shown: list[Look]) -> dict[str, list[Answer]]:
+        """Writes the answers to all questions and what follows from them.
+
+        Returns:
+            The answers by arm, on rank 0 alone; there some of them are added to `shown`.
+        """
+        ranks = Ranks(distributed.rank(), distributed.world_size(), gather)
+        questions, settings = self.questions, self.settings(step)
+        results = None
+        if ranks.is_first:
+            forget(output)
+            results = Results(output)
+            check_settings(results.parts, settings)
+        ranks.wait()  # every rank finds an empty folder
+        parts = Parts(parts_of(output), ranks.rank, self.backbone.embed_tokens.embedding_dim)
+        ranks.wait()  # nobody gathers while another rank has failed
+        with closing(parts), decoding(self.trainer.engine.module, self.backbone):
+            engine = self.engine()
+            engine.run(parts, ranks)
+            if ranks.is_first:
+                shown += looks(engine, parts.answers(), parts.states())
+        ranks.wait()  # nobody has a file open in a folder that is removed
+        if results is None:
+            return {}
+        answers = engine.in_order(parts.answers())
+        every = [answer for arm in answers.values() for answer in arm]
+        with results:
+            results.finish(every, summary_of(answers, questions.task) | {"settings": settings})
+        return answers
+
+    def engine(self) -> Engine:
+        """What decodes with the weights of now."""
+        questions, evaluation = self.questions, self.config.evaluation
+        decoder = Decoder(
+            self.backbone,
+            questions.encoder.ids,
+            self.config.model.latent_size,
+            max_new_tokens=evaluation.max_new_tokens,
+        )
+        return Engine(
+            decoder,
+            questions.encoder,
+            questions.rows,
+            questions.task,
+            questions.arms,
+            batch_size=evaluation.batch_size,
+            seed=self.config.run.seed,
+        )
+
+    def settings(self, step: int) -> dict[str, Any]:
+        """What decided the answers, for the summary."""
+        evaluation = self.config.evaluation.model_dump(mode="json", exclude={"shards", "interval", "max_samples"})
+        settings = {"step": step, "latent_size": self.config.model.latent_size, "seed": self.config.run.seed}
+        return evaluation | settings | {"computed": self.backbone.describe()}
+
+    def warn_of_timeout(self, seconds: float) -> None:
+        """Ranks that have ended wait for the slowest one, as long as a collective may wait."""
+        timeout_s = self.config.distributed.timeout_s
+        if seconds > timeout_s / 2:
+            warn_once(
+                f"an evaluation took {seconds:.0f} s; a rank that waits distributed.timeout_s={timeout_s} for another "
+                "ends the run; set evaluation.max_new_tokens, evaluation.max_rows or evaluation.latents lower, or "
+                "distributed.timeout_s higher"
+            )
+
+
+def open_evaluation(
+    trainer: Trainer, backbone: Backbone, questions: Questions | None, config: Config, start: Start
+) -> InTraining | None:
+    """What answers questions while the run trains, if there are questions."""
+    if questions is None:
+        return None
+    described = describe_evaluation(config, start, questions)
+    if distributed.is_main():
+        print(described, flush=True)
+    return InTraining(trainer, backbone, questions, config)
+
+
+def evaluate_if_due(evaluation: InTraining | None) -> Action:
+    """Evaluates every `evaluation.interval` steps and after the last one, if there are questions.
+
+    To be called before a validation, which leaves weights gathered.
+    """
+    if evaluation is None:
+        return lambda state: None
+    trainer, interval = evaluation.trainer, evaluation.config.evaluation.interval
+
+    def action(state: TrainState) -> None:
+        if state.ends_early:  # the remaining time is for the checkpoint
+            return
+        if state.step % interval == 0 or state.step == trainer.max_steps:
+            trainer.metrics.flush()
+            evaluation(state.step)
+
+    return action
+
+
+@contextmanager
+def decoding(module: torch.nn.Module, backbone: Backbone) -> Iterator[None]:
+    """Every rank may decode with the backbone, whose modules are those of `module`; training does not notice."""
+    device = backbone.device
+    with whole_model(module), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            backbone.hf.train()  # a decoder turns that off
+
+
+class FailedError(Exception):
+    """A rank has failed, perhaps this one."""
+
+    def __init__(self, fault: Exception) -> None:
+        self.fault = fault
+
+
+def together(work: Callable[[Gather], None]) -> Exception | None:
+    """Does `work` on all ranks. They exchange values equally often; one that has failed says so at its next exchange,
+    which ends the work of all there: none waits for ever.
+
+    Returns:
+        The first failure that has a name, of any rank, on every rank.
+    """
+
+    def gather(value: Any, fault: Exception | None = None) -> list[Any]:
+        found = distributed.gather((value, fault))
+        for _, fault in found:
+            if fault is not None:
+                raise FailedError(fault)
+        return [value for value, _ in found]
+
+    try:
+        try:
+            work(gather)
+            gather(None)
+        except (MirageError, OSError) as error:
+            gather(None, error)
+    except FailedError as failed:
+        return failed.fault
+    return None
+
+
+def parts_of(output: Path) -> Path:
+    """Where the ranks write while they decode."""
+    return Path(f"{output}.parts")
+
+
+def forget(output: Path) -> None:
+    """Deletes what an earlier start wrote of this step."""
+    output.unlink(missing_ok=True)
+    Path(f"{output}.summary.json").unlink(missing_ok=True)
+    shutil.rmtree(parts_of(output), ignore_errors=True)
+
+
+def numbers(answers: dict[str, list[Answer]], task: Task) -> dict[str, float]:
+    """The figures of an evaluation: those of the arm `own` by their plain names, others as NAME_ARM."""
+    figures = {}
+    for name, arm in answers.items():
+        suffix = "" if name == OWN else f"_{name}"
+        scored = [answer.scores[task.ways[0]].success for answer in arm if answer.scores]
+        if scored:
+            figures[f"success{suffix}"] = sum(scored) / len(scored)
+        figures[f"cut_off{suffix}"] = sum(not answer.complete for answer in arm) / len(arm)
+        figures[f"with_blocks{suffix}"] = sum(answer.num_blocks > 0 for answer in arm) / len(arm)
+    return figures

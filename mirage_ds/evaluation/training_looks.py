@@ -1,0 +1,96 @@
+"""What TensorBoard shows of some answers of an evaluation in training: their text, and one picture each.
+
+The picture has the input image, the helper image if the row has one, and a heat map for each latent; below them are
+question and answer.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from mirage_ds.data.images import open_image
+from mirage_ds.data.rows import Sample
+from mirage_ds.evaluation.answers import Answer, Row
+from mirage_ds.evaluation.arms import OWN
+from mirage_ds.evaluation.engine import Engine
+from mirage_ds.evaluation.heat import heat_maps, overlay
+from mirage_ds.evaluation.states import States
+from mirage_ds.training.curves import Look
+from mirage_ds.training.validation import spread
+
+NUM_LOOKS = 3
+TILE_PX, GAP_PX, LINE_PX, FONT_PX = 168, 8, 18, 14
+MOST_LATENTS, MOST_CHARACTERS = 8, 600
+LATENT_MARK = "\N{BLACK SMALL SQUARE}"
+
+
+def looks(engine: Engine, answers: Sequence[Answer], states: States) -> list[Look]:
+    """Of some rows, evenly spaced, the same in every evaluation. All weights must be gathered.
+
+    Args:
+        answers: all of them; those of the arm `own` are shown.
+        states: the own states of the rows.
+    """
+    own = {answer.number: answer for answer in answers if answer.arm == OWN}
+    return [look(engine, row, own[row.number], states) for row in (engine.rows[n] for n in spread(len(own), NUM_LOOKS))]
+
+
+def look(engine: Engine, row: Row, answer: Answer, states: States) -> Look:
+    """One row."""
+    key = row.sample.key
+    made = [state for slot in states.slots(key)[:MOST_LATENTS] if (state := states.at(key, slot)) is not None]
+    first, *_ = [*heat_maps(engine.decoder, engine.encoder, row.sample, made), np.zeros((0, 0, 0), np.float32)]
+    turned = bool(engine.encoder.helper_facts()["exif_orientation"])
+    lines = [
+        ("question", row.sample.text_input),
+        ("expected", row.sample.text_output),
+        ("answer", marked(answer)),
+        ("scored", ", ".join(f"{way} {outcome.status}" for way, outcome in answer.scores.items()) or answer.unscored),
+    ]
+    text = "\n\n".join(f"**{name}**: {' '.join(words.split())}" for name, words in lines if words)
+    return Look(text, np.asarray(picture(row.sample, first, lines, turned=turned)))
+
+
+def marked(answer: Answer) -> str:
+    """An answer's text with a mark for each of its latents."""
+    text, places = answer.text, [0, *answer.latents_at, len(answer.text)]
+    pieces = [text[start:end] for start, end in pairwise(places)]
+    return LATENT_MARK.join(pieces)
+
+
+def picture(
+    sample: Sample, maps: NDArray[np.float32], lines: Sequence[tuple[str, str]], *, turned: bool
+) -> Image.Image:
+    """The tiles of a row, and its lines of text below them.
+
+    Args:
+        maps: [latents, rows, columns], over the first input image.
+        turned: whether images are turned as EXIF says.
+    """
+    opened = [open_image(data, sample.key, exif_orientation=turned) for data in sample.input_images[:1]]
+    tiles = [("input", image) for image in opened]
+    tiles += [("helper", open_image(data, sample.key, exif_orientation=turned)) for data in sample.helper_images[:1]]
+    tiles += [(f"latent {number}", overlay(opened[0], each)) for number, each in enumerate(maps, start=1)]
+    width = max(4, len(tiles)) * (TILE_PX + GAP_PX) + GAP_PX
+    wrapped = [
+        part
+        for name, words in lines
+        if words
+        for part in textwrap.wrap(f"{name}: {words[:MOST_CHARACTERS]}", width=(width - 2 * GAP_PX) * 2 // FONT_PX)
+    ]
+    top = LINE_PX + TILE_PX + GAP_PX if tiles else GAP_PX
+    canvas = Image.new("RGB", (width, top + len(wrapped) * LINE_PX + GAP_PX), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT_PX)
+    for number, (name, image) in enumerate(tiles):
+        left = GAP_PX + number * (TILE_PX + GAP_PX)
+        draw.text((left, 0), name, fill="black", font=font)
+        small = image.convert("RGB")
+        small.thumbnail((TILE_PX, TILE_PX))
+        canvas.paste(small, (left, LINE_PX))
+    for number, part in enumerate(wrapped):
+        draw.text((GAP_PX, top + number * LINE_PX), part, fill="black", font=font)
+    return canvas

@@ -1,0 +1,154 @@
+"""Evaluation in training under ZeRO-3, on 2 ranks: its answers, and that training does not notice it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import evaluation_worker
+import launching
+import pytest
+from talkative import write_questions, write_talkative
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Qwen2_5_VLForConditionalGeneration
+from typer.testing import CliRunner
+
+from data_tools.build import build
+from mirage_ds.cli import app
+from mirage_ds.evaluation.training_looks import LATENT_MARK
+from mirage_ds.hf.export import export_checkpoint
+
+STEPS, INTERVAL, NUM_ROWS, MAX_NEW_TOKENS = 3, 2, 11, 20
+RUNS = {f"{stage}-{tied}": (stage, tied) for stage in ("stage1", "stage2") for tied in ("untied", "tied")}
+ARMS = "own,zeroed,mean"
+
+
+def overrides(folder: Path, deepspeed_config: str, name: str, *, evaluated: bool) -> list[str]:
+    stage, tied = RUNS[name]
+    evaluation = [
+        "evaluation.task=none",
+        f"evaluation.rows={folder / 'questions' / 'questions.jsonl'}",
+        f"evaluation.latents='{ARMS}'",
+        f"evaluation.max_new_tokens={MAX_NEW_TOKENS}",
+        "evaluation.batch_size=2",
+    ]
+    return [
+        f"train.stage={stage}",
+        f"model.path={folder / tied / 'model'}",
+        f"data.shards={folder / 'shards'}",
+        f"run.dir={folder / f'{name}-{evaluated}'}",
+        f"train.max_steps={STEPS}",
+        "train.warmup_steps=1",
+        "train.lr=2e-5",
+        "checkpoint.interval=0",
+        f"evaluation.interval={INTERVAL}",
+        f"evaluation.shards={folder / 'shards'}",
+        "evaluation.max_samples=3",
+        f"distributed.deepspeed_config={deepspeed_config}",
+        *(evaluation if evaluated else []),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, deepspeed_configs: dict[str, str]) -> Path:
+    """Every run with and without evaluation, in one start of two ranks."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    model = write_talkative(folder / "untied")
+    shutil.copytree(model, folder / "tied" / "model")
+    tied = Qwen2_5_VLForConditionalGeneration.from_pretrained(model)
+    tied.model.language_model.embed_tokens.weight.data.copy_(tied.lm_head.weight.data)
+    for name, parameter in tied.named_parameters():
+        if "language_model.layers." in name and parameter.dim() > 1:
+            parameter.data *= 16  # beside the large embeddings; else each token is followed by itself
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(folder / "tied" / "model")
+    build(folder / "untied" / "rows" / "rows.jsonl", folder / "shards", maxcount=4, maxsize=10**9)
+    write_questions(folder / "questions", NUM_ROWS)
+    wanted = [
+        overrides(folder, deepspeed_configs["plain"], name, evaluated=evaluated)
+        for name in RUNS
+        for evaluated in (False, True)
+    ]
+    with launching.start(2, wanted, main=evaluation_worker.main, log=folder / "log") as ranks:
+        ranks.finish(timeout_s=900)
+    return folder
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_does_not_notice(runs: Path, name: str) -> None:
+    """Losses, gradient norms and validation losses are the same bits."""
+    for file, steps in (("metrics.jsonl", STEPS), ("validation.jsonl", 2)):
+        without, evaluated = (records(runs / f"{name}-{evaluated}" / file) for evaluated in (False, True))
+        assert len(without) == steps
+        for ours, reference in zip(evaluated, without, strict=True):
+            assert ours["loss_hex"] == reference["loss_hex"]
+            assert ours.get("grad_norm") == reference.get("grad_norm")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_latent_health_is_taken_from_the_latents(runs: Path, name: str) -> None:
+    """In stage 1 the mean cosine to the targets is 1 - the latent loss, as all rows have one K."""
+    for record in records(runs / f"{name}-True" / "metrics.jsonl"):
+        cosines = record["latents"]["target_cosine"]
+        if name.startswith("stage1"):
+            assert sum(cosines) / len(cosines) == pytest.approx(record["cosine"], abs=1e-5)
+        else:
+            assert cosines == [None] * 4
+        assert all(-1 < cosine < 1 for cosine in record["latents"]["row_cosine"])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_answers_are_those_of_the_exported_model(runs: Path, name: str) -> None:
+    """Those of `mirage evaluate`, in one process and with larger batches, for the weights of the last checkpoint."""
+    run_dir, export, output = runs / f"{name}-True", runs / f"{name}-export", runs / f"{name}.jsonl"
+    export_checkpoint(run_dir, export)
+    arguments = ["evaluate", "--model", export, "--task", "none", "--data", runs / "questions" / "questions.jsonl"]
+    arguments += ["--output", output, "--latents", ARMS, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", 4]
+    arguments += ["--seed", 42]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    ours, theirs = (records(path) for path in (run_dir / "evaluations" / f"step_{STEPS}.jsonl", output))
+    told = ("number", "arm", "text", "num_tokens", "num_blocks", "num_latents", "num_replaced", "complete")
+    assert [{field: answer[field] for field in told} for answer in ours] == [
+        {field: answer[field] for field in told} for answer in theirs
+    ]
+    own = [answer for answer in ours if answer["arm"] == "own"]
+    assert len(own) == NUM_ROWS
+    assert {answer["num_blocks"] > 0 for answer in own} == {True, False}
+    assert len({answer["num_tokens"] for answer in own}) > 3  # so that ranks end at different times
+
+
+def test_rates_are_reported_after_each_evaluation(runs: Path) -> None:
+    """evaluation.jsonl against the answers in the files."""
+    run_dir = runs / "stage2-untied-True"
+    reported = records(run_dir / "evaluation.jsonl")
+    assert [record["step"] for record in reported] == [INTERVAL, STEPS]
+    for record in reported:
+        answers = records(run_dir / "evaluations" / f"step_{record['step']}.jsonl")
+        for arm, suffix in (("own", ""), ("zeroed", "_zeroed")):
+            of_arm = [answer for answer in answers if answer["arm"] == arm]
+            cut_off = sum(answer["num_tokens"] == MAX_NEW_TOKENS and not answer["complete"] for answer in of_arm)
+            assert record[f"cut_off{suffix}"] == pytest.approx(cut_off / NUM_ROWS)
+            blocks = sum(answer["num_blocks"] > 0 for answer in of_arm)
+            assert record[f"with_blocks{suffix}"] == pytest.approx(blocks / NUM_ROWS)
+    assert not list((run_dir / "evaluations").glob("*.parts"))
+
+
+def test_tensorboard_shows_answers_and_the_configuration(runs: Path) -> None:
+    run_dir = runs / "stage2-untied-True"
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0, "tensors": 0}).Reload()
+    for number in range(3):
+        assert [event.step for event in events.Images(f"evaluation/answer_{number}")] == [INTERVAL, STEPS]
+    (shown,) = [event for event in events.Tensors("evaluation/answer_0/text_summary") if event.step == STEPS]
+    first = records(run_dir / "evaluations" / f"step_{STEPS}.jsonl")[0]
+    text = shown.tensor_proto.string_val[0].decode()
+    assert "**question**: " in text
+    assert text.count(LATENT_MARK) == first["num_latents"]
+    (described,) = events.Tensors("configuration/text_summary")
+    assert '"latent_size": 4' in described.tensor_proto.string_val[0].decode()
+    assert "latents/row_cosine_0" in events.Tags()["scalars"]

@@ -1,0 +1,182 @@
+"""Images that are hidden after a row's first latent block: against a plain loop with an explicit mask; and what is
+computed at the images reaches no later state.
+
+Losses to 1e-5, the gradient of every parameter to 1e-4 of its norm.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import flash_attn_stub
+import golden_set
+import plain_loop
+import pytest
+import torch
+from flash_attn_stub import FLASH, VARLEN, use_flash
+from micro_batch import Waits, losses_of
+from random_samples import ragged_batch, random_sample
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mirage_ds.batch import Batch
+from mirage_ds.data import collate as collation
+from mirage_ds.data.alignment import aligned_columns, columns_from_left
+from mirage_ds.data.collate import collate
+from mirage_ds.data.encode import EncodedSample
+from mirage_ds.model.rollout import Rollout
+
+BLOCKS = [[], [2], [8, 2], [3, 1]]
+HIDES = [True, True, True, False]
+"""The last row is one that was not drawn."""
+WAYS = {"stage1": columns_from_left, "stage2": aligned_columns, "stage2 from the left": columns_from_left}
+CUTS = [*((way, rows) for way in ("stage1", "stage2") for rows in (1, 2, 4)), ("stage2 from the left", 4)]
+PASSES = {
+    "stage1": {1: [1, 2, 2, 1], 2: [2, 2], 4: [3]},
+    "stage2": {1: [1, 4, 12, 5], 2: [4, 12], 4: [1 + 8 + 1 + 2]},  # a block of 8 has a latent where one of 2 ends
+}
+"""Of each micro-batch, by its number of rows."""
+
+
+def samples_of(stage: str) -> list[EncodedSample]:
+    samples = ragged_batch(11, len(BLOCKS), stage=stage, latent_sizes=BLOCKS)
+    return [replace(each, hides_images=hides) for each, hides in zip(samples, HIDES, strict=True)]
+
+
+@cache
+def plain(stage: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """The sum of the samples' losses, and its gradients, by transformers' names."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(golden_set.MODEL, dtype=torch.float32)
+    model.model.visual.requires_grad_(False)
+    total = 0.0
+    for sample in samples_of(stage):
+        ce_loss, latent_loss = plain_loop.sample_losses(model, vars(sample), stage)
+        loss = (0.1 if stage == "stage1" else 1.0) * ce_loss + latent_loss
+        loss.backward()
+        total += loss.item()
+    return total, {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", FLASH])
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "stored"])
+@pytest.mark.parametrize(("way", "rows"), CUTS)
+def test_losses_and_gradients_are_those_of_an_explicit_mask(
+    make_model, monkeypatch: pytest.MonkeyPatch, way: str, rows: int, recompute: bool, attention: str
+) -> None:
+    monkeypatch.setattr(collation, "cheapest_columns", WAYS[way])
+    stage = way.split()[0]
+    model, samples = make_model(stage, recompute=recompute), samples_of(stage)
+    parts = [samples[start : start + rows] for start in range(0, len(samples), rows)]
+    batches = [collate(part, align_latents=stage == "stage2") for part in parts]
+    passes = [model.rollout.num_passes(batch) for batch in batches]
+    if way in PASSES:
+        assert passes == PASSES[way][rows]
+    if attention == FLASH:
+        flash = flash_attn_stub.install(monkeypatch)
+        use_flash(model)
+    total = 0.0
+    for batch in batches:
+        loss = model(batch).loss
+        loss.backward()
+        total += loss.item()
+    losses, gradients = plain(stage)
+    assert total == pytest.approx(losses, rel=1e-5)
+    found = {name: each.grad for name, each in model.hf.named_parameters() if each.grad is not None}
+    assert found.keys() == gradients.keys()
+    for name, expected in gradients.items():
+        assert (found[name] - expected).norm() <= 1e-4 * expected.norm(), name
+    if attention == FLASH:
+        assert flash.calls[VARLEN] > 0
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_visible_images_give_other_losses(make_model, stage: str) -> None:
+    """Otherwise the test above would say little."""
+    visible = [replace(sample, hides_images=False) for sample in samples_of(stage)]
+    loss, _ = losses_of(make_model(stage), visible)
+    assert abs(loss - plain(stage)[0]) > 1e-3 * loss
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_more_passes_than_needed_change_nothing(make_model, stage: str) -> None:
+    """Ranks that gather layer by layer agree on the largest number of passes among them."""
+    model, samples = make_model(stage), samples_of(stage)
+    expected = losses_of(model, samples)
+    for num_passes in (13, collate(samples, align_latents=stage == "stage2").input_ids.shape[1]):
+        assert losses_of(model, samples, num_passes) == pytest.approx(expected, rel=2e-5)
+
+
+def test_rows_without_anything_to_hide_take_no_pass_more(make_model) -> None:
+    """No images, or no blocks."""
+    bare = random_sample(3, stage="stage1", images=0)
+    for sample in (bare, samples_of("stage1")[0]):
+        batch = collate([replace(sample, hides_images=True)], align_latents=False)
+        assert (batch.hidden_from, batch.hide_columns) == (None, [])
+
+
+def test_a_row_that_ends_with_its_latents(make_model) -> None:
+    """As an answer that was cut off while it was decoded: there is no column from which on its images are hidden."""
+    sample = replace(random_sample(3, stage="stage2", latent_size=4), hides_images=True)
+    cut = int(sample.latent_mask.nonzero()[-1]) + 1
+    names = ("input_ids", "labels", "latent_mask", "image_mask")
+    sample = replace(
+        sample, position_ids=sample.position_ids[:, :cut], **{name: getattr(sample, name)[:cut] for name in names}
+    )
+    batch = collate([sample], align_latents=True)
+    assert (batch.hidden_from.tolist(), batch.hide_columns) == ([cut], [])
+    model = make_model("stage2")
+    assert losses_of(model, [sample]) == pytest.approx(losses_of(model, [replace(sample, hides_images=False)]))
+
+
+class Disturbed(Rollout):
+    """A rollout whose rows find other keys and values at their images from the column `begins` [B] of the row on."""
+
+    def one_pass(self, hidden, past, *arguments, **keywords):
+        held = sum(key.shape[2] for key, _ in past[0])
+        if held:
+            is_changed = (self.images & (self.begins <= held)[:, None])[:, None, :held, None]
+            for parts in past:
+                joined = [torch.cat(each, dim=2) for each in zip(*parts, strict=True)]
+                parts[:] = [tuple(torch.where(is_changed, -1.5 * each, each) for each in joined)]
+        return super().one_pass(hidden, past, *arguments, **keywords)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", FLASH])
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_an_image_that_changes_after_the_block_changes_no_later_state(
+    make_model, monkeypatch: pytest.MonkeyPatch, stage: str, attention: str
+) -> None:
+    """Keys and values of the images, in all layers. Columns are passed one by one, so that both ways have the same."""
+    model = make_model(stage)
+    if attention == FLASH:
+        flash_attn_stub.install(monkeypatch)
+        use_flash(model)
+    samples = [replace(sample, hides_images=True) for sample in samples_of(stage)[1:]]
+    hidden = collate(samples, align_latents=stage == "stage2")
+    visible = replace(hidden, hidden_from=None, hide_columns=[])
+    for batch, changes in ((hidden, False), (visible, True)):
+        before, after = states(model, batch, hidden, disturbed=False), states(model, batch, hidden, disturbed=True)
+        for row, begin in enumerate(hidden.hidden_from.tolist()):
+            tokens = batch.attention_mask[row, begin:]
+            assert torch.equal(before[row, :begin], after[row, :begin])
+            differs = (before[row, begin:] - after[row, begin:]).abs().amax(dim=-1)[tokens]
+            assert (differs > 1e-3).all() if changes else (differs == 0).all()
+
+
+@torch.no_grad()
+def states(model, batch: Batch, hidden: Batch, *, disturbed: bool) -> torch.Tensor:
+    """Final-normed states [B, L, D], with or without the disturbance."""
+    found: list[torch.Tensor] = []
+    model.rollout.__class__ = Disturbed if disturbed else Rollout
+    model.rollout.images, model.rollout.begins = batch.image_mask, hidden.hidden_from
+    hook = model.rollout.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
+    model(batch, batch.input_ids.shape[1])
+    hook.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_host_does_not_wait_for_the_device(make_model, stage: str) -> None:
+    """With sdpa; FlashAttention looks for the hidden columns in every layer."""
+    model, batch = make_model(stage), collate(samples_of(stage), align_latents=stage == "stage2")
+    with Waits() as counted:
+        model(batch).loss.backward()
+    assert counted.count == 0

@@ -1,0 +1,118 @@
+"""The benchmark of latents without its training: its intervals and tables, equal seconds, and what a start repeats."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import latents_table
+import numpy as np
+import pytest
+from latents_table import arms_table, interval
+from latents_table import latents_table as table_of_latents
+
+from benchmarks.do_latents_matter import OVERRIDES, TEXT_ARMS, Benchmark, Parts
+from mirage_ds.errors import ConfigError
+from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.tasks.outcome import Outcome, Scores
+
+
+def drawn(num_seeds: int, num_rows: int, rate: float) -> np.ndarray:
+    return (np.random.default_rng(1).random((num_seeds, num_rows)) < rate).astype(float)
+
+
+def test_an_interval_covers_rows_and_seeds() -> None:
+    """Seeds that agree leave the variation of rows, and rows that agree that of seeds, as formulas give them."""
+    rows = np.repeat(drawn(1, 400, 0.7), 3, axis=0)
+    low, high = interval(rows)
+    assert high - low == pytest.approx(2 * 1.96 * rows[0].std() / 20, rel=0.05)
+    assert low < rows.mean() < high
+    rates = np.linspace(0.4, 0.8, 9)
+    low, high = interval(np.repeat(rates[:, None], 400, axis=1))
+    assert high - low == pytest.approx(2 * 1.96 * rates.std() / 3, rel=0.05)
+
+
+def test_an_interval_against_a_plain_bootstrap() -> None:
+    """Both at once, against loops that draw answer by answer."""
+    values = drawn(3, 40, 0.6)
+    values[2] *= drawn(1, 40, 0.5)[0]
+    random = np.random.default_rng(5)
+    means = []
+    for _ in range(4000):
+        seeds = [random.integers(3) for _ in range(3)]
+        rows = [random.integers(40) for _ in range(40)]
+        means.append(np.mean([values[seed, row] for seed in seeds for row in rows]))
+    assert interval(values) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=0.02)
+
+
+def solved() -> latents_table.Solved:
+    """2 seeds x 4 rows."""
+    right, half, wrong = [True] * 4, [True, True, False, False], [False] * 4
+    by_latents = {"own": [right, right], "mean": [half, half], "zeroed": [wrong, wrong]}
+    return {"text": {"own": [half, half]}} | dict.fromkeys(OVERRIDES, by_latents)
+
+
+def test_the_tables_say_what_was_solved() -> None:
+    training = {arm: {"samples": 640.0, "minutes": 1.5} for arm in ("text", *OVERRIDES)}
+    lines = arms_table(solved(), training)
+    assert len(lines) == 2 + 1 + len(OVERRIDES)
+    assert lines[2].startswith("| text, same samples | 640 | 1.5 | 50.0% |")
+    assert lines[3].startswith("| stage 1 + stage 2 | 640 | 1.5 | 100.0% | 100.0% to 100.0% | 100.0%, 100.0% | +50.0 |")
+    _, _, own, mean, zeroed = table_of_latents(solved(), ("latents", "gray"))
+    assert own == "| own | 100.0% | 100.0% |"
+    assert zeroed == "| zeroed | 0.0% (+100.0: +100.0 to +100.0) | 0.0% (+100.0: +100.0 to +100.0) |"
+    low, high = interval(np.array([[0.0, 0.0, 1.0, 1.0]] * 2))
+    assert mean.count(f"50.0% (+50.0: {100 * low:+.1f} to {100 * high:+.1f})") == 2
+
+
+def test_a_complete_part_is_not_repeated(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def fail() -> None:
+        (tmp_path / "two").mkdir()
+        raise SystemExit("interrupted")
+
+    parts = Parts(tmp_path, {"task": "vsp"})
+    parts.once("one", [], lambda: ran.append("one"))
+    with pytest.raises(SystemExit):
+        parts.once("two", [tmp_path / "two"], fail)
+    again = Parts(tmp_path, {"task": "vsp"})
+    again.once("one", [], lambda: ran.append("one again"))
+    again.once("two", [tmp_path / "two"], lambda: (tmp_path / "two").mkdir())  # what was left of it is gone
+    assert ran == ["one"]
+    lines = [json.loads(line) for line in (tmp_path / "parts.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["one", "two"]
+    assert all(line["commit"] and line["date"] for line in lines)
+    with pytest.raises(ConfigError, match="one folder is for one task in one size"):
+        Parts(tmp_path, {"task": "hidden"})
+
+
+def answer(row: int, arm: str, scores: Scores) -> Answer:
+    return Answer(row, f"rows:{row}", arm, 0, "", 1, 1, 4, 4, True, scores)
+
+
+def write_steps(benchmark: Benchmark, arm: str, stage: str, seconds: list[float]) -> None:
+    folder = benchmark.run_of(0, arm, stage)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step_s": step}) + "\n" for step in seconds))
+
+
+def test_equal_seconds_and_the_answers_of_all_arms(tmp_path: Path) -> None:
+    """As many steps of text as fit into the seconds of both stages; answers are read by arm and replacement."""
+    benchmark = Benchmark("vsp", tmp_path, short=True)
+    write_steps(benchmark, "text", "text", [9.0, 0.5, 0.5])  # the first one warms up
+    write_steps(benchmark, "latents", "stage1", [1.0, 2.0])
+    write_steps(benchmark, "latents", "stage2", [4.0])
+    assert benchmark.steps_of_equal_seconds(0) == 14
+    for arm in (*TEXT_ARMS, *OVERRIDES):
+        latents = ("own",) if arm in TEXT_ARMS else ("own", "mean")
+        answers = [
+            answer(row, fed, {"strict": Outcome(fed == "own" and row == 0, ""), "reference": Outcome(True, "")})
+            for fed in latents
+            for row in range(2)
+        ]
+        path = benchmark.run_of(0, arm, "answers.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in answers))
+    found = benchmark.solved(1)
+    assert found["text"] == {"own": [[True, False]]}
+    assert found["gray"] == {"own": [[True, False]], "mean": [[False, False]]}

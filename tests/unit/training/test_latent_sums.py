@@ -1,0 +1,121 @@
+"""Latent health in training, against plain averages over pairs of states; when it is taken, and what is told."""
+
+from itertools import permutations
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mirage_ds.model.targets import LatentTargets
+from mirage_ds.training.latent_sums import LatentFigures, LatentSums
+from mirage_ds.zero3 import distributed
+
+ROWS, COLUMNS, HIDDEN, SLOTS = 3, 20, 6, 3
+# First column and K of each block; the last block has a latent more than there are slots.
+BLOCKS = [[(4, 3)], [(2, 2), (6, 3)], [(9, 4)]]
+TARGET_ROWS = [5, 17, 33]
+
+
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(one @ other / (one.norm() * other.norm()))
+
+
+@pytest.fixture(autouse=True)
+def two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: 2 * values)
+
+
+class MicroBatch:
+    """Random states; what belongs to each slot, found block by block."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.hidden = torch.randn(ROWS, COLUMNS, HIDDEN) + 0.5
+        self.embeds = torch.randn(ROWS, COLUMNS, HIDDEN)
+        places = [
+            (row, start + k, k) for row, blocks in enumerate(BLOCKS) for start, size in blocks for k in range(size)
+        ]
+        self.targets = torch.randn(len(places), HIDDEN)
+        self.places = places
+        self.batch: Any = SimpleNamespace(
+            latent_rows=torch.tensor([row * COLUMNS + column for row, column, _ in places]),
+            target_rows=torch.tensor(TARGET_ROWS),
+        )
+
+    def add_to(self, sums: LatentSums) -> None:
+        targets = LatentTargets(self.targets, self.targets, 1 / self.targets.norm(dim=1))
+        sums.add(self.hidden, targets, self.embeds, self.batch)
+
+    def state(self, number: int) -> torch.Tensor:
+        row, column, _ = self.places[number]
+        return self.hidden[row, column - 1]
+
+    def at(self, slot: int) -> list[int]:
+        return [number for number, (*_, place) in enumerate(self.places) if place == slot]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def test_figures_are_plain_averages() -> None:
+    """Over two micro-batches on each of two ranks that have the same ones."""
+    parts = [MicroBatch(seed) for seed in (0, 1)]
+    sums = LatentSums(SLOTS, HIDDEN, torch.device("cpu"))
+    sums.active = True
+    for part in parts:
+        part.add_to(sums)
+    figures = sums.take(targets=True)
+    embedding_norm = mean([part.embeds.flatten(0, 1)[row].norm().item() for part in parts for row in TARGET_ROWS])
+    for slot in range(SLOTS):
+        here = [(part, number) for part in parts for number in part.at(slot)]
+        states = [part.state(number) for part, number in here]
+        assert figures.norm[slot] == pytest.approx(mean([state.norm().item() for state in states]) / embedding_norm)
+        assert figures.target_cosine[slot] == pytest.approx(
+            mean([cosine(part.state(number), part.targets[number]) for part, number in here]), abs=1e-5
+        )
+        pairs = [cosine(one, other) for one, other in permutations(states * 2, 2)]
+        assert figures.row_cosine[slot] == pytest.approx(mean(pairs), abs=1e-5)
+        following = [(part, number) for part, number in here if part.places[number][2] + 1 < size_of(part, number)]
+        if following:
+            nexts = [cosine(part.state(number), part.state(number + 1)) for part, number in following]
+            assert figures.next_cosine[slot] == pytest.approx(mean(nexts), abs=1e-5)
+    assert sums.take(targets=True).norm == [None] * SLOTS  # a step begins with nothing
+
+
+def size_of(part: MicroBatch, number: int) -> int:
+    """K of a latent's block."""
+    row, column, place = part.places[number]
+    return dict(BLOCKS[row])[column - place]
+
+
+def test_only_the_step_under_way_counts_if_it_is_reported() -> None:
+    """Not those of a dry run, of a validation, or between two reported steps."""
+    sums = LatentSums(SLOTS, HIDDEN, torch.device("cpu"))
+    MicroBatch(0).add_to(sums)
+    assert sums.take(targets=False) == LatentFigures(*([None] * SLOTS for _ in range(4)))
+
+
+def test_fed_back_states_have_no_target() -> None:
+    sums = LatentSums(SLOTS, HIDDEN, torch.device("cpu"))
+    sums.active = True
+    empty = torch.zeros(0, HIDDEN)
+    part = MicroBatch(0)
+    sums.add(part.hidden, LatentTargets(empty, empty, empty[:, 0]), part.embeds, part.batch)
+    figures = sums.take(targets=False)
+    assert figures.target_cosine == [None] * SLOTS
+    assert None not in figures.norm
+
+
+@pytest.mark.parametrize(("noise", "warns"), [(0.05, True), (1.0, False)])
+def test_rows_that_are_alike_are_told(noise: float, warns: bool) -> None:
+    sums = LatentSums(SLOTS, HIDDEN, torch.device("cpu"))
+    sums.active = True
+    part = MicroBatch(0)
+    part.hidden = torch.ones(HIDDEN) + noise * torch.randn_like(part.hidden)
+    part.add_to(sums)
+    warning = sums.take(targets=True).warning()
+    assert (warning is not None) == warns
+    if warning:
+        assert "the latents of different rows are alike: their mean cosine is 0.9" in warning
