@@ -25,7 +25,20 @@ def units(draw: random.Random) -> Units:
         rows = []
         for _ in range(draw.randint(1, 3)):
             scores = {"exact": Outcome(draw.random(), "Right\n")}
-            answer = Answer(number, f"a:{number}", "own", 0, "\u00e9\n", 3, 1, 2, 0, True, scores, "", {"n": [number]})
+            answer = Answer(
+                number=number,
+                where=f"a:{number}",
+                arm="own",
+                sample=0,
+                text="\u00e9\n",
+                num_tokens=3,
+                num_blocks=1,
+                num_latents=2,
+                num_replaced=0,
+                complete=True,
+                scores=scores,
+                row={"n": [number]},
+            )
             slots = [Slot(*divmod(place, 2)) for place in range(draw.choice([0, 1, 4]) if unit % 3 else 0)]
             rows.append(Decoded(answer, f"key{number}", {slot: torch.randn(STATE_SIZE) for slot in slots}))
             number += 1
