@@ -139,5 +139,6 @@ def answer_all(
             bar = progress.add_task(task.name, total=None)
             engine.run(parts, ranks, lambda done, total: progress.update(bar, completed=done, total=total))
         parts.close()
+        ranks.wait()  # nobody has a file open in a folder that is deleted
         if ranks.is_first:
             finish(engine, parts, settings)

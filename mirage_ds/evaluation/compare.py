@@ -126,6 +126,6 @@ def _changed(first: Side, side: Side) -> Iterator[tuple[str, ...]]:
 
 
 def _short(text: str) -> str:
-    """The end of an answer, where it says what it comes to."""
-    line = " ".join(text.split())
+    """The end of an answer, where it says what it comes to; without control characters."""
+    line = "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
     return line if len(line) <= SHORT else f"...{line[3 - SHORT :]}"

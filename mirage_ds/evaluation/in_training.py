@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from mirage_ds.errors import DataError, MirageError
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.engine import Engine
+from mirage_ds.evaluation.health import LatentHealth
 from mirage_ds.evaluation.parts import Parts, check_settings
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.results import Results
@@ -31,7 +32,7 @@ from mirage_ds.inference.generate import Decoder
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.after_step import Action
-from mirage_ds.training.curves import Look
+from mirage_ds.training.report import Evaluated
 from mirage_ds.training.start import Start
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
@@ -40,6 +41,7 @@ from mirage_ds.zero3.whole_model import whole_model
 FOLDER = "evaluations"
 Gather = Callable[[Any], list[Any]]
 """The values of all ranks, on every rank."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -55,27 +57,27 @@ class InTraining:
         """Evaluates the weights after `step`, and reports it."""
         began_s = time.monotonic()
         output = self.config.run.dir / FOLDER / f"step_{step}.jsonl"
-        answers: dict[str, list[Answer]] = {}
-        shown: list[Look] = []
-        fault = together(lambda gather: answers.update(self.answer(step, output, gather, shown)))
-        if isinstance(fault, MirageError):
-            self.trainer.agree_on_fault(DataError(f"the evaluation after step {step} failed: {fault}"))
-        elif fault is not None:
-            warn_once(f"no evaluation after step {step} ({output}): {fault}; the run continues; free some space")
-        elif distributed.is_main():
-            seconds = time.monotonic() - began_s
-            self.trainer.metrics.add_evaluation(step, numbers(answers, self.questions.task), seconds, shown)
+        try:
+            evaluated = together(lambda gather: self.evaluate(step, output, gather))
+        except FailedError as failed:
+            self.fail(step, output, failed.fault)
+            return
+        seconds = time.monotonic() - began_s
+        if evaluated is not None:
+            self.trainer.metrics.add_evaluation(step, evaluated, seconds)
             self.warn_of_timeout(seconds)
 
-    def answer(self, step: int, output: Path, gather: Gather, shown: list[Look]) -> dict[str, list[Answer]]:
-        """Writes the answers to all questions and what follows from them.
+    def fail(self, step: int, output: Path, fault: Exception) -> None:
+        """The run saves and ends; without a place to write to, it continues."""
+        if isinstance(fault, MirageError):
+            self.trainer.agree_on_fault(DataError(f"the evaluation after step {step} failed: {fault}"))
+        else:
+            warn_once(f"no evaluation after step {step} ({output}): {fault}; the run continues; free some space")
 
-        Returns:
-            The answers by arm, on rank 0 alone; there some of them are added to `shown`.
-        """
+    def evaluate(self, step: int, output: Path, gather: Gather) -> Evaluated | None:
+        """Writes the answers to all questions and what follows from them; returns what is reported, on rank 0 alone."""
         ranks = Ranks(distributed.rank(), distributed.world_size(), gather)
-        questions, settings = self.questions, self.settings(step)
-        results = None
+        settings, evaluated, results = self.settings(step), None, None
         if ranks.is_first:
             forget(output)
             results = Results(output)
@@ -86,16 +88,21 @@ class InTraining:
         with closing(parts), decoding(self.trainer.engine.module, self.backbone):
             engine = self.engine()
             engine.run(parts, ranks)
-            if ranks.is_first:
-                shown += looks(engine, parts.answers(), parts.states())
+            if results is not None:
+                answers, states = engine.in_order(parts.answers()), parts.states()
+                health = engine.health(states, answers[OWN])
+                evaluated = Evaluated(
+                    numbers(answers, self.questions.task),
+                    spread_of(health),
+                    looks(engine, answers[OWN], states),
+                    health.warning(),
+                )
         ranks.wait()  # nobody has a file open in a folder that is removed
-        if results is None:
-            return {}
-        answers = engine.in_order(parts.answers())
-        every = [answer for arm in answers.values() for answer in arm]
-        with results:
-            results.finish(every, summary_of(answers, questions.task) | {"settings": settings})
-        return answers
+        if results is not None:
+            summary = summary_of(answers, self.questions.task) | {"health": health.as_dict(), "settings": settings}
+            with results:
+                results.finish([answer for arm in answers.values() for answer in arm], summary)
+        return evaluated
 
     def engine(self) -> Engine:
         """What decodes with the weights of now."""
@@ -105,6 +112,7 @@ class InTraining:
             questions.encoder.ids,
             self.config.model.latent_size,
             max_new_tokens=evaluation.max_new_tokens,
+            answer_sees_image=self.config.model.answer_sees_image,
         )
         return Engine(
             decoder,
@@ -182,30 +190,28 @@ class FailedError(Exception):
         self.fault = fault
 
 
-def together(work: Callable[[Gather], None]) -> Exception | None:
+def together(work: Callable[[Gather], Result]) -> Result:
     """Does `work` on all ranks. They exchange values equally often; one that has failed says so at its next exchange,
     which ends the work of all there: none waits for ever.
 
-    Returns:
-        The first failure that has a name, of any rank, on every rank.
+    Raises:
+        FailedError: on every rank, with the first failure that has a name.
     """
 
     def gather(value: Any, fault: Exception | None = None) -> list[Any]:
         found = distributed.gather((value, fault))
-        for _, fault in found:
-            if fault is not None:
-                raise FailedError(fault)
+        for _, each in found:
+            if each is not None:
+                raise FailedError(each)
         return [value for value, _ in found]
 
     try:
-        try:
-            work(gather)
-            gather(None)
-        except (MirageError, OSError) as error:
-            gather(None, error)
-    except FailedError as failed:
-        return failed.fault
-    return None
+        result = work(gather)
+    except (MirageError, OSError) as error:
+        gather(None, error)
+        raise
+    gather(None)
+    return result
 
 
 def parts_of(output: Path) -> Path:
@@ -218,6 +224,13 @@ def forget(output: Path) -> None:
     output.unlink(missing_ok=True)
     Path(f"{output}.summary.json").unlink(missing_ok=True)
     shutil.rmtree(parts_of(output), ignore_errors=True)
+
+
+def spread_of(health: LatentHealth) -> dict[str, float]:
+    """How far the states of different rows differ: means over the slots; nothing without states."""
+    row_cosine, ranks = health.row_cosine(), health.effective_ranks
+    figures = {} if row_cosine is None else {"row_cosine": row_cosine}
+    return figures | ({"effective_rank": sum(ranks) / len(ranks)} if ranks else {})
 
 
 def numbers(answers: dict[str, list[Answer]], task: Task) -> dict[str, float]:

@@ -52,7 +52,7 @@ def arms_table(answers: dict[str, list[Answer]], task: Task, by: str | None = No
     First over all rows, then over each group.
     """
     ways = ways_of(answers[OWN])
-    headings = [*ways, "minus own"] if ways else []
+    headings = [*ways, *(["minus own"] if ways and len(answers) > 1 else [])]
     drawn = new_table(task.name, "arm", *headings, "never ended", "with a block", "replaced")
     show = Figures(each for arm in answers.values() for each in arm)
     parts = {name: grouped(arm, by) for name, arm in answers.items()}
@@ -62,7 +62,8 @@ def arms_table(answers: dict[str, list[Answer]], task: Task, by: str | None = No
         drawn.add_section()
         drawn.add_row(f"[bold]{escape(group_title(group, own, by))}[/bold]")
         for name, part in parts.items():
-            drawn.add_row(name, *_scores(part[group], own, ways, show), *_counts(part[group]))
+            scores = _scores(part[group], own, ways, show)[: len(headings)]  # one arm has no difference
+            drawn.add_row(name, *scores, *_counts(part[group]))
     return drawn
 
 

@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import Sample
 from mirage_ds.evaluation.answers import Answer, Row
-from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.heat import heat_maps, overlay
 from mirage_ds.evaluation.states import States
@@ -32,11 +31,10 @@ def looks(engine: Engine, answers: Sequence[Answer], states: States) -> list[Loo
     """Of some rows, evenly spaced, the same in every evaluation. All weights must be gathered.
 
     Args:
-        answers: all of them; those of the arm `own` are shown.
+        answers: those of the arm `own`, in the order of the rows.
         states: the own states of the rows.
     """
-    own = {answer.number: answer for answer in answers if answer.arm == OWN}
-    return [look(engine, row, own[row.number], states) for row in (engine.rows[n] for n in spread(len(own), NUM_LOOKS))]
+    return [look(engine, engine.rows[n], answers[n], states) for n in spread(len(answers), NUM_LOOKS)]
 
 
 def look(engine: Engine, row: Row, answer: Answer, states: States) -> Look:

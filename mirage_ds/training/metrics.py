@@ -10,10 +10,9 @@ from typing import Any
 
 from mirage_ds.batch import Batch
 from mirage_ds.config import Stage
-from mirage_ds.training.curves import Look
 from mirage_ds.training.latent_sums import LatentSums
 from mirage_ds.training.planned import Planned
-from mirage_ds.training.report import BAD_BATCHES_NAME, Report, Step
+from mirage_ds.training.report import BAD_BATCHES_NAME, Evaluated, Report, Step
 from mirage_ds.training.step_sums import StepSums, sum_over_ranks
 from mirage_ds.zero3 import distributed
 
@@ -88,10 +87,10 @@ class Metrics:
         if self.report:
             self.report.write_validation(step, losses)
 
-    def add_evaluation(self, step: int, figures: dict[str, float], seconds: float, looks: list[Look]) -> None:
-        """Writes an evaluation, of which rank 0 has the figures."""
+    def add_evaluation(self, step: int, evaluated: Evaluated, seconds: float) -> None:
+        """Writes an evaluation."""
         if self.report:
-            self.report.write_evaluation(step, figures, seconds, looks)
+            self.report.write_evaluation(step, evaluated, seconds)
 
     def show_configuration(self, config: dict[str, Any]) -> None:
         """Writes the run's configuration, as JSON values, by section, where curves are shown."""

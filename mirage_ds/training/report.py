@@ -25,6 +25,7 @@ CONSOLE_LOSSES: dict[Stage, dict[str, str]] = {
 }
 BAD_BATCHES_NAME = "bad_batches.jsonl"
 RECENT_STEPS = 50  # from which the remaining time is estimated
+ALIKE_IN_ROW = 20  # shown steps in which rows' latents are alike, until the log says so: a run may begin like that
 GIB = 2**30
 TAGS = {
     "loss": "train/loss",
@@ -68,6 +69,16 @@ class Step:
         return self.end_s - self.sums.started_s
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What is reported of an evaluation in training."""
+
+    shares: dict[str, float]  # such as the success; from 0 to 1
+    latents: dict[str, float]  # how far those of different rows differ
+    looks: list[Look]
+    warning: str | None  # if they hardly do
+
+
 class Report:
     """The files of a run that grow with its steps."""
 
@@ -96,7 +107,7 @@ class Report:
         self.curves = Curves(run_dir / "tensorboard", steps_done)
         self.goodput = Goodput(run_dir, self.steps.last)
         self.window = Window(hosts)
-        self.warned_of_latents = False  # once in a start
+        self.warned_of_latents, self.alike_in_row = False, 0
 
     def write(self, steps: list[Step], ranks: list[RankFigures], latents: LatentFigures | None = None) -> None:
         """Writes all of them to metrics.jsonl, and the last one as curves and on the console too.
@@ -121,9 +132,11 @@ class Report:
         print(self.console_line(shown), flush=True)
         if slowest and slowest.is_slow:
             print(f"step {shown['step']:>5}/{self.max_steps} | {slowest.describe()}", flush=True)
-        if latents and not self.warned_of_latents and (warning := latents.warning()):
-            self.warned_of_latents = True
-            print(f"step {shown['step']:>5}/{self.max_steps} | {warning}", flush=True)
+        if latents:
+            warning = latents.warning()
+            self.alike_in_row = self.alike_in_row + 1 if warning else 0
+            if warning and self.alike_in_row == ALIKE_IN_ROW:
+                self.warn_of_latents(shown["step"], warning)
 
     def write_validation(self, step: int, losses: dict[str, float]) -> None:
         hexadecimal = {"loss_hex": losses["loss"].hex()}
@@ -131,16 +144,28 @@ class Report:
         self.curves.add({f"validation/{name}": value for name, value in losses.items() if self.has(name)}, step)
         print(f"step {step:>5}/{self.max_steps} | validation {self.losses(losses)}", flush=True)
 
-    def write_evaluation(self, step: int, figures: dict[str, float], seconds: float, looks: list[Look]) -> None:
+    def write_evaluation(self, step: int, evaluated: Evaluated, seconds: float) -> None:
+        figures = evaluated.shares | evaluated.latents
         self.evaluation.add({"step": step} | figures | {"seconds": seconds})
         curves = {f"evaluation/{name}": value for name, value in figures.items()}
         self.curves.add(curves | {"time/evaluation_s": seconds}, step)
-        self.curves.add_looks(looks, step)
-        shares = [f"{name.replace('_', ' ')} {value:.1%}" for name, value in figures.items()]
-        print(
-            f"step {step:>5}/{self.max_steps} | evaluation {' | '.join(shares)} | {duration(seconds)}",
-            flush=True,
-        )
+        self.curves.add_looks(evaluated.looks, step)
+        shown = ("success", "cut_off", "with_blocks")  # and the success of the other arms
+        parts = [
+            f"{name.replace('_', ' ')} {value:.1%}"
+            for name, value in evaluated.shares.items()
+            if name in shown or name.startswith("success_")
+        ]
+        parts += [f"{name.replace('_', ' ')} {value:.2f}" for name, value in evaluated.latents.items()]
+        print(f"step {step:>5}/{self.max_steps} | evaluation {' | '.join(parts)} | {duration(seconds)}", flush=True)
+        if evaluated.warning:
+            self.warn_of_latents(step, evaluated.warning)
+
+    def warn_of_latents(self, step: int, warning: str) -> None:
+        """Says once in a start that rows' latents are alike."""
+        if not self.warned_of_latents:
+            self.warned_of_latents = True
+            print(f"step {step:>5}/{self.max_steps} | {warning}", flush=True)
 
     def write_bad_batches(self, step: int, batches: list[dict[str, Any]]) -> None:
         self.bad_batches.add(*({"step": step} | batch for batch in batches))

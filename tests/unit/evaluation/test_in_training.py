@@ -23,7 +23,7 @@ from mirage_ds.errors import DataError
 from mirage_ds.evaluation import in_training
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import parse_arms
-from mirage_ds.evaluation.in_training import Gather, forget, numbers, together
+from mirage_ds.evaluation.in_training import FailedError, Gather, forget, numbers, together
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.evaluation.tasks.outcome import Outcome
 from mirage_ds.evaluation.training_looks import GAP_PX, LATENT_MARK, LINE_PX, TILE_PX, marked, picture
@@ -112,7 +112,7 @@ def test_what_an_earlier_start_wrote_of_a_step_is_forgotten(tmp_path: Path) -> N
 
 
 def on_ranks(monkeypatch: pytest.MonkeyPatch, works: list[Callable[[Gather], None]]) -> list[Exception | None]:
-    """What `together` returns on ranks that are threads; a rank that waits for ever fails."""
+    """How `together` fails on ranks that are threads; a rank that waits for ever fails."""
     barrier, place = threading.Barrier(len(works)), threading.local()
     exchanged: list[Any] = [None] * len(works)
 
@@ -125,7 +125,11 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch, works: list[Callable[[Gather], Non
 
     def run(rank: int) -> Exception | None:
         place.rank = rank
-        return together(works[rank])
+        try:
+            together(works[rank])
+        except FailedError as failed:
+            return failed.fault
+        return None
 
     monkeypatch.setattr(in_training.distributed, "gather", gather)
     with ThreadPoolExecutor(len(works)) as pool:

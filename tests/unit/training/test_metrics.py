@@ -14,8 +14,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mirage_ds.training import step_sums
+from mirage_ds.training.latent_sums import LatentFigures, LatentSums
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.planned import Planned
+from mirage_ds.training.report import ALIKE_IN_ROW
 from mirage_ds.training.slow_rank import WINDOW_STEPS
 from mirage_ds.training.step_clock import StepTimes
 from mirage_ds.training.step_sums import StepSums
@@ -344,3 +346,45 @@ def test_a_slow_rank_is_named(
     assert (last["tower_s"], last["data_s"], last["data_pct"]) == pytest.approx((1.025, 0.1, 2.5))
     assert last["tokens_per_s"] == pytest.approx(4 * last["tokens_per_s_per_gpu"]) == pytest.approx(4 * 100 / 4)
     assert "time/slowest_rank_pct" in tags_of(tmp_path)
+
+
+def test_latent_health_is_written_where_a_step_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Curves by slot; one line once rows' latents have been alike for some time, not for a moment."""
+    cosines = iter([0.99] * 3 + [0.5] + [0.99] * (2 * ALIKE_IN_ROW))
+    metrics = make(tmp_path, "stage2", log_freq=2)
+    taken: list[bool] = []
+
+    def take(*, targets: bool) -> LatentFigures:
+        taken.append(targets)
+        return LatentFigures(
+            norm=[1.5, 2.5], row_cosine=[next(cosines), None], next_cosine=[0.1, None], target_cosine=[None] * 2
+        )
+
+    latents = LatentSums(2, 4, torch.device("cpu"))
+    monkeypatch.setattr(latents, "take", take)
+    metrics.latents = latents
+    for number in range(1, 2 * (4 + 2 * ALIKE_IN_ROW) + 1):
+        metrics.begin(number)
+        assert latents.active == (number % 2 == 0)
+        metrics.add(step(number, started_s=float(number)))
+    metrics.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["latents" in record for record in records] == [False, True] * (4 + 2 * ALIKE_IN_ROW)
+    assert records[1]["latents"] == {
+        "norm": [1.5, 2.5],
+        "row_cosine": [0.99, None],
+        "next_cosine": [0.1, None],
+        "target_cosine": [None, None],
+    }
+    assert not any(taken)  # stage 2 has no targets
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert {tag for tag in events.Tags()["scalars"] if tag.startswith("latents/")} == {
+        "latents/norm_0",
+        "latents/norm_1",
+        "latents/row_cosine_0",
+        "latents/next_cosine_0",
+    }
+    lines = [line for line in capsys.readouterr().out.splitlines() if "are alike" in line]
+    assert [line.split("/")[0].split()[-1] for line in lines] == [str(2 * (4 + ALIKE_IN_ROW))]
