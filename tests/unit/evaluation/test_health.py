@@ -9,7 +9,6 @@ import torch
 
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.health import (
-    ALIKE,
     MAX_SAMPLED,
     LatentHealth,
     effective_rank,
@@ -21,6 +20,7 @@ from mirage_ds.evaluation.health import (
 )
 from mirage_ds.evaluation.states import States
 from mirage_ds.inference.feed import Slot
+from mirage_ds.model.alike import ALIKE
 
 SIZE = 8
 
