@@ -82,7 +82,7 @@ TASKS: dict[TaskName, Task] = {
         ("make-puzzles", "--levels", "1"),
         "choice",
         9,
-        Size(num_train=5800, num_test=400, stage1_steps=260, stage2_steps=150, warmup_steps=30),
+        Size(num_train=5800, num_test=400, stage1_steps=360, stage2_steps=120, warmup_steps=30),
     ),
 }
 SHORT = Size(num_train=64, num_test=8, stage1_steps=2, stage2_steps=2, warmup_steps=1)
