@@ -10,7 +10,7 @@ from rich.table import Table
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.groups import ALL, grouped
-from mirage_ds.evaluation.rates import Difference, Rate, difference, success_rates, ways_of
+from mirage_ds.evaluation.rates import Difference, Rate, difference, rate_of, row_scores, success_rates, ways_of
 from mirage_ds.evaluation.samples import sample_rates
 from mirage_ds.evaluation.scoring import Task
 
@@ -72,8 +72,8 @@ def _scores(arm: list[Answer], own: list[Answer], ways: list[str], show: "Figure
         return []
     if not ways_of(arm):
         return ["-"] * (len(ways) + 1)
-    rates = success_rates(arm)[ALL]
-    return [*(show.rate(rates[way]) for way in ways), show.difference(difference(arm, own)) if arm is not own else ""]
+    rates = [rate_of(row_scores(arm, way).values()) for way in ways]
+    return [*map(show.rate, rates), show.difference(difference(arm, own)) if arm is not own else ""]
 
 
 def _counts(arm: list[Answer]) -> list[str]:

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import Sample
@@ -22,9 +22,11 @@ from mirage_ds.training.curves import Look
 from mirage_ds.training.validation import spread
 
 NUM_LOOKS = 3
-TILE_PX, GAP_PX, LINE_PX, FONT_PX = 168, 8, 18, 14
+# TensorBoard shows a picture 350 pixels wide; with more than three tiles side by side no word could be read.
+COLUMNS, TILE_PX, GAP_PX, LINE_PX, FONT_PX = 3, 112, 8, 16, 12
+WIDTH_PX = COLUMNS * (TILE_PX + GAP_PX) + GAP_PX
 MOST_LATENTS, MOST_CHARACTERS = 8, 600
-LATENT_MARK = "\N{BLACK SMALL SQUARE}"
+LATENT_MARK = "\N{BULLET}"  # which PIL's own font has
 
 
 def looks(engine: Engine, answers: Sequence[Answer], states: States) -> list[Look]:
@@ -66,29 +68,32 @@ def picture(
     """The tiles of a row, and its lines of text below them.
 
     Args:
-        maps: [latents, rows, columns], over the first input image.
+        maps: [latents, rows, columns], over the first input image. Orange is the largest cosine of all latents, blue the
+            smallest: their range is often small beside what all patches have in common.
         turned: whether images are turned as EXIF says.
     """
     opened = [open_image(data, sample.key, exif_orientation=turned) for data in sample.input_images[:1]]
     tiles = [("input", image) for image in opened]
     tiles += [("helper", open_image(data, sample.key, exif_orientation=turned)) for data in sample.helper_images[:1]]
-    tiles += [(f"latent {number}", overlay(opened[0], each)) for number, each in enumerate(maps, start=1)]
-    width = max(4, len(tiles)) * (TILE_PX + GAP_PX) + GAP_PX
+    middle, half = (float(maps.max() + maps.min()) / 2, float(np.ptp(maps)) / 2 or 1.0) if maps.size else (0.0, 1.0)
+    for number, each in enumerate(maps, start=1):
+        tiles.append((f"{number}: {each.min():.2f} to {each.max():.2f}", overlay(opened[0], (each - middle) / half)))
     wrapped = [
         part
         for name, words in lines
         if words
-        for part in textwrap.wrap(f"{name}: {words[:MOST_CHARACTERS]}", width=(width - 2 * GAP_PX) * 2 // FONT_PX)
+        for part in textwrap.wrap(f"{name}: {words[:MOST_CHARACTERS]}", width=(WIDTH_PX - 2 * GAP_PX) * 2 // FONT_PX)
     ]
-    top = LINE_PX + TILE_PX + GAP_PX if tiles else GAP_PX
-    canvas = Image.new("RGB", (width, top + len(wrapped) * LINE_PX + GAP_PX), "white")
+    row_px = LINE_PX + TILE_PX + GAP_PX
+    top = -(-len(tiles) // COLUMNS) * row_px + GAP_PX
+    canvas = Image.new("RGB", (WIDTH_PX, top + len(wrapped) * LINE_PX + GAP_PX), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT_PX)
     for number, (name, image) in enumerate(tiles):
-        left = GAP_PX + number * (TILE_PX + GAP_PX)
-        draw.text((left, 0), name, fill="black", font=font)
-        small = image.convert("RGB")
-        small.thumbnail((TILE_PX, TILE_PX))
-        canvas.paste(small, (left, LINE_PX))
+        row, column = divmod(number, COLUMNS)
+        left, above = GAP_PX + column * (TILE_PX + GAP_PX), row * row_px
+        draw.text((left, above), name, fill="black", font=font)
+        scaled = ImageOps.contain(image.convert("RGB"), (TILE_PX, TILE_PX), Image.Resampling.BICUBIC)
+        canvas.paste(scaled, (left, above + LINE_PX))
     for number, part in enumerate(wrapped):
         draw.text((GAP_PX, top + number * LINE_PX), part, fill="black", font=font)
     return canvas

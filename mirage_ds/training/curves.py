@@ -22,6 +22,7 @@ LAYOUT = {
     "loss": {"text loss": ["Multiline", ["train/ce_loss", "validation/ce_loss"]]},
 }
 # What runs are compared by, in the tab "HParams".
+COMPARED_SECTIONS = ("model", "data", "train")
 COMPARED = ("train/ce_loss", "train/cosine", "validation/ce_loss", "evaluation/success")
 
 
@@ -62,8 +63,8 @@ class Curves:
         lines = strict_json.dumps(config, indent=2).splitlines()
         settings = {
             f"{section}.{key}": value if isinstance(value, (bool, int, float)) else str(value)
-            for section, values in config.items()
-            for key, value in values.items()
+            for section in COMPARED_SECTIONS
+            for key, value in config[section].items()
         }
         # Markdown: lines with four spaces in front are shown as they are.
         described = text("configuration", "\n".join(f"    {line}" for line in lines))

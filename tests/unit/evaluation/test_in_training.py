@@ -189,21 +189,23 @@ def test_latents_are_marked_in_an_answer() -> None:
 
 
 def test_a_picture_has_a_tile_for_each_image_and_latent(tmp_path: Path) -> None:
-    """The input image as it is; over a grey one, a heat map of one patch of cosine 1 beside one of cosine -1."""
+    """The largest cosine of all latents is orange, the smallest blue, the middle grey."""
     (sample,) = [sample for _, sample in read_questions(write_rows(tmp_path / "rows", 1), helpers=True)]
-    maps = np.array([[[1.0, -1.0]], [[0.0, 0.0]]], np.float32)
+    maps = np.array([[[0.9, 0.7]], [[0.8, 0.8]]], np.float32)
     drawn = picture(sample, maps, [("question", "Where?"), ("answer", "right " * 100)], turned=True)
-    assert drawn.width == 4 * (TILE_PX + GAP_PX) + GAP_PX
-    assert drawn.height > LINE_PX + TILE_PX + 4 * LINE_PX  # the answer takes several lines
+    assert drawn.height > 2 * (LINE_PX + TILE_PX) + 8 * LINE_PX  # two rows of tiles, and many lines of text
 
-    def pixel(tile: int, x: int, y: int) -> tuple[int, ...]:
-        found = drawn.getpixel((GAP_PX + tile * (TILE_PX + GAP_PX) + x, LINE_PX + y))
+    def pixel(tile: int, x: float, y: float) -> tuple[int, ...]:
+        """At a place of a tile, from 0 to 1."""
+        left, above = GAP_PX + tile % 3 * (TILE_PX + GAP_PX), tile // 3 * (LINE_PX + TILE_PX + GAP_PX) + LINE_PX
+        found = drawn.getpixel((left + int(x * TILE_PX), above + int(y * TILE_PX)))
         assert isinstance(found, tuple)
         return found
 
-    with Image.open(tmp_path / "rows" / "images" / "0_0.png") as image:
-        assert pixel(0, 10, 10) == image.convert("RGB").getpixel((10, 10))
-    left, right, neutral = pixel(2, 10, 40), pixel(2, 75, 40), pixel(3, 10, 40)
-    assert left[0] > left[2]  # orange
-    assert right[2] > right[0]  # blue
-    assert neutral[0] == neutral[1] == neutral[2]
+    for tile, name in enumerate(("0_0.png", "0_1.png")):
+        with Image.open(tmp_path / "rows" / "images" / name) as image:
+            assert pixel(tile, 1 / 6, 1 / 6) == image.convert("RGB").getpixel((14, 14))
+    left, right, neutral = pixel(2, 0.25, 0.5), pixel(2, 0.75, 0.5), pixel(3, 0.25, 0.5)
+    assert left[0] > left[2]
+    assert right[2] > right[0]
+    assert max(neutral) - min(neutral) <= 1
