@@ -45,7 +45,6 @@ from mirage_ds.evaluation.finished import read_results
 from mirage_ds.paths import expanded
 from mirage_ds.versions import versions
 
-ROOT = Path(__file__).parents[1]
 LATENTS = "own,none,markers,mean,shuffled,noise:1.0,zeroed,fixed,oracle,first"
 BATCH_SIZE, MAX_NEW_TOKENS = 50, 32
 TaskName = Literal["vsp", "hidden"]
@@ -83,7 +82,7 @@ TASKS: dict[TaskName, Task] = {
         ("make-puzzles", "--levels", "1"),
         "choice",
         9,
-        Size(num_train=5800, num_test=400, stage1_steps=260, stage2_steps=150, warmup_steps=30),
+        Size(num_train=5800, num_test=400, stage1_steps=360, stage2_steps=120, warmup_steps=30),
     ),
 }
 SHORT = Size(num_train=64, num_test=8, stage1_steps=2, stage2_steps=2, warmup_steps=1)
@@ -129,7 +128,8 @@ class Parts:
         started_s = time.monotonic()
         action()
         seconds = round(time.monotonic() - started_s, 1)
-        self.done[name] = {"name": name, "seconds": seconds, "date": date.today().isoformat(), "commit": commit()}
+        today, commit = date.today().isoformat(), versions()["git_commit"]
+        self.done[name] = {"name": name, "seconds": seconds, "date": today, "commit": commit}
         with self.path.open("a") as file:
             file.write(json.dumps(self.done[name]) + "\n")
 
@@ -274,12 +274,6 @@ class Benchmark:
         print(
             f"\n{summary['hours']:.1f} hours on {cpu_name()}, {', '.join(sorted(days))}, {', '.join(sorted(commits))}"
         )
-
-
-def commit() -> str:
-    """The checkout's commit; with `+` if files were changed since."""
-    command = ("git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*")
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 @expanded()
