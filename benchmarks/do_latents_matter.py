@@ -12,7 +12,7 @@ text_seconds     no latents, for the seconds that the steps of stage 1 and stage
 latents          stage 1, then stage 2
 gray             the same, where every helper image is a gray one
 input            the same, where the helper image is the question's own image
-unseen_image     the same, where the answer does not see the question's image once its first latent block has begun
+unseen_image     the same, where the answer does not see the question's image after its first latent block
 
 A seed sets the model's random weights and the order of the samples; training and test rows are the same for all. Every
 model with latents answers the test rows again with its latents replaced (docs/evaluation.md says by what).
@@ -35,7 +35,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from benchmarks.latents_table import OWN, Solved, arms_table, latents_table
+from benchmarks.latents_table import OWN, Answers, Replaced, arms_table, latents_table
 from benchmarks.measuring import cpu_name
 from launch.demo import GLOBAL_BATCH_SIZE, RANKS, RECIPES
 from launch.local import count_gpus
@@ -83,7 +83,7 @@ TASKS: dict[TaskName, Task] = {
         ("make-puzzles", "--levels", "1"),
         "choice",
         9,
-        Size(num_train=5800, num_test=400, stage1_steps=260, stage2_steps=200, warmup_steps=30),
+        Size(num_train=5800, num_test=400, stage1_steps=260, stage2_steps=150, warmup_steps=30),
     ),
 }
 SHORT = Size(num_train=64, num_test=8, stage1_steps=2, stage2_steps=2, warmup_steps=1)
@@ -222,15 +222,16 @@ class Benchmark:
         latents_s = sum(sum(self.step_seconds(seed, "latents", stage)) for stage in ("stage1", "stage2"))
         return max(1, round(latents_s / median(self.step_seconds(seed, "text", "text"))))
 
-    def solved(self, num_seeds: int) -> Solved:
-        """Whether each answer was right, by arm and by what was fed at its latents."""
-        found: Solved = {arm: {} for arm in (*TEXT_ARMS, *OVERRIDES)}
+    def answers(self, num_seeds: int) -> Answers:
+        """What the models answered, by arm and by what was fed at the latents."""
+        found: Answers = {arm: {} for arm in (*TEXT_ARMS, *OVERRIDES)}
         for arm, by_latents in found.items():
             for seed in range(num_seeds):
                 for latents, answers in read_results(self.run_of(seed, arm, "answers.jsonl")).items():
                     (way, *_) = answers[0].scores
-                    right = [answer.scores[way].success == 1 for answer in answers]
-                    by_latents.setdefault(latents, []).append(right)
+                    replaced = by_latents.setdefault(latents, Replaced())
+                    replaced.solved.append([answer.scores[way].success == 1 for answer in answers])
+                    replaced.num_open += sum(not answer.complete for answer in answers)
         return found
 
     def training_of(self, num_seeds: int) -> dict[str, dict[str, float]]:
@@ -247,7 +248,7 @@ class Benchmark:
 
     def report(self, num_seeds: int) -> None:
         """Prints the tables, and writes the summary."""
-        solved, training = self.solved(num_seeds), self.training_of(num_seeds)
+        answers, training = self.answers(num_seeds), self.training_of(num_seeds)
         parts = list(self.parts.done.values())
         summary = {
             "settings": json.loads((self.folder / "settings.json").read_text()),
@@ -258,13 +259,17 @@ class Benchmark:
             "hours": sum(part["seconds"] for part in parts) / 3600,
             "training": training,
             "rates": {
-                arm: {latents: [sum(rows) / len(rows) for rows in seeds] for latents, seeds in by_latents.items()}
-                for arm, by_latents in solved.items()
+                arm: {latents: replaced.values.mean(axis=1).tolist() for latents, replaced in by_latents.items()}
+                for arm, by_latents in answers.items()
+            },
+            "never_end": {
+                arm: {latents: replaced.num_open for latents, replaced in by_latents.items()}
+                for arm, by_latents in answers.items()
             },
             "parts": parts,
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        print("\n".join(["", *arms_table(solved, training), "", *latents_table(solved, tuple(OVERRIDES))]))
+        print("\n".join(["", *arms_table(answers, training), "", *latents_table(answers, tuple(OVERRIDES))]))
         commits, days = ({part[key] for part in parts} for key in ("commit", "date"))
         print(
             f"\n{summary['hours']:.1f} hours on {cpu_name()}, {', '.join(sorted(days))}, {', '.join(sorted(commits))}"

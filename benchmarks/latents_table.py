@@ -9,6 +9,7 @@ sqrt((n - 1) / n) of the real one. The two sides of a difference are drawn toget
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,8 +24,22 @@ LABELS = {
     "unseen_image": "answer does not see the image",
 }
 
-Solved = dict[str, dict[str, list[list[bool]]]]
-"""{arm: {what was fed at the latents: whether it was solved, [seeds][rows]}}"""
+
+@dataclass
+class Replaced:
+    """The answers of one arm with one replacement of its latents."""
+
+    solved: list[list[bool]] = field(default_factory=list)  # [seeds][rows]
+    num_open: int = 0  # answers of all seeds that never ended
+
+    @property
+    def values(self) -> np.ndarray:
+        """[seeds, rows], 1 where a row was solved."""
+        return np.array(self.solved, dtype=float)
+
+
+Answers = dict[str, dict[str, Replaced]]
+"""{arm: {what was fed at the latents: its answers}}"""
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -41,13 +56,13 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def arms_table(solved: Solved, training: Mapping[str, Mapping[str, float]]) -> list[str]:
+def arms_table(answers: Answers, training: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Markdown, a line for each arm: how much it was trained, its rate, and the difference to text on equal samples."""
     head = ("arm", "samples", "minutes", "solved", "95% interval", "by seed", "minus text", "95% interval")
     lines = _head(head)
-    text = np.array(solved["text"][OWN], dtype=float)
-    for arm, by_latents in solved.items():
-        own = np.array(by_latents[OWN], dtype=float)
+    text = answers["text"][OWN].values
+    for arm, by_latents in answers.items():
+        own = by_latents[OWN].values
         by_seed = ", ".join(f"{rate:.1%}" for rate in own.mean(axis=1))
         cells = [LABELS[arm], f"{training[arm]['samples']:.0f}", f"{training[arm]['minutes']:.1f}"]
         cells += [f"{own.mean():.1%}", _span(own, "{:.1%}"), by_seed]
@@ -56,16 +71,17 @@ def arms_table(solved: Solved, training: Mapping[str, Mapping[str, float]]) -> l
     return lines
 
 
-def latents_table(solved: Solved, arms: Sequence[str]) -> list[str]:
-    """Markdown, a line for each replacement: the rate of each arm, and own states minus it with the interval."""
+def latents_table(answers: Answers, arms: Sequence[str]) -> list[str]:
+    """Markdown, a line for each replacement: the rate of each arm, own states minus it, and answers without an end."""
     lines = _head(("fed at the latents", *(LABELS[arm] for arm in arms)))
-    for latents in solved[arms[0]]:
+    for latents in answers[arms[0]]:
         cells = [latents]
         for arm in arms:
-            own, replaced = (np.array(solved[arm][fed], dtype=float) for fed in (OWN, latents))
-            worth = own - replaced
-            span = _span(worth, "{:+.1f}", 100)
-            cells.append(f"{replaced.mean():.1%}" + ("" if latents == OWN else f" ({_points(worth)}: {span})"))
+            replaced = answers[arm][latents]
+            worth = answers[arm][OWN].values - replaced.values
+            notes = [] if latents == OWN else [f"{_points(worth)}: {_span(worth, '{:+.1f}', 100)}"]
+            notes += [f"{replaced.num_open} never end"] if replaced.num_open else []
+            cells.append(f"{replaced.values.mean():.1%}" + (f" ({'; '.join(notes)})" if notes else ""))
         lines.append(_line(cells))
     return lines
 

@@ -1,4 +1,4 @@
-"""`mirage-launch`: starts runs on this machine or on a SLURM cluster; plans them, and checks what they need."""
+"""`mirage-launch`: starts runs and evaluations, here or on a SLURM cluster; plans runs, and checks what they need."""
 
 import typer
 
@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 @app.callback()
 def launch() -> None:
-    """Starts runs of mirage_ds."""
+    """Starts runs and evaluations of mirage_ds."""
 
 
 app.command("local")(local)

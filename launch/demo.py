@@ -176,7 +176,7 @@ class Demo:
         """Prints the table, what follows from it, and where everything is."""
         self.console.rule("Results")
         stage1, both = self.size.stage1_steps, self.size.stage1_steps + self.size.stage2_steps
-        steps = {name: {"untrained": 0, "stage1": stage1}.get(name, both) for name in LABELS}
+        steps = {name: {"untrained": 0, "stage1": stage1}.get(name.partition("_")[0], both) for name in LABELS}
         self.console.print(results_table(answers, {name: steps[name] * GLOBAL_BATCH_SIZE for name in LABELS}))
         for sentence in conclusions(answers):
             self.console.print(sentence, highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ mirage export --checkpoint RUN --output DIR
 mirage generate --model DIR --image a.png --prompt "..."
 mirage evaluate --model DIR --task vsp-spatial-planning --data test.jsonl --output results.jsonl
 mirage compare results.jsonl others.jsonl
+mirage inspect --model DIR --data test.jsonl --output report.html
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ from mirage_ds.config import Dtype
 from mirage_ds.errors import ConfigError
 from mirage_ds.evaluation.command import evaluate
 from mirage_ds.evaluation.compare_command import compare
+from mirage_ds.evaluation.inspect import inspect
 from mirage_ds.inference.command import generate
 from mirage_ds.model_folder import check_exists, check_model
 from mirage_ds.output_folder import check_output
@@ -108,6 +110,7 @@ def export(
 app.command()(generate)
 app.command()(evaluate)
 app.command()(compare)
+app.command()(inspect)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ def answer(number: int, mark: str, **changes: Any) -> Answer:
         "num_blocks": 1,
         "num_latents": 4,
         "num_replaced": 0,
+        "latents_at": [],
         "complete": True,
         "row": {"id": number},
     }

@@ -28,8 +28,8 @@ class Answer:
     num_blocks: int  # latent blocks that it opened
     num_latents: int
     num_replaced: int  # latents that were fed something other than the row's own state
-    latents_at: list[int]  # of each latent: the characters of the text before it
     complete: bool  # it ended by itself; otherwise max_new_tokens cut it off
+    latents_at: list[int] = field(default_factory=list)  # of each latent: the characters of the text before it
     scores: Scores = field(default_factory=dict)  # by way of scoring; empty: not scored
     unscored: str = ""  # why it could not be scored
     row: dict[str, Any] = field(default_factory=dict)  # the row's own fields

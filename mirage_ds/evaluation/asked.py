@@ -41,8 +41,12 @@ def check_options(
     limit: int | None,
     samples: int,
     temperature: float,
+    helpers: bool = False,
 ) -> Asked:
     """Reads the rows. The arguments are options of the command.
+
+    Args:
+        helpers: read the rows' helper images even if no arm needs them.
 
     Raises:
         ConfigError: the model, the task, the arms or the field do not exist, or all samples of a row would be the same.
@@ -56,6 +60,6 @@ def check_options(
             "temperature above 0; set for example --temperature 0.7, or remove --samples"
         )
     chosen, arms = load_task(task), parse_arms(latents, image)
-    rows = read_questions_of(data, arms, limit)
+    rows = read_questions_of(data, arms, limit, helpers=helpers)
     check_groups([row.sample.extra for row in rows], by)
     return Asked(results, chosen, arms, rows, check_rows(rows, chosen), samples)

@@ -3,10 +3,11 @@
 torch and transformers take seconds to import, so they are imported after the checks that do not need them.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,6 +32,12 @@ from mirage_ds.inference.options import (
 from mirage_ds.output_folder import signals_as_errors
 from mirage_ds.paths import expanded
 from mirage_ds.wide_console import wide_console
+
+if TYPE_CHECKING:
+    from mirage_ds.evaluation.engine import Engine
+    from mirage_ds.evaluation.parts import Parts
+
+    Finish = Callable[[Engine, Parts, dict[str, Any]], None]
 
 LatentsOption = Annotated[
     str, typer.Option(help="What is fed at the latents: some of the names in docs/evaluation.md.")
@@ -83,20 +90,32 @@ def evaluate(
         return
     options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
     settings = {"task": task, "data": str(data), "limit": limit, "samples": samples, "batch_size": batch_size}
-    answer_all(asked, options, settings | asdict(options), batch_size, ranks, by)
+
+    def finish(engine: "Engine", parts: "Parts", settings: dict[str, Any]) -> None:
+        from mirage_ds.evaluation.health_tables import health_tables
+
+        answers = engine.in_order(parts.answers())
+        every = [answer for arm in answers.values() for answer in arm]
+        names = [arm.name for arm in asked.arms]
+        health = engine.health(parts.states(), answers[OWN])
+        summary = summary_of(answers, asked.task, by) | {"health": health.as_dict()}
+        asked.results.finish(every, summary | {"settings": settings | {"arms": names}})
+        for table in [*tables_of(answers, asked.task, by), *health_tables(health)]:
+            wide_console().print(table)
+
+    answer_all(asked, options, settings | asdict(options), batch_size, ranks, finish)
 
 
 def answer_all(
-    asked: Asked, options: Decoding, settings: dict[str, Any], batch_size: int, ranks: Ranks, by: str | None
+    asked: Asked, options: Decoding, settings: dict[str, Any], batch_size: int, ranks: Ranks, finish: "Finish"
 ) -> None:
-    """Answers what is not answered yet; the first rank writes and prints the results.
+    """Answers what is not answered yet.
 
     Args:
         settings: from the command line, those that decide the answers of an arm.
-        by: the field by which rates are grouped.
+        finish: writes and prints what came out; called on the first rank, with all settings.
     """
     from mirage_ds.evaluation.engine import Engine
-    from mirage_ds.evaluation.health_tables import health_tables
     from mirage_ds.evaluation.parts import Parts, check_settings
 
     results, task = asked.results, asked.task
@@ -120,12 +139,6 @@ def answer_all(
             bar = progress.add_task(task.name, total=None)
             engine.run(parts, ranks, lambda done, total: progress.update(bar, completed=done, total=total))
         parts.close()
+        ranks.wait()  # nobody has a file open in a folder that is deleted
         if ranks.is_first:
-            answers = engine.in_order(parts.answers())
-            every = [answer for arm in answers.values() for answer in arm]
-            names = [arm.name for arm in asked.arms]
-            health = engine.health(parts.states(), answers[OWN])
-            summary = summary_of(answers, task, by) | {"health": health.as_dict()}
-            results.finish(every, summary | {"settings": settings | {"arms": names}})
-            for table in [*tables_of(answers, task, by), *health_tables(health)]:
-                wide_console().print(table)
+            finish(engine, parts, settings)

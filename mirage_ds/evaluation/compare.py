@@ -11,7 +11,7 @@ from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.finished import read_results, read_summary
 from mirage_ds.evaluation.groups import ALL, grouped
-from mirage_ds.evaluation.rates import difference, row_scores, success_rates, ways_of
+from mirage_ds.evaluation.rates import difference, rate_of, row_scores, ways_of
 from mirage_ds.evaluation.tables import Figures, group_title, new_table
 
 SHORT = 60  # characters of an answer in a table
@@ -92,12 +92,12 @@ def comparison_table(sides: Sequence[Side], by: str | None) -> Table:
 
 def _figures(answers: list[Answer], first: list[Answer], way: str, show: Figures) -> list[str]:
     never_ended = f"{sum(not answer.complete for answer in answers)}"
-    rates = success_rates(answers).get(ALL)
-    if rates is None:
+    scores = row_scores(answers, way).values()
+    if not scores:
         return ["-", "-", "-", "-", never_ended]
     found = difference(answers, first)
     changes = ["", "", ""] if answers is first else [show.difference(found), f"{found.gained}", f"{found.lost}"]
-    return [show.rate(rates[way]), *changes, never_ended]
+    return [show.rate(rate_of(scores)), *changes, never_ended]
 
 
 def changed_table(sides: Sequence[Side], number: int) -> Table | None:
@@ -126,6 +126,6 @@ def _changed(first: Side, side: Side) -> Iterator[tuple[str, ...]]:
 
 
 def _short(text: str) -> str:
-    """The end of an answer, where it says what it comes to."""
-    line = " ".join(text.split())
+    """The end of an answer, where it says what it comes to; without control characters."""
+    line = "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
     return line if len(line) <= SHORT else f"...{line[3 - SHORT :]}"

@@ -154,13 +154,6 @@ class Engine:
         except DataError as error:
             return replace(answer, unscored=str(error))
 
-    def health(self, states: States, own: Sequence[Answer]) -> LatentHealth:
-        """The health of the own states; with targets where helper images are at hand, as `oracle` needs them."""
-        replacements = Replacements(self.decoder, self.encoder, self.rows, self.seed)
-        has_targets = any(arm.latents == "oracle" for arm in self.arms)
-        embedding_norm = mean_norm(self.decoder.backbone.embed_tokens.weight)
-        return health_of(states, own, embedding_norm, replacements.targets if has_targets else None)
-
     def latents_at(self, ids: Sequence[int]) -> list[int]:
         """Of each latent the number of characters of the answer's text before it; those of a block have the same."""
         places, before = [], 0
@@ -170,6 +163,13 @@ class Engine:
             elif token == self.decoder.ids.latent_pad:
                 places.append(before)
         return places
+
+    def health(self, states: States, own: Sequence[Answer]) -> LatentHealth:
+        """The health of the own states; with targets where helper images were read."""
+        replacements = Replacements(self.decoder, self.encoder, self.rows, self.seed)
+        has_targets = any(row.sample.helper_images for row in self.rows)
+        embedding_norm = mean_norm(self.decoder.backbone.embed_tokens.weight)
+        return health_of(states, own, embedding_norm, replacements.targets if has_targets else None)
 
     def in_order(self, answers: Sequence[Answer]) -> dict[str, list[Answer]]:
         """Answers by arm; in each, by row, then by sample."""

@@ -3,12 +3,18 @@
 torch and transformers take seconds to import, so they are imported after the checks that do not need them.
 """
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mirage_ds.evaluation.arms import OWN
+from mirage_ds.evaluation.asked import check_options
+from mirage_ds.evaluation.command import answer_all
+from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.inference.options import (
+    Decoding,
     DtypeOption,
     LatentEndOption,
     LatentSizeOption,
@@ -18,6 +24,11 @@ from mirage_ds.inference.options import (
     TopPOption,
 )
 from mirage_ds.paths import expanded
+from mirage_ds.versions import versions
+
+if TYPE_CHECKING:
+    from mirage_ds.evaluation.engine import Engine
+    from mirage_ds.evaluation.parts import Parts
 
 
 @expanded("model")
@@ -43,3 +54,31 @@ def inspect(
     dtype: DtypeOption = None,
 ) -> None:
     """Answers a file's questions with own and replaced latents, and writes one HTML file about them."""
+    asked = check_options(
+        model,
+        task,
+        data,
+        output,
+        latents=latents,
+        image=OWN,
+        by=None,
+        limit=limit,
+        samples=1,
+        temperature=temperature,
+        helpers=True,
+    )
+    for row, reason in asked.unscored:
+        typer.echo(f"not scored: {row.where}: {reason}", err=True)
+    options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
+    settings = {"task": task, "data": str(data), "limit": limit, "batch_size": batch_size}
+
+    def finish(engine: "Engine", parts: "Parts", settings: dict[str, Any]) -> None:
+        from mirage_ds.evaluation.report.page import render
+        from mirage_ds.evaluation.report.view import contents_of
+
+        facts = settings | {"arms": ", ".join(arm.name for arm in asked.arms)} | versions()
+        shown = {name: str(value) for name, value in facts.items() if value is not None}
+        asked.results.finish_page(render(contents_of(engine, parts, rows, model=model, data=str(data), facts=shown)))
+        typer.echo(f"wrote {output}")
+
+    answer_all(asked, options, settings | asdict(options), batch_size, Ranks(), finish)

@@ -9,16 +9,19 @@ from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.arms import Arm, check_rows
 
 
-def read_questions_of(data: Path, arms: Sequence[Arm] = (), limit: int | None = None) -> list[Row]:
+def read_questions_of(
+    data: Path, arms: Sequence[Arm] = (), limit: int | None = None, *, helpers: bool = False
+) -> list[Row]:
     """The rows of a JSONL file, in order, with what the arms need of them.
 
     Args:
         limit: reads the first ones only; None: all.
+        helpers: read the helper images even if no arm needs them.
 
     Raises:
         DataError: a row has no question, or an image that cannot be read; or the rows have too little for an arm.
     """
-    helpers = any(arm.latents == "oracle" for arm in arms)
+    helpers = helpers or any(arm.latents == "oracle" for arm in arms)
     questions = islice(read_questions(data, helpers=helpers), limit)
     rows = [Row(number, *each) for number, each in enumerate(questions)]
     check_rows(arms, rows, str(data))

@@ -72,8 +72,7 @@ def join() -> Ranks:
 
     torch.distributed.init_process_group("gloo", timeout=WAIT)
     ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), _gather)
-    with ranks.together():
-        _take_gpu(ranks)
+    _take_gpu(ranks)
     return ranks
 
 
@@ -96,9 +95,12 @@ def _take_gpu(ranks: Ranks) -> None:
     from mirage_ds.inference.generate import choose_device
 
     gpu = None
-    if choose_device() == "cuda":
-        device = take_device(torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        gpu = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
-    if gpu and ranks.gather(gpu).count(gpu) > 1:
-        raise no_device("it shares its GPU with another rank")
+    with ranks.together():
+        if choose_device() == "cuda":
+            device = take_device(torch.cuda.device_count())
+            torch.cuda.set_device(device)
+            gpu = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+    gpus = ranks.gather(gpu)
+    with ranks.together():
+        if gpu is not None and gpus.count(gpu) > 1:
+            raise no_device("it shares its GPU with another rank")

@@ -3,7 +3,7 @@
 A row's score is the mean of the scores of its answers. Rows that could not be scored are left out.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import nan, sqrt
 from typing import Any
@@ -43,9 +43,7 @@ def success_rates(answers: Iterable[Answer], by: str | None = None) -> Rates:
     ways = ways_of(answers)
     groups = {name: [one for one in part if one.scores] for name, part in grouped(answers, by).items()}
     return {
-        name: {way: rate_of(list(row_scores(part, way).values())) for way in ways}
-        for name, part in groups.items()
-        if part
+        name: {way: rate_of(row_scores(part, way).values()) for way in ways} for name, part in groups.items() if part
     }
 
 
@@ -63,12 +61,12 @@ def row_scores(answers: Iterable[Answer], way: str) -> dict[int, float]:
     return {number: sum(scores) / len(scores) for number, scores in sorted(by_row.items())}
 
 
-def rate_of(scores: Sequence[float]) -> Rate:
+def rate_of(scores: Collection[float]) -> Rate:
     """The mean of the rows' scores with its interval: Wilson's where each is 0 or 1, otherwise by bootstrap."""
     if set(scores) <= {0, 1}:
         low, high = wilson_interval(int(sum(scores)), len(scores))
     else:
-        low, high = mean_interval(scores)
+        low, high = mean_interval(list(scores))
     return {"rate": sum(scores) / len(scores), "low": low, "high": high, "num_rows": len(scores)}
 
 

@@ -66,6 +66,16 @@ class Results:
         new_summary = Path(f"{self.summary}.new")
         new_summary.write_text(strict_json.dumps(summary | {"versions": versions()}, indent=2))
         new_summary.replace(self.summary)
+        self._finish(new)
+
+    def finish_page(self, html: str) -> None:
+        """Writes a page instead, and deletes the parts."""
+        self._owner.check()
+        new = Path(f"{self.output}.new")
+        new.write_text(html, encoding="utf-8")
+        self._finish(new)
+
+    def _finish(self, new: Path) -> None:
         new.replace(self.output)
         with housekeeping(f"what is left of a finished evaluation was not deleted ({self.parts})", "delete it by hand"):
             shutil.rmtree(self.parts)

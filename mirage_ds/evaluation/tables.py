@@ -10,7 +10,7 @@ from rich.table import Table
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.groups import ALL, grouped
-from mirage_ds.evaluation.rates import Difference, Rate, difference, success_rates, ways_of
+from mirage_ds.evaluation.rates import Difference, Rate, difference, rate_of, row_scores, success_rates, ways_of
 from mirage_ds.evaluation.samples import sample_rates
 from mirage_ds.evaluation.scoring import Task
 
@@ -52,7 +52,7 @@ def arms_table(answers: dict[str, list[Answer]], task: Task, by: str | None = No
     First over all rows, then over each group.
     """
     ways = ways_of(answers[OWN])
-    headings = [*ways, "minus own"] if ways else []
+    headings = [*ways, *(["minus own"] if ways and len(answers) > 1 else [])]
     drawn = new_table(task.name, "arm", *headings, "never ended", "with a block", "replaced")
     show = Figures(each for arm in answers.values() for each in arm)
     parts = {name: grouped(arm, by) for name, arm in answers.items()}
@@ -62,7 +62,8 @@ def arms_table(answers: dict[str, list[Answer]], task: Task, by: str | None = No
         drawn.add_section()
         drawn.add_row(f"[bold]{escape(group_title(group, own, by))}[/bold]")
         for name, part in parts.items():
-            drawn.add_row(name, *_scores(part[group], own, ways, show), *_counts(part[group]))
+            scores = _scores(part[group], own, ways, show)[: len(headings)]  # one arm has no difference
+            drawn.add_row(name, *scores, *_counts(part[group]))
     return drawn
 
 
@@ -71,8 +72,8 @@ def _scores(arm: list[Answer], own: list[Answer], ways: list[str], show: "Figure
         return []
     if not ways_of(arm):
         return ["-"] * (len(ways) + 1)
-    rates = success_rates(arm)[ALL]
-    return [*(show.rate(rates[way]) for way in ways), show.difference(difference(arm, own)) if arm is not own else ""]
+    rates = [rate_of(row_scores(arm, way).values()) for way in ways]
+    return [*map(show.rate, rates), show.difference(difference(arm, own)) if arm is not own else ""]
 
 
 def _counts(arm: list[Answer]) -> list[str]:

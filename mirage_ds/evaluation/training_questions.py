@@ -4,7 +4,7 @@ They are read once, before the model is loaded, with all their images: what is w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mirage_ds.config import Config, EvaluationConfig
@@ -81,7 +81,9 @@ def _of_shards(folder: Path, max_rows: int) -> list[Row]:
     shards = load_manifest(folder)
     read = SampleReader(shards)
     rows = [
-        Row(number, sample.key, sample) for number in spread(shards.num_samples, max_rows) for sample in [read(number)]
+        Row(number, sample.key, replace(sample, key=f"{number:09d}"))  # a key that is made as a file's rows have it
+        for number in spread(shards.num_samples, max_rows)
+        for sample in [read(number)]
     ]
     for row in rows:
         check_question(row.sample, row.where)

@@ -1,8 +1,8 @@
 """The training settings that decoding needs: `mirage export` writes them to config.json, decoding reads them.
 
 config.json: {"mirage": {"latent_size": 4, "stage": "stage2", "system_turn": true,
-                         "exif_orientation": true, "answer_sees_image": true, "text_dropout_image": 0.0,
                          "exif_orientation": true, "compress_strategy": "average",
+                         "answer_sees_image": true, "text_dropout_image": 0.0,
                          "latent_token_ids": {"pad": 151665, "start": 151666, "end": 151667}}, ...}
 """
 

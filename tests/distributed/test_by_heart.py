@@ -5,13 +5,13 @@ from pathlib import Path
 
 import launching
 import pytest
+from typer.testing import CliRunner
 
 from data_tools.build import build
-from mirage_ds.evaluation.engine import evaluate
-from mirage_ds.evaluation.questions import read_task
+from mirage_ds.cli import app
+from mirage_ds.evaluation.finished import read_results
 from mirage_ds.hf.export import export_checkpoint
 from mirage_ds.hf.preset import write_tiny
-from mirage_ds.inference.generate import load_decoder
 
 ROOT = Path(__file__).parents[2]
 LATENT_SIZE, MAX_PIXELS = 4, 28 * 28 * 16
@@ -57,9 +57,14 @@ def test_ten_real_rows_are_learnt_and_answered(tmp_path: Path) -> None:
     train(tmp_path, "stage2", f"run.init_from={tmp_path / 'stage1'}")
 
     export_checkpoint(tmp_path / "stage2", tmp_path / "trained")
-    decoder, encoder = load_decoder(str(tmp_path / "trained"), max_new_tokens=600)
-    task = "vsp-spatial-reasoning"
-    answers = list(evaluate(decoder, encoder, read_task(rows, task), task, batch_size=10))
+    options = {"model": "trained", "output": "answers.jsonl", "task": "vsp-spatial-reasoning"}
+    options |= {name: str(tmp_path / options[name]) for name in ("model", "output")}
+    options |= {"data": str(rows), "batch-size": "10", "max-new-tokens": "600"}
+    done = CliRunner().invoke(
+        app, ["evaluate", *(word for name, value in options.items() for word in (f"--{name}", value))]
+    )
+    assert done.exit_code == 0, done.output
+    answers = read_results(tmp_path / "answers.jsonl")["own"]
     assert [answer.num_latents for answer in answers] == [LATENT_SIZE] * 10
     wrong = [(answer.where, answer.text) for answer in answers if not answer.scores["exact"].success]
     assert not wrong

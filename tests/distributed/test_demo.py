@@ -69,6 +69,7 @@ def test_what_is_said(demo: Path) -> None:
     labels = ("stage 1 + stage 2", "with shuffled latents", "with noise added", "with oracle latents")
     for words in (*labels, "95% interval", "own latents minus text only:", "own minus shuffled latents:"):
         assert words in output
+    assert re.findall(r"with oracle latents .* (\d+) ", output) == ["256", "512"]  # samples: stage 1, both stages
     assert f"mirage generate --model {demo / 'run' / 'stage2-model'} --prompt" in output
     assert f"tensorboard --logdir {demo / 'run'}" in output.replace("\n", "")
 

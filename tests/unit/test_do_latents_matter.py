@@ -7,7 +7,7 @@ from pathlib import Path
 import latents_table
 import numpy as np
 import pytest
-from latents_table import arms_table, interval
+from latents_table import Replaced, arms_table, interval
 from latents_table import latents_table as table_of_latents
 
 from benchmarks.do_latents_matter import OVERRIDES, TEXT_ARMS, Benchmark, Parts
@@ -44,22 +44,22 @@ def test_an_interval_against_a_plain_bootstrap() -> None:
     assert interval(values) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=0.02)
 
 
-def solved() -> latents_table.Solved:
-    """2 seeds x 4 rows."""
+def answers() -> latents_table.Answers:
+    """2 seeds x 4 rows; with zeros 3 of the 8 answers never end."""
     right, half, wrong = [True] * 4, [True, True, False, False], [False] * 4
-    by_latents = {"own": [right, right], "mean": [half, half], "zeroed": [wrong, wrong]}
-    return {"text": {"own": [half, half]}} | dict.fromkeys(OVERRIDES, by_latents)
+    by_latents = {"own": Replaced([right, right]), "mean": Replaced([half, half]), "zeroed": Replaced([wrong] * 2, 3)}
+    return {"text": {"own": Replaced([half, half])}} | dict.fromkeys(OVERRIDES, by_latents)
 
 
 def test_the_tables_say_what_was_solved() -> None:
     training = {arm: {"samples": 640.0, "minutes": 1.5} for arm in ("text", *OVERRIDES)}
-    lines = arms_table(solved(), training)
+    lines = arms_table(answers(), training)
     assert len(lines) == 2 + 1 + len(OVERRIDES)
     assert lines[2].startswith("| text, same samples | 640 | 1.5 | 50.0% |")
     assert lines[3].startswith("| stage 1 + stage 2 | 640 | 1.5 | 100.0% | 100.0% to 100.0% | 100.0%, 100.0% | +50.0 |")
-    _, _, own, mean, zeroed = table_of_latents(solved(), ("latents", "gray"))
+    _, _, own, mean, zeroed = table_of_latents(answers(), ("latents", "gray"))
     assert own == "| own | 100.0% | 100.0% |"
-    assert zeroed == "| zeroed | 0.0% (+100.0: +100.0 to +100.0) | 0.0% (+100.0: +100.0 to +100.0) |"
+    assert zeroed.count("| 0.0% (+100.0: +100.0 to +100.0; 3 never end)") == 2
     low, high = interval(np.array([[0.0, 0.0, 1.0, 1.0]] * 2))
     assert mean.count(f"50.0% (+50.0: {100 * low:+.1f} to {100 * high:+.1f})") == 2
 
@@ -87,7 +87,9 @@ def test_a_complete_part_is_not_repeated(tmp_path: Path) -> None:
 
 
 def answer(row: int, arm: str, scores: Scores) -> Answer:
-    return Answer(row, f"rows:{row}", arm, 0, "", 1, 1, 4, 4, True, scores)
+    latents = {"num_blocks": 1, "num_latents": 1, "num_replaced": 1, "latents_at": [0]}
+    what = {"number": row, "where": f"rows:{row}", "arm": arm, "sample": 0, "text": "", "num_tokens": 1}
+    return Answer(**what, **latents, complete=arm == "own", scores=scores)
 
 
 def write_steps(benchmark: Benchmark, arm: str, stage: str, seconds: list[float]) -> None:
@@ -105,14 +107,16 @@ def test_equal_seconds_and_the_answers_of_all_arms(tmp_path: Path) -> None:
     assert benchmark.steps_of_equal_seconds(0) == 14
     for arm in (*TEXT_ARMS, *OVERRIDES):
         latents = ("own",) if arm in TEXT_ARMS else ("own", "mean")
-        answers = [
+        lines = [
             answer(row, fed, {"strict": Outcome(fed == "own" and row == 0, ""), "reference": Outcome(True, "")})
             for fed in latents
             for row in range(2)
         ]
         path = benchmark.run_of(0, arm, "answers.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in answers))
-    found = benchmark.solved(1)
-    assert found["text"] == {"own": [[True, False]]}
-    assert found["gray"] == {"own": [[True, False]], "mean": [[False, False]]}
+        path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in lines))
+    found = benchmark.answers(1)
+    assert {latents: replaced.solved for latents, replaced in found["text"].items()} == {"own": [[True, False]]}
+    solved = {latents: replaced.solved for latents, replaced in found["gray"].items()}
+    assert solved == {"own": [[True, False]], "mean": [[False, False]]}
+    assert found["gray"]["mean"].num_open == 2

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Verdict = Literal["right", "wrong", "scored", "unscored", ""]
+"""Of an answer. `scored`: neither 1 nor 0; empty: there is no task."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -74,7 +77,7 @@ class Reply:
 
     arm: str
     pieces: Sequence[Piece]
-    verdict: Literal["right", "wrong", "scored", "unscored", ""]  # scored: neither 0 nor 1; empty without a task
+    verdict: Verdict
     status: str  # in words, such as "Reached goal"
     complete: bool
     changed: bool  # another text than in `own`

@@ -79,13 +79,13 @@ def test_groups() -> None:
 def test_rows_that_changed() -> None:
     long = "first words " * 10 + "so \\boxed{x}"
     write(Path("a.jsonl"), [answer(0, "."), answer(1, "x", text=long), answer(2, "x")])
-    write(Path("b.jsonl"), [answer(0, "x"), answer(1, ".", text="[bold]no"), answer(2, "x")])
+    write(Path("b.jsonl"), [answer(0, "x"), answer(1, ".", text="[bold]no\x1b[2J"), answer(2, "x")])
     _, _, below = compare("a.jsonl", "b.jsonl").partition("rows that changed")
     assert line_of(below, "test.jsonl:1")[1:] == ["b.jsonl", "gained", "so \\boxed{.}", "so \\boxed{x}"]
     lost = line_of(below, "test.jsonl:2")
     assert lost[2] == "lost"
     assert lost[3] == f"...{long[-57:]}"
-    assert lost[4] == "[bold]no"
+    assert lost[4] == "[bold]no [2J"
     assert "test.jsonl:3" not in below
     assert "test.jsonl:2" not in compare("a.jsonl", "b.jsonl", "--changed", 1)
     assert "rows that changed" not in compare("a.jsonl", "b.jsonl", "--changed", 0)

@@ -9,7 +9,6 @@ import torch
 
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.health import (
-    ALIKE,
     MAX_SAMPLED,
     LatentHealth,
     effective_rank,
@@ -21,6 +20,7 @@ from mirage_ds.evaluation.health import (
 )
 from mirage_ds.evaluation.states import States
 from mirage_ds.inference.feed import Slot
+from mirage_ds.model.alike import ALIKE
 
 SIZE = 8
 
@@ -38,7 +38,8 @@ def states_of(folder: Path, made: Mapping[str, Mapping[tuple[int, int], torch.Te
 
 
 def answer(num_blocks: int) -> Answer:
-    return Answer(0, "", "own", 0, "", 1, num_blocks, num_blocks, 0, True)
+    counts = {"num_tokens": 9, "num_blocks": num_blocks, "num_latents": num_blocks, "num_replaced": 0}
+    return Answer(0, "", "own", 0, "", **counts, latents_at=[0] * num_blocks, complete=True)
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:

@@ -76,7 +76,10 @@ def row(number: int, question: str = "Where is the goal?") -> RowView:
 
 
 def contents(**changes: object) -> Contents:
-    measures = [Measure("norm", "as long as an embedding: near 1", [1.25, None], 0, 2)]
+    measures = [
+        Measure("rows", "answers with a state", [90, 89], 0, 90),
+        Measure("norm", "as long as an embedding: near 1", [1.25, None], 0, 2),
+    ]
     made = Contents(
         model="runs/model",
         data="rows.jsonl",
@@ -184,10 +187,10 @@ def test_without_a_task_changes_are_shown() -> None:
 
 
 def test_health(html: str) -> None:
-    text = Page(html).text
-    assert "Warning: rows are alike" in " ".join(text.split())
-    assert "1.25" in text
-    assert "not defined" in text
+    text = " ".join(Page(html).text.split())
+    assert "Warning: rows are alike" in text
+    assert "block 1, latent 1 90 1.25" in text
+    assert "block 1, latent 2 89 not defined" in text
     assert "No answer has a latent." in Page(render(contents(health=Health([], [], "")))).text
 
 

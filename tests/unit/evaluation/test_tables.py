@@ -61,7 +61,7 @@ def test_answers_that_are_not_scored() -> None:
     assert own == ["own", "0", "3", "0 of 12"]
     assert "rates" not in summary_of({"own": found}, load_task("none"))["arms"]["own"]
     table = lines(arms_table({"own": answers("x?")}, EXACT, by="id"))
-    assert table[-2:] == [["id 1: 1, 1 not scored", *[""] * 6], ["own", "-", "-", "-", "0", "1", "0 of 4"]]
+    assert table[-2:] == [["id 1: 1, 1 not scored", *[""] * 5], ["own", "-", "-", "0", "1", "0 of 4"]]
 
 
 def test_scores_of_another_range_are_no_percentages() -> None:

@@ -1,5 +1,6 @@
 """The sentences at the demo's end say what the numbers say, whichever way those fall; the picture can be read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ def answers(num_solved: int, *, malformed: int = 0, num_latents: int = 4, num_re
     statuses = (
         ["Reached goal"] * num_solved + ["Fell in hole"] * (400 - num_solved - malformed) + ["Invalid"] * malformed
     )
-    return [answer(status, num_latents, num_replaced) for status in statuses]
+    return [replace(answer(status, num_latents, num_replaced), number=number) for number, status in enumerate(statuses)]
 
 
 def answer(status: str, num_latents: int = 4, num_replaced: int = 0, *, complete: bool = True) -> Answer:
     scores = {"strict": Outcome(status == "Reached goal", status)}
-    return Answer(0, "", "own", 0, "LEFT", 9, 1, num_latents, num_replaced, complete, scores)
+    latents = {"num_latents": num_latents, "num_replaced": num_replaced, "latents_at": [0] * num_latents}
+    what = {"number": 0, "where": "", "arm": "own", "sample": 0, "text": "LEFT", "num_tokens": 9, "num_blocks": 1}
+    return Answer(**what, **latents, complete=complete, scores=scores)
 
 
 def demo(
