@@ -26,7 +26,7 @@ NUM_LOOKS = 3
 COLUMNS, TILE_PX, GAP_PX, LINE_PX, FONT_PX = 3, 112, 8, 16, 12
 WIDTH_PX = COLUMNS * (TILE_PX + GAP_PX) + GAP_PX
 MOST_LATENTS, MOST_CHARACTERS = 8, 600
-LATENT_MARK = "\N{BULLET}"  # which PIL's own font has
+LATENT_MARK = "#"  # PIL's own font has no bullet
 
 
 def looks(engine: Engine, answers: Sequence[Answer], states: States) -> list[Look]:
@@ -68,8 +68,8 @@ def picture(
     """The tiles of a row, and its lines of text below them.
 
     Args:
-        maps: [latents, rows, columns], over the first input image. Orange is the largest cosine of all latents, blue the
-            smallest: their range is often small beside what all patches have in common.
+        maps: [latents, rows, columns], over the first input image. Orange is the largest cosine of all latents, blue
+            the smallest: their range is often small beside what all patches have in common.
         turned: whether images are turned as EXIF says.
     """
     opened = [open_image(data, sample.key, exif_orientation=turned) for data in sample.input_images[:1]]
