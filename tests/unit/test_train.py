@@ -154,5 +154,6 @@ def test_an_error_in_training_is_said_beside_that_of_the_save_under_way(
     saves = SimpleNamespace(
         finish=lambda: fail(CheckpointError("the checkpoint could not be written; free some space"))
     )
+    config = load_config(RECIPE, [f"run.dir={tmp_path}"])
     with pytest.raises(TrainingError, match=r"not finite; take a smaller lr; besides, .*written; free some space"):
-        train_steps(trainer, load_config(RECIPE, [f"run.dir={tmp_path}"]), SimpleNamespace(encoder=None), saves, None)
+        train_steps(trainer, config, SimpleNamespace(encoder=None), saves, None, None)

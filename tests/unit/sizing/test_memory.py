@@ -11,15 +11,17 @@ import torch
 from micro_batch import stored_bytes
 from random_samples import ragged_batch, random_sample
 from row_shapes import shape_of
+from transformers import DynamicCache
 
-from mirage_ds.config import Config
+from mirage_ds.config import Config, EvaluationConfig
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.model.mirage import MirageModel
-from mirage_ds.sizing.memory import kept_bytes, logit_bytes
+from mirage_ds.sizing.memory import estimate_memory, kept_bytes, logit_bytes
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.workload import Row, Workload
+from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
 ROWS, FP32 = 4, 4
 
@@ -71,3 +73,36 @@ def test_padded_rows_keep_no_more(checkpointing: str) -> None:
     row = Workload([shape_of(sample, "stage2") for sample in samples], ROWS, "").largest_of(ROWS)
     planned, measured = planned_and_measured(samples, row, checkpointing)
     assert measured <= planned
+
+
+def test_an_evaluation_takes_the_model_and_the_cache_of_a_batch() -> None:
+    """Against the weights and the cache that exist; without a task nothing is counted."""
+    num_rows, prompt, new = 3, 10, 6
+    settings = {"task": "none", "rows": "unused", "batch_size": num_rows, "max_new_tokens": new}
+    config = Config.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "model": {"path": golden_set.MODEL},
+            "data": {"shards": "unused"},
+            "train": {"stage": "text", "max_steps": 1, "warmup_steps": 0, "dtype": "fp32"},
+            "evaluation": settings,
+        }
+    )
+    backbone, cache = load_backbone(golden_set.MODEL, dtype=torch.float32), DynamicCache()
+    columns = prompt + new
+    with torch.no_grad():
+        backbone.step(
+            torch.randn(num_rows, columns, backbone.embed_tokens.embedding_dim),
+            torch.arange(columns).expand(3, num_rows, columns),
+            torch.ones(num_rows, columns, dtype=torch.bool),
+            cache,
+        )
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    weights = sum(parameter.nbytes for parameter in {*backbone.hf.parameters()})
+    deepspeed_config = resolve_deepspeed_config(config)
+    deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    row = Row(tokens=prompt, targets=1, patches=4)
+    planned = estimate_memory(model_sizes(config.model), config, deepspeed_config, row, 2).evaluation
+    assert weights + kept < planned < weights + 2 * kept + num_rows * prompt * backbone.vocab_size * FP32 * 2
+    without = config.model_copy(update={"evaluation": EvaluationConfig()})
+    assert estimate_memory(model_sizes(config.model), without, deepspeed_config, row, 2).evaluation == 0
