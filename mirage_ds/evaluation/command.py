@@ -117,6 +117,7 @@ def answer_all(
     """
     from mirage_ds.evaluation.engine import Engine
     from mirage_ds.evaluation.parts import Parts, check_settings
+    from mirage_ds.evaluation.replace import check_targets
 
     results, task = asked.results, asked.task
     with ExitStack() as until_the_end:
@@ -124,6 +125,9 @@ def answer_all(
         until_the_end.enter_context(signals_as_errors())
         with ranks.together():
             decoder, encoder = options.load(announce=ranks.is_first)
+            no_targets = check_targets(encoder, asked.rows, asked.arms)
+        if ranks.is_first and no_targets:
+            typer.echo(no_targets, err=True)
         with ranks.together():  # one checks before the others write
             if ranks.is_first:
                 until_the_end.enter_context(results)

@@ -16,6 +16,7 @@ from mirage_ds.data.stream import SampleReader
 from mirage_ds.evaluation import arms as replacements
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.arms import Arm, parse_arms
+from mirage_ds.evaluation.replace import check_targets
 from mirage_ds.evaluation.scoring import Task, check_rows, load_task
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.micro_batch import usable_bytes
@@ -42,17 +43,21 @@ def read_evaluation(config: Config) -> Questions | None:
     """The run's questions; None if it evaluates nothing. To be called before the model is loaded.
 
     Raises:
-        MirageError: the task or an arm is unknown, or a row cannot be asked.
+        MirageError: the task or an arm is unknown, a row cannot be asked, or there is no target for the arm oracle.
     """
     evaluation = config.evaluation
     if evaluation.task is None:
         return None
     task, arms = load_task(evaluation.task), parse_arms(evaluation.latents)
     rows = read_some(evaluation, arms)
-    unscored = check_rows(rows, task)
-    for row, reason in unscored if distributed.is_main() else ():
-        print(f"not scored: {row.where}: {reason}", flush=True)
-    return Questions(task, arms, rows, make_encoder(config, "stage1"))
+    unscored, encoder = check_rows(rows, task), make_encoder(config, "stage1")
+    no_targets = check_targets(encoder, rows, arms)
+    if distributed.is_main():
+        for row, reason in unscored:
+            print(f"not scored: {row.where}: {reason}", flush=True)
+        if no_targets:
+            print(no_targets, flush=True)
+    return Questions(task, arms, rows, encoder)
 
 
 def read_some(config: EvaluationConfig, arms: Sequence[Arm]) -> list[Row]:

@@ -27,9 +27,12 @@ from mirage_ds.evaluation.in_training import FailedError, Gather, forget, number
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.evaluation.tasks.outcome import Outcome
 from mirage_ds.evaluation.training_looks import GAP_PX, LATENT_MARK, LINE_PX, TILE_PX, marked, picture
-from mirage_ds.evaluation.training_questions import read_some
+from mirage_ds.evaluation.training_questions import read_evaluation, read_some
+from mirage_ds.hf.preset import write_tiny
+from mirage_ds.recipe import load_config
 from mirage_ds.zero3.whole_model import without_hooks
 
+RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 ANSWER = Answer(
     number=0,
     where="rows.jsonl:1",
@@ -76,6 +79,24 @@ def test_rows_that_cannot_be_asked_are_refused_before_the_run(tmp_path: Path) ->
     alone = write_jsonl(tmp_path / "one.jsonl", [{"text_input": "Where?", "image_input": []}])
     with pytest.raises(DataError, match=r"needed: at least 2"):
         read_some(settings(alone), parse_arms("own,shuffled"))
+
+
+def test_helper_images_are_checked_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that cannot be pooled are said once, and end a run alone that asks for `oracle`."""
+    monkeypatch.setattr(in_training.distributed, "is_main", lambda: True)
+    rows = write_rows(tmp_path / "rows", 4)
+    write_tiny(rows, tmp_path / "model", seed=0)
+    names = {"model.path": tmp_path / "model", "data.shards": tmp_path, "run.dir": tmp_path / "run"}
+    names |= {"evaluation.task": "none", "evaluation.rows": rows, "model.latent_size": 10}
+    overrides = [f"{name}={value}" for name, value in names.items()]
+    questions = read_evaluation(load_config(RECIPE, overrides))
+    assert questions is not None
+    assert len(questions.rows) == 4
+    assert capsys.readouterr().out.count("cannot be pooled to latent targets: 2; the first: ") == 1
+    with pytest.raises(DataError, match=r"9 merged patches for 10 latents \(.*rows.jsonl:1, for the arm oracle\)"):
+        read_evaluation(load_config(RECIPE, [*overrides, "evaluation.latents='own,oracle'"]))
 
 
 @pytest.mark.parametrize("given", [{"task": "none"}, {"rows": "rows.jsonl"}])
