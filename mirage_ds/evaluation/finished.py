@@ -7,8 +7,7 @@ from typing import Any, get_origin
 from mirage_ds import strict_json
 from mirage_ds.data.rows import read_json_lines
 from mirage_ds.errors import MALFORMED, DataError, reason_of
-from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.tasks.outcome import Outcome
+from mirage_ds.evaluation.answers import Answer, answer_of
 
 
 def read_results(path: Path) -> dict[str, list[Answer]]:
@@ -47,11 +46,10 @@ def _answer(record: dict[str, Any], where: str) -> Answer:
     kinds = {field.name: get_origin(field.type) or field.type for field in fields(Answer)}
     wrong = [name for name, value in record.items() if type(value) is not kinds.get(name)]
     try:
-        scores = {way: Outcome(**outcome) for way, outcome in record.get("scores", {}).items()}
-        answer = Answer(**record | {"scores": scores})
-    except (TypeError, AttributeError) as error:  # a field is missing, unknown, or no object
+        answer = answer_of(record)
+    except (TypeError, AttributeError) as error:
         wrong = [*wrong, str(error)]
-    if wrong or not all(isinstance(outcome.success, int | float) for outcome in scores.values()):
+    if wrong or not all(isinstance(outcome.success, int | float) for outcome in answer.scores.values()):
         raise DataError(
             f"the line is no answer: {', '.join(wrong) or 'scores':.80} ({where}); expected a line of a results file "
             "as `mirage evaluate` wrote it; name such a file, or evaluate again"

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from mirage_ds.config import Config, EvaluationConfig
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.images import open_image
-from mirage_ds.data.rows import check_question, read_json_lines, read_question
+from mirage_ds.data.rows import check_question, decode_images, read_json_lines, read_question
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.evaluation import arms as replacements
@@ -69,6 +68,8 @@ def read_some(config: EvaluationConfig, arms: Sequence[Arm]) -> list[Row]:
     assert config.rows is not None, "called where there are rows"
     read = _of_shards if config.rows.is_dir() else _of_file
     rows = read(config.rows, config.max_rows)
+    for row in rows:
+        decode_images(row.sample, row.where)
     replacements.check_rows(arms, rows, f"evaluation.rows={config.rows}")
     return rows
 
@@ -92,8 +93,6 @@ def _of_shards(folder: Path, max_rows: int) -> list[Row]:
     ]
     for row in rows:
         check_question(row.sample, row.where)
-        for data in (*row.sample.input_images, *row.sample.helper_images):
-            open_image(data, row.where)
     return rows
 
 
