@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mirage_ds.data.rows import read_questions
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.arms import Arm, check_rows
+from mirage_ds.evaluation.arms import Arm, check_arms
 
 
 def read_questions_of(
@@ -24,5 +24,5 @@ def read_questions_of(
     helpers = helpers or any(arm.latents == "oracle" for arm in arms)
     questions = islice(read_questions(data, helpers=helpers), limit)
     rows = [Row(number, *each) for number, each in enumerate(questions)]
-    check_rows(arms, rows, str(data))
+    check_arms(arms, rows, str(data))
     return rows

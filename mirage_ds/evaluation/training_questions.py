@@ -13,10 +13,9 @@ from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import check_question, read_json_lines, read_question
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
-from mirage_ds.evaluation import arms as replacements
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.arms import Arm, parse_arms
-from mirage_ds.evaluation.scoring import Task, check_rows, load_task
+from mirage_ds.evaluation.arms import Arm, check_arms, parse_arms
+from mirage_ds.evaluation.scoring import Task, load_task, unscorable
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.micro_batch import usable_bytes
 from mirage_ds.sizing.model_sizes import model_sizes
@@ -49,7 +48,7 @@ def read_evaluation(config: Config) -> Questions | None:
         return None
     task, arms = load_task(evaluation.task), parse_arms(evaluation.latents)
     rows = read_some(evaluation, arms)
-    unscored = check_rows(rows, task)
+    unscored = unscorable(rows, task)
     for row, reason in unscored if distributed.is_main() else ():
         print(f"not scored: {row.where}: {reason}", flush=True)
     return Questions(task, arms, rows, make_encoder(config, "stage1"))
@@ -64,7 +63,7 @@ def read_some(config: EvaluationConfig, arms: Sequence[Arm]) -> list[Row]:
     assert config.rows is not None, "called where there are rows"
     read = _of_shards if config.rows.is_dir() else _of_file
     rows = read(config.rows, config.max_rows)
-    replacements.check_rows(arms, rows, f"evaluation.rows={config.rows}")
+    check_arms(arms, rows, f"evaluation.rows={config.rows}")
     return rows
 
 
