@@ -51,7 +51,7 @@ def parse_arms(latents: str, image: str = OWN) -> list[Arm]:
     return [Arm(OWN), *replacing]
 
 
-def check_rows(arms: Sequence[Arm], rows: Sequence[Row], where: str) -> None:
+def check_arms(arms: Sequence[Arm], rows: Sequence[Row], where: str) -> None:
     """Refuses arms for which the rows have nothing to put in place; before anything is loaded.
 
     Args:

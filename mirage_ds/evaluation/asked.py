@@ -9,7 +9,7 @@ from mirage_ds.evaluation.arms import Arm, parse_arms
 from mirage_ds.evaluation.groups import check_groups
 from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.results import Results
-from mirage_ds.evaluation.scoring import Task, check_rows, load_task
+from mirage_ds.evaluation.scoring import Task, load_task, unscorable
 from mirage_ds.model_folder import check_model
 
 
@@ -64,4 +64,4 @@ def check_options(
     chosen, arms = load_task(task), parse_arms(latents, image)
     rows = read_questions_of(data, arms, limit, helpers=helpers, check_images=check_images)
     check_groups([row.sample.extra for row in rows], by)
-    return Asked(results, chosen, arms, rows, check_rows(rows, chosen), samples)
+    return Asked(results, chosen, arms, rows, unscorable(rows, chosen), samples)

@@ -10,9 +10,8 @@ from rich.table import Table
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.finished import read_results, read_summary
-from mirage_ds.evaluation.groups import ALL, grouped
 from mirage_ds.evaluation.rates import difference, rate_of, row_scores, ways_of
-from mirage_ds.evaluation.tables import Figures, group_title, new_table
+from mirage_ds.evaluation.tables import Figures, new_table, sections
 
 SHORT = 60  # characters of an answer in a table
 
@@ -80,13 +79,11 @@ def comparison_table(sides: Sequence[Side], by: str | None) -> Table:
     way = ways_of(sides[0].answers)[0]
     drawn = new_table("comparison", "file", way, "minus the first", "gained", "lost", "never ended")
     show = Figures(answer for side in sides for answer in side.answers)
-    parts = [grouped(side.answers, by) for side in sides]
-    names = [name for name in parts[0] if name != ALL]
-    for group in [ALL, *(names if len(names) > 1 else [])]:
+    for title, parts in sections([side.answers for side in sides], by):
         drawn.add_section()
-        drawn.add_row(f"[bold]{escape(group_title(group, parts[0][group], by))}[/bold]")
+        drawn.add_row(title)
         for side, part in zip(sides, parts, strict=True):
-            drawn.add_row(escape(side.name), *_figures(part[group], parts[0][group], way, show))
+            drawn.add_row(escape(side.name), *_figures(part, parts[0], way, show))
     return drawn
 
 

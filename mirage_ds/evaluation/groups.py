@@ -7,7 +7,6 @@ from mirage_ds import strict_json
 from mirage_ds.errors import ConfigError
 from mirage_ds.evaluation.answers import Answer
 
-ALL = "all"
 MAX_GROUPS = 50
 NO_VALUE = "-"  # the group of rows that lack the field
 
@@ -35,17 +34,16 @@ def check_groups(rows: Sequence[Mapping[str, Any]], by: str | None) -> None:
 
 
 def grouped(answers: Iterable[Answer], by: str | None = None) -> dict[str, list[Answer]]:
-    """Answers by the text of their row's field, in the order of the texts, numbers by size; ALL is last.
+    """Answers by the text of their row's field, in the order of the texts, numbers by size.
 
     Without a field, rows are grouped by their level, if they have one, and not more than MAX_GROUPS.
     """
-    answers = list(answers)
     groups: dict[str, list[Answer]] = {}
     for answer in answers:
         groups.setdefault(level_of(answer.row) if by is None else _text(answer.row, by), []).append(answer)
     if by is None and (set(groups) <= {NO_VALUE} or len(groups) > MAX_GROUPS):
-        groups = {}
-    return {name: groups[name] for name in sorted(groups, key=_in_order)} | {ALL: answers}
+        return {}
+    return {name: groups[name] for name in sorted(groups, key=_in_order)}
 
 
 def level_of(row: Mapping[str, Any]) -> str:

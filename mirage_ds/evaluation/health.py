@@ -27,6 +27,7 @@ from mirage_ds.evaluation.feeds import target_at
 from mirage_ds.evaluation.states import States
 from mirage_ds.inference.feed import Slot
 from mirage_ds.model.alike import warn_if_alike
+from mirage_ds.training.validation import spread
 
 MAX_SAMPLED = 1024  # the Gram matrix of so many rows takes 8 MiB
 EXACT = 1e-12  # what is smaller, relative to the largest eigenvalue of a Gram matrix in float64, is rounding
@@ -119,7 +120,7 @@ def _target_cosines(states: States, targets_of: Callable[[str], list[torch.Tenso
     """The cosine between state and target of each latent that has one, by slot, of at most MAX_SAMPLED rows."""
     cosines: dict[Slot, list[float]] = {}
     keys = list(states)
-    for key in (keys[number] for number in evenly(len(keys), MAX_SAMPLED)):
+    for key in (keys[number] for number in spread(len(keys), MAX_SAMPLED)):
         targets = targets_of(key)
         for slot in states.slots(key):
             target, state = target_at(targets, slot), states.at(key, slot)
@@ -173,17 +174,11 @@ def row_cosine(states: torch.Tensor) -> float | None:
 
 def effective_rank(states: torch.Tensor) -> float:
     """The effective rank of states [n, D], of at most MAX_SAMPLED of them: from 1 to the smaller of n and D."""
-    sampled = states[evenly(len(states), MAX_SAMPLED)].double()
+    sampled = states[spread(len(states), MAX_SAMPLED)].double()
     squares = torch.linalg.eigvalsh(sampled @ sampled.T)
     singular_values = torch.where(squares > EXACT * squares.max(), squares, 0.0).sqrt()
     shares = singular_values / singular_values.sum()
     return float(torch.special.entr(shares).sum().exp())
-
-
-def evenly(count: int, limit: int) -> list[int]:
-    """At most `limit` of the numbers below `count`, evenly spaced."""
-    chosen = min(count, limit)
-    return [number * count // chosen for number in range(chosen)]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mirage_ds.data.rows import decode_images, read_questions
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.arms import Arm, check_rows
+from mirage_ds.evaluation.arms import Arm, check_arms
 
 
 def read_questions_of(
@@ -33,5 +33,5 @@ def read_questions_of(
         if check_images:
             decode_images(sample, where)
         rows.append(Row(number, where, sample))
-    check_rows(arms, rows, str(data))
+    check_arms(arms, rows, str(data))
     return rows

@@ -14,8 +14,8 @@ from mirage_ds.evaluation.groups import grouped
 
 Rate = dict[str, Any]
 """{"rate": the mean of the rows' scores, "low", "high": its 95 % interval, "num_rows"}."""
-Rates = dict[str, dict[str, Rate]]
-"""{group: {way of scoring: Rate}}, with the group "all" last."""
+Rates = dict[str, Rate]
+"""{way of scoring: Rate}."""
 
 Z_95 = 1.959963984540054  # 95 % of a normal distribution lie within this many standard deviations
 
@@ -33,18 +33,19 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + weight)), min(1.0, (centre + half) / (1 + weight))
 
 
-def success_rates(answers: Iterable[Answer], by: str | None = None) -> Rates:
-    """The rate by group and way of scoring; a group of which no row could be scored is left out.
+def success_rates(answers: Sequence[Answer]) -> Rates:
+    """The rate by way of scoring; empty if no row could be scored."""
+    return {way: rate_of(row_scores(answers, way).values()) for way in ways_of(answers)}
+
+
+def group_rates(answers: Iterable[Answer], by: str | None = None) -> dict[str, Rates]:
+    """The rates of each group; one of which no row could be scored is left out.
 
     Args:
         by: a field of the rows; None: the level of their maps.
     """
-    answers = list(answers)
-    ways = ways_of(answers)
-    groups = {name: [one for one in part if one.scores] for name, part in grouped(answers, by).items()}
-    return {
-        name: {way: rate_of(row_scores(part, way).values()) for way in ways} for name, part in groups.items() if part
-    }
+    rates = {name: success_rates(part) for name, part in grouped(answers, by).items()}
+    return {name: part for name, part in rates.items() if part}
 
 
 def ways_of(answers: Iterable[Answer]) -> list[str]:
@@ -90,16 +91,20 @@ def difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> Difference:
     """The rate of our answers minus that of theirs to the same rows, by the first way of scoring; NaN without rows.
 
     The interval is a paired bootstrap over rows: each resample draws rows, with both their scores. So only the rows
-    where the two differ widen it, and it covers the choice of the rows, not that of the model or of the seed.
+    where the two differ widen it, and it covers the choice of the rows, not that of the model or of the seed. One row
+    that gains all and one that loses all are added, without which it is too short where few rows differ, and a point
+    where none does. Bonett and Price (2012) add the same two to Wald's interval.
     """
     way = ways_of(ours)[0]
     our, their = row_scores(ours, way), row_scores(theirs, way)
     changes = [score - their[number] for number, score in our.items() if number in their]
     if not changes:
         return Difference(nan, nan, nan, 0, 0, 0)
+    scores = [*our.values(), *their.values()]
+    most = max(1.0, *scores) - min(0.0, *scores)  # that a row can gain, as far as is known
     return Difference(
         sum(changes) / len(changes),
-        *mean_interval(changes),
+        *mean_interval([*changes, most, -most]),
         len(changes),
         sum(change > 0 for change in changes),
         sum(change < 0 for change in changes),

@@ -1,33 +1,42 @@
 """What several answers to each row are worth together: pass@k, and the vote of the majority."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.rates import Rate, rate_of, ways_of
+from mirage_ds.evaluation.rates import Rate, rate_of
 from mirage_ds.evaluation.tasks.outcome import Outcome
 
 
-def sample_rates(answers: Iterable[Answer]) -> dict[str, Rate]:
-    """`pass@1`, `pass@2`, `pass@4`, ... and `majority` over rows, by the first way of scoring.
+def sample_rates(arms: Mapping[str, Iterable[Answer]]) -> dict[str, dict[str, Rate]]:
+    """`pass@1`, `pass@2`, `pass@4`, ... and `majority` of each arm over rows, by the first way of scoring.
 
-    Empty if each row has one answer. Scores other than 0 and 1 are no passes: for them only `majority`.
+    All arms have the same columns, but for one in which no row has k scored answers: it lacks pass@k. Empty if each row
+    has one answer. If any arm has scores other than 0 and 1, which are no passes, there is `majority` only.
     """
-    answers = list(answers)
-    rows: dict[int, list[Outcome]] = {}
-    for way in ways_of(answers)[:1]:
-        for answer in answers:
-            if answer.scores:
-                rows.setdefault(answer.number, []).append(answer.scores[way])
-    num_samples = min(map(len, rows.values()), default=0)
+    rows = {name: _outcomes(answers) for name, answers in arms.items()}
+    every = [outcomes for arm in rows.values() for outcomes in arm]
+    num_samples = max(map(len, every), default=0)
     if num_samples < 2:
-        return {}
-    found = {}
-    if {outcome.success for outcomes in rows.values() for outcome in outcomes} <= {0, 1}:
-        for k in _counts(num_samples):
-            found[f"pass@{k}"] = rate_of([pass_at(k, outcomes) for outcomes in rows.values()])
-    return found | {"majority": rate_of([majority(outcomes) for outcomes in rows.values()])}
+        return {name: {} for name in arms}
+    passes = {outcome.success for outcomes in every for outcome in outcomes} <= {0, 1}
+    return {name: _arm_rates(arm, _counts(num_samples) if passes else []) for name, arm in rows.items()}
+
+
+def _outcomes(answers: Iterable[Answer]) -> list[list[Outcome]]:
+    """Those of each row that has scored answers."""
+    rows: dict[int, list[Outcome]] = {}
+    for answer in answers:
+        if answer.scores:
+            rows.setdefault(answer.number, []).append(next(iter(answer.scores.values())))
+    return list(rows.values())
+
+
+def _arm_rates(rows: list[list[Outcome]], counts: Iterable[int]) -> dict[str, Rate]:
+    scores = {f"pass@{k}": [pass_at(k, outcomes) for outcomes in rows if len(outcomes) >= k] for k in counts}
+    scores["majority"] = [majority(outcomes) for outcomes in rows]
+    return {column: rate_of(part) for column, part in scores.items() if part}
 
 
 def pass_at(k: int, outcomes: Sequence[Outcome]) -> float:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.data.rows import Sample
+from mirage_ds.data.rows import OUTPUT_IMAGE_TAG, Sample
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.tasks import choice, exact, own, reasoning, vsp
@@ -28,6 +28,11 @@ def fields_of(sample: Sample) -> dict[str, Any]:
     return {"text_input": sample.text_input, "text_output": sample.text_output, **sample.extra}
 
 
+def _compared(sample: Sample) -> dict[str, Any]:
+    """The fields of a row without the slots of helper images: a latent block is no text in an answer either."""
+    return fields_of(sample) | {"text_output": sample.text_output.replace(OUTPUT_IMAGE_TAG, "")}
+
+
 def score_planning(sample: Sample, answer: str) -> Scores:
     """The moves in the last box, walked on the row's `map_desc`: strictly parsed, and as the reference parses them."""
     return {mode: vsp.score(sample.extra.get("map_desc"), answer, mode) for mode in ("strict", "reference")}
@@ -40,12 +45,12 @@ def score_reasoning(sample: Sample, answer: str) -> Scores:
 
 def score_choice(sample: Sample, answer: str) -> Scores:
     """The option that is given against the row's."""
-    return {"choice": choice.score(fields_of(sample), answer)}
+    return {"choice": choice.score(_compared(sample), answer)}
 
 
 def score_exact(sample: Sample, answer: str) -> Scores:
     """The text or number that is given against the row's."""
-    return {"exact": exact.score(fields_of(sample), answer)}
+    return {"exact": exact.score(_compared(sample), answer)}
 
 
 def score_own(function: own.Function, sample: Sample, answer: str) -> Scores:
@@ -82,7 +87,7 @@ def load_task(name: str) -> Task:
     return Task(name, partial(score_own, own.load_function(Path(expand(file)), function)), ("score",))
 
 
-def check_rows(rows: Sequence[Row], task: Task) -> list[tuple[Row, str]]:
+def unscorable(rows: Sequence[Row], task: Task) -> list[tuple[Row, str]]:
     """The rows that cannot be scored, each with the reason; call it before decoding.
 
     Raises:

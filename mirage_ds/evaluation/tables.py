@@ -1,6 +1,6 @@
 """What an evaluation prints, and the numbers of its summary: the arms, groups of rows, several answers to a row."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,8 +9,8 @@ from rich.table import Table
 
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import OWN
-from mirage_ds.evaluation.groups import ALL, grouped
-from mirage_ds.evaluation.rates import Difference, Rate, difference, rate_of, row_scores, success_rates, ways_of
+from mirage_ds.evaluation.groups import grouped
+from mirage_ds.evaluation.rates import Difference, Rate, Rates, difference, group_rates, success_rates, ways_of
 from mirage_ds.evaluation.samples import sample_rates
 from mirage_ds.evaluation.scoring import Task
 
@@ -19,14 +19,15 @@ def summary_of(answers: dict[str, list[Answer]], task: Task, by: str | None = No
     """The numbers of FILE.summary.json, by arm.
 
     Args:
-        answers: of each arm, `own` among them.
+        answers: of each arm, `own` first.
         by: the field of the rows by which rates are grouped; None: the level of their maps.
     """
-    return {"task": task.name, "by": by, "arms": {name: _summary(answers, name, by) for name in answers}}
+    samples = sample_rates(answers)
+    arms = {name: _summary(arm, answers[OWN], by, samples[name]) for name, arm in answers.items()}
+    return {"task": task.name, "by": by, "arms": arms}
 
 
-def _summary(answers: dict[str, list[Answer]], name: str, by: str | None) -> dict[str, Any]:
-    arm = answers[name]
+def _summary(arm: list[Answer], own: list[Answer], by: str | None, samples: Rates) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "num_answers": len(arm),
         "num_unscored": sum(bool(answer.unscored) for answer in arm),
@@ -36,8 +37,8 @@ def _summary(answers: dict[str, list[Answer]], name: str, by: str | None) -> dic
         "num_replaced": sum(answer.num_replaced for answer in arm),
     }
     if ways_of(arm):
-        summary |= {"rates": success_rates(arm, by), "samples": sample_rates(arm)}
-        summary |= {"minus_own": asdict(difference(arm, answers[OWN]))}
+        summary |= {"rates": success_rates(arm), "groups": group_rates(arm, by), "samples": samples}
+        summary |= {"minus_own": asdict(difference(arm, own))}
     return summary
 
 
@@ -55,15 +56,12 @@ def arms_table(answers: dict[str, list[Answer]], task: Task, by: str | None = No
     headings = [*ways, *(["minus own"] if ways and len(answers) > 1 else [])]
     drawn = new_table(task.name, "arm", *headings, "never ended", "with a block", "replaced")
     show = Figures(each for arm in answers.values() for each in arm)
-    parts = {name: grouped(arm, by) for name, arm in answers.items()}
-    names = [name for name in parts[OWN] if name != ALL]
-    for group in [ALL, *(names if len(names) > 1 else [])]:
-        own = parts[OWN][group]
+    for title, parts in sections(list(answers.values()), by):
         drawn.add_section()
-        drawn.add_row(f"[bold]{escape(group_title(group, own, by))}[/bold]")
-        for name, part in parts.items():
-            scores = _scores(part[group], own, ways, show)[: len(headings)]  # one arm has no difference
-            drawn.add_row(name, *scores, *_counts(part[group]))
+        drawn.add_row(title)
+        for name, part in zip(answers, parts, strict=True):
+            scores = _scores(part, parts[0], ways, show)[: len(headings)]  # one arm has no difference
+            drawn.add_row(name, *scores, *_counts(part))
     return drawn
 
 
@@ -72,8 +70,11 @@ def _scores(arm: list[Answer], own: list[Answer], ways: list[str], show: "Figure
         return []
     if not ways_of(arm):
         return ["-"] * (len(ways) + 1)
-    rates = [rate_of(row_scores(arm, way).values()) for way in ways]
-    return [*map(show.rate, rates), show.difference(difference(arm, own)) if arm is not own else ""]
+    rates = map(show.rate, success_rates(arm).values())
+    if arm is own:
+        return [*rates, ""]
+    found = difference(arm, own)
+    return [*rates, f"{show.difference(found)}, +{found.gained} -{found.lost} rows"]
 
 
 def _counts(arm: list[Answer]) -> list[str]:
@@ -87,14 +88,14 @@ def _counts(arm: list[Answer]) -> list[str]:
 
 def samples_table(answers: dict[str, list[Answer]]) -> Table | None:
     """A line per arm: pass@k and the majority; None if each row has one answer."""
-    rates = {name: sample_rates(arm) for name, arm in answers.items()}
-    columns = list(next(iter(rates.values())))
+    rates = sample_rates(answers)
+    columns = max(map(list, rates.values()), key=len)
     if not columns:
         return None
     drawn = new_table("several answers to each row", "arm", *columns)
     show = Figures(each for arm in answers.values() for each in arm)
     for name, by_column in rates.items():
-        drawn.add_row(name, *(show.rate(by_column[column]) for column in columns))
+        drawn.add_row(name, *(show.rate(by_column[column]) if column in by_column else "-" for column in columns))
     return drawn
 
 
@@ -107,12 +108,20 @@ def new_table(title: str, first: str, *others: str) -> Table:
     return drawn
 
 
-def group_title(group: str, answers: list[Answer], by: str | None) -> str:
-    """A group's name, and how many rows it has."""
+def sections(arms: Sequence[list[Answer]], by: str | None) -> Iterator[tuple[str, list[list[Answer]]]]:
+    """What a table shows of answers to the same rows: all, then each group, if there are some; each with its title."""
+    yield _title("all rows", arms[0]), list(arms)
+    parts = [grouped(arm, by) for arm in arms]
+    if len(parts[0]) > 1:
+        for group in parts[0]:
+            yield _title(f"{by or 'level'} {group}", parts[0][group]), [part[group] for part in parts]
+
+
+def _title(name: str, answers: list[Answer]) -> str:
+    """With how many rows there are, in bold."""
     rows = {answer.number for answer in answers}
     unscored = len({answer.number for answer in answers if answer.unscored})
-    name = "all rows" if group == ALL else f"{by or 'level'} {group}"
-    return f"{name}: {len(rows)}" + (f", {unscored} not scored" if unscored else "")
+    return f"[bold]{escape(name)}: {len(rows)}" + (f", {unscored} not scored" if unscored else "") + "[/bold]"
 
 
 class Figures:

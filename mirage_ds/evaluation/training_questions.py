@@ -12,11 +12,10 @@ from mirage_ds.data.encode import Encoder
 from mirage_ds.data.rows import check_question, decode_images, read_json_lines, read_question
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
-from mirage_ds.evaluation import arms as replacements
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.arms import Arm, parse_arms
+from mirage_ds.evaluation.arms import Arm, check_arms, parse_arms
 from mirage_ds.evaluation.replace import check_targets
-from mirage_ds.evaluation.scoring import Task, check_rows, load_task
+from mirage_ds.evaluation.scoring import Task, load_task, unscorable
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.micro_batch import usable_bytes
 from mirage_ds.sizing.model_sizes import model_sizes
@@ -49,7 +48,7 @@ def read_evaluation(config: Config) -> Questions | None:
         return None
     task, arms = load_task(evaluation.task), parse_arms(evaluation.latents)
     rows = read_some(evaluation, arms)
-    unscored, encoder = check_rows(rows, task), make_encoder(config, "stage1")
+    unscored, encoder = unscorable(rows, task), make_encoder(config, "stage1")
     no_targets = check_targets(encoder, rows, arms)
     if distributed.is_main():
         for row, reason in unscored:
@@ -70,7 +69,7 @@ def read_some(config: EvaluationConfig, arms: Sequence[Arm]) -> list[Row]:
     rows = read(config.rows, config.max_rows)
     for row in rows:
         decode_images(row.sample, row.where)
-    replacements.check_rows(arms, rows, f"evaluation.rows={config.rows}")
+    check_arms(arms, rows, f"evaluation.rows={config.rows}")
     return rows
 
 

@@ -57,7 +57,7 @@ class Validation:
             yield self.numbers[own : own + self.micro_batch_size]
 
 
-def spread(num_samples: int, max_samples: int) -> list[int]:
-    """At most `max_samples` sample numbers, evenly spaced over the folder, as its rows may be sorted."""
-    count = min(num_samples, max_samples)
-    return [place * num_samples // count for place in range(count)]
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of the numbers below `count`, evenly spaced, as the samples of a folder may be sorted."""
+    chosen = min(count, limit)
+    return [place * count // chosen for place in range(chosen)]

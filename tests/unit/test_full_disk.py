@@ -149,7 +149,7 @@ def test_an_export_is_not_left_in_part(outcomes: dict[str, Outcome], place: Path
 
 
 def test_results_are_not_left_in_part_under_their_name(outcomes: dict[str, Outcome], place: Path) -> None:
-    outcomes["evaluate"].check_message(f"the disk is full ({place}/disk)", "name another --output, and start again")
+    outcomes["evaluate"].check_message(f"the disk is full ({place}/disk)", "free some space; a new start continues")
     assert not (outcomes["evaluate"].disk / "results").exists()
 
 

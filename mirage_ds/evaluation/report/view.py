@@ -11,7 +11,7 @@ from mirage_ds.data.images import decode
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.engine import Engine
-from mirage_ds.evaluation.health import LatentHealth, evenly
+from mirage_ds.evaluation.health import LatentHealth
 from mirage_ds.evaluation.heat import heat_maps
 from mirage_ds.evaluation.parts import Parts
 from mirage_ds.evaluation.rates import Difference, difference, rate_of, success_rates, ways_of
@@ -30,6 +30,7 @@ from mirage_ds.evaluation.report.contents import (
 from mirage_ds.evaluation.report.pictures import heat_picture, picture
 from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
 from mirage_ds.evaluation.tables import Figures
+from mirage_ds.training.validation import spread
 
 # By an arm's name, without the factor of the noise.
 MEANINGS = {
@@ -38,7 +39,7 @@ MEANINGS = {
     "markers": "a block without a state in it",
     "zeroed": "zeros, which it never saw in training",
     "mean": "the mean state of all rows, slot by slot",
-    "fixed": "the states of one other row, for all rows",
+    "fixed": "one state of one row, at every latent of all others",
     "noise": "own states with noise added",
     "shuffled": "the states of another row",
     "oracle": "the pooled patches of the true helper image",
@@ -62,7 +63,7 @@ def contents_of(
     rows, decoder, encoder = engine.rows, engine.decoder, engine.encoder
     turned = encoder.helper_facts()["exif_orientation"]
     shown = []
-    for number in evenly(len(rows), num_shown):
+    for number in spread(len(rows), num_shown):
         row = rows[number]
         made = [
             state for slot in states.slots(row.sample.key) if (state := states.at(row.sample.key, slot)) is not None
@@ -99,7 +100,7 @@ def arm_results(answers: dict[str, list[Answer]]) -> list[ArmResult]:
                 num_answers=len(arm),
                 num_unended=sum(not answer.complete for answer in arm),
                 num_with_block=sum(answer.num_blocks > 0 for answer in arm),
-                success=figures.rate(success_rates(arm)["all"][ways[0]]) if scored else "",
+                success=figures.rate(success_rates(arm)[ways[0]]) if scored else "",
                 difference=_minus_own(difference(arm, own), figures) if scored and name != OWN else None,
                 changed=None if name == OWN else _changed(arm, own),
             )

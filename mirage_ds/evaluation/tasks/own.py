@@ -1,14 +1,14 @@
 """Scores answers with a function of the user's own, from a file: `--task my_file.py:score`.
 
 The function takes a row, a dict of its fields, and the answer's text. It returns a number or a bool, or None for a row
-that cannot be scored. All rows are first scored with an empty answer, to find those.
+that cannot be scored. An empty answer decides which rows these are, so that no answer of other rows is left out.
 """
 
 import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Function:
 
     file: Path
     call: Callable[[dict[str, Any], str], Any]
+    scorable: dict[str, bool] = field(default_factory=dict)  # by a row's key: whether its empty answer has a score
 
 
 def load_function(file: Path, name: str) -> Function:
@@ -64,31 +65,53 @@ def score(function: Function, key: str, row: Mapping[str, Any], answer: str) -> 
     """What the function returns, and as `given` what the text gives as the answer.
 
     Args:
-        key: of the row, for messages.
+        key: of the row, for messages; no other row has it.
 
     Raises:
-        ConfigError: the function raised an error, or returned neither a finite number, a bool nor None.
-        DataError: it returned None.
+        ConfigError: the function raised an error, or returned neither a finite number nor a bool.
+        DataError: it returns None for the row's empty answer.
     """
-    where = f"row {key}, answer {answer!r:.60}"
-    try:
-        value = function.call(dict(row), answer)
-    except Exception as error:
-        raise ConfigError(
-            f"the task's function failed: {_in_words(error, function.file)} ({where}); expected "
-            "a number, a bool or None for every row and any answer, an empty one too; fix the function"
-        ) from error
-    if value is None:
+    if key not in function.scorable:
+        function.scorable[key] = _value(function, key, row, "") is not None
+    if not function.scorable[key]:
         raise DataError(
             "the task's function returned None (in a row that is to be scored); expected a number or a bool; fix the "
             "row or the function"
         )
+    value = _value(function, key, row, answer)
+    if value is None:
+        raise ConfigError(
+            f"the task's function returned None, but not for an empty answer ({_where(key, answer)}); expected None "
+            "for all answers to a row that cannot be scored, and for no others; fix the function"
+        )
+    return Outcome(value, f"scored {value:g}", canonical(extract_given(answer)))
+
+
+def _value(function: Function, key: str, row: Mapping[str, Any], answer: str) -> float | None:
+    """What the function returns.
+
+    Raises:
+        ConfigError: it raised an error, or returned neither a finite number, a bool nor None.
+    """
+    try:
+        value = function.call(dict(row), answer)
+    except Exception as error:
+        raise ConfigError(
+            f"the task's function failed: {_in_words(error, function.file)} ({_where(key, answer)}); expected "
+            "a number, a bool or None for every row and any answer, an empty one too; fix the function"
+        ) from error
+    if value is None:
+        return None
     if not isinstance(value, Real | np.bool_) or not np.isfinite(float(value)):
         raise ConfigError(
-            f"the task's function returned {value!r:.80} ({where}); expected a finite number, a bool or None; fix the "
-            "function"
+            f"the task's function returned {value!r:.80} ({_where(key, answer)}); expected a finite number, a bool or "
+            "None; fix the function"
         )
-    return Outcome(float(value), f"scored {float(value):g}", canonical(extract_given(answer)))
+    return float(value)
+
+
+def _where(key: str, answer: str) -> str:
+    return f"row {key}, answer {answer!r:.60}"
 
 
 def _in_words(error: Exception, file: Path) -> str:

@@ -5,7 +5,7 @@ import pytest
 from mirage_ds.data.rows import Sample
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.arms import IMAGES, LATENTS, Arm, check_rows, parse_arms
+from mirage_ds.evaluation.arms import IMAGES, LATENTS, Arm, check_arms, parse_arms
 
 
 def rows(*images: tuple[int, int]) -> list[Row]:
@@ -84,6 +84,6 @@ def test_lists_that_are_refused(latents: str, image: str, message: str) -> None:
 def test_too_few_rows(latents: str, image: str, few: list, enough: list) -> None:
     arms = parse_arms(latents, image)
     with pytest.raises(DataError, match=r"rows.*: [01] \(rows.jsonl, --(latents|image) \w+\); needed: at least [12];"):
-        check_rows(arms, rows(*few), "rows.jsonl")
-    check_rows(arms, rows(*enough), "rows.jsonl")
-    check_rows(parse_arms("own"), rows(*few), "rows.jsonl")
+        check_arms(arms, rows(*few), "rows.jsonl")
+    check_arms(arms, rows(*enough), "rows.jsonl")
+    check_arms(parse_arms("own"), rows(*few), "rows.jsonl")

@@ -52,7 +52,7 @@ def test_results(model: str, tmp_path: Path) -> None:
     assert all(set(record["scores"]) == {"strict", "reference"} for record in records)
     assert any(record["num_latents"] for record in records)
     summary = json.loads((tmp_path / "new" / "results.jsonl.summary.json").read_text())
-    assert summary["arms"]["own"]["rates"]["all"]["strict"]["num_rows"] == 12
+    assert summary["arms"]["own"]["rates"]["strict"]["num_rows"] == 12
     assert summary["settings"]["temperature"] == 0
     assert summary["settings"]["latent_size"] == 3
     assert summary["settings"]["computed"] == "float32 on cpu, attention sdpa (flash-attn needs a GPU)"

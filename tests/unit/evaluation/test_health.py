@@ -12,7 +12,6 @@ from mirage_ds.evaluation.health import (
     MAX_SAMPLED,
     LatentHealth,
     effective_rank,
-    evenly,
     health_of,
     mean_norm,
     row_cosine,
@@ -21,6 +20,7 @@ from mirage_ds.evaluation.health import (
 from mirage_ds.evaluation.states import States
 from mirage_ds.inference.feed import Slot
 from mirage_ds.model.alike import ALIKE
+from mirage_ds.training.validation import spread
 
 SIZE = 8
 
@@ -83,8 +83,8 @@ def test_against_numpy(dtype: torch.dtype) -> None:
 
 def test_many_rows_are_sampled_evenly() -> None:
     """Rows of the second half alone would have rank 1."""
-    assert evenly(5, 10) == [0, 1, 2, 3, 4]
-    assert evenly(10, 4) == [0, 2, 5, 7]
+    assert spread(5, 10) == [0, 1, 2, 3, 4]
+    assert spread(10, 4) == [0, 2, 5, 7]
     half = MAX_SAMPLED * 3
     states = torch.cat([torch.tensor([[1.0, 0]]).expand(half, 2), torch.tensor([[0.0, 1]]).expand(half, 2)])
     assert effective_rank(states) == pytest.approx(2)

@@ -7,7 +7,7 @@ import pytest
 from mirage_ds.data.rows import Sample
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.scoring import TASKS, check_rows, load_task
+from mirage_ds.evaluation.scoring import TASKS, load_task, unscorable
 
 OWN = """
 from dataclasses import dataclass
@@ -29,6 +29,11 @@ def texts(row, answer):
 
 def endless(row, answer):
     return float("inf")
+
+def unsure(row, answer):
+    if answer == "hm" or (row.get("late") and not answer):
+        return None
+    return answer == "yes"
 
 def changes(row, answer):
     return len(row.pop("words"))
@@ -73,7 +78,30 @@ def test_a_function_of_the_users_own(file: Path) -> None:
     assert (right.success, right.status) == (1, "scored 1")
     assert (near.success, near.given) == (0.2, "two words")
     with pytest.raises(DataError, match="the task's function returned None"):
-        task.score(row(0).sample, "x")
+        task.score(row(1).sample, "x")
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_function_decides_by_the_row_alone_which_rows_it_scores(file: Path, checked: bool) -> None:
+    """So that no answer is left out of the rates, also where another process has checked the rows."""
+    task, rows = load_task(f"{file}:unsure"), [row(0), row(1, late=True)]
+    if checked:
+        assert [asked.number for asked, _ in unscorable(rows, task)] == [1]
+    assert task.score(rows[0].sample, "yes")["score"].success == 1
+    with pytest.raises(ConfigError, match=r"returned None, but not for an empty answer \(row 000000000, answer 'hm'\)"):
+        task.score(rows[0].sample, "hm")
+    with pytest.raises(DataError, match="the task's function returned None"):
+        task.score(rows[1].sample, "yes")
+
+
+@pytest.mark.parametrize(("name", "answer"), [("exact", "red cube"), ("choice", "B"), ("choice", "red cube")])
+def test_the_slot_of_a_helper_image_is_no_part_of_the_right_answer(name: str, answer: str) -> None:
+    """Without a box or "Answer:", the whole text is the answer."""
+    task = load_task(name)
+    for text in ("<output_image>red cube", "red <output_image>cube", "<output_image> Red cube.<output_image>"):
+        asked = row(0, text, options=["blue cube", "red cube"])
+        assert unscorable([asked], task) == []
+        assert task.score(asked.sample, answer)[name].success == 1, text
 
 
 def test_home_and_variables_in_the_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +127,7 @@ def test_a_function_gets_a_row_of_its_own(file: Path) -> None:
 def test_a_function_that_fails_is_named_with_line_and_row(file: Path, function: str, message: str) -> None:
     """Before anything is decoded: all rows are scored with an empty answer."""
     with pytest.raises(ConfigError, match=message):
-        check_rows([row(7, words=1)], load_task(f"{file}:{function}"))
+        unscorable([row(7, words=1)], load_task(f"{file}:{function}"))
 
 
 @pytest.mark.parametrize(
@@ -124,9 +152,9 @@ def test_tasks_that_cannot_be_used(file: Path, name: str, message: str) -> None:
 
 def test_rows_that_cannot_be_scored_are_found_before_decoding() -> None:
     rows = [row(0, answer=3), row(1), row(2, answer=[3]), row(3, "\\boxed{3}")]
-    found = check_rows(rows, load_task("exact"))
+    found = unscorable(rows, load_task("exact"))
     assert [asked.number for asked, _ in found] == [1, 2]
     assert found[0][1].startswith("the row has no right answer")
-    assert check_rows(rows, load_task("none")) == []
+    assert unscorable(rows, load_task("none")) == []
     with pytest.raises(DataError, match=r"no row can be scored as choice; the first, rows.jsonl:1: lists of options"):
-        check_rows(rows, load_task("choice"))
+        unscorable(rows, load_task("choice"))

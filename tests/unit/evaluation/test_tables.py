@@ -40,7 +40,8 @@ def test_the_table_of_the_arms() -> None:
     assert own[3:] == ["", "0", "6", "0 of 24"]
     assert mean[0] == "mean"
     assert mean[1].startswith("20.0% [")
-    assert mean[3].startswith("-40.0 [-80.0, ")
+    assert mean[3].startswith("-40.0 [-71.4, ")
+    assert mean[3].endswith("], +0 -2 rows")
     assert mean[4:] == ["1", "5", "20 of 20"]
 
 
@@ -49,6 +50,9 @@ def test_groups_stand_below() -> None:
     table = lines(arms_table({"own": own}, EXACT))
     assert [line[0] for line in table] == ["arm", "all rows: 6", "own", "level 3: 3", "own", "level 4: 3", "own"]
     assert [line[1][:5] for line in table if line[0] == "own"] == ["33.3%"] * 3
+    named = [answer(number, "x", row={"kind": kind}) for number, kind in enumerate(["all", "-", "all"])]
+    table = lines(arms_table({"own": named}, EXACT, by="kind"))
+    assert [line[0] for line in table if line[0] != "own"] == ["arm", "all rows: 3", "kind -: 1", "kind all: 2"]
     by = lines(arms_table({"own": answers("x.")}, EXACT, by="id"))
     assert [line[0] for line in by if line[0] != "own"] == ["arm", "all rows: 2", "id 0: 1", "id 1: 1"]
 
@@ -83,6 +87,16 @@ def test_several_answers_have_a_table_of_their_own() -> None:
     assert len(tables_of({"own": several("x.", "..")}, EXACT)) == 2
 
 
+def test_arms_of_which_one_lacks_a_column() -> None:
+    """Scores in between are no passes, in whatever arm; an answer that is not scored leaves its row without pass@2."""
+    heading, own, mean = lines(samples_table({"own": several("x.", ".."), "mean": several("xh", "..")}))
+    assert (heading, len(own), len(mean)) == (["arm", "majority"], 2, 2)
+    heading, mean, own = lines(samples_table({"mean": several("x?", "?."), "own": several("x.", "..")}))
+    assert heading == ["arm", "pass@1", "pass@2", "majority"]
+    assert [cell.split(" ")[0] for cell in mean] == ["mean", "50.0%", "-", "50.0%"]
+    assert [cell.split(" ")[0] for cell in own] == ["own", "25.0%", "50.0%", "50.0%"]
+
+
 def test_the_summary() -> None:
     found = summary_of(arms(), EXACT)
     assert (found["task"], found["by"]) == ("exact", None)
@@ -95,7 +109,8 @@ def test_the_summary() -> None:
         "num_latents": 20,
         "num_replaced": 20,
     }
-    assert mean["rates"]["all"]["exact"]["rate"] == 0.2
+    assert mean["rates"]["exact"]["rate"] == 0.2
+    assert mean["groups"] == {}
     assert mean["minus_own"]["value"] == pytest.approx(-0.4)
     assert (mean["minus_own"]["gained"], mean["minus_own"]["lost"], mean["minus_own"]["num_rows"]) == (0, 2, 5)
     assert found["arms"]["own"]["minus_own"]["value"] == 0
