@@ -3,6 +3,7 @@
 A row's score is the mean of the scores of its answers. Rows that could not be scored are left out.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import nan, sqrt
@@ -11,6 +12,7 @@ from typing import Any
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.bootstrap import mean_interval
 from mirage_ds.evaluation.groups import grouped
+from mirage_ds.evaluation.tasks.outcome import INVALID, Outcome
 
 Rate = dict[str, Any]
 """{"rate": the mean of the rows' scores, "low", "high": its 95 % interval, "num_rows"}."""
@@ -46,6 +48,38 @@ def group_rates(answers: Iterable[Answer], by: str | None = None) -> dict[str, R
     """
     rates = {name: success_rates(part) for name, part in grouped(answers, by).items()}
     return {name: part for name, part in rates.items() if part}
+
+
+def most_frequent(answers: Iterable[Answer]) -> tuple[str, float] | None:
+    """The right answer that most scored rows have, and the rate of always giving it; None if rows have no single one.
+
+    By the first way of scoring.
+    """
+    expected = {answer.number: first_of(answer).expected for answer in answers if answer.scores}
+    if not expected or not all(expected.values()):
+        return None
+    ((right, count),) = Counter(expected.values()).most_common(1)
+    return right, count / len(expected)
+
+
+def num_invalid(answers: Iterable[Answer]) -> int:
+    """How many answers have a wrong form, by the first way of scoring."""
+    return sum(first_of(answer).status == INVALID for answer in answers if answer.scores)
+
+
+def num_differing(ours: Iterable[Answer], theirs: Iterable[Answer]) -> int:
+    """How many of our answers give something else than theirs; another text, where answers are not scored."""
+    before = {(answer.number, answer.sample): _content(answer) for answer in theirs}
+    return sum(_content(answer) != before[answer.number, answer.sample] for answer in ours)
+
+
+def _content(answer: Answer) -> str:
+    return first_of(answer).given if answer.scores else answer.text
+
+
+def first_of(answer: Answer) -> Outcome:
+    """The outcome to quote of a scored answer."""
+    return next(iter(answer.scores.values()))
 
 
 def ways_of(answers: Iterable[Answer]) -> list[str]:
@@ -85,6 +119,12 @@ class Difference:
     def __str__(self) -> str:
         value, low, high = (f"{100 * part:+.1f}" for part in (self.value, self.low, self.high))
         return f"{value} points (95% interval {low} to {high})"
+
+
+def group_differences(ours: Iterable[Answer], theirs: Iterable[Answer], by: str | None = None) -> dict[str, Difference]:
+    """The difference in each group; one of which no row could be scored is left out."""
+    their = grouped(theirs, by)
+    return {name: difference(part, their[name]) for name, part in grouped(ours, by).items() if ways_of(part)}
 
 
 def difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> Difference:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.rates import Rate, rate_of
+from mirage_ds.evaluation.rates import Rate, first_of, rate_of
 from mirage_ds.evaluation.tasks.outcome import Outcome
 
 
@@ -29,7 +29,7 @@ def _outcomes(answers: Iterable[Answer]) -> list[list[Outcome]]:
     rows: dict[int, list[Outcome]] = {}
     for answer in answers:
         if answer.scores:
-            rows.setdefault(answer.number, []).append(next(iter(answer.scores.values())))
+            rows.setdefault(answer.number, []).append(first_of(answer))
     return list(rows.values())
 
 

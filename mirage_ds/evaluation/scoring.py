@@ -21,6 +21,7 @@ class Task:
     name: str
     score: Callable[[Sample, str], Scores]  # DataError: the row cannot be scored
     ways: tuple[str, ...]  # of scoring, the one to quote first; empty: answers are not scored
+    has_invalid: bool = True  # an answer may have the status INVALID in the first way
 
 
 def fields_of(sample: Sample) -> dict[str, Any]:
@@ -65,7 +66,7 @@ TASKS = {
         Task("vsp-spatial-reasoning", score_reasoning, ("exact",)),
         Task("choice", score_choice, ("choice",)),
         Task("exact", score_exact, ("exact",)),
-        Task("none", lambda sample, answer: {}, ()),
+        Task("none", lambda sample, answer: {}, (), has_invalid=False),
     )
 }
 
@@ -84,7 +85,8 @@ def load_task(name: str) -> Task:
             f"unknown task {name!r:.80} (--task); expected one of {', '.join(TASKS)}, or my_file.py:function; correct "
             "the name"
         )
-    return Task(name, partial(score_own, own.load_function(Path(expand(file)), function)), ("score",))
+    score = partial(score_own, own.load_function(Path(expand(file)), function))
+    return Task(name, score, ("score",), has_invalid=False)
 
 
 def unscorable(rows: Sequence[Row], task: Task) -> list[tuple[Row, str]]:
@@ -100,6 +102,8 @@ def unscorable(rows: Sequence[Row], task: Task) -> list[tuple[Row, str]]:
             task.score(row.sample, "")
         except DataError as error:
             found.append((row, str(error)))
+        except ConfigError as error:
+            raise ConfigError(f"{row.where}: {error}") from error
     if rows and len(found) == len(rows):
         raise DataError(f"no row can be scored as {task.name}; the first, {rows[0].where}: {found[0][1]}")
     return found

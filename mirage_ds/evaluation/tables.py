@@ -10,7 +10,20 @@ from rich.table import Table
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.groups import grouped
-from mirage_ds.evaluation.rates import Difference, Rate, Rates, difference, group_rates, success_rates, ways_of
+from mirage_ds.evaluation.rates import (
+    Difference,
+    Rate,
+    Rates,
+    difference,
+    first_of,
+    group_differences,
+    group_rates,
+    most_frequent,
+    num_differing,
+    num_invalid,
+    success_rates,
+    ways_of,
+)
 from mirage_ds.evaluation.samples import sample_rates
 from mirage_ds.evaluation.scoring import Task
 
@@ -23,11 +36,14 @@ def summary_of(answers: dict[str, list[Answer]], task: Task, by: str | None = No
         by: the field of the rows by which rates are grouped; None: the level of their maps.
     """
     samples = sample_rates(answers)
-    arms = {name: _summary(arm, answers[OWN], by, samples[name]) for name, arm in answers.items()}
-    return {"task": task.name, "by": by, "arms": arms}
+    arms = {name: _summary(arm, answers[OWN], task, by, samples[name]) for name, arm in answers.items()}
+    summary: dict[str, Any] = {"task": task.name, "by": by, "arms": arms}
+    if found := most_frequent(answers[OWN]):
+        summary["always_the_most_frequent"] = {"answer": found[0], "rate": found[1]}
+    return summary
 
 
-def _summary(arm: list[Answer], own: list[Answer], by: str | None, samples: Rates) -> dict[str, Any]:
+def _summary(arm: list[Answer], own: list[Answer], task: Task, by: str | None, samples: Rates) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "num_answers": len(arm),
         "num_unscored": sum(bool(answer.unscored) for answer in arm),
@@ -35,10 +51,14 @@ def _summary(arm: list[Answer], own: list[Answer], by: str | None, samples: Rate
         "num_with_block": sum(answer.num_blocks > 0 for answer in arm),
         "num_latents": sum(answer.num_latents for answer in arm),
         "num_replaced": sum(answer.num_replaced for answer in arm),
+        "num_differing": num_differing(arm, own),
     }
+    if task.has_invalid:
+        summary["num_invalid"] = num_invalid(arm)
     if ways_of(arm):
         summary |= {"rates": success_rates(arm), "groups": group_rates(arm, by), "samples": samples}
-        summary |= {"minus_own": asdict(difference(arm, own))}
+        groups = {name: asdict(found) for name, found in group_differences(arm, own, by).items()}
+        summary |= {"minus_own": asdict(difference(arm, own)), "groups_minus_own": groups}
     return summary
 
 
@@ -47,43 +67,74 @@ def tables_of(answers: dict[str, list[Answer]], task: Task, by: str | None = Non
     return [table for table in (arms_table(answers, task, by), samples_table(answers)) if table]
 
 
+def warnings_of(answers: dict[str, list[Answer]]) -> list[str]:
+    """What makes the rates say less than they seem to, a line each."""
+    valid = [outcome for answer in answers[OWN] if answer.scores and (outcome := first_of(answer)).given]
+    rows_differ = len({(outcome.expected, outcome.success) for outcome in valid}) > 1
+    if len({outcome.given for outcome in valid}) == 1 and rows_differ:
+        return [
+            f"all {len(valid)} valid answers in the arm {OWN} are {valid[0].given!r:.80}, but the right ones differ: "
+            "the rates are those of a constant answer, and a replacement that changes nothing means nothing"
+        ]
+    return []
+
+
 def arms_table(answers: dict[str, list[Answer]], task: Task, by: str | None = None) -> Table:
-    """A line per arm: success and its paired difference to `own`, what never ended, what was replaced.
+    """A line per arm: success and its paired difference to `own`; shares of answers: other ones than `own` gives,
+    invalid ones, those that never ended, those with a block; the share of latents that were replaced.
 
     First over all rows, then over each group.
     """
     ways = ways_of(answers[OWN])
-    headings = [*ways, *(["minus own"] if ways and len(answers) > 1 else [])]
-    drawn = new_table(task.name, "arm", *headings, "never ended", "with a block", "replaced")
+    compared = len(answers) > 1
+    columns = {
+        "\n".join(ways): bool(ways),
+        "minus own": bool(ways) and compared,
+        "differ": compared,
+        "invalid": task.has_invalid,
+        "never\nended": True,
+        "with a\nblock": True,
+        "replaced": True,
+    }
+    drawn = new_table(task.name, "arm", *(heading for heading, shown in columns.items() if shown))
+    if ways and compared:
+        drawn.caption = f"{drawn.caption}; +3 -1: rows gained and lost"
+    if found := most_frequent(answers[OWN]):
+        drawn.caption = f"{drawn.caption}; always the most frequent answer: {found[1]:.1%}"
     show = Figures(each for arm in answers.values() for each in arm)
     for title, parts in sections(list(answers.values()), by):
         drawn.add_section()
         drawn.add_row(title)
         for name, part in zip(answers, parts, strict=True):
-            scores = _scores(part, parts[0], ways, show)[: len(headings)]  # one arm has no difference
-            drawn.add_row(name, *scores, *_counts(part))
+            cells = [*_scores(part, parts[0], show), *_shares(part, parts[0])]
+            drawn.add_row(name, *(cell for cell, shown in zip(cells, columns.values(), strict=True) if shown))
     return drawn
 
 
-def _scores(arm: list[Answer], own: list[Answer], ways: list[str], show: "Figures") -> list[str]:
-    if not ways:
-        return []
+def _scores(arm: list[Answer], own: list[Answer], show: "Figures") -> list[str]:
+    """The rates, one below the other, and the difference."""
     if not ways_of(arm):
-        return ["-"] * (len(ways) + 1)
-    rates = map(show.rate, success_rates(arm).values())
+        return ["-", "-"]
+    rates = "\n".join(map(show.rate, success_rates(arm).values()))
     if arm is own:
-        return [*rates, ""]
+        return [rates, ""]
     found = difference(arm, own)
-    return [*rates, f"{show.difference(found)}, +{found.gained} -{found.lost} rows"]
+    return [rates, f"{show.difference(found)}, +{found.gained} -{found.lost}"]
 
 
-def _counts(arm: list[Answer]) -> list[str]:
-    num_latents = sum(answer.num_latents for answer in arm)
+def _shares(arm: list[Answer], own: list[Answer]) -> list[str]:
+    """Of answers, but for the last, which is of latents."""
     return [
-        f"{sum(not answer.complete for answer in arm)}",
-        f"{sum(answer.num_blocks > 0 for answer in arm)}",
-        f"{sum(answer.num_replaced for answer in arm)} of {num_latents}",
+        "" if arm is own else _share(num_differing(arm, own), len(arm)),
+        _share(num_invalid(arm), sum(bool(answer.scores) for answer in arm)),
+        _share(sum(not answer.complete for answer in arm), len(arm)),
+        _share(sum(answer.num_blocks > 0 for answer in arm), len(arm)),
+        _share(sum(answer.num_replaced for answer in arm), sum(answer.num_latents for answer in arm)),
     ]
+
+
+def _share(part: int, total: int) -> str:
+    return f"{part / total:.1%}" if total else "-"
 
 
 def samples_table(answers: dict[str, list[Answer]]) -> Table | None:
@@ -118,10 +169,10 @@ def sections(arms: Sequence[list[Answer]], by: str | None) -> Iterator[tuple[str
 
 
 def _title(name: str, answers: list[Answer]) -> str:
-    """With how many rows there are, in bold."""
+    """With how many rows there are, in bold; on two lines, as the column is that of the short names of arms."""
     rows = {answer.number for answer in answers}
     unscored = len({answer.number for answer in answers if answer.unscored})
-    return f"[bold]{escape(name)}: {len(rows)}" + (f", {unscored} not scored" if unscored else "") + "[/bold]"
+    return f"[bold]{escape(name)}: {len(rows)}" + (f"\n{unscored} not scored" if unscored else "") + "[/bold]"
 
 
 class Figures:

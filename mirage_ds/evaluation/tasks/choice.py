@@ -11,7 +11,7 @@ from typing import Any
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.tasks.exact import expected_text
 from mirage_ds.evaluation.tasks.given import SURROUNDING, canonical, extract_given, plain
-from mirage_ds.evaluation.tasks.outcome import Outcome
+from mirage_ds.evaluation.tasks.outcome import INVALID, Outcome
 
 Options = dict[str, str]
 """The text of each option by its letter, A to Z."""
@@ -40,8 +40,8 @@ def score(row: Mapping[str, Any], answer: str) -> Outcome:
             f"letters {', '.join(options)} or an option's text, in the field answer or in text_output; {_REMEDY}"
         )
     given = read_option(extract_given(answer), options)
-    status = "Invalid" if given is None else "Right" if given == expected else "Wrong"
-    return Outcome(status == "Right", status, given or "")
+    status = INVALID if given is None else "Right" if given == expected else "Wrong"
+    return Outcome(status == "Right", status, given or "", expected)
 
 
 def read_option(text: str, options: Options) -> str | None:

@@ -24,7 +24,7 @@ from mirage_ds.evaluation.tasks.outcome import Outcome
 class Function:
     """A user's function, and the file that it is from."""
 
-    file: Path
+    file: str  # as tracebacks name it
     call: Callable[[dict[str, Any], str], Any]
     scorable: dict[str, bool] = field(default_factory=dict)  # by a row's key: whether its empty answer has a score
 
@@ -41,14 +41,15 @@ def load_function(file: Path, name: str) -> Function:
     spec = importlib.util.spec_from_file_location(f"mirage_task_{file.stem}", file)
     assert spec is not None  # as the file's name ends in .py
     assert spec.loader is not None
+    assert spec.origin is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look for it there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ConfigError(
-            f"the file cannot be imported: {_in_words(error, file)} ({where}); expected a file that Python can import; "
-            "fix it"
+            f"the file cannot be imported: {_in_words(error, spec.origin)} ({where}); expected a file that Python can "
+            "import; fix it"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -58,7 +59,7 @@ def load_function(file: Path, name: str) -> Function:
             f"the file {problem} {name!r:.80} ({where}); expected one of its functions, which are "
             f"{', '.join(functions) or 'none':.200}; correct the name"
         )
-    return Function(file, function)
+    return Function(spec.origin, function)
 
 
 def score(function: Function, key: str, row: Mapping[str, Any], answer: str) -> Outcome:
@@ -114,9 +115,10 @@ def _where(key: str, answer: str) -> str:
     return f"row {key}, answer {answer!r:.60}"
 
 
-def _in_words(error: Exception, file: Path) -> str:
+def _in_words(error: Exception, file: str) -> str:
     """The error and the line of the user's file where it was raised."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     if isinstance(error, SyntaxError):
-        lines = [error.lineno]
-    return f"{type(error).__name__}: {reason_of(error)}" + (f", line {lines[-1]}" if lines else "")
+        return f"{type(error).__name__}: {error}"  # which ends with the file and the line
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    place = f", line {lines[-1]} of {Path(file).name}" if lines else ""
+    return f"{type(error).__name__}: {reason_of(error)}{place}"

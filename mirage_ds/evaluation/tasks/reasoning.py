@@ -2,7 +2,7 @@ r"""Scores answers to spatial reasoning: the letter in the last \boxed{...}, com
 
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.tasks.given import extract_boxed
-from mirage_ds.evaluation.tasks.outcome import Outcome
+from mirage_ds.evaluation.tasks.outcome import INVALID, Outcome
 
 CHOICES = ("A", "B", "C")
 
@@ -26,5 +26,5 @@ def score(expected: str, answer: str) -> Outcome:
             f"with one of {', '.join(CHOICES)}; fix the row, or score it as another task"
         )
     given = extract_choice(answer)
-    status = "Invalid" if given is None else "Right" if given == choice else "Wrong"
-    return Outcome(given == choice, status, given or "")
+    status = INVALID if given is None else "Right" if given == choice else "Wrong"
+    return Outcome(given == choice, status, given or "", choice)

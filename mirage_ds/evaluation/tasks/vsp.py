@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.tasks.given import extract_boxed
-from mirage_ds.evaluation.tasks.outcome import Outcome
+from mirage_ds.evaluation.tasks.outcome import INVALID, Outcome
 
 SAFE, START, GOAL, HOLE = 0, 1, 2, -1
 MOVES = {"LEFT": (0, -1), "RIGHT": (0, 1), "UP": (-1, 0), "DOWN": (1, 0)}
@@ -34,7 +34,7 @@ def score(map_desc: Any, answer: str, mode: Mode = "strict") -> Outcome:
     """
     moves = parse_moves(extract_boxed(answer), mode)
     if moves is None:
-        return Outcome(False, "Invalid")
+        return Outcome(False, INVALID)
     return replace(simulate(map_desc, moves), given=" ".join(moves))
 
 

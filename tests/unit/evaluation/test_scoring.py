@@ -8,6 +8,7 @@ from mirage_ds.data.rows import Sample
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.scoring import TASKS, load_task, unscorable
+from mirage_ds.evaluation.tasks.outcome import Outcome
 
 OWN = """
 from dataclasses import dataclass
@@ -55,24 +56,27 @@ def row(number: int, text_output: str = "", **extra: object) -> Row:
 
 def test_every_task_scores_its_row() -> None:
     rows = {
-        "vsp-spatial-planning": (row(0, map_desc=[[1, 2], [0, 0]]), "\\boxed{R}", "Reached goal", "RIGHT"),
-        "vsp-spatial-reasoning": (row(0, "\\boxed{B}"), "\\boxed{B}", "Right", "B"),
-        "choice": (row(0, options=["x", "y"], answer="y"), "B", "Right", "B"),
-        "exact": (row(0, answer="1,000"), "1000.0", "Right", "1000"),
+        "vsp-spatial-planning": (row(0, map_desc=[[1, 2], [0, 0]]), "\\boxed{R}", "Reached goal", "RIGHT", ""),
+        "vsp-spatial-reasoning": (row(0, "\\boxed{B}"), "\\boxed{B}", "Right", "B", "B"),
+        "choice": (row(0, options=["x", "y"], answer="y"), "B", "Right", "B", "B"),
+        "exact": (row(0, answer="1,000"), "1000.0", "Right", "1000", "1000"),
     }
     assert {*rows, "none"} == set(TASKS)
-    for name, (asked, answer, status, given) in rows.items():
+    for name, (asked, answer, status, given, expected) in rows.items():
         task = load_task(name)
         scores = task.score(asked.sample, answer)
         assert tuple(scores) == task.ways
         outcome = scores[task.ways[0]]
-        assert (outcome.success, outcome.status, outcome.given) == (1, status, given), name
+        assert outcome == Outcome(1, status, given, expected), name
+        invalid = task.score(asked.sample, "")[task.ways[0]]
+        assert invalid == Outcome(0, "Invalid", "", expected), name
+        assert task.has_invalid
     assert load_task("none").score(row(0).sample, "x") == {}
 
 
 def test_a_function_of_the_users_own(file: Path) -> None:
     task = load_task(f"{file}:score")
-    assert task.ways == ("score",)
+    assert (task.ways, task.has_invalid) == (("score",), False)
     asked = row(0, "three short words", words=5).sample
     right, near = (task.score(asked, answer)["score"] for answer in ("three short words", "Answer: two words"))
     assert (right.success, right.status) == (1, "scored 1")
@@ -119,15 +123,22 @@ def test_a_function_gets_a_row_of_its_own(file: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("fails", r"function failed: ZeroDivisionError: division by zero, line 14 \(row 000000007, answer ''\)"),
+        (
+            "fails",
+            r"function failed: ZeroDivisionError: division by zero, line 14 of my_task.py \(row 000000007, answer ''\)",
+        ),
         ("texts", r"function returned 'right' \(row 000000007.*expected a finite number"),
         ("endless", r"function returned inf \(row 000000007"),
     ],
 )
-def test_a_function_that_fails_is_named_with_line_and_row(file: Path, function: str, message: str) -> None:
-    """Before anything is decoded: all rows are scored with an empty answer."""
-    with pytest.raises(ConfigError, match=message):
-        unscorable([row(7, words=1)], load_task(f"{file}:{function}"))
+def test_a_function_that_fails_is_named_with_line_and_row(
+    file: Path, function: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is decoded: all rows are scored with an empty answer. The file may be named as one likes."""
+    monkeypatch.chdir(file.parent)
+    for name in (file, file.name, f"../{file.parent.name}/{file.name}"):
+        with pytest.raises(ConfigError, match=rf"^rows.jsonl:8: the task's {message}"):
+            unscorable([row(7, words=1)], load_task(f"{name}:{function}"))
 
 
 @pytest.mark.parametrize(
@@ -139,8 +150,11 @@ def test_a_function_that_fails_is_named_with_line_and_row(file: Path, function: 
         ("none.py:score", r"no such file \(--task none.py:score\)"),
         ("{folder}/my_task.py:scores", "has no function 'scores' .* which are dataclass, Words, score, fails"),
         ("{folder}/my_task.py:LIMIT", "something that cannot be called under the name 'LIMIT'"),
-        ("{folder}/missing.py:score", r"cannot be imported: ModuleNotFoundError: No module named 'nowhere', line 2"),
-        ("{folder}/broken.py:score", r"cannot be imported: SyntaxError: .*, line 3"),
+        (
+            "{folder}/missing.py:score",
+            r"cannot be imported: ModuleNotFoundError: No module named 'nowhere', line 2 of missing.py",
+        ),
+        ("{folder}/broken.py:score", r"cannot be imported: SyntaxError: [^,]*\(broken.py, line 3\) \(--task"),
     ],
 )
 def test_tasks_that_cannot_be_used(file: Path, name: str, message: str) -> None:
@@ -154,7 +168,7 @@ def test_rows_that_cannot_be_scored_are_found_before_decoding() -> None:
     rows = [row(0, answer=3), row(1), row(2, answer=[3]), row(3, "\\boxed{3}")]
     found = unscorable(rows, load_task("exact"))
     assert [asked.number for asked, _ in found] == [1, 2]
-    assert found[0][1].startswith("the row has no right answer")
+    assert found[0][1].startswith("no field text_output or answer")
     assert unscorable(rows, load_task("none")) == []
     with pytest.raises(DataError, match=r"no row can be scored as choice; the first, rows.jsonl:1: lists of options"):
         unscorable(rows, load_task("choice"))

@@ -97,7 +97,8 @@ def test_options_of_rows(row: dict[str, Any], options: dict[str, str]) -> None:
         ({"text_input": "A. x\nB. y\nNow:\nA. z\nB. w"}, r"lists of options in text_input: 2"),
         ({**ROW, "answer": "D"}, "the right answer is 'D' .* one of the letters A, B, C or an option's text"),
         ({**ROW, "answer": 1}, "the right answer is '1'"),  # from 0, or from 1?
-        ({**ROW, "answer": None}, "the right answer is ''"),
+        ({**ROW, "answer": None}, "no field text_output or answer"),
+        ({**ROW, "answer": ""}, "the right answer is ''"),
         ({**ROW, "answer": None, "text_output": "A or B"}, "the right answer is 'A or B'"),
     ],
 )

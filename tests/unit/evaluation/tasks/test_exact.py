@@ -34,7 +34,7 @@ def test_scores(row: dict[str, Any], answer: str, status: str) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, "the row has no right answer"),
+        ({}, "no field text_output or answer"),
         ({"answer": "  "}, "the row has no right answer"),
         ({"text_output": "\\boxed{}"}, "the row has no right answer"),
         ({"answer": ["red"]}, r"answer is \['red'\] .* expected a text or a number"),
