@@ -69,7 +69,7 @@ def test_the_page_is_complete_and_alone(report: Path) -> None:
     assert ATTACK in page.text
     num_latents = len(page.all("span", "latent")) - 1
     assert len(page.all("img")) == 2 * NUM_ROWS + num_latents  # input and helper images; a heat map for each latent
-    for words in ("own is", "Latent health", "block 1, latent 3", "target cosine", "vsp-spatial-reasoning"):
+    for words in ("own is", "Latent health", "latent 0.2", "target cosine", "vsp-spatial-reasoning"):
         assert words in page.text
     assert [path.name for path in report.parent.iterdir()] == ["report.html"]
 
