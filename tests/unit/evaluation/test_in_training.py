@@ -4,10 +4,12 @@ What two ranks answer under ZeRO-3, and that training does not notice it: tests/
 """
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,26 @@ from PIL import Image
 from data_tools.build import build
 from mirage_ds.config import EvaluationConfig
 from mirage_ds.data.rows import read_questions
-from mirage_ds.errors import DataError
+from mirage_ds.errors import DataError, EvaluationError, MemoryFullError
 from mirage_ds.evaluation import in_training
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import parse_arms
-from mirage_ds.evaluation.in_training import FailedError, Gather, forget, numbers, together
+from mirage_ds.evaluation.in_training import (
+    AskedToEndError,
+    FailedError,
+    Gather,
+    InTraining,
+    forget,
+    leave_if_asked,
+    name_full_memory,
+    numbers,
+    together,
+)
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.evaluation.tasks.outcome import Outcome
 from mirage_ds.evaluation.training_looks import GAP_PX, LATENT_MARK, LINE_PX, TILE_PX, marked, picture
 from mirage_ds.evaluation.training_questions import read_some
+from mirage_ds.training.early_end import EarlyEnd
 from mirage_ds.zero3.whole_model import without_hooks
 
 ANSWER = Answer(
@@ -160,6 +173,72 @@ def test_a_rank_that_fails_ends_the_work_of_all(monkeypatch: pytest.MonkeyPatch)
     assert [str(fault) for fault in on_ranks(monkeypatch, [well, fails])] == ["the second rank's disk"] * 2
     assert not log
     assert [type(fault) for fault in on_ranks(monkeypatch, [well, fails_late])] == [OSError] * 2
+
+
+def test_full_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the settings that decide how much is needed; any other error stays a bug."""
+    monkeypatch.setattr(in_training.distributed, "rank", lambda: 1)
+    evaluation = settings(Path("rows.jsonl"), batch_size=7, max_new_tokens=99)
+    needed = r"rank 1 .*evaluation\.batch_size=7, evaluation\.max_new_tokens=99, evaluation\.latents=own\): .*20 GiB"
+    with pytest.raises(MemoryFullError, match=needed), name_full_memory(evaluation):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore")
+    with pytest.raises(RuntimeError, match="shapes"), name_full_memory(evaluation):
+        raise RuntimeError("shapes do not match")
+
+
+def run_of(tmp_path: Path, faults: list[Any], end_s: float | None = None) -> InTraining:
+    """Without a model: what it makes of a fault, and of the time that is left."""
+    trainer: Any = SimpleNamespace(agree_on_fault=faults.append, early_end=EarlyEnd(end_s, 100), device="cpu")
+    config: Any = SimpleNamespace(run=SimpleNamespace(dir=tmp_path))
+    nothing: Any = None
+    return InTraining(trainer, nothing, nothing, config)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_what_follows_a_failed_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_main: bool
+) -> None:
+    """A user's mistake ends the run; a full disk, or the wish to end, ends the evaluation, and one rank says so."""
+    monkeypatch.setattr(in_training.distributed, "is_main", lambda: is_main)
+    faults: list[Any] = []
+    run, output = run_of(tmp_path, faults), tmp_path / f"{is_main}.jsonl"
+    run.fail(3, output, OSError("no space"))
+    run.fail(3, output, AskedToEndError())
+    assert not faults
+    said = "".join(capsys.readouterr())
+    assert said.count("no evaluation after step 3") == (2 if is_main else 0)
+    run.fail(3, output, MemoryFullError("too little"))
+    assert [(type(fault), str(fault)) for fault in faults] == [
+        (EvaluationError, "the evaluation after step 3 failed: too little")
+    ]
+
+
+def test_a_signal_ends_the_evaluation_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decodes(gather: Gather) -> None:
+        gather(0)
+        gather(None)
+
+    def is_asked(gather: Gather) -> None:
+        gather(0)
+        leave_if_asked(1, 2)
+        pytest.fail("it goes on")
+
+    monkeypatch.setattr(in_training.early_end, "is_asked", lambda: True)
+    assert [type(fault) for fault in on_ranks(monkeypatch, [decodes, is_asked])] == [AskedToEndError] * 2
+    monkeypatch.setattr(in_training.early_end, "is_asked", lambda: False)
+    leave_if_asked(1, 2)
+
+
+@pytest.mark.parametrize(("other_rank", "left_s", "has_time"), [(0, 400, True), (0, 350, False), (1, 400, False)])
+def test_an_evaluation_that_does_not_fit_before_the_job_ends_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_rank: int, left_s: float, has_time: bool
+) -> None:
+    """The longest so far took 280 s, and 100 s are for the checkpoint; one rank without time is enough."""
+    monkeypatch.setattr(in_training.distributed, "is_main", lambda: True)
+    monkeypatch.setattr(in_training.distributed, "max_over_ranks", lambda values, device: [max(*values, other_rank)])
+    run = run_of(tmp_path, [], end_s=time.time() + left_s)
+    run.seconds.extend([20, 280, 30])
+    assert run.has_time(7) == has_time
 
 
 def test_hooks_are_set_aside_and_come_back() -> None:
