@@ -87,7 +87,7 @@ class InTraining:
         return False
 
     def fail(self, step: int, output: Path, fault: Exception) -> None:
-        """The run saves and ends. It continues without a place to write to, or if it is asked to end, which it does later."""
+        """The run saves and ends; a full disk, or the wish to end, ends the evaluation alone."""
         if isinstance(fault, AskedToEndError):
             if distributed.is_main():
                 forget(output)

@@ -49,7 +49,7 @@ class LatentFigures:
         }
 
     def warning(self) -> str | None:
-        """One line if the states of different rows are alike in the mean over the slots, each by its rows; else None."""
+        """One line if the states of different rows are alike, in the mean over slots weighted by rows; else None."""
         known = [(cosine, n) for cosine, n in zip(self.row_cosine, self.num_rows, strict=True) if cosine is not None]
         if not known:
             return None
