@@ -221,7 +221,7 @@ def test_a_signal_ends_the_evaluation_of_all_ranks(monkeypatch: pytest.MonkeyPat
     def is_asked(gather: Gather) -> None:
         gather(0)
         leave_if_asked(1, 2)
-        pytest.fail("it goes on")
+        pytest.fail("it decodes another batch")
 
     monkeypatch.setattr(in_training.early_end, "is_asked", lambda: True)
     assert [type(fault) for fault in on_ranks(monkeypatch, [decodes, is_asked])] == [AskedToEndError] * 2
