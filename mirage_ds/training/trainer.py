@@ -86,9 +86,8 @@ class Trainer:
                 raise StallError(f"{fault}; the run ends {where}; start it again, with run.resume=auto")
             if isinstance(fault, EvaluationError):
                 raise EvaluationError(
-                    f"{fault}; the run ends {where}; continue with run.resume=auto and with another task or other rows "
-                    "(evaluation.task, evaluation.rows), or without evaluations (evaluation.task=null "
-                    "evaluation.rows=null)"
+                    f"{fault}; the run ends {where}; if steps are left, continue with run.resume=auto, once the task "
+                    "or the rows are corrected, or with evaluation.task=null evaluation.rows=null"
                 )
             raise TrainingError(
                 f"{fault}; the run ends {where}; continue with run.resume=auto once the cause is removed, or, if it is "
