@@ -40,6 +40,10 @@ class TrainingError(MirageError):
     """A run that cannot continue, which all ranks know: losses that are not finite, a sample that cannot be used."""
 
 
+class EvaluationError(TrainingError):
+    """An evaluation in training that cannot be made; training itself could continue."""
+
+
 class OwnerError(MirageError):
     """A run's folder that another start writes to."""
 

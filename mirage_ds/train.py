@@ -54,7 +54,7 @@ from mirage_ds.owner import Owner
 from mirage_ds.self_check import check_training
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end, lost_peer
-from mirage_ds.training.after_step import profiler, save_if_due, validate_if_due
+from mirage_ds.training.after_step import profiler, save_if_due, save_if_ended, validate_if_due
 from mirage_ds.training.cached_targets import open_target_cache
 from mirage_ds.training.dry_run import dry_run
 from mirage_ds.training.heartbeat import Heartbeat
@@ -186,9 +186,10 @@ def train_steps(
         actions = [
             lambda state: heartbeat.beat(state.step),
             lambda state: owner.check(state.step) if owner else None,
+            save_if_due(trainer, config.checkpoint.interval, saves),  # what follows may fail, or take long
             evaluate_if_due(evaluation),  # before a validation, which leaves weights gathered
             validate_if_due(trainer, config, start.encoder),
-            save_if_due(trainer, config.checkpoint.interval, saves),
+            save_if_ended(trainer, saves),
             profile_step,
         ]
         try:

@@ -80,6 +80,7 @@ class Saves:
         self.engine, self.config, self.facts = engine, config, facts
         self.writer, self.copies = writer, copies
         self.under_way: UnderWay | None = None
+        self.last_step: int | None = None  # the last one that was begun
         # Deletes old checkpoints, on rank 0: the system takes longer for some GB than for their copy to host memory.
         self.pruner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deletion of old checkpoints")
         self.pruned: Future[None] | None = None
@@ -108,7 +109,7 @@ class Saves:
         else:
             self.writer.begin(part, states, read_back=read_back)
         save.waited_s = time.monotonic() - save.started_s
-        self.under_way = save
+        self.under_way, self.last_step = save, state.step
         if wait:
             self.finish()
             self._wait_for_room()

@@ -20,9 +20,9 @@ from mirage_ds.data.rows import Sample
 from mirage_ds.inference.generate import Decoder
 from mirage_ds.model.tower import Tower
 
-# Told apart in any kind of colour vision, and both visible on a grey image, on a dark page and on a light one.
-TOWARDS, AWAY = (255, 140, 0), (30, 120, 255)
-DIMMED = 0.5  # how far the image is moved to a middle grey
+# From low to high; lightness grows all the way, so that it can be read without seeing colours, and in print.
+COLORS = ((20, 11, 53), (101, 21, 110), (187, 55, 84), (243, 119, 25), (252, 255, 164))
+WEIGHT = 0.65  # of the colour; the rest is the image
 
 
 @torch.inference_mode()
@@ -51,15 +51,15 @@ def heat_maps(
     return [image.unflatten(1, grid).cpu().numpy() for image, grid in zip(images, batch.image_grids, strict=True)]
 
 
-def overlay(image: Image.Image, cosines: NDArray[np.float32]) -> Image.Image:
-    """A heat map [R, C] over its image, which is grey and dimmed; a patch is one rectangle of one colour.
+def overlay(image: Image.Image, cosines: NDArray[np.float32], low: float, high: float) -> Image.Image:
+    """A heat map [R, C] over its image, which is grey; a patch is one rectangle of one colour, as the model has it.
 
-    The scale is fixed: orange for 1, blue for -1, transparent for 0, so that pictures can be compared.
+    Args:
+        low, high: the cosines of the first and the last colour. They belong beside the picture: a narrow range has the
+            same colours as a wide one.
     """
-    grey = np.asarray(image.convert("L"), np.float32)[..., None]
-    below = (1 - DIMMED) * grey + DIMMED * 128
-    heat = Image.fromarray(np.clip(cosines, -1, 1).astype(np.float32)).resize(image.size, Image.Resampling.NEAREST)
-    strength = np.asarray(heat)[..., None]
-    color = np.where(strength >= 0, np.array(TOWARDS, np.float32), np.array(AWAY, np.float32))
-    mixed = below + np.abs(strength) * (color - below)
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    places = np.clip((cosines - low) / max(high - low, 1e-9), 0, 1) * (len(COLORS) - 1)
+    channels = [np.interp(places, range(len(COLORS)), channel) for channel in zip(*COLORS, strict=True)]
+    colors = Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))
+    colors = colors.resize(image.size, Image.Resampling.NEAREST)
+    return Image.blend(image.convert("L").convert("RGB"), colors, WEIGHT)

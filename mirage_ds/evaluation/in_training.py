@@ -5,18 +5,19 @@ so answers may differ in length. The files are those of `mirage evaluate`: RUN/e
 """
 
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from mirage_ds.config import Config
-from mirage_ds.errors import DataError, MirageError
+from mirage_ds.config import Config, EvaluationConfig
+from mirage_ds.errors import EvaluationError, MemoryFullError, MirageError
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.engine import Engine
@@ -33,7 +34,9 @@ from mirage_ds.housekeeping import warn_once
 from mirage_ds.inference.generate import Decoder
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.train_state import TrainState
+from mirage_ds.training import early_end
 from mirage_ds.training.after_step import Action
+from mirage_ds.training.dry_run import is_out_of_memory
 from mirage_ds.training.report import Evaluated
 from mirage_ds.training.start import Start
 from mirage_ds.training.trainer import Trainer
@@ -54,9 +57,12 @@ class InTraining:
     backbone: Backbone  # whose modules the trainer's engine has sharded
     questions: Questions
     config: Config
+    seconds: list[float] = field(default_factory=list)  # that each evaluation of this start took
 
     def __call__(self, step: int) -> None:
         """Evaluates the weights after `step`, and reports it."""
+        if not self.has_time(step):
+            return
         began_s = time.monotonic()
         output = self.config.run.dir / FOLDER / f"step_{step}.jsonl"
         try:
@@ -65,15 +71,32 @@ class InTraining:
             self.fail(step, output, failed.fault)
             return
         seconds = time.monotonic() - began_s
+        self.seconds.append(seconds)
         if evaluated is not None:
             self.trainer.metrics.add_evaluation(step, evaluated, seconds)
             self.warn_of_timeout(seconds)
 
+    def has_time(self, step: int) -> bool:
+        """Whether an evaluation as long as the longest so far ends before the job; all ranks agree."""
+        longest_s = max(self.seconds, default=0.0)
+        is_short = not self.trainer.early_end.has_time(longest_s)
+        if not any(distributed.max_over_ranks([is_short], self.trainer.device)):
+            return True
+        if distributed.is_main():
+            print(
+                f"no evaluation after step {step}: the job ends before (the longest took {longest_s:.0f} s)", flush=True
+            )
+        return False
+
     def fail(self, step: int, output: Path, fault: Exception) -> None:
-        """The run saves and ends; without a place to write to, it continues."""
-        if isinstance(fault, MirageError):
-            self.trainer.agree_on_fault(DataError(f"the evaluation after step {step} failed: {fault}"))
-        else:
+        """The run saves and ends; a full disk, or the wish to end, ends the evaluation alone."""
+        if isinstance(fault, AskedToEndError):
+            if distributed.is_main():
+                forget(output)
+                print(f"no evaluation after step {step}: the run is asked to end", flush=True)
+        elif isinstance(fault, MirageError):
+            self.trainer.agree_on_fault(EvaluationError(f"the evaluation after step {step} failed: {fault}"))
+        elif distributed.is_main():
             warn_once(f"no evaluation after step {step} ({output}): {fault}; the run continues; free some space")
 
     def evaluate(self, step: int, output: Path, gather: Gather) -> Evaluated | None:
@@ -87,9 +110,10 @@ class InTraining:
         ranks.wait()  # every rank finds an empty folder
         parts = Parts(parts_of(output), ranks.rank, self.backbone.embed_tokens.embedding_dim)
         ranks.wait()  # nobody gathers while another rank has failed
-        with closing(parts), decoding(self.trainer.engine.module, self.backbone):
+        module = self.trainer.engine.module
+        with closing(parts), name_full_memory(self.config.evaluation), decoding(module, self.backbone):
             engine = self.engine()
-            engine.run(parts, ranks)
+            engine.run(parts, ranks, leave_if_asked)
             if results is not None:
                 answers, states = engine.in_order(parts.answers()), parts.states()
                 health = engine.health(states, answers[OWN])
@@ -192,6 +216,41 @@ def decoding(module: torch.nn.Module, backbone: Backbone) -> Iterator[None]:
             backbone.hf.train()  # a decoder turns that off
 
 
+@contextmanager
+def name_full_memory(evaluation: EvaluationConfig) -> Iterator[None]:
+    """Says what takes less memory.
+
+    Raises:
+        MemoryFullError: a device or the host had too little for what is computed inside.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        raise MemoryFullError(
+            f"the answers do not fit into memory (rank {distributed.rank()} on {socket.gethostname()}, "
+            f"evaluation.batch_size={evaluation.batch_size}, evaluation.max_new_tokens={evaluation.max_new_tokens}, "
+            f"evaluation.latents={evaluation.latents}): {reason:.160}; beside the training's memory there must be room "
+            "for the whole model and the cache of a batch; set one of these lower, or evaluate exports"
+        ) from error
+
+
+def leave_if_asked(done: int, total: int) -> None:
+    """Between two batches: a run that is asked to end does not finish its evaluation.
+
+    Raises:
+        AskedToEndError: this rank has a signal.
+    """
+    if early_end.is_asked():
+        raise AskedToEndError
+
+
+class AskedToEndError(Exception):
+    """The run is asked to end while it evaluates."""
+
+
 class FailedError(Exception):
     """A rank has failed, perhaps this one."""
 
@@ -216,7 +275,7 @@ def together(work: Callable[[Gather], Result]) -> Result:
 
     try:
         result = work(gather)
-    except (MirageError, OSError) as error:
+    except (MirageError, OSError, AskedToEndError) as error:
         gather(None, error)
         raise
     gather(None)

@@ -43,7 +43,10 @@ def look(engine: Engine, row: Row, answer: Answer, states: States) -> Look:
     """One row."""
     key = row.sample.key
     made = [state for slot in states.slots(key)[:MOST_LATENTS] if (state := states.at(key, slot)) is not None]
-    first, *_ = [*heat_maps(engine.decoder, engine.encoder, row.sample, made), np.zeros((0, 0, 0), np.float32)]
+    if row.sample.input_images:
+        maps = heat_maps(engine.decoder, engine.encoder, row.sample, made)[0]
+    else:
+        maps = np.zeros((0, 0, 0), np.float32)
     turned = bool(engine.encoder.helper_facts()["exif_orientation"])
     lines = [
         ("question", row.sample.text_input),
@@ -52,7 +55,7 @@ def look(engine: Engine, row: Row, answer: Answer, states: States) -> Look:
         ("scored", ", ".join(f"{way} {outcome.status}" for way, outcome in answer.scores.items()) or answer.unscored),
     ]
     text = "\n\n".join(f"**{name}**: {' '.join(words.split())}" for name, words in lines if words)
-    return Look(text, np.asarray(picture(row.sample, first, lines, turned=turned)))
+    return Look(text, np.asarray(picture(row.sample, maps, lines, turned=turned)))
 
 
 def marked(answer: Answer) -> str:
@@ -68,16 +71,17 @@ def picture(
     """The tiles of a row, and its lines of text below them.
 
     Args:
-        maps: [latents, rows, columns], over the first input image. Orange is the largest cosine of all latents, blue
-            the smallest: their range is often small beside what all patches have in common.
+        maps: [latents, rows, columns], over the first input image; [0, 0, 0] without one. The colours reach from the
+            smallest cosine of all latents to the largest.
         turned: whether images are turned as EXIF says.
     """
     opened = [open_image(data, sample.key, exif_orientation=turned) for data in sample.input_images[:1]]
     tiles = [("input", image) for image in opened]
     tiles += [("helper", open_image(data, sample.key, exif_orientation=turned)) for data in sample.helper_images[:1]]
-    middle, half = (float(maps.max() + maps.min()) / 2, float(np.ptp(maps)) / 2 or 1.0) if maps.size else (0.0, 1.0)
     for number, each in enumerate(maps, start=1):
-        tiles.append((f"{number}: {each.min():.2f} to {each.max():.2f}", overlay(opened[0], (each - middle) / half)))
+        tiles.append(
+            (f"{number}: {each.min():.2f} to {each.max():.2f}", overlay(opened[0], each, maps.min(), maps.max()))
+        )
     wrapped = [
         part
         for name, words in lines

@@ -71,6 +71,17 @@ def save_if_due(trainer: Trainer, interval: int, saves: Saves) -> Action:
     return action
 
 
+def save_if_ended(trainer: Trainer, saves: Saves) -> Action:
+    """Saves a step that is not saved yet, if a fault since then ends the run: in an evaluation or in a validation."""
+
+    def action(state: TrainState) -> None:
+        if state.ends_early and saves.last_step != state.step:
+            with trainer.clock.host("save"):
+                saves.save(state, wait=True)
+
+    return action
+
+
 @contextmanager
 def profiler(config: Config, state: TrainState) -> Iterator[Action]:
     """Traces the steps of `train.profile_steps` to RUN/profile/rank_N.json, for chrome://tracing or Perfetto."""

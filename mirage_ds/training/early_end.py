@@ -26,15 +26,21 @@ STEP_GRACE_S = 60  # beyond three times the longest step so far, validation and 
 _received: list[tuple[int, float]] = []  # signals, each with its time on the monotonic clock
 
 
-def listen(grace_s: float = START_GRACE_S) -> None:
+def listen(grace_s: float | None = START_GRACE_S) -> None:
     """From now on such a signal is remembered instead of ending this process; a second one changes nothing.
 
-    If no step answers it within `grace_s`, this process prints where it is and ends, unsaved, with exit code 1.
-    SIGHUP stays ignored under nohup, whose purpose that is.
+    If no step answers it within `grace_s`, this process prints where it is and ends, unsaved, with exit code 1; without
+    `grace_s` it waits for an answer. SIGHUP stays ignored under nohup, whose purpose that is.
     """
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, partial(_remember, grace_s))
+
+
+def only_remember() -> None:
+    """From now on such a signal ends nothing by itself, however long the last save takes."""
+    listen(None)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def ignore() -> None:
@@ -49,8 +55,8 @@ def is_asked() -> bool:
     return bool(_received)
 
 
-def _remember(grace_s: float, number: int, frame: FrameType | None) -> None:
-    if not _received:
+def _remember(grace_s: float | None, number: int, frame: FrameType | None) -> None:
+    if not _received and grace_s is not None:
         faulthandler.dump_traceback_later(grace_s, exit=True)
     _received.append((number, time.monotonic()))
 
@@ -94,6 +100,10 @@ class EarlyEnd:
             return f"the job ends in {max(0, self.end_s - now_s):.0f} s"
         listen(self.grace_s)
         return None
+
+    def has_time(self, seconds: float) -> bool:
+        """Whether so many seconds, and a checkpoint, fit before the job's end, as far as this rank knows it."""
+        return self.end_s is None or time.time() + seconds + self.margin_s <= self.end_s
 
     def begin_step(self) -> None:
         """From now on a step answers signals: in three times the longest so far, and a minute."""

@@ -69,6 +69,8 @@ MEANT_BEFORE = {
     "data.balance": False,
     "data.helper": True,
     "data.packing": False,
+    "data.text_dropout_image": 0.0,
+    "model.answer_sees_image": True,
     "model.cache_targets_gib": 64.0,
 }
 # What `run.resume=extend` may change too, if the run becomes longer by it.

@@ -11,7 +11,7 @@ from deepspeed import DeepSpeedEngine
 from mirage_ds.batch import Batch
 from mirage_ds.config import TrainConfig
 from mirage_ds.data.steps import Step, Steps
-from mirage_ds.errors import DataError, StallError, TrainingError
+from mirage_ds.errors import DataError, EvaluationError, StallError, TrainingError
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end
 from mirage_ds.training.early_end import EarlyEnd
@@ -60,7 +60,7 @@ class Trainer:
         self.skipped_in_row = 0
         self.dealt = Step([], 1.0)  # this rank's part of the next step
         self.ready: list[Batch] = []  # its micro-batches, on the host
-        self.fault: DataError | None = None  # why this rank has none
+        self.fault: DataError | EvaluationError | None = None  # why this rank has none, or must end
         self.any_fault = False  # on any rank
 
     def train(self, after_step: Sequence[Callable[[TrainState], None]] = ()) -> None:
@@ -68,7 +68,7 @@ class Trainer:
 
         Raises:
             TrainingError: on every rank: losses are not finite, rows have fewer columns than passes, or a sample cannot
-                be used; the last one after the actions, which have saved.
+                be used, or an evaluation cannot be made; the last two after the actions, which have saved.
             StallError: likewise: no data came.
         """
         self.fetch()
@@ -84,6 +84,11 @@ class Trainer:
             where = f"after step {self.state.step}, which is saved" if self.state.step else "before its first step"
             if isinstance(fault, StallError):
                 raise StallError(f"{fault}; the run ends {where}; start it again, with run.resume=auto")
+            if isinstance(fault, EvaluationError):
+                raise EvaluationError(
+                    f"{fault}; the run ends {where}; if steps are left, continue with run.resume=auto, once the task "
+                    "or the rows are corrected, or with evaluation.task=null evaluation.rows=null"
+                )
             raise TrainingError(
                 f"{fault}; the run ends {where}; continue with run.resume=auto once the cause is removed, or, if it is "
                 "a single sample, with run.resume=auto data.on_fault=skip"
@@ -183,10 +188,10 @@ class Trainer:
         if reason is not None:
             print(f"rank {distributed.rank()}: {reason}: saving and ending after step {self.state.step}", flush=True)
         if self.state.ends_early or self.state.step == self.max_steps:
-            early_end.ignore()  # what follows is the last save, which a signal to this rank must not end
+            early_end.only_remember()  # what follows is the last save, which a signal to this rank must not end
 
-    def agree_on_fault(self, fault: DataError | None = None) -> bool:
-        """Whether any rank has a sample that cannot be used; then the run saves and ends."""
+    def agree_on_fault(self, fault: DataError | EvaluationError | None = None) -> bool:
+        """Whether any rank has a sample that cannot be used, or a failed evaluation; then the run saves and ends."""
         self.fault = self.fault or fault
         self.any_fault = bool(distributed.max_over_ranks([self.fault is not None], self.device)[0])
         self.state.ends_early |= self.any_fault

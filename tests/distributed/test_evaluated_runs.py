@@ -19,14 +19,32 @@ from mirage_ds.evaluation.training_looks import LATENT_MARK
 from mirage_ds.hf.export import export_checkpoint
 
 STEPS, INTERVAL, NUM_ROWS, MAX_NEW_TOKENS = 3, 2, 11, 20
-RUNS = {f"{stage}-{tied}": (stage, tied) for stage in ("stage1", "stage2") for tied in ("untied", "tied")}
+ROOT = Path(__file__).parents[2]
+# With the shipped limits, small weights stay gathered on every rank between two uses.
+DEEPSPEED_CONFIGS = {
+    "stage1-untied": "shipped limits",
+    "stage1-tied": "plain",
+    "stage2-untied": "plain",
+    "stage2-tied": "parameters on the host",
+}
+RUNS = {name: name.split("-") for name in DEEPSPEED_CONFIGS}
+SCORED = "stage2-untied"
+SCORE = """
+def score(row, answer):
+    return (len(answer) + row["id"]) % 3 == 0
+"""
 ARMS = "own,zeroed,mean"
+
+
+def task(folder: Path, name: str) -> str:
+    """A function of the answer's length, which is right for some answers and wrong for others."""
+    return f"{folder / 'task.py'}:score" if name == SCORED else "none"
 
 
 def overrides(folder: Path, deepspeed_config: str, name: str, *, evaluated: bool) -> list[str]:
     stage, tied = RUNS[name]
     evaluation = [
-        "evaluation.task=none",
+        f"evaluation.task={task(folder, name)}",
         f"evaluation.rows={folder / 'questions' / 'questions.jsonl'}",
         f"evaluation.latents='{ARMS}'",
         f"evaluation.max_new_tokens={MAX_NEW_TOKENS}",
@@ -40,7 +58,7 @@ def overrides(folder: Path, deepspeed_config: str, name: str, *, evaluated: bool
         f"train.max_steps={STEPS}",
         "train.warmup_steps=1",
         "train.lr=2e-5",
-        "checkpoint.interval=0",
+        f"checkpoint.interval={INTERVAL}",
         f"evaluation.interval={INTERVAL}",
         f"evaluation.shards={folder / 'shards'}",
         "evaluation.max_samples=3",
@@ -65,9 +83,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, deepspeed_configs: dict[str, 
     tied.save_pretrained(folder / "tied" / "model")
     build(folder / "untied" / "rows" / "rows.jsonl", folder / "shards", maxcount=4, maxsize=10**9)
     write_questions(folder / "questions", NUM_ROWS)
+    (folder / "task.py").write_text(SCORE)
+    configs = deepspeed_configs | {
+        "shipped limits": str(ROOT / "ds_configs" / "zero3.json"),
+        "parameters on the host": str(folder / "offload.json"),
+    }
+    plain = json.loads(Path(deepspeed_configs["plain"]).read_text())
+    # Without `offload_optimizer`, for which DeepSpeed would compile an op; an evaluation does not meet it.
+    plain["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
+    (folder / "offload.json").write_text(json.dumps(plain))
     wanted = [
-        overrides(folder, deepspeed_configs["plain"], name, evaluated=evaluated)
-        for name in RUNS
+        overrides(folder, configs[kind], name, evaluated=evaluated)
+        for name, kind in DEEPSPEED_CONFIGS.items()
         for evaluated in (False, True)
     ]
     with launching.start(2, wanted, main=evaluation_worker.main, log=folder / "log") as ranks:
@@ -107,13 +134,14 @@ def test_answers_are_those_of_the_exported_model(runs: Path, name: str) -> None:
     """Those of `mirage evaluate`, in one process and with larger batches, for the weights of the last checkpoint."""
     run_dir, export, output = runs / f"{name}-True", runs / f"{name}-export", runs / f"{name}.jsonl"
     export_checkpoint(run_dir, export)
-    arguments = ["evaluate", "--model", export, "--task", "none", "--data", runs / "questions" / "questions.jsonl"]
+    arguments = ["evaluate", "--model", export, "--task", task(runs, name)]
+    arguments += ["--data", runs / "questions" / "questions.jsonl"]
     arguments += ["--output", output, "--latents", ARMS, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", 4]
     arguments += ["--seed", 42]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     ours, theirs = (records(path) for path in (run_dir / "evaluations" / f"step_{STEPS}.jsonl", output))
-    told = ("number", "arm", "text", "num_tokens", "num_blocks", "num_latents", "num_replaced", "complete")
+    told = ("number", "arm", "text", "num_tokens", "num_blocks", "num_latents", "num_replaced", "complete", "scores")
     assert [{field: answer[field] for field in told} for answer in ours] == [
         {field: answer[field] for field in told} for answer in theirs
     ]
@@ -130,7 +158,7 @@ def test_answers_are_those_of_the_exported_model(runs: Path, name: str) -> None:
 
 def test_rates_are_reported_after_each_evaluation(runs: Path) -> None:
     """evaluation.jsonl against the answers in the files."""
-    run_dir = runs / "stage2-untied-True"
+    run_dir = runs / f"{SCORED}-True"
     reported = records(run_dir / "evaluation.jsonl")
     assert [record["step"] for record in reported] == [INTERVAL, STEPS]
     for record in reported:
@@ -139,6 +167,9 @@ def test_rates_are_reported_after_each_evaluation(runs: Path) -> None:
             of_arm = [answer for answer in answers if answer["arm"] == arm]
             cut_off = sum(answer["num_tokens"] == MAX_NEW_TOKENS and not answer["complete"] for answer in of_arm)
             assert record[f"cut_off{suffix}"] == pytest.approx(cut_off / NUM_ROWS)
+            right = sum((len(answer["text"]) + answer["row"]["id"]) % 3 == 0 for answer in of_arm)
+            assert 0 < right < NUM_ROWS
+            assert record[f"success{suffix}"] == pytest.approx(right / NUM_ROWS)
             blocks = sum(answer["num_blocks"] > 0 for answer in of_arm)
             assert record[f"with_blocks{suffix}"] == pytest.approx(blocks / NUM_ROWS)
     assert not list((run_dir / "evaluations").glob("*.parts"))

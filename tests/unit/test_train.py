@@ -17,12 +17,15 @@ from generated_rows import write_rows
 from zero3_files import complete_by_hand
 
 from data_tools.build import build
+from mirage_ds.checkpoint.save import Saves
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import CheckpointError, TrainingError
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.recipe import load_config
 from mirage_ds.train import prepare_torch, train_steps
 from mirage_ds.train_state import TrainState
+from mirage_ds.training import early_end
+from mirage_ds.training.step_clock import StepClock
 from mirage_ds.zero3 import distributed
 
 ROOT = Path(__file__).parents[2]
@@ -157,3 +160,48 @@ def test_an_error_in_training_is_said_beside_that_of_the_save_under_way(
     config = load_config(RECIPE, [f"run.dir={tmp_path}"])
     with pytest.raises(TrainingError, match=r"not finite; take a smaller lr; besides, .*written; free some space"):
         train_steps(trainer, config, SimpleNamespace(encoder=None), saves, None, None)
+
+
+@pytest.mark.parametrize(
+    ("step", "interval", "fails", "expected"),
+    [
+        (4, 2, False, ["save", "evaluate"]),
+        (9, 0, False, ["save and wait", "evaluate"]),  # the last step
+        (4, 2, True, ["save", "evaluate"]),  # whose save is under way
+        (4, 0, True, ["evaluate", "save and wait"]),
+    ],
+)
+def test_a_step_is_saved_before_it_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, interval: int, fails: bool, expected: list[str]
+) -> None:
+    """So that an evaluation costs no more than itself; one that fails ends the run, which is saved then."""
+    done: list[str] = []
+
+    class Recorded(Saves):
+        def save(self, state: TrainState, *, wait: bool) -> None:
+            self.last_step = state.step
+            done.append("save and wait" if wait else "save")
+
+    class Evaluation:
+        def __init__(self, trainer: object, config: object) -> None:
+            self.trainer, self.config = trainer, config
+
+        def __call__(self, step: int) -> None:
+            done.append("evaluate")
+            state.ends_early = fails
+
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(early_end, "ignore", lambda: None)  # for this process
+    state = TrainState(step, step)
+    config = load_config(RECIPE, [f"run.dir={tmp_path}", f"checkpoint.interval={interval}", "evaluation.interval=2"])
+    trainer = SimpleNamespace(
+        state=state,
+        max_steps=9,
+        metrics=SimpleNamespace(flush=lambda: None),
+        clock=StepClock(),
+        save_progress=0,
+        train=lambda after_step: [action(state) for action in after_step],
+    )
+    saves = Recorded(None, config, {})
+    train_steps(trainer, config, SimpleNamespace(encoder=None), saves, None, Evaluation(trainer, config))
+    assert done == expected

@@ -8,8 +8,8 @@ from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mirage_ds.evaluation.heat import COLORS
 from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate
-from mirage_ds.evaluation.report.pictures import HEAT_COLORS
 
 TEMPLATES = resources.files("mirage_ds.evaluation.report") / "templates"
 
@@ -43,7 +43,7 @@ def render(contents: Contents) -> str:
         # Only this script runs, and nothing is loaded from anywhere, whatever stands in the rows.
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=style,
-        heat_colors=[f"rgb{color}" for color in HEAT_COLORS],
+        heat_colors=[f"rgb{color}" for color in COLORS],
         Axis=Axis,
     )
 

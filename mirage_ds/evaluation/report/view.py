@@ -12,7 +12,7 @@ from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.health import MAX_SAMPLED, LatentHealth
-from mirage_ds.evaluation.heat import heat_maps
+from mirage_ds.evaluation.heat import heat_maps, overlay
 from mirage_ds.evaluation.parts import Parts
 from mirage_ds.evaluation.rates import Difference, difference, rate_of, success_rates, ways_of
 from mirage_ds.evaluation.report.contents import (
@@ -27,7 +27,7 @@ from mirage_ds.evaluation.report.contents import (
     RowView,
     Verdict,
 )
-from mirage_ds.evaluation.report.pictures import heat_picture, picture
+from mirage_ds.evaluation.report.pictures import HEAT_SIDE_PX, picture
 from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
 from mirage_ds.evaluation.tables import Figures
 from mirage_ds.training.validation import spread
@@ -133,8 +133,8 @@ def health_view(health: LatentHealth) -> Health:
         ),
         Measure(
             "row cosine",
-            "Mean cosine between the states of two rows. At 1 the slot says the same whatever the question. The demo's "
-            "models, which need their latents, have 0.76 to 0.85.",
+            "Mean cosine between the states of two rows. At 1 the slot says the same whatever the question. What "
+            "trained models had is in docs/results.md of mirage_ds.",
             health.row_cosines,
             0,
             1,
@@ -214,7 +214,7 @@ def _heat(images: Sequence[Image.Image], slots: Sequence[str], cosines: Sequence
             place = f"latent {slot}" + (f", image {number}" if len(maps) > 1 else "")
             cosine = f"{each.min():.2f} to {each.max():.2f}"
             alt = f"Heat map of {place}: cosines from {cosine}"
-            pictures.append(heat_picture(image, each, low, high, alt, f"{place}: {cosine}"))
+            pictures.append(picture(overlay(image, each, low, high), alt, f"{place}: {cosine}", HEAT_SIDE_PX))
     return pictures
 
 

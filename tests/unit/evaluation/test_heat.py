@@ -54,15 +54,27 @@ def test_nothing_to_draw(loaded: tuple[Decoder, Encoder]) -> None:
 
 
 def test_the_picture() -> None:
-    """A fixed scale: orange for 1, blue for -1, the dimmed image for 0; each patch has its part of the image."""
-    image = Image.new("RGB", (60, 40), "white")
-    pixels = np.asarray(overlay(image, np.array([[1.0, 0.0, -1.0], [0.5, 0.0, 0.0]], np.float32)))
+    """Each patch has its part of the image, which shows through; the larger the cosine, the lighter the colour."""
+    image = Image.new("RGB", (60, 40), "gray")
+    image.paste("white", (40, 0, 60, 40))
+    pixels = np.asarray(overlay(image, np.array([[0.5, 0.25, -0.5], [2.0, 0.0, 0.5]], np.float32), 0.0, 0.5)).astype(
+        int
+    )
     assert pixels.shape == (40, 60, 3)
-    assert (pixels[:20, :20] == (255, 140, 0)).all()
-    assert (pixels[:20, 40:] == (30, 120, 255)).all()
-    dimmed = pixels[0, 30]
-    assert (pixels[20:, 20:] == dimmed).all()
-    assert len(set(dimmed.tolist())) == 1
-    assert 128 < dimmed[0] < 255
-    half = pixels[30, 10].astype(int)
-    assert np.abs(half - (np.array((255, 140, 0)) + dimmed) / 2).max() <= 1
+    cells = pixels.reshape(2, 20, 3, 20, 3)
+    assert (cells == cells[:, :1, :, :1]).all()
+    (high, middle, below_on_white), (above, low, high_on_white) = cells[:, 0, :, 0]
+    assert (above == high).all()  # beyond the range is its end
+    assert high.sum() > middle.sum() > low.sum()
+    assert (high_on_white > high).all()
+    assert np.ptp(high_on_white - high) <= 1
+    assert (below_on_white - low == high_on_white - high).all()
+
+
+@pytest.mark.parametrize("value", [0.3, -1.0])
+def test_patches_that_are_all_alike(value: float) -> None:
+    """One colour, whatever the range."""
+    heat = np.full((2, 3), value, np.float32)
+    assert (
+        len(np.unique(np.asarray(overlay(Image.new("RGB", (60, 40)), heat, value, value)).reshape(-1, 3), axis=0)) == 1
+    )

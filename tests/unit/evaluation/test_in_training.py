@@ -4,6 +4,7 @@ What two ranks answer under ZeRO-3, and that training does not notice it: tests/
 """
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,11 +21,21 @@ from PIL import Image
 from data_tools.build import build
 from mirage_ds.config import EvaluationConfig
 from mirage_ds.data.rows import read_questions
-from mirage_ds.errors import DataError
+from mirage_ds.errors import DataError, EvaluationError, MemoryFullError
 from mirage_ds.evaluation import in_training
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import parse_arms
-from mirage_ds.evaluation.in_training import FailedError, Gather, InTraining, forget, numbers, together
+from mirage_ds.evaluation.in_training import (
+    AskedToEndError,
+    FailedError,
+    Gather,
+    InTraining,
+    forget,
+    leave_if_asked,
+    name_full_memory,
+    numbers,
+    together,
+)
 from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.evaluation.settings import digests
@@ -33,6 +44,7 @@ from mirage_ds.evaluation.training_looks import GAP_PX, LATENT_MARK, LINE_PX, TI
 from mirage_ds.evaluation.training_questions import Questions, read_evaluation, read_some
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.recipe import load_config
+from mirage_ds.training.early_end import EarlyEnd
 from mirage_ds.zero3.whole_model import without_hooks
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
@@ -82,24 +94,6 @@ def test_rows_that_cannot_be_asked_are_refused_before_the_run(tmp_path: Path) ->
     alone = write_jsonl(tmp_path / "one.jsonl", [{"text_input": "Where?", "image_input": []}])
     with pytest.raises(DataError, match=r"needed: at least 2"):
         read_some(settings(alone), parse_arms("own,shuffled"))
-
-
-def test_helper_images_are_checked_before_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Those that cannot be pooled are said once, and end a run alone that asks for `oracle`."""
-    monkeypatch.setattr(in_training.distributed, "is_main", lambda: True)
-    rows = write_rows(tmp_path / "rows", 4)
-    write_tiny(rows, tmp_path / "model", seed=0)
-    names = {"model.path": tmp_path / "model", "data.shards": tmp_path, "run.dir": tmp_path / "run"}
-    names |= {"evaluation.task": "none", "evaluation.rows": rows, "model.latent_size": 10}
-    overrides = [f"{name}={value}" for name, value in names.items()]
-    questions = read_evaluation(load_config(RECIPE, overrides))
-    assert questions is not None
-    assert len(questions.rows) == 4
-    assert capsys.readouterr().out.count("cannot be pooled to latent targets: 2; the first: ") == 1
-    with pytest.raises(DataError, match=r"9 merged patches for 10 latents \(.*rows.jsonl:1, for the arm oracle\)"):
-        read_evaluation(load_config(RECIPE, [*overrides, "evaluation.latents='own,oracle'"]))
 
 
 @pytest.mark.parametrize("given", [{"task": "none"}, {"rows": "rows.jsonl"}])
@@ -186,55 +180,70 @@ def test_a_rank_that_fails_ends_the_work_of_all(monkeypatch: pytest.MonkeyPatch)
     assert [type(fault) for fault in on_ranks(monkeypatch, [well, fails_late])] == [OSError] * 2
 
 
-class Trained:
-    """What an evaluation says to the trainer."""
+def test_full_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the settings that decide how much is needed; any other error stays a bug."""
+    monkeypatch.setattr(in_training.distributed, "rank", lambda: 1)
+    evaluation = settings(Path("rows.jsonl"), batch_size=7, max_new_tokens=99)
+    needed = r"rank 1 .*evaluation\.batch_size=7, evaluation\.max_new_tokens=99, evaluation\.latents=own\): .*20 GiB"
+    with pytest.raises(MemoryFullError, match=needed), name_full_memory(evaluation):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore")
+    with pytest.raises(RuntimeError, match="shapes"), name_full_memory(evaluation):
+        raise RuntimeError("shapes do not match")
 
-    def __init__(self) -> None:
-        self.faults: list[DataError] = []
 
-    def agree_on_fault(self, fault: DataError) -> None:
-        self.faults.append(fault)
+def run_of(tmp_path: Path, faults: list[Any], end_s: float | None = None) -> InTraining:
+    """Without a model: what it makes of a fault, and of the time that is left."""
+    trainer: Any = SimpleNamespace(agree_on_fault=faults.append, early_end=EarlyEnd(end_s, 100), device="cpu")
+    config: Any = SimpleNamespace(run=SimpleNamespace(dir=tmp_path))
+    nothing: Any = None
+    return InTraining(trainer, nothing, nothing, config)
 
 
-@pytest.mark.parametrize("fault", [DataError("logits are not finite"), OSError("no space left")])
-def test_what_a_failed_evaluation_does_to_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+@pytest.mark.parametrize("is_main", [True, False])
+def test_what_follows_a_failed_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_main: bool
 ) -> None:
-    """A full disk is a warning; with anything else that has a name the run saves and ends."""
-
-    def fails(*_: object) -> None:
-        raise fault
-
-    warnings: list[str] = []
-    monkeypatch.setattr(in_training.distributed, "gather", lambda value: [value])
-    monkeypatch.setattr(in_training, "warn_once", warnings.append)
-    monkeypatch.setattr(InTraining, "evaluate", fails)
-    trained, config = Trained(), load_config(RECIPE, ["model.path=x", f"data.shards={tmp_path}", "run.dir=run"])
-    InTraining(cast("Any", trained), cast("Any", None), cast("Any", None), config)(4)
-    if isinstance(fault, OSError):
-        assert [type(each) for each in trained.faults] == []
-        assert "no evaluation after step 4 (run/evaluations/step_4.jsonl): no space left" in warnings[0]
-    else:
-        assert [str(each) for each in trained.faults] == ["the evaluation after step 4 failed: logits are not finite"]
-        assert not warnings
+    """A user's mistake ends the run; a full disk, or the wish to end, ends the evaluation, and one rank says so."""
+    monkeypatch.setattr(in_training.distributed, "is_main", lambda: is_main)
+    faults: list[Any] = []
+    run, output = run_of(tmp_path, faults), tmp_path / f"{is_main}.jsonl"
+    run.fail(3, output, OSError("no space"))
+    run.fail(3, output, AskedToEndError())
+    assert not faults
+    said = "".join(capsys.readouterr())
+    assert said.count("no evaluation after step 3") == (2 if is_main else 0)
+    run.fail(3, output, MemoryFullError("too little"))
+    assert [(type(fault), str(fault)) for fault in faults] == [
+        (EvaluationError, "the evaluation after step 3 failed: too little")
+    ]
 
 
-@pytest.mark.parametrize("shards", [False, True])
-def test_the_rows_of_a_summary_are_those_of_evaluate(tmp_path: Path, shards: bool) -> None:
-    """So that `mirage compare` compares both."""
-    path = source = write_rows(tmp_path / "rows", 4)
-    if shards:
-        source = tmp_path / "shards"
-        build(path, source, maxcount=4, maxsize=10**9)
-    names = {"model.path": "x", "data.shards": tmp_path, "run.dir": "run", "evaluation.task": "none"}
-    overrides = [f"{name}={value}" for name, value in (names | {"evaluation.rows": source}).items()]
-    config, arms = load_config(RECIPE, overrides), parse_arms("own")
-    questions = Questions(load_task("none"), arms, read_some(config.evaluation, arms), cast("Any", None))
-    backbone = cast("Any", SimpleNamespace(describe=lambda: "float32"))
-    found = InTraining(cast("Any", None), backbone, questions, config).settings(4)
-    assert found["data"] == str(source)
-    assert found["rows"] == digests("none", read_questions_of(path))["rows"]
-    assert found["rows"] != digests("none", read_questions_of(path, limit=3))["rows"]
+def test_a_signal_ends_the_evaluation_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decodes(gather: Gather) -> None:
+        gather(0)
+        gather(None)
+
+    def is_asked(gather: Gather) -> None:
+        gather(0)
+        leave_if_asked(1, 2)
+        pytest.fail("it decodes another batch")
+
+    monkeypatch.setattr(in_training.early_end, "is_asked", lambda: True)
+    assert [type(fault) for fault in on_ranks(monkeypatch, [decodes, is_asked])] == [AskedToEndError] * 2
+    monkeypatch.setattr(in_training.early_end, "is_asked", lambda: False)
+    leave_if_asked(1, 2)
+
+
+@pytest.mark.parametrize(("other_rank", "left_s", "has_time"), [(0, 400, True), (0, 350, False), (1, 400, False)])
+def test_an_evaluation_that_does_not_fit_before_the_job_ends_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_rank: int, left_s: float, has_time: bool
+) -> None:
+    """The longest so far took 280 s, and 100 s are for the checkpoint; one rank without time is enough."""
+    monkeypatch.setattr(in_training.distributed, "is_main", lambda: True)
+    monkeypatch.setattr(in_training.distributed, "max_over_ranks", lambda values, device: [max(*values, other_rank)])
+    run = run_of(tmp_path, [], end_s=time.time() + left_s)
+    run.seconds.extend([20, 280, 30])
+    assert run.has_time(7) == has_time
 
 
 def test_hooks_are_set_aside_and_come_back() -> None:
@@ -264,7 +273,7 @@ def test_latents_are_marked_in_an_answer() -> None:
 
 
 def test_a_picture_has_a_tile_for_each_image_and_latent(tmp_path: Path) -> None:
-    """The largest cosine of all latents is orange, the smallest blue, the middle grey."""
+    """The colours reach from the smallest cosine of all latents to the largest, which is the lightest."""
     (sample,) = [sample for _, sample in read_questions(write_rows(tmp_path / "rows", 1), helpers=True)]
     maps = np.array([[[0.9, 0.7]], [[0.8, 0.8]]], np.float32)
     drawn = picture(sample, maps, [("question", "Where?"), ("answer", "right " * 100)], turned=True)
@@ -281,6 +290,40 @@ def test_a_picture_has_a_tile_for_each_image_and_latent(tmp_path: Path) -> None:
         with Image.open(tmp_path / "rows" / "images" / name) as image:
             assert pixel(tile, 1 / 6, 1 / 6) == image.convert("RGB").getpixel((14, 14))
     left, right, neutral = pixel(2, 0.25, 0.5), pixel(2, 0.75, 0.5), pixel(3, 0.25, 0.5)
-    assert left[0] > left[2]
-    assert right[2] > right[0]
-    assert max(neutral) - min(neutral) <= 1
+    assert sum(left) > sum(neutral) > sum(right)
+
+
+def test_helper_images_are_checked_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that cannot be pooled are said once, and end a run alone that asks for `oracle`."""
+    monkeypatch.setattr(in_training.distributed, "is_main", lambda: True)
+    rows = write_rows(tmp_path / "rows", 4)
+    write_tiny(rows, tmp_path / "model", seed=0)
+    names = {"model.path": tmp_path / "model", "data.shards": tmp_path, "run.dir": tmp_path / "run"}
+    names |= {"evaluation.task": "none", "evaluation.rows": rows, "model.latent_size": 10}
+    overrides = [f"{name}={value}" for name, value in names.items()]
+    questions = read_evaluation(load_config(RECIPE, overrides))
+    assert questions is not None
+    assert len(questions.rows) == 4
+    assert capsys.readouterr().out.count("cannot be pooled to latent targets: 2; the first: ") == 1
+    with pytest.raises(DataError, match=r"9 merged patches for 10 latents \(.*rows.jsonl:1, for the arm oracle\)"):
+        read_evaluation(load_config(RECIPE, [*overrides, "evaluation.latents='own,oracle'"]))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_the_rows_of_a_summary_are_those_of_evaluate(tmp_path: Path, shards: bool) -> None:
+    """So that `mirage compare` compares both."""
+    path = source = write_rows(tmp_path / "rows", 4)
+    if shards:
+        source = tmp_path / "shards"
+        build(path, source, maxcount=4, maxsize=10**9)
+    names = {"model.path": "x", "data.shards": tmp_path, "run.dir": "run", "evaluation.task": "none"}
+    overrides = [f"{name}={value}" for name, value in (names | {"evaluation.rows": source}).items()]
+    config, arms = load_config(RECIPE, overrides), parse_arms("own")
+    questions = Questions(load_task("none"), arms, read_some(config.evaluation, arms), cast("Any", None))
+    backbone = cast("Any", SimpleNamespace(describe=lambda: "float32"))
+    found = InTraining(cast("Any", None), backbone, questions, config).settings(4)
+    assert found["data"] == str(source)
+    assert found["rows"] == digests("none", read_questions_of(path))["rows"]
+    assert found["rows"] != digests("none", read_questions_of(path, limit=3))["rows"]

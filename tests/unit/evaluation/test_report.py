@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from mirage_ds.evaluation.health import LatentHealth, SlotHealth
+from mirage_ds.evaluation.heat import overlay
 from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate, Health, Measure, Piece, Reply, RowView
 from mirage_ds.evaluation.report.page import reading, render
-from mirage_ds.evaluation.report.pictures import heat_picture, picture
+from mirage_ds.evaluation.report.pictures import HEAT_SIDE_PX, picture
 from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
 from mirage_ds.evaluation.report.view import health_view
 from mirage_ds.inference.feed import Slot
@@ -69,7 +70,10 @@ def row(number: int, question: str = "Where is the goal?") -> RowView:
         expected="\\boxed{LEFT}",
         inputs=[picture(image(), "Input image 1")],
         helpers=[picture(image(), "Helper image 1")],
-        heat=[heat_picture(image(), heat, -1, 1, f"Latent {latent}", "-1.00 to 1.00") for latent in (1, 2)],
+        heat=[
+            picture(overlay(image(), heat, -1, 1), f"Latent {latent}", "-1.00 to 1.00", HEAT_SIDE_PX)
+            for latent in (1, 2)
+        ],
         own=Reply("own", [Piece("latent", "latent 1"), Piece("same", f"so {ATTACK}")], "right", "Goal", True, False),
         replaced=[
             reply("mean", Piece("same", "so"), Piece("added", "new"), Piece("removed", "old")),
@@ -228,7 +232,7 @@ def test_a_heat_map_lies_over_its_patches() -> None:
     """Two rows, three columns of patches on 84 x 56 pixels; only the last patch of the first row is high."""
     heat = np.zeros((2, 3), np.float32)
     heat[0, 2] = 0.5
-    shown = np.asarray(decoded(heat_picture(image(), heat, 0, 0.5, "", "").url).convert("L")).astype(int)
+    shown = np.asarray(decoded(picture(overlay(image(), heat, 0, 0.5), "").url).convert("L")).astype(int)
     cells = shown.reshape(2, 28, 3, 28).mean(axis=(1, 3))
     assert cells[0, 2] > 2 * cells.max(initial=0, where=heat == 0)
 

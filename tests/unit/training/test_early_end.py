@@ -38,6 +38,19 @@ def test_a_signal_that_no_step_answers_ends_the_process_and_says_where_it_was(an
     assert ("in wait_for_data" in result.stderr) == (not answered)
 
 
+def test_a_signal_during_the_last_save_is_remembered_and_ends_nothing() -> None:
+    """One that came before it, whose time is running, too."""
+    script = (
+        "import os, signal, time; from mirage_ds.training import early_end; early_end.listen(grace_s=0.5)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "early_end.only_remember()\n"
+        "early_end._received.clear(); os.kill(os.getpid(), signal.SIGUSR1); time.sleep(1)\n"
+        "print(early_end.is_asked())"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.split() == ["True"]
+
+
 def test_the_grace_grows_with_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three times the longest step and a minute, never more than the limit of a wait, which holds between steps."""
     clock, graces = [1000.0], []

@@ -1,5 +1,6 @@
 """Latent health in training, against plain averages over pairs of states; when it is taken, and what is told."""
 
+import math
 from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,10 @@ from mirage_ds.training.latent_sums import LatentFigures, LatentSums
 from mirage_ds.zero3 import distributed
 
 ROWS, COLUMNS, HIDDEN, SLOTS = 3, 20, 6, 3
-# First column and K of each block; the last block has a latent more than there are slots.
+# First column and K of each block; the last block has a latent more than there are slots. A row's second block is left
+# out: a mean over rows has one state of each.
 BLOCKS = [[(4, 3)], [(2, 2), (6, 3)], [(9, 4)]]
+PACKED_ENDS = [8, 20, 25, 40, 60]  # samples of one row of all columns: each block is the first of its own
 TARGET_ROWS = [5, 17, 33]
 
 
@@ -29,7 +32,7 @@ def two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 class MicroBatch:
     """Random states; what belongs to each slot, found block by block."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, packed: bool = False) -> None:
         torch.manual_seed(seed)
         self.hidden = torch.randn(ROWS, COLUMNS, HIDDEN) + 0.5
         self.embeds = torch.randn(ROWS, COLUMNS, HIDDEN)
@@ -41,7 +44,10 @@ class MicroBatch:
         self.batch: Any = SimpleNamespace(
             latent_rows=torch.tensor([row * COLUMNS + column for row, column, _ in places]),
             target_rows=torch.tensor(TARGET_ROWS),
+            input_ids=torch.zeros(1, ROWS * COLUMNS) if packed else torch.zeros(ROWS, COLUMNS),
+            sample_ends=torch.tensor(PACKED_ENDS, dtype=torch.int32) if packed else None,
         )
+        self.packed = packed
 
     def add_to(self, sums: LatentSums) -> None:
         targets = LatentTargets(self.targets, self.targets, 1 / self.targets.norm(dim=1))
@@ -52,16 +58,22 @@ class MicroBatch:
         return self.hidden[row, column - 1]
 
     def at(self, slot: int) -> list[int]:
-        return [number for number, (*_, place) in enumerate(self.places) if place == slot]
+        """The latents at this place of the first block of their sample. Each block is a sample's first if packed."""
+        return [
+            number
+            for number, (row, column, place) in enumerate(self.places)
+            if place == slot and (self.packed or column - place == BLOCKS[row][0][0])
+        ]
 
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def test_figures_are_plain_averages() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_figures_are_plain_averages(packed: bool) -> None:
     """Over two micro-batches on each of two ranks that have the same ones."""
-    parts = [MicroBatch(seed) for seed in (0, 1)]
+    parts = [MicroBatch(seed, packed=packed) for seed in (0, 1)]
     sums = LatentSums(SLOTS, HIDDEN, torch.device("cpu"))
     sums.active = True
     for part in parts:
@@ -71,6 +83,7 @@ def test_figures_are_plain_averages() -> None:
     for slot in range(SLOTS):
         here = [(part, number) for part in parts for number in part.at(slot)]
         states = [part.state(number) for part, number in here]
+        assert figures.num_rows[slot] == 2 * len(states)
         assert figures.norm[slot] == pytest.approx(mean([state.norm().item() for state in states]) / embedding_norm)
         assert figures.target_cosine[slot] == pytest.approx(
             mean([cosine(part.state(number), part.targets[number]) for part, number in here]), abs=1e-5
@@ -94,7 +107,7 @@ def test_only_the_step_under_way_counts_if_it_is_reported() -> None:
     """Not those of a dry run, of a validation, or between two reported steps."""
     sums = LatentSums(SLOTS, HIDDEN, torch.device("cpu"))
     MicroBatch(0).add_to(sums)
-    assert sums.take(targets=False) == LatentFigures(*([None] * SLOTS for _ in range(4)))
+    assert sums.take(targets=False) == LatentFigures([0] * SLOTS, *([None] * SLOTS for _ in range(4)))
 
 
 def test_fed_back_states_have_no_target() -> None:
@@ -119,3 +132,24 @@ def test_rows_that_are_alike_are_told(noise: float, warns: bool) -> None:
     assert (warning is not None) == warns
     if warning:
         assert "the latents of different rows are alike: their mean cosine is 0.9" in warning
+
+
+def test_the_mean_over_slots_counts_rows() -> None:
+    """As in an evaluation: two of 100 rows with a longer block do not decide."""
+    few = LatentFigures([100, 2], [1.0, 1.0], [0.5, 0.99], [None, None], [None, None])
+    many = LatentFigures([2, 100], [1.0, 1.0], [0.5, 0.99], [None, None], [None, None])
+    assert few.warning() is None
+    assert "their mean cosine is 0.980" in (many.warning() or "")
+
+
+def test_a_state_that_is_not_finite_stays_in_its_slot() -> None:
+    """And is no sign of rows that are alike."""
+    sums = LatentSums(SLOTS, HIDDEN, torch.device("cpu"))
+    sums.active = True
+    part = MicroBatch(0)
+    row, column, place = part.places[1]
+    part.hidden[row, column - 1] = torch.nan
+    part.add_to(sums)
+    figures = sums.take(targets=True)
+    assert [math.isnan(cosine or 0) for cosine in figures.row_cosine] == [slot == place for slot in range(SLOTS)]
+    assert figures.warning() is None

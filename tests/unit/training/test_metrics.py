@@ -359,7 +359,11 @@ def test_latent_health_is_written_where_a_step_is_shown(
     def take(*, targets: bool) -> LatentFigures:
         taken.append(targets)
         return LatentFigures(
-            norm=[1.5, 2.5], row_cosine=[next(cosines), None], next_cosine=[0.1, None], target_cosine=[None] * 2
+            num_rows=[2, 1],
+            norm=[1.5, 2.5],
+            row_cosine=[next(cosines), None],
+            next_cosine=[0.1, None],
+            target_cosine=[None] * 2,
         )
 
     latents = LatentSums(2, 4, torch.device("cpu"))
@@ -373,6 +377,7 @@ def test_latent_health_is_written_where_a_step_is_shown(
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert ["latents" in record for record in records] == [False, True] * (4 + 2 * ALIKE_IN_ROW)
     assert records[1]["latents"] == {
+        "num_rows": [2, 1],
         "norm": [1.5, 2.5],
         "row_cosine": [0.99, None],
         "next_cosine": [0.1, None],

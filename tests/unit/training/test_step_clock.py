@@ -120,7 +120,7 @@ def make(tmp_path: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> Callab
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values)
     monkeypatch.setattr(distributed, "max_over_ranks", lambda values, device: values)
     monkeypatch.setattr(distributed, "gather", lambda value: [value])
-    monkeypatch.setattr("mirage_ds.training.early_end.ignore", lambda: None)  # for this process
+    monkeypatch.setattr("mirage_ds.training.early_end.only_remember", lambda: None)  # for this process
 
     def made(steps: int, log_freq: int, accumulation: int = 1) -> Trainer:
         train = TrainConfig(

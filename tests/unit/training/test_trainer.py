@@ -12,7 +12,7 @@ from dealt import in_order
 
 from mirage_ds.config import TrainConfig
 from mirage_ds.data.steps import Share
-from mirage_ds.errors import DataError, StallError, TrainingError
+from mirage_ds.errors import DataError, EvaluationError, StallError, TrainingError
 from mirage_ds.model.mirage import Losses
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end
@@ -58,7 +58,7 @@ class Engine:
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"world_size": 1, "rank": 0, "is_main": True}.items():
         monkeypatch.setattr(distributed, name, lambda value=value: value)
-    monkeypatch.setattr(early_end, "ignore", lambda: None)  # for this process
+    monkeypatch.setattr(early_end, "only_remember", lambda: None)  # for this process
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values)
     monkeypatch.setattr(distributed, "max_over_ranks", lambda values, device: values)
     monkeypatch.setattr(distributed, "gather", lambda value: [value])
@@ -127,6 +127,15 @@ def test_a_fault_ends_the_run_between_two_steps_after_its_actions(tmp_path: Path
     with pytest.raises(TrainingError, match=r"\(a/7\); the run ends after step 2, which is saved; .*on_fault=skip"):
         trainer.train(after_step=[lambda state: seen.append((state.step, state.ends_early))])
     assert seen == [(1, False), (2, True)]
+
+
+def test_a_failed_evaluation_is_not_blamed_on_a_sample(tmp_path: Path) -> None:
+    trainer = make(tmp_path, [1.0] * 5)
+    fault = EvaluationError("the evaluation after step 1 failed: no such field")
+    with pytest.raises(EvaluationError, match=r"after step 1, which is saved; .*evaluation\.task=null") as error:
+        trainer.train(after_step=[lambda state: trainer.agree_on_fault(fault)])
+    assert "on_fault" not in str(error.value)
+    assert isinstance(error.value, TrainingError)  # for which a save under way is finished
 
 
 def test_a_fault_in_validation_ends_the_run_after_its_actions(tmp_path: Path) -> None:
