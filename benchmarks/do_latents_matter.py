@@ -95,7 +95,7 @@ OVERRIDES = {
     "unseen_image": ("model.answer_sees_image=false",),
 }
 """What an arm with latents sets beyond the recipes."""
-SHORT_ARMS = ("latents", "gray")
+SHORT_ARMS = ("latents",)
 SHORT_LATENTS = "own,none,oracle"
 
 
@@ -287,7 +287,7 @@ def main(
     output: Annotated[
         Path | None, typer.Option(show_default="runs/do-latents-matter-TASK", help="A folder; a start continues there.")
     ] = None,
-    short: Annotated[bool, typer.Option("--short", help="A few steps of some arms, to check that it runs.")] = False,
+    short: Annotated[bool, typer.Option("--short", help="A few steps of fewer arms, to check that it runs.")] = False,
 ) -> None:
     """Trains every arm that is not there yet, and prints what came out."""
     benchmark = Benchmark(task, output or Path("runs") / f"do-latents-matter-{task}", short=short)
