@@ -95,6 +95,8 @@ OVERRIDES = {
     "unseen_image": ("model.answer_sees_image=false",),
 }
 """What an arm with latents sets beyond the recipes."""
+SHORT_ARMS = ("latents",)
+SHORT_LATENTS = "own,none,oracle"
 
 
 class Parts:
@@ -140,6 +142,8 @@ class Benchmark:
     def __init__(self, name: TaskName, folder: Path, *, short: bool) -> None:
         self.task, self.folder = TASKS[name], folder
         self.size = SHORT if short else self.task.size
+        self.arms = SHORT_ARMS if short else tuple(OVERRIDES)
+        self.latents = SHORT_LATENTS if short else LATENTS
         self.parts = Parts(folder, {"task": name, "size": asdict(self.size)})
         self.ranks = min(RANKS, count_gpus()) or RANKS
 
@@ -156,15 +160,15 @@ class Benchmark:
             self.once(f"seed {seed}, model", model, ("mirage", "init", *made, "--output", model))
             both = self.size.stage1_steps + self.size.stage2_steps
             self.train(seed, "text", "text", both)
-            for arm in OVERRIDES:
+            for arm in self.arms:
                 self.train(seed, arm, "stage1", self.size.stage1_steps)
                 start = f"run.init_from={self.run_of(seed, arm, 'stage1')}"
                 self.train(seed, arm, "stage2", self.size.stage2_steps, start)
             self.train(seed, "text_seconds", "text", self.steps_of_equal_seconds(seed))
             for arm in TEXT_ARMS:
                 self.evaluate(seed, arm, "text", OWN)
-            for arm in OVERRIDES:
-                self.evaluate(seed, arm, "stage2", LATENTS)
+            for arm in self.arms:
+                self.evaluate(seed, arm, "stage2", self.latents)
 
     def run_of(self, seed: int, arm: str, stage: str) -> Path:
         return self.folder / f"seed_{seed}" / arm / stage
@@ -224,7 +228,7 @@ class Benchmark:
 
     def answers(self, num_seeds: int) -> Answers:
         """What the models answered, by arm and by what was fed at the latents."""
-        found: Answers = {arm: {} for arm in (*TEXT_ARMS, *OVERRIDES)}
+        found: Answers = {arm: {} for arm in (*TEXT_ARMS, *self.arms)}
         for arm, by_latents in found.items():
             for seed in range(num_seeds):
                 for latents, answers in read_results(self.run_of(seed, arm, "answers.jsonl")).items():
@@ -237,7 +241,7 @@ class Benchmark:
     def training_of(self, num_seeds: int) -> dict[str, dict[str, float]]:
         """Samples and minutes of training of each arm, by mean over the seeds."""
         found = {}
-        for arm in (*TEXT_ARMS, *OVERRIDES):
+        for arm in (*TEXT_ARMS, *self.arms):
             stages = ("text",) if arm in TEXT_ARMS else ("stage1", "stage2")
             steps = [self.step_seconds(seed, arm, stage) for seed in range(num_seeds) for stage in stages]
             found[arm] = {
@@ -269,7 +273,7 @@ class Benchmark:
             "parts": parts,
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        print("\n".join(["", *arms_table(answers, training), "", *latents_table(answers, tuple(OVERRIDES))]))
+        print("\n".join(["", *arms_table(answers, training), "", *latents_table(answers, self.arms)]))
         commits, days = ({part[key] for part in parts} for key in ("commit", "date"))
         print(
             f"\n{summary['hours']:.1f} hours on {cpu_name()}, {', '.join(sorted(days))}, {', '.join(sorted(commits))}"
@@ -283,7 +287,7 @@ def main(
     output: Annotated[
         Path | None, typer.Option(show_default="runs/do-latents-matter-TASK", help="A folder; a start continues there.")
     ] = None,
-    short: Annotated[bool, typer.Option("--short", help="A few steps of each part, to check that it runs.")] = False,
+    short: Annotated[bool, typer.Option("--short", help="A few steps of fewer arms, to check that it runs.")] = False,
 ) -> None:
     """Trains every arm that is not there yet, and prints what came out."""
     benchmark = Benchmark(task, output or Path("runs") / f"do-latents-matter-{task}", short=short)

@@ -24,6 +24,11 @@ LABELS = {
     "unseen_image": "answer does not see the image",
 }
 
+NOTE_ON_NONE = (
+    "With `none` no block comes, and images are hidden only after a block. So in the arm "
+    f"`{LABELS['unseen_image']}` they stay visible there: own minus none compares hidden with visible images."
+)
+
 
 @dataclass
 class Replaced:
@@ -83,7 +88,7 @@ def latents_table(answers: Answers, arms: Sequence[str]) -> list[str]:
             notes += [f"{replaced.num_open} never end"] if replaced.num_open else []
             cells.append(f"{replaced.values.mean():.1%}" + (f" ({'; '.join(notes)})" if notes else ""))
         lines.append(_line(cells))
-    return lines
+    return lines if "unseen_image" not in arms else [*lines, "", NOTE_ON_NONE]
 
 
 def _points(difference: np.ndarray) -> str:

@@ -1,6 +1,6 @@
 r"""Generates puzzles whose answer is seen in a picture that the question does not show: rows, with images.
 
-Input image: two to four pieces, each turned, its upper edge red. Helper image: the pieces turned upright and laid on
+Input image: three or four pieces, each turned, its upper edge red. Helper image: the pieces turned upright and laid on
 one square. Question: how many cells do they cover, 5, 6, 7 or 8 (A to D)? In the helper image they only have to be
 counted. Answer: Together: <output_image>\boxed{B}, so no words stand for the picture in a text baseline.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.puzzle_images import draw_question, draw_square
-from data_tools.puzzle_pieces import LEVELS, NUM_COVERED, Puzzle, draw_puzzles
+from data_tools.puzzle_pieces import LEVELS, MAX_DRAWN, NUM_COVERED, Puzzle, draw_puzzles
 from data_tools.vsp_images import png_bytes
 from data_tools.vsp_maps import SIDES, Side
 from mirage_ds.errors import ConfigError, DataError
@@ -31,7 +31,7 @@ def make_puzzles(output: Path, *, levels: range, num_train: int, num_test: int, 
         cell_px: side of a cell; 28 gives one merged token per cell.
     Raises:
         ConfigError: there is no such level.
-        DataError: more puzzles are requested than there are, or `output` already exists.
+        DataError: more puzzles are requested than are drawn, or `output` already exists.
     """
     requested: dict[Side, int] = {"train": num_train, "test": num_test}
     shares = {side: _share_out(requested[side], levels, side) for side in SIDES}
@@ -53,10 +53,10 @@ def _share_out(requested: int, levels: range, side: Side) -> dict[int, int]:
         )
     shares = {level: len(range(place, requested, len(levels))) for place, level in enumerate(levels)}
     for level, share in shares.items():
-        if share > (most := LEVELS[level].max_drawn[side]):
+        if share > (most := MAX_DRAWN[side]):
             raise DataError(
-                f"too many puzzles requested (--num-{side} {requested}, {share} of level {level}); there are {most} of "
-                f"that level for {side}; request fewer, or more levels"
+                f"too many puzzles requested (--num-{side} {requested}, {share} of level {level}); of a level at "
+                f"most {most} are drawn for {side}; request fewer, or more levels"
             )
     return shares
 

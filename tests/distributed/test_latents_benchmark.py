@@ -1,4 +1,4 @@
-"""The short form of the benchmark of latents: every arm trains and answers; a second start repeats nothing."""
+"""The short form of the benchmark of latents: text and one arm train and answer; a second start repeats nothing."""
 
 import json
 import subprocess
@@ -11,31 +11,26 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-LATENTS = {"own", "none", "markers", "mean", "shuffled", "noise:1.0", "zeroed", "fixed", "oracle", "first"}
 
 
 def benchmark(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.do_latents_matter", "--short", "--output", str(output), *options]
     return subprocess.run(
-        command, env=launching.environment(), cwd=ROOT, capture_output=True, text=True, timeout=1700, check=False
+        command, env=launching.environment(), cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
     )
 
 
 def test_the_short_form(tmp_path: Path) -> None:
     first = benchmark(tmp_path / "run", "--task", "hidden", "--seeds", "1")
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    assert first.stdout.count("$ mirage-launch local") == 2 + 4 * 2
-    assert first.stdout.count("$ mirage evaluate") == 6
-    for words in ("| text, same seconds |", "| answer does not see the image |", "| oracle |", " hours on "):
+    assert first.stdout.count("$ mirage-launch local") == 2 + 2
+    assert first.stdout.count("$ mirage evaluate") == 3
+    for words in ("| text, same seconds |", "| stage 1 + stage 2 |", "| oracle |", " hours on "):
         assert words in first.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert set(summary["rates"]) == {"text", "text_seconds", "latents", "gray", "input", "unseen_image"}
-    assert set(summary["rates"]["latents"]) == set(summary["rates"]["unseen_image"]) == LATENTS
+    assert set(summary["rates"]) == {"text", "text_seconds", "latents"}
+    assert set(summary["rates"]["latents"]) == {"own", "none", "oracle"}
     assert summary["training"]["latents"]["samples"] == summary["training"]["text"]["samples"] == 4 * 64
-    configs = {
-        arm: (tmp_path / "run" / "seed_0" / arm / "stage1" / "config.yaml").read_text() for arm in ("gray", "input")
-    }
-    assert all(f"helper: {arm}" in text for arm, text in configs.items())
 
     second = benchmark(tmp_path / "run", "--task", "hidden", "--seeds", "1")
     assert second.returncode == 0, second.stderr[-3000:]

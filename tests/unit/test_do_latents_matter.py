@@ -64,6 +64,23 @@ def test_the_tables_say_what_was_solved() -> None:
     assert mean.count(f"50.0% (+50.0: {100 * low:+.1f} to {100 * high:+.1f})") == 2
 
 
+def test_a_note_where_images_stay_visible_without_a_block() -> None:
+    assert "hidden with visible images" in table_of_latents(answers(), ("latents", "unseen_image"))[-1]
+    assert "visible" not in " ".join(table_of_latents(answers(), ("latents", "gray")))
+
+
+def test_the_settings_of_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[str] = []
+    monkeypatch.setattr(
+        Benchmark, "once", lambda _self, _name, _run, command: commands.append(" ".join(map(str, command)))
+    )
+    benchmark = Benchmark("hidden", tmp_path, short=False)
+    for arm in ("gray", "unseen_image", "latents"):
+        benchmark.train(0, arm, "stage1", 5)
+    settings = ("data.helper=gray", "model.answer_sees_image=false")
+    assert [[setting in command for setting in settings] for command in commands] == [[1, 0], [0, 1], [0, 0]]
+
+
 def test_a_complete_part_is_not_repeated(tmp_path: Path) -> None:
     ran: list[str] = []
 
@@ -100,7 +117,7 @@ def write_steps(benchmark: Benchmark, arm: str, stage: str, seconds: list[float]
 
 def test_equal_seconds_and_the_answers_of_all_arms(tmp_path: Path) -> None:
     """As many steps of text as fit into the seconds of both stages; answers are read by arm and replacement."""
-    benchmark = Benchmark("vsp", tmp_path, short=True)
+    benchmark = Benchmark("vsp", tmp_path, short=False)
     write_steps(benchmark, "text", "text", [9.0, 0.5, 0.5])  # the first one warms up
     write_steps(benchmark, "latents", "stage1", [1.0, 2.0])
     write_steps(benchmark, "latents", "stage2", [4.0])
