@@ -28,6 +28,7 @@ from launch.slurm.script import (
 from launch.slurm.submit import apply_options
 from mirage_ds import cli
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
+from mirage_ds.evaluation.results import parts_of
 from mirage_ds.paths import expand, expanded
 
 TEMPLATE = Path(__file__).parent / "slurm" / "evaluate.sh"
@@ -89,7 +90,7 @@ def check_options(arguments: list[str]) -> Path:
         click.UsageError, MirageError: as the command does.
     """
     command = typer.main.get_group(cli.app).commands["evaluate"]
-    with command.make_context("mirage evaluate", [*arguments, "--check"]) as context:
+    with command.make_context("mirage evaluate", ["--check", *arguments]) as context:
         command.invoke(context)
         return Path(expand(str(context.params["output"]))).absolute()
 
@@ -131,7 +132,7 @@ def render(arguments: list[str], output: Path, cluster: Cluster, nodes: int, job
     return Script(TEMPLATE.read_text()).substitute(
         options=header(cluster, nodes, output.name, job / "log", cores),
         job=shlex.quote(str(job)),
-        parts=shlex.quote(f"{output}.parts"),
+        parts=shlex.quote(str(parts_of(output))),
         arguments=shlex.join(arguments),
         **of_every_step(cluster, cores),
     )

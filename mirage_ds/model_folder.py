@@ -19,6 +19,7 @@ JSON_NAMES = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", ADAPTER_NAME),
 )
 READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".bin", ".txt")
+MAX_NAMED = 5  # files of a folder, in a message
 REMEDY = "copy the folder again, or name another model"
 
 
@@ -113,10 +114,15 @@ def _check_files(folder: Path) -> None:
             "loaded; merge it into its base model with peft's merge_and_unload, and name the merged folder"
         )
     if "config.json" not in contents:
+        if (folder / "checkpoints").is_dir():
+            raise ConfigError(
+                f"this is the folder of a run, not of a model ({folder}); expected a Hugging Face folder or a hub id; "
+                f"export the run: mirage export --checkpoint {folder} --output DIR"
+            )
         others = sorted(path.name for path in folder.iterdir())
         raise ConfigError(
-            f"no config.json ({folder}), files: {', '.join(others) or 'none':.80}; a model folder has config.json and "
-            "safetensors, as on the hub (not GGUF or ONNX); name one that has"
+            f"no config.json ({folder}), files: {', '.join(others[:MAX_NAMED]) or 'none'}; a model folder has "
+            "config.json and safetensors, as on the hub (not GGUF or ONNX); name one that has"
         )
     for section in ("text_config", "vision_config"):
         if not isinstance(contents["config.json"].get(section, {}), dict):  # transformers would take that of a 7B model

@@ -16,13 +16,13 @@ from mirage_ds.config import CompressStrategy, Stage
 from mirage_ds.data.conversation import IMAGE_BLOCK, LATENT_BLOCK, load_tokenizer, prompt_text, train_text
 from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.ids import expand_pads, find_prompt_length, supervised_labels
-from mirage_ds.data.images import decode
+from mirage_ds.data.images import decode, header_size
 from mirage_ds.data.patches import ImageProcessor
+from mirage_ds.data.pooling import check_pooling, pooling_fault
 from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import MALFORMED, ConfigError, DataError
-from mirage_ds.ops.segments import image_segments
 from mirage_ds.tokens import ASSISTANT_MARKER, IGNORE_INDEX, TokenIds
 
 # Of the texts that an encoder keeps encoded, in all: rows of one task often have the same question and one of a few
@@ -151,7 +151,8 @@ class Encoder:
         helper_images = sample.helper_images if self._stage == "stage1" and not is_cached else ()
         helper_name = sample.helper_name or f"{sample.key}.helper"
         pixel_values_latent, grid_thw_latent = self._patches(helper_images, helper_name)
-        self._check_helpers(self._image_processor.merged_grids(grid_thw_latent), sizes, helper_name)
+        helper_grids = self._image_processor.merged_grids(grid_thw_latent)
+        check_pooling(helper_grids, sizes, self._compress_strategy, helper_name)
         text = self._text(sample, grid_thw, sizes)
         return EncodedSample(
             key=sample.key,
@@ -208,6 +209,24 @@ class Encoder:
             latent_sizes=[],
         )
 
+    def helpers(self, sample: Sample) -> tuple[torch.Tensor, list[tuple[int, int]], list[int]]:
+        """Encodes a sample's helper images alone, which `helper_fault` has nothing against.
+
+        Returns:
+            Patches [P, 1176] float32; rows and columns of merged patches, and K, of each image.
+        """
+        patches, grid_thw = self._patches(sample.helper_images, f"{sample.key}.helper")
+        sizes = self._block_sizes(sample.text_output, len(sample.helper_images), sample.latent_sizes)
+        return patches, self._image_processor.merged_grids(grid_thw), sizes
+
+    def helper_fault(self, sample: Sample) -> str | None:
+        """Why a sample's helper images cannot be pooled, from their headers; None: they can, or there are none."""
+        # Not turned as EXIF says: an image can be pooled to K if its transpose can.
+        grids = [self._image_processor.merged_grid_of(*header_size(image)) for image in sample.helper_images]
+        sizes = self._block_sizes(sample.text_output, len(grids), sample.latent_sizes)
+        fault = pooling_fault(grids, sizes, self._compress_strategy)
+        return None if fault is None else fault[1]
+
     def check_index(self, folder: ShardFolder, helpers: Helpers = OWN) -> None:
         """Checks before a run, from the index alone, what `__call__` would refuse in this stage.
 
@@ -218,7 +237,8 @@ class Encoder:
             key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
             if self._stage == "stage1":
                 merged = [self._image_processor.merged_grid_of(*size) for size in entry.helper_sizes]
-                self._check_helpers(merged, entry.block_sizes(self.latent_size), f"{key}.helper")
+                sizes = entry.block_sizes(self.latent_size)
+                check_pooling(merged, sizes, self._compress_strategy, f"{key}.helper")
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of input images of these sizes (width, height)."""
@@ -262,22 +282,6 @@ class Encoder:
         if self._stage == "text":
             return []
         return list(own) or [self.latent_size] * num_latent_blocks(answer, num_helpers)
-
-    def _check_helpers(self, grids: Sequence[tuple[int, int]], latent_sizes: Sequence[int], name: str) -> None:
-        """Refuses helper images, given by their rows and columns of merged patches, that cannot be pooled to K.
-
-        Where helper images are not encoded there are no grids.
-        """
-        for number, ((rows, columns), size) in enumerate(zip(grids, latent_sizes, strict=False)):
-            try:
-                image_segments(rows, columns, size, self._compress_strategy)
-            except ValueError as error:
-                raise DataError(
-                    f"{error} ({name}_{number}); expected the row's latent_size, else model.latent_size <= "
-                    "merged patches, and with model.compress_strategy=grid a product of two factors that fit into "
-                    "their rows and columns; use a larger image or data.min_pixels, or set another model.latent_size, "
-                    "or another latent_size in the row"
-                ) from error
 
     def _check_length(self, length: int, key: str) -> None:
         if self.max_length is not None and length > self.max_length:

@@ -60,6 +60,11 @@ def open_image(data: bytes, where: str, *, exif_orientation: bool = True) -> Ima
     return _turned(image) if exif_orientation else image
 
 
+def header_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image that `open_image` accepts, before EXIF's turn; no pixel is decoded."""
+    return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).size
+
+
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

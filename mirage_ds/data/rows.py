@@ -96,7 +96,7 @@ def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path, he
         helpers: read the helper images, if the row has some, and K of their blocks.
 
     Raises:
-        DataError: the question and its images do not match, or an image cannot be decoded.
+        DataError: the question and its images do not match, or an image cannot be read.
     """
     answer = read_text(row, "text_output", where) if row.get("text_output") else ""
     helper_images = _images(row, "image_output", where, folder) if helpers else ()
@@ -112,10 +112,18 @@ def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path, he
     )
     check = check_sample if helper_images else check_question
     check(sample, where)
-    for name, images in (("image", sample.input_images), ("helper image", helper_images)):
+    return sample
+
+
+def decode_images(sample: Sample, where: str) -> None:
+    """Decodes all images of a sample once, so that nothing can fail later.
+
+    Raises:
+        DataError: one cannot be decoded; the message names `where`.
+    """
+    for name, images in (("image", sample.input_images), ("helper image", sample.helper_images)):
         for number, data in enumerate(images):
             open_image(data, f"{where}, {name} {number}")
-    return sample
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from mirage_ds.data.rows import Sample
-from mirage_ds.evaluation.tasks.outcome import Scores
+from mirage_ds.evaluation.tasks.outcome import Outcome, Scores
 
 
 class Row(NamedTuple):
@@ -33,3 +33,13 @@ class Answer:
     scores: Scores = field(default_factory=dict)  # by way of scoring; empty: not scored
     unscored: str = ""  # why it could not be scored
     row: dict[str, Any] = field(default_factory=dict)  # the row's own fields
+
+
+def answer_of(record: dict[str, Any]) -> Answer:
+    """An answer from its line.
+
+    Raises:
+        TypeError, AttributeError: a field is missing, unknown, or no object.
+    """
+    scores = {way: Outcome(**outcome) for way, outcome in record.get("scores", {}).items()}
+    return Answer(**record | {"scores": scores})

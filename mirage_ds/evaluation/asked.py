@@ -42,11 +42,13 @@ def check_options(
     samples: int,
     temperature: float,
     helpers: bool = False,
+    check_images: bool = True,
 ) -> Asked:
     """Reads the rows. The arguments are options of the command.
 
     Args:
         helpers: read the rows' helper images even if no arm needs them.
+        check_images: decode all images once; one process of several is enough.
 
     Raises:
         ConfigError: the model, the task, the arms or the field do not exist, or all samples of a row would be the same.
@@ -60,6 +62,6 @@ def check_options(
             "temperature above 0; set for example --temperature 0.7, or remove --samples"
         )
     chosen, arms = load_task(task), parse_arms(latents, image)
-    rows = read_questions_of(data, arms, limit, helpers=helpers)
+    rows = read_questions_of(data, arms, limit, helpers=helpers, check_images=check_images)
     check_groups([row.sample.extra for row in rows], by)
     return Asked(results, chosen, arms, rows, unscorable(rows, chosen), samples)

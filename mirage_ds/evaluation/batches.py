@@ -4,12 +4,10 @@ Rows of one length in a batch need no padding. The batches do not depend on the 
 number of rows change the last bits of what a model computes.
 """
 
-import io
 from collections.abc import Sequence
 
-from PIL import Image
-
 from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, TEMPLATE_TOKENS, ImageTokens
+from mirage_ds.data.images import header_size
 from mirage_ds.data.rows import Sample
 from mirage_ds.evaluation.answers import Row
 
@@ -18,7 +16,7 @@ Batch = tuple[Row, ...]
 
 def question_tokens(sample: Sample, image_tokens: ImageTokens) -> int:
     """The length of a question: image tokens from the sizes in the images' headers, text estimated as in training."""
-    images = image_tokens([Image.open(io.BytesIO(image)).size for image in sample.input_images])
+    images = image_tokens([header_size(image) for image in sample.input_images])
     text = -(-len(sample.text_input) // CHARS_PER_TOKEN)
     return TEMPLATE_TOKENS + text + sum(images) + MARKERS * len(images)
 

@@ -17,7 +17,7 @@ from mirage_ds.errors import name_full_disk
 from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.asked import Asked, check_options
 from mirage_ds.evaluation.ranks import Ranks, join
-from mirage_ds.evaluation.settings import digests
+from mirage_ds.evaluation.settings import digest_of_helpers, digests, model_files, packages
 from mirage_ds.evaluation.tables import summary_of, tables_of
 from mirage_ds.inference.options import (
     Decoding,
@@ -82,12 +82,13 @@ def evaluate(
             limit=limit,
             samples=samples,
             temperature=temperature,
+            check_images=ranks.is_first,
         )
+    if check:
+        return
     if ranks.is_first:
         for row, reason in asked.unscored:
             typer.echo(f"not scored: {row.where}: {reason}", err=True)
-    if check:
-        return
     options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
     settings = {"task": task, "data": str(data), "limit": limit, "samples": samples, "batch_size": batch_size}
 
@@ -117,6 +118,7 @@ def answer_all(
     """
     from mirage_ds.evaluation.engine import Engine
     from mirage_ds.evaluation.parts import Parts, check_settings
+    from mirage_ds.evaluation.replace import check_targets
 
     results, task = asked.results, asked.task
     with ExitStack() as until_the_end:
@@ -124,12 +126,17 @@ def answer_all(
         until_the_end.enter_context(signals_as_errors())
         with ranks.together():
             decoder, encoder = options.load(announce=ranks.is_first)
+            no_targets = check_targets(encoder, asked.rows, asked.arms)
+        if ranks.is_first and no_targets:
+            typer.echo(no_targets, err=True)
         with ranks.together():  # one checks before the others write
             if ranks.is_first:
                 until_the_end.enter_context(results)
                 computed = {"latent_size": decoder.latent_size, "computed": decoder.backbone.describe()}
-                settings = settings | computed | digests(options.model, task.name, asked.rows)
-                check_settings(results.parts, settings)
+                settings = settings | computed | digests(task.name, asked.rows)
+                check_settings(results.parts, settings | packages() | model_files(options.model))
+                if any(arm.latents == "oracle" for arm in asked.arms):
+                    check_settings(results.parts, digest_of_helpers(asked.rows), "oracle.json")
         with ranks.together():
             parts = Parts(results.parts, ranks.rank, decoder.backbone.embed_tokens.embedding_dim)
         engine = Engine(decoder, encoder, asked.rows, task, asked.arms, batch_size, asked.samples, options.seed)
@@ -140,5 +147,6 @@ def answer_all(
             engine.run(parts, ranks, lambda done, total: progress.update(bar, completed=done, total=total))
         parts.close()
         ranks.wait()  # nobody has a file open in a folder that is deleted
-        if ranks.is_first:
-            finish(engine, parts, settings)
+        with ranks.together():  # a job whose ranks end long before the first one may be killed
+            if ranks.is_first:
+                finish(engine, parts, settings)

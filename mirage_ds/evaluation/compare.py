@@ -1,19 +1,24 @@
 """Compares finished results files: success, paired differences to the first file, rows that changed."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.finished import read_results, read_summary
+from mirage_ds.evaluation.finished import read_finished
 from mirage_ds.evaluation.rates import difference, rate_of, row_scores, ways_of
 from mirage_ds.evaluation.tables import Figures, new_table, sections
+from mirage_ds.inference.options import Decoding
 
 SHORT = 60  # characters of an answer in a table
+# The settings, beside the model, that decide what is answered; `computed` has the dtype that was computed in.
+DECODING = ("samples", *(field.name for field in fields(Decoding) if field.name not in ("model", "dtype")), "computed")
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Side:
 
     name: str
     task: str
-    rows: str  # digest of the questions, images and fields of all rows
+    settings: dict[str, Any]  # of the summary; `rows` and `task_file` are digests
     answers: list[Answer]
 
 
@@ -40,6 +45,11 @@ def read_sides(files: Sequence[Path], arm: str) -> list[Side]:
                 f"the tasks differ: {side.task} ({side.name}) and {first.task} ({first.name}); expected results of one "
                 "task; name other files, or evaluate again"
             )
+        if side.settings.get("task_file") != first.settings.get("task_file"):
+            raise DataError(
+                f"another version of {Path(side.task).name.rpartition(':')[0]} scored {side.name} than {first.name} "
+                "(task_file in their summaries); expected scores of one function; evaluate again"
+            )
         if problem := _difference_of_rows(first, side):
             raise DataError(
                 f"the rows differ: {problem} ({side.name}); differences are over the same rows; name files of the same "
@@ -49,7 +59,7 @@ def read_sides(files: Sequence[Path], arm: str) -> list[Side]:
 
 
 def _read_side(file: Path, arm: str) -> Side:
-    arms, summary = read_results(file), read_summary(file)
+    arms, summary = read_finished(file)
     if arm not in arms:
         raise DataError(
             f"the file has no arm {arm!r:.80} ({file}, --arm); it has {', '.join(arms):.200}; name one of them"
@@ -59,7 +69,7 @@ def _read_side(file: Path, arm: str) -> Side:
             f"no answer is scored ({file}, task {summary['task']}); expected results of a task that scores; evaluate "
             "again with another --task"
         )
-    return Side(str(file), summary["task"], summary["settings"]["rows"], arms[arm])
+    return Side(str(file), summary["task"], summary["settings"], arms[arm])
 
 
 def _difference_of_rows(first: Side, side: Side) -> str:
@@ -71,7 +81,19 @@ def _difference_of_rows(first: Side, side: Side) -> str:
         for name in {**row, **theirs[number]}:
             if row.get(name) != theirs[number].get(name):
                 return f"the field {name!r:.80} of row {number} is not the same as in {first.name}"
-    return "" if side.rows == first.rows else f"a question, an image or a right answer is not that of {first.name}"
+    same = side.settings["rows"] == first.settings["rows"]
+    return "" if same else f"a question, an image or a right answer is not that of {first.name}"
+
+
+def other_decoding(sides: Sequence[Side]) -> list[str]:
+    """A line for each file whose answers were decoded otherwise than the first one's: the settings that differ."""
+    first = sides[0]
+    lines = []
+    for side in sides[1:]:
+        ours, theirs = ({name: each.settings.get(name) for name in DECODING} for each in (side, first))
+        differ = [f"{name} {ours[name]}, not {theirs[name]}" for name in DECODING if ours[name] != theirs[name]]
+        lines += [f"{side.name} was decoded otherwise than {first.name}: {'; '.join(differ)}"] if differ else []
+    return lines
 
 
 def comparison_table(sides: Sequence[Side], by: str | None) -> Table:
@@ -102,7 +124,7 @@ def changed_table(sides: Sequence[Side], number: int) -> Table | None:
     rows = [row for side in sides[1:] for row in _changed(sides[0], side)][:number]
     if not rows:
         return None
-    drawn = Table(title="rows that changed: the ends of their first answers", show_lines=True)
+    drawn = Table(title="rows that changed: the ends of their first answers with another score", show_lines=True)
     for heading in ("row", "file", "change", f"answer in {sides[0].name}", "answer in the file"):
         drawn.add_column(escape(heading))
     for row in rows:
@@ -113,13 +135,27 @@ def changed_table(sides: Sequence[Side], number: int) -> Table | None:
 def _changed(first: Side, side: Side) -> Iterator[tuple[str, ...]]:
     way = ways_of(first.answers)[0]
     before, after = row_scores(first.answers, way), row_scores(side.answers, way)
-    texts = [{answer.number: answer for answer in reversed(each.answers)} for each in (first, side)]
+    ours, theirs = _scored_by_row(side.answers), _scored_by_row(first.answers)
     for number, score in after.items():
-        change = score - before.get(number, score)
-        if change:
-            old, new = (by_row[number] for by_row in texts)
-            where = Path(old.where).name
-            yield where, side.name, "gained" if change > 0 else "lost", _short(old.text), _short(new.text)
+        if number in before and score != before[number]:
+            old, new = _first_change(theirs[number], ours[number], way)
+            change = f"{'gained' if score > before[number] else 'lost'}, {before[number]:.3g} to {score:.3g}"
+            yield Path(old.where).name, side.name, change, _short(old.text), _short(new.text)
+
+
+def _scored_by_row(answers: Sequence[Answer]) -> dict[int, list[Answer]]:
+    """The scored answers to each row, in the order of their samples."""
+    by_row: dict[int, list[Answer]] = {}
+    for answer in sorted(answers, key=lambda answer: answer.sample):
+        if answer.scores:
+            by_row.setdefault(answer.number, []).append(answer)
+    return by_row
+
+
+def _first_change(before: list[Answer], after: list[Answer], way: str) -> tuple[Answer, Answer]:
+    """The first two answers with different scores: of one sample, else, if numbers of samples differ, of any two."""
+    pairs = (*zip(before, after, strict=False), *product(before, after))
+    return next((old, new) for old, new in pairs if old.scores[way].success != new.scores[way].success)
 
 
 def _short(text: str) -> str:

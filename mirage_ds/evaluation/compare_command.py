@@ -7,7 +7,7 @@ import typer
 
 from mirage_ds.errors import ConfigError
 from mirage_ds.evaluation.arms import OWN
-from mirage_ds.evaluation.compare import changed_table, comparison_table, read_sides
+from mirage_ds.evaluation.compare import changed_table, comparison_table, other_decoding, read_sides
 from mirage_ds.evaluation.groups import check_groups
 from mirage_ds.paths import expanded
 from mirage_ds.wide_console import wide_console
@@ -29,6 +29,8 @@ def compare(
         )
     sides = read_sides(files, arm)
     check_groups([answer.row for answer in sides[0].answers], by)
+    for line in other_decoding(sides):
+        typer.echo(line)
     for table in (comparison_table(sides, by), changed_table(sides, changed)):
         if table:
             wide_console().print(table)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +23,9 @@ from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.health import LatentHealth
 from mirage_ds.evaluation.parts import Parts, check_settings
 from mirage_ds.evaluation.ranks import Ranks
-from mirage_ds.evaluation.results import Results
+from mirage_ds.evaluation.results import Results, parts_of
 from mirage_ds.evaluation.scoring import Task
+from mirage_ds.evaluation.settings import digests
 from mirage_ds.evaluation.tables import summary_of
 from mirage_ds.evaluation.training_looks import looks
 from mirage_ds.evaluation.training_questions import Questions, describe_evaluation
@@ -126,9 +128,16 @@ class InTraining:
 
     def settings(self, step: int) -> dict[str, Any]:
         """What decided the answers, for the summary."""
-        evaluation = self.config.evaluation.model_dump(mode="json", exclude={"shards", "interval", "max_samples"})
+        left_out = {"shards", "interval", "max_samples", "rows"}
+        evaluation = self.config.evaluation.model_dump(mode="json", exclude=left_out)
         settings = {"step": step, "latent_size": self.config.model.latent_size, "seed": self.config.run.seed}
-        return evaluation | settings | {"computed": self.backbone.describe()}
+        data = {"data": str(self.config.evaluation.rows), **self.digests}
+        return evaluation | settings | data | {"computed": self.backbone.describe()}
+
+    @cached_property
+    def digests(self) -> dict[str, str | None]:
+        """Of the rows, by which `mirage compare` knows the same ones, and of the task."""
+        return digests(self.questions.task.name, self.questions.rows)
 
     def warn_of_timeout(self, seconds: float) -> None:
         """Ranks that have ended wait for the slowest one, as long as a collective may wait."""
@@ -212,11 +221,6 @@ def together(work: Callable[[Gather], Result]) -> Result:
         raise
     gather(None)
     return result
-
-
-def parts_of(output: Path) -> Path:
-    """Where the ranks write while they decode."""
-    return Path(f"{output}.parts")
 
 
 def forget(output: Path) -> None:

@@ -1,6 +1,7 @@
 """The parts of an evaluation that is under way: what a killed one continues from, with any number of ranks.
 
 FILE.parts/settings.json    what a start that continues must agree with
+FILE.parts/oracle.json      the same, for a start with the arm oracle
 FILE.parts/rank_N.jsonl     a line for each unit of rank N that is complete: its answers, and where their states are
 FILE.parts/rank_N.states    float32 [states, D]: the own states of rank N's rows
 
@@ -19,9 +20,8 @@ import torch
 
 from mirage_ds import strict_json
 from mirage_ds.errors import DataError
-from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.answers import Answer, answer_of
 from mirage_ds.evaluation.states import FLOAT_BYTES, States
-from mirage_ds.evaluation.tasks.outcome import Outcome
 from mirage_ds.inference.feed import Slot
 
 
@@ -34,17 +34,18 @@ class Decoded:
     states: dict[Slot, torch.Tensor]  # each [D] float32 on the CPU; empty in other arms
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def check_settings(folder: Path, settings: dict[str, Any], file: str = "settings.json") -> None:
     """Makes the folder, or refuses one of an evaluation with other settings. For one rank, before the others.
 
     Args:
         settings: all that decides the answers of an arm, as JSON values.
+        file: where they are kept; another one has what decides the answers of some arms only.
 
     Raises:
         DataError: the first setting that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
+    path = folder / file
     if not path.exists():
         new = path.with_suffix(".new")
         new.write_text(strict_json.dumps(settings, indent=2))
@@ -103,7 +104,7 @@ class Parts:
 
     def answers(self) -> list[Answer]:
         """All answers so far, of all ranks."""
-        return [_answer(row["answer"]) for _, record in self._records() for row in record["rows"]]
+        return [answer_of(row["answer"]) for _, record in self._records() for row in record["rows"]]
 
     def states(self) -> States:
         """The states so far, of all ranks, by row in the order of the file."""
@@ -148,8 +149,3 @@ class Parts:
 def _states_of(path: Path) -> Path:
     """The file of the states that a rank's lines name."""
     return path.with_suffix(".states")
-
-
-def _answer(fields: dict[str, Any]) -> Answer:
-    scores = {way: Outcome(**outcome) for way, outcome in fields.pop("scores").items()}
-    return Answer(**fields, scores=scores)

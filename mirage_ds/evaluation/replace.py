@@ -6,11 +6,11 @@ from functools import cached_property
 
 import torch
 
-from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.helpers import gray_png, in_places
 from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, num_image_blocks
+from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.arms import OWN, Arm
 from mirage_ds.evaluation.feeds import (
@@ -27,8 +27,9 @@ from mirage_ds.evaluation.states import States
 from mirage_ds.inference.feed import Feed
 from mirage_ds.inference.generate import Decoder
 from mirage_ds.inference.replaced import REPLACED
-from mirage_ds.model.targets import latent_targets
 from mirage_ds.model.tower import Tower
+from mirage_ds.ops.latent_pool import latent_pool
+from mirage_ds.ops.segments import batch_segments
 
 
 class Replacements:
@@ -94,15 +95,38 @@ class Replacements:
     def targets(self, key: str) -> list[torch.Tensor]:
         """The latent targets [K, D] of each helper image of a row, in the model's dtype: as stage 1 feeds them.
 
-        Raises:
-            DataError: a helper image cannot be pooled to K.
+        None for a row whose helper images cannot be pooled; see `check_targets`.
         """
         sample, backbone = self._by_key[key], self.decoder.backbone
-        if not sample.helper_images:
+        if not sample.helper_images or self.encoder.helper_fault(sample):
             return []
-        batch = collate([self.encoder(sample)], align_latents=False).to(backbone.device)
-        assert len(batch.helper_grids) == len(sample.helper_images), "only an encoder of stage 1 encodes helper images"
-        _, helper_embeds = Tower(backbone.visual, trained=False, attention=backbone.attention).encode(batch)
-        strategy = self.encoder.helper_facts()["compress_strategy"]
-        pooled = latent_targets(helper_embeds, batch, strategy, backbone.embed_tokens.weight.dtype)
-        return list(pooled.inputs.split(batch.latent_sizes))
+        patches, grids, latent_sizes = self.encoder.helpers(sample)
+        tower = Tower(backbone.visual, trained=False, attention=backbone.attention)
+        segments = batch_segments(grids, latent_sizes, self.encoder.helper_facts()["compress_strategy"])
+        assert segments is not None, "there is an image"
+        dtype = backbone.embed_tokens.weight.dtype
+        pooled, _, _ = latent_pool(tower(patches.to(backbone.device), grids), *segments, sum(latent_sizes), dtype)
+        return list(pooled.split(latent_sizes))
+
+
+def check_targets(encoder: Encoder, rows: Sequence[Row], arms: Sequence[Arm]) -> str | None:
+    """Whether all helper images that were read can be pooled to K; call it before decoding. No pixel is decoded.
+
+    Returns:
+        A line about the rows that have no targets, which the latent health then leaves out; None: there are none.
+
+    Raises:
+        DataError: there are some, and the arm `oracle` feeds targets.
+    """
+    faults = [(row, fault) for row in rows if (fault := encoder.helper_fault(row.sample))]
+    if not faults:
+        return None
+    first, fault = faults[0]
+    found = f"rows whose helper images cannot be pooled to latent targets: {len(faults)}; the first: {fault}"
+    if any(arm.latents == "oracle" for arm in arms):
+        raise DataError(
+            f"{found} ({first.where}, for the arm oracle); expected at least as many merged patches as latents, and "
+            "for compress_strategy grid a grid of them that fits; use larger helper images, set fewer latents (the "
+            "row's latent_size, else --latent-size or model.latent_size), or leave out the arm oracle"
+        )
+    return f"{found} ({first.where}); the latent health is without their target cosine"

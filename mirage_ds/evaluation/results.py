@@ -15,6 +15,11 @@ from mirage_ds.owner import of_output
 from mirage_ds.versions import versions
 
 
+def parts_of(output: Path) -> Path:
+    """The folder in which the ranks write while they decode."""
+    return Path(f"{output}.parts")
+
+
 class Results:
     """A results file that does not exist yet; its parts lie in FILE.parts/."""
 
@@ -25,7 +30,7 @@ class Results:
             DataError: the file exists, or cannot be written.
         """
         output = output.resolve()  # a symbolic link stays one
-        self.output, self.summary, self.parts = output, Path(f"{output}.summary.json"), Path(f"{output}.parts")
+        self.output, self.summary, self.parts = output, Path(f"{output}.summary.json"), parts_of(output)
         self._check_new()
         self._owner = of_output(output)
         existing = next(folder for folder in output.parents if folder.exists())

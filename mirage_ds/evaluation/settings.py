@@ -2,43 +2,65 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
 from mirage_ds.evaluation.answers import Row
+from mirage_ds.model_folder import JSON_NAMES
 from mirage_ds.paths import expand
 
-
-def digests(model: str, task: str, rows: Sequence[Row]) -> dict[str, str | None]:
-    """What the files hold that the options name: those of the model, of the task, and the rows."""
-    return {"model_files": _of_folder(Path(model)), "task_file": _of_task(task), "rows": _of_rows(rows)}
+PACKAGES = ("mirage_ds", "torch", "transformers")  # they compute the answers
+MODEL_NAMES, MODEL_SUFFIXES = (*JSON_NAMES, "merges.txt"), (".safetensors", ".bin", ".jinja")
 
 
-def _of_folder(folder: Path) -> str | None:
-    """Of the names, sizes and times of a model's files; None for a hub id.
+def packages() -> dict[str, str]:
+    """Versions. Not the commit of a checkout: most commits change no answer."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def model_files(model: str) -> dict[str, str]:
+    """Size and time of each file that is read of a model folder, by its name; nothing of a hub id.
 
     Another export into the same folder has other times. To hash the weights instead would take a minute at each start.
     """
-    if not folder.is_dir():
-        return None
-    files = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
-    return _sha256(json.dumps([(name, facts.st_size, facts.st_mtime_ns) for name, facts in files]).encode())
+    folder = Path(model)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: _stamp(path) for path in files if path.name in MODEL_NAMES or path.suffix in MODEL_SUFFIXES}
 
 
-def _of_task(task: str) -> str | None:
-    """Of the file of a task of the user's own, FILE.py:FUNCTION; None for another task."""
+def _stamp(path: Path) -> str:
+    facts = path.stat()
+    nanoseconds = facts.st_mtime_ns % 10**9
+    return f"{facts.st_size} bytes of {datetime.fromtimestamp(facts.st_mtime):%Y-%m-%d %H:%M:%S}.{nanoseconds:09d}"
+
+
+def digests(task: str, rows: Sequence[Row]) -> dict[str, str | None]:
+    """SHA-256 of the file of a task of the user's own, FILE.py:FUNCTION (None for another task), and of the rows.
+
+    Of the rows it is the questions, their images and their other fields; not the helper images, which few arms read.
+    """
     file = Path(expand(task.rpartition(":")[0]))
-    return _sha256(file.read_bytes()) if file.is_file() else None
+    return {"task_file": _sha256(file.read_bytes()) if file.is_file() else None, "rows": _of_rows(rows)}
 
 
 def _of_rows(rows: Sequence[Row]) -> str:
-    """Of the questions, their images and their other fields; not of helper images, which only some arms read."""
     facts = []
     for row in rows:
         sample = row.sample
-        images = [_sha256(image) for image in sample.input_images]
-        facts.append([sample.text_input, sample.text_output, sample.extra, images])
+        facts.append([sample.text_input, sample.text_output, sample.extra, _of_each(sample.input_images)])
     return _sha256(json.dumps(facts, sort_keys=True).encode())
+
+
+def digest_of_helpers(rows: Sequence[Row]) -> dict[str, str]:
+    """SHA-256 of the helper images and of the latents per block: what the arm `oracle` reads beside the others."""
+    facts = [[_of_each(row.sample.helper_images), row.sample.latent_sizes] for row in rows]
+    return {"helper_images": _sha256(json.dumps(facts).encode())}
+
+
+def _of_each(images: Iterable[bytes]) -> list[str]:
+    return [_sha256(image) for image in images]
 
 
 def _sha256(data: bytes) -> str:

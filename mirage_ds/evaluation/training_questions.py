@@ -9,12 +9,12 @@ from pathlib import Path
 
 from mirage_ds.config import Config, EvaluationConfig
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.images import open_image
-from mirage_ds.data.rows import check_question, read_json_lines, read_question
+from mirage_ds.data.rows import check_question, decode_images, read_json_lines, read_question
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.arms import Arm, check_arms, parse_arms
+from mirage_ds.evaluation.replace import check_targets
 from mirage_ds.evaluation.scoring import Task, load_task, unscorable
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.micro_batch import usable_bytes
@@ -41,17 +41,21 @@ def read_evaluation(config: Config) -> Questions | None:
     """The run's questions; None if it evaluates nothing. To be called before the model is loaded.
 
     Raises:
-        MirageError: the task or an arm is unknown, or a row cannot be asked.
+        MirageError: the task or an arm is unknown, a row cannot be asked, or there is no target for the arm oracle.
     """
     evaluation = config.evaluation
     if evaluation.task is None:
         return None
     task, arms = load_task(evaluation.task), parse_arms(evaluation.latents)
     rows = read_some(evaluation, arms)
-    unscored = unscorable(rows, task)
-    for row, reason in unscored if distributed.is_main() else ():
-        print(f"not scored: {row.where}: {reason}", flush=True)
-    return Questions(task, arms, rows, make_encoder(config, "stage1"))
+    unscored, encoder = unscorable(rows, task), make_encoder(config, "stage1")
+    no_targets = check_targets(encoder, rows, arms)
+    if distributed.is_main():
+        for row, reason in unscored:
+            print(f"not scored: {row.where}: {reason}", flush=True)
+        if no_targets:
+            print(no_targets, flush=True)
+    return Questions(task, arms, rows, encoder)
 
 
 def read_some(config: EvaluationConfig, arms: Sequence[Arm]) -> list[Row]:
@@ -63,6 +67,8 @@ def read_some(config: EvaluationConfig, arms: Sequence[Arm]) -> list[Row]:
     assert config.rows is not None, "called where there are rows"
     read = _of_shards if config.rows.is_dir() else _of_file
     rows = read(config.rows, config.max_rows)
+    for row in rows:
+        decode_images(row.sample, row.where)
     check_arms(arms, rows, f"evaluation.rows={config.rows}")
     return rows
 
@@ -86,8 +92,6 @@ def _of_shards(folder: Path, max_rows: int) -> list[Row]:
     ]
     for row in rows:
         check_question(row.sample, row.where)
-        for data in (*row.sample.input_images, *row.sample.helper_images):
-            open_image(data, row.where)
     return rows
 
 

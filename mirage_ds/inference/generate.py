@@ -208,11 +208,6 @@ def load_decoder(
         ConfigError: there is no Qwen2.5-VL with latent tokens, K is not known, the tokenizer is another model's, or the
             installed packages decode something else.
     """
-    if (Path(model) / "checkpoints").is_dir():
-        raise ConfigError(
-            f"this is the folder of a run, not of a model ({model}); expected a Hugging Face folder or hub id; "
-            f"export the run with `mirage export --checkpoint {model} --output FOLDER`"
-        )
     check_config(model, cache_dir)
     settings = read_latent_settings(model, cache_dir)
     if settings is not None:

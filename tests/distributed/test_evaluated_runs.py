@@ -117,6 +117,11 @@ def test_answers_are_those_of_the_exported_model(runs: Path, name: str) -> None:
     assert [{field: answer[field] for field in told} for answer in ours] == [
         {field: answer[field] for field in told} for answer in theirs
     ]
+    rows = [
+        json.loads(Path(f"{path}.summary.json").read_text())["settings"]["rows"]
+        for path in (run_dir / "evaluations" / f"step_{STEPS}.jsonl", output)
+    ]
+    assert rows[0] == rows[1], "`mirage compare` takes them for other rows"
     own = [answer for answer in ours if answer["arm"] == "own"]
     assert len(own) == NUM_ROWS
     assert {answer["num_blocks"] > 0 for answer in own} == {True, False}

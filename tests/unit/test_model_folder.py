@@ -116,3 +116,11 @@ def test_one_message(model: Path, tmp_path: Path, name: str) -> None:
 def test_a_path_that_the_system_refuses(name: str) -> None:
     with pytest.raises(ConfigError, match=r"the model folder does not exist \(model\.path=.*allowed: "):
         check_model(name, f"model.path={name[:9]}")
+
+
+def test_a_run_is_not_a_model(tmp_path: Path) -> None:
+    """Its files do not matter; what to do is said in full."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=f"folder of a run, .*: mirage export --checkpoint {tmp_path} --output DIR$"):
+        check_model(str(tmp_path), f"--model {tmp_path}")

@@ -47,7 +47,7 @@ class Measure:
 class Health:
     """The states of all rows, slot by slot."""
 
-    slots: Sequence[str]
+    slots: Sequence[str]  # BLOCK.PLACE, from 0
     measures: Sequence[Measure]
     warning: str  # empty if nothing is wrong
 
@@ -68,7 +68,7 @@ class Piece:
     """A part of an answer."""
 
     kind: Literal["same", "added", "removed", "latent"]
-    text: str  # of a latent: its number
+    text: str  # of a latent: its slot
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,22 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from mirage_ds.evaluation.report.contents import Piece
 
 
-def own_pieces(text: str, latents_at: Sequence[int]) -> list[Piece]:
+def own_pieces(text: str, latents_at: Mapping[str, int]) -> list[Piece]:
     """A text with a piece for each latent.
 
     Args:
-        latents_at: of each latent the number of characters before it.
+        latents_at: of each latent, by its slot, the number of characters before it.
     """
     pieces, done = [], 0
-    for number, place in enumerate(latents_at, 1):
+    for slot, place in latents_at.items():
         if place > done:
             pieces.append(Piece("same", text[done:place]))
-        pieces.append(Piece("latent", str(number)))
+        pieces.append(Piece("latent", slot))
         done = max(done, place)
     return [*pieces, Piece("same", text[done:])] if done < len(text) else pieces
 

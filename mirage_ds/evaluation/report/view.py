@@ -11,7 +11,7 @@ from mirage_ds.data.images import decode
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.engine import Engine
-from mirage_ds.evaluation.health import LatentHealth
+from mirage_ds.evaluation.health import MAX_SAMPLED, LatentHealth
 from mirage_ds.evaluation.heat import heat_maps
 from mirage_ds.evaluation.parts import Parts
 from mirage_ds.evaluation.rates import Difference, difference, rate_of, success_rates, ways_of
@@ -65,12 +65,12 @@ def contents_of(
     shown = []
     for number in spread(len(rows), num_shown):
         row = rows[number]
-        made = [
-            state for slot in states.slots(row.sample.key) if (state := states.at(row.sample.key, slot)) is not None
-        ]
+        slots = states.slots(row.sample.key)
+        made = [state for slot in slots if (state := states.at(row.sample.key, slot)) is not None]
         cosines = heat_maps(decoder, encoder, row.sample, made)
+        names = [f"{slot.block}.{slot.place}" for slot in slots]
         replies = {name: arm[number] for name, arm in answers.items()}
-        shown.append(row_view(row, replies, cosines, exif_orientation=turned))
+        shown.append(row_view(row, replies, names, cosines, exif_orientation=turned))
     return Contents(
         model=model,
         data=data,
@@ -152,7 +152,7 @@ def health_view(health: LatentHealth) -> Health:
             "or the size of a state.",
             ranks,
             0,
-            max(ranks, default=1),
+            min(max(rows, default=1), MAX_SAMPLED),
         ),
         Measure(
             "target cosine",
@@ -164,22 +164,22 @@ def health_view(health: LatentHealth) -> Health:
         ),
     ]
     kept = [measure for measure in measures if any(value is not None for value in measure.values)]
-    return Health([_slot_name(slot) for slot in health.slots], kept, health.warning() or "")
-
-
-def _slot_name(slot: str) -> str:
-    """BLOCK.PLACE, from 0 -> as it is counted in the page, from 1."""
-    block, place = (int(part) + 1 for part in slot.split("."))
-    return f"block {block}, latent {place}"
+    return Health(health.slots, kept, health.warning() or "")
 
 
 def row_view(
-    row: Row, replies: dict[str, Answer], cosines: Sequence[NDArray[np.float32]], *, exif_orientation: bool
+    row: Row,
+    replies: dict[str, Answer],
+    slots: Sequence[str],
+    cosines: Sequence[NDArray[np.float32]],
+    *,
+    exif_orientation: bool,
 ) -> RowView:
     """One row.
 
     Args:
         replies: the answer of each arm, `own` first.
+        slots: of the row's M latents, in order.
         cosines: of each input image the heat maps [M, R, C] of the row's M latents.
     """
     sample = row.sample
@@ -198,20 +198,20 @@ def row_view(
         expected=sample.text_output.strip(),
         inputs=[picture(image, f"Input image {number}", "input") for number, image in enumerate(inputs, 1)],
         helpers=[picture(image, f"Helper image {number}", "helper") for number, image in enumerate(helpers, 1)],
-        heat=_heat(inputs, cosines),
-        own=_reply(own, own_pieces(own.text, own.latents_at), own),
+        heat=_heat(inputs, slots, cosines),
+        own=_reply(own, own_pieces(own.text, dict(zip(slots, own.latents_at, strict=True))), own),
         replaced=[_reply(other, changed_pieces(own.text, other.text), own) for other in others],
     )
 
 
-def _heat(images: Sequence[Image.Image], cosines: Sequence[NDArray[np.float32]]) -> list[Picture]:
+def _heat(images: Sequence[Image.Image], slots: Sequence[str], cosines: Sequence[NDArray[np.float32]]) -> list[Picture]:
     """By latent, then by image; the colours of a latent reach from its lowest to its highest cosine."""
     pictures = []
-    for latent in range(len(cosines[0]) if cosines else 0):
+    for latent, slot in enumerate(slots if cosines else []):
         maps = [of_image[latent] for of_image in cosines]
         low, high = min(each.min() for each in maps), max(each.max() for each in maps)
         for number, (image, each) in enumerate(zip(images, maps, strict=True), 1):
-            place = f"latent {latent + 1}" + (f", image {number}" if len(maps) > 1 else "")
+            place = f"latent {slot}" + (f", image {number}" if len(maps) > 1 else "")
             cosine = f"{each.min():.2f} to {each.max():.2f}"
             alt = f"Heat map of {place}: cosines from {cosine}"
             pictures.append(heat_picture(image, each, low, high, alt, f"{place}: {cosine}"))

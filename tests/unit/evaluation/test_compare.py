@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from mirage_ds.evaluation.finished import read_results
 from mirage_ds.evaluation.rates import wilson_interval
 
 
-def write(path: Path, *arms: list[Answer], task: str = "exact", rows: str = "digest") -> Path:
+def write(path: Path, *arms: list[Answer], task: str = "exact", **settings: object) -> Path:
     """A results file and its summary."""
-    Path(f"{path}.summary.json").write_text(json.dumps({"task": task, "settings": {"rows": rows}}))
+    counts = {arm[0].arm: {"num_answers": len(arm)} for arm in arms}
+    summary = {"task": task, "arms": counts, "settings": {"rows": "digest"} | settings}
+    Path(f"{path}.summary.json").write_text(json.dumps(summary))
     path.write_text("".join(json.dumps(asdict(each)) + "\n" for arm in arms for each in arm))
     return path
 
@@ -81,15 +84,39 @@ def test_rows_that_changed() -> None:
     write(Path("a.jsonl"), [answer(0, "."), answer(1, "x", text=long), answer(2, "x")])
     write(Path("b.jsonl"), [answer(0, "x"), answer(1, ".", text="[bold]no\x1b[2J"), answer(2, "x")])
     _, _, below = compare("a.jsonl", "b.jsonl").partition("rows that changed")
-    assert line_of(below, "test.jsonl:1")[1:] == ["b.jsonl", "gained", "so \\boxed{.}", "so \\boxed{x}"]
+    assert line_of(below, "test.jsonl:1")[1:] == ["b.jsonl", "gained, 0 to 1", "so \\boxed{.}", "so \\boxed{x}"]
     lost = line_of(below, "test.jsonl:2")
-    assert lost[2] == "lost"
+    assert lost[2] == "lost, 1 to 0"
     assert lost[3] == f"...{long[-57:]}"
     assert lost[4] == "[bold]no [2J"
     assert "test.jsonl:3" not in below
     assert "test.jsonl:2" not in compare("a.jsonl", "b.jsonl", "--changed", 1)
     assert "rows that changed" not in compare("a.jsonl", "b.jsonl", "--changed", 0)
     assert "rows that changed" not in compare("a.jsonl", "a.jsonl")
+
+
+def test_changed_rows_show_the_answers_that_differ() -> None:
+    """Not the first ones, which are the same; of one sample if there is such a pair."""
+    text = {"text": "the same"}
+    write(Path("a.jsonl"), [*several("....", "x"), answer(2, "x", sample=1), answer(2, ".", **text)])
+    write(Path("b.jsonl"), [*several("..x.", "xx."), answer(2, ".", sample=1, text="other"), answer(2, ".", **text)])
+    _, _, below = compare("a.jsonl", "b.jsonl").partition("rows that changed")
+    assert line_of(below, "test.jsonl:1")[2:] == ["gained, 0 to 0.25", "so \\boxed{.}", "so \\boxed{x}"]
+    assert line_of(below, "test.jsonl:2")[2:] == ["lost, 1 to 0.667", "so \\boxed{x}", "so \\boxed{.}"]
+    assert line_of(below, "test.jsonl:3")[2:] == ["lost, 0.5 to 0", "so \\boxed{x}", "other"]
+
+
+def test_answers_that_were_decoded_otherwise() -> None:
+    """They are compared, and a line says so; the model may differ, as comparing models is what the command is for."""
+    how = {"samples": 1, "temperature": 0.0, "computed": "float32 on cpu", "latent_size": 4}
+    write(Path("a.jsonl"), answers("xx."), model="one", **how)
+    write(Path("b.jsonl"), answers("x.."), model="two", **how | {"temperature": 0.7, "latent_size": 8})
+    printed = compare("a.jsonl", "b.jsonl")
+    line = "b.jsonl was decoded otherwise than a.jsonl: latent_size 8, not 4; temperature 0.7, not 0.0\n"
+    assert printed.startswith(line)
+    assert line_of(printed, "b.jsonl")[4] == "1"
+    write(Path("b.jsonl"), answers("x.."), model="two", **how)
+    assert "otherwise" not in compare("a.jsonl", "b.jsonl")
 
 
 def test_a_copy_of_the_data_is_the_same() -> None:
@@ -134,13 +161,47 @@ def test_other_questions_or_another_task(changes: dict[str, str], message: str) 
         compare("a.jsonl", "b.jsonl")
 
 
+def test_another_version_of_a_task_file() -> None:
+    for name, digest in (("a.jsonl", "1"), ("b.jsonl", "2")):
+        write(Path(name), answers("xx."), task="my_file.py:score", task_file=digest)
+    with pytest.raises(DataError, match=r"another version of my_file.py scored b.jsonl than a.jsonl .*evaluate again"):
+        compare("a.jsonl", "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (lambda text: "".join(text.splitlines(True)[:2]), "incomplete: its summary counts 3 answers, the file has 2"),
+        (lambda text: text[:-20], r"the results file is incomplete or damaged: .* \(b.jsonl:3\); .*copy it again"),
+        (lambda _: "", r"the results file is incomplete or damaged: .* \(b.jsonl:1\)"),
+    ],
+)
+def test_a_file_that_was_cut(cut: Callable[[str], str], message: str) -> None:
+    write(Path("a.jsonl"), answers("xx."))
+    path = write(Path("b.jsonl"), answers("xx."))
+    path.write_text(cut(path.read_text()))
+    with pytest.raises(DataError, match=message):
+        compare("a.jsonl", "b.jsonl")
+
+
 def test_the_file_of_a_task_may_have_moved() -> None:
     write(Path("a.jsonl"), answers("xx."), task="tasks/my_file.py:score")
     write(Path("b.jsonl"), answers("x.."), task="my_file.py:score")
     assert line_of(compare("a.jsonl", "b.jsonl"), "b.jsonl")[4] == "1"
 
 
-@pytest.mark.parametrize("text", [None, "{", "[1]", "{}", '{"task": "exact", "settings": {}}', '{"task": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "{",
+        "[1]",
+        "{}",
+        '{"task": "exact", "settings": {}}',
+        '{"task": 1}',
+        '{"task": "exact", "settings": {"rows": ""}}',
+    ],
+)
 def test_a_summary_that_is_none(text: str | None) -> None:
     write(Path("a.jsonl"), answers("xx."))
     Path("a.jsonl.summary.json").unlink() if text is None else Path("a.jsonl.summary.json").write_text(text)

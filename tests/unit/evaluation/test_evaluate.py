@@ -13,11 +13,11 @@ from generated_rows import write_jsonl
 from talkative import write_questions, write_talkative
 from typer.testing import CliRunner
 
-from mirage_ds.batch import Batch
 from mirage_ds.cli import app, main
 from mirage_ds.errors import DataError, MirageError, OwnerError
+from mirage_ds.evaluation import command
+from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.results import Results
-from mirage_ds.inference.generate import Decoder
 
 PLANNING, REASONING = "vsp-spatial-planning", "vsp-spatial-reasoning"
 
@@ -161,32 +161,43 @@ def test_two_evaluations_do_not_share_a_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_evaluation_continues(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The finished answers stay in FILE.parts, the next start decodes the others, and the file is as without."""
-    data, output = write_questions(tmp_path / "data", 12), tmp_path / "results"
-    decode(model, data, tmp_path / "whole")
-    generate = Decoder.generate
-    monkeypatch.setattr(Decoder, "generate", interrupted_at_second_call(generate))
-    with pytest.raises(RuntimeError, match="interrupted"):
-        decode(model, data, output)
-    assert not output.exists()
-    calls: list[Batch] = []
-    monkeypatch.setattr(Decoder, "generate", lambda decoder, batch: calls.append(batch) or generate(decoder, batch))
-    assert "continues: 5 of 12 answers are there" in decode(model, data, output)
-    assert [len(batch.keys) for batch in calls] == [5, 2]
-    assert output.read_bytes() == (tmp_path / "whole").read_bytes()
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, size: int, gather: Callable) -> None:
+    monkeypatch.setattr(command, "join", lambda: Ranks(rank, size, gather))
 
 
-def interrupted_at_second_call(function: Callable) -> Callable:
-    calls = []
+def test_one_rank_decodes_the_images_to_check_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text_input": "?", "image_input": "bad.png"}])
+    arguments = (
+        "evaluate",
+        "--model",
+        "some/model",
+        "--task",
+        "none",
+        "--data",
+        data,
+        "--output",
+        tmp_path / "results",
+    )
+    as_rank(monkeypatch, 1, 2, lambda value: [None, value])
+    run(*arguments, "--check")
+    as_rank(monkeypatch, 0, 2, lambda value: [value, None])
+    with pytest.raises(DataError, match="cannot be decoded"):
+        run(*arguments, "--check")
 
-    def wrapped(*arguments: object) -> object:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise RuntimeError("interrupted")
-        return function(*arguments)
 
-    return wrapped
+def test_ranks_wait_until_the_results_are_written(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of SLURM may be killed some time after its first process has ended."""
+    data, written = write_questions(tmp_path / "data", 4), []
+
+    def gather(value: object) -> list[object]:
+        written.append((tmp_path / "results").exists())
+        return [value]
+
+    as_rank(monkeypatch, 0, 1, gather)
+    decode(model, data, tmp_path / "results")
+    assert written[-1]
+    assert not any(written[:-1])
 
 
 @pytest.mark.parametrize(

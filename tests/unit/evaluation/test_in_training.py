@@ -8,7 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,13 +24,18 @@ from mirage_ds.errors import DataError
 from mirage_ds.evaluation import in_training
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.arms import parse_arms
-from mirage_ds.evaluation.in_training import FailedError, Gather, forget, numbers, together
+from mirage_ds.evaluation.in_training import FailedError, Gather, InTraining, forget, numbers, together
+from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.scoring import load_task
+from mirage_ds.evaluation.settings import digests
 from mirage_ds.evaluation.tasks.outcome import Outcome
 from mirage_ds.evaluation.training_looks import GAP_PX, LATENT_MARK, LINE_PX, TILE_PX, marked, picture
-from mirage_ds.evaluation.training_questions import read_some
+from mirage_ds.evaluation.training_questions import Questions, read_evaluation, read_some
+from mirage_ds.hf.preset import write_tiny
+from mirage_ds.recipe import load_config
 from mirage_ds.zero3.whole_model import without_hooks
 
+RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 ANSWER = Answer(
     number=0,
     where="rows.jsonl:1",
@@ -76,6 +82,24 @@ def test_rows_that_cannot_be_asked_are_refused_before_the_run(tmp_path: Path) ->
     alone = write_jsonl(tmp_path / "one.jsonl", [{"text_input": "Where?", "image_input": []}])
     with pytest.raises(DataError, match=r"needed: at least 2"):
         read_some(settings(alone), parse_arms("own,shuffled"))
+
+
+def test_helper_images_are_checked_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that cannot be pooled are said once, and end a run alone that asks for `oracle`."""
+    monkeypatch.setattr(in_training.distributed, "is_main", lambda: True)
+    rows = write_rows(tmp_path / "rows", 4)
+    write_tiny(rows, tmp_path / "model", seed=0)
+    names = {"model.path": tmp_path / "model", "data.shards": tmp_path, "run.dir": tmp_path / "run"}
+    names |= {"evaluation.task": "none", "evaluation.rows": rows, "model.latent_size": 10}
+    overrides = [f"{name}={value}" for name, value in names.items()]
+    questions = read_evaluation(load_config(RECIPE, overrides))
+    assert questions is not None
+    assert len(questions.rows) == 4
+    assert capsys.readouterr().out.count("cannot be pooled to latent targets: 2; the first: ") == 1
+    with pytest.raises(DataError, match=r"9 merged patches for 10 latents \(.*rows.jsonl:1, for the arm oracle\)"):
+        read_evaluation(load_config(RECIPE, [*overrides, "evaluation.latents='own,oracle'"]))
 
 
 @pytest.mark.parametrize("given", [{"task": "none"}, {"rows": "rows.jsonl"}])
@@ -160,6 +184,57 @@ def test_a_rank_that_fails_ends_the_work_of_all(monkeypatch: pytest.MonkeyPatch)
     assert [str(fault) for fault in on_ranks(monkeypatch, [well, fails])] == ["the second rank's disk"] * 2
     assert not log
     assert [type(fault) for fault in on_ranks(monkeypatch, [well, fails_late])] == [OSError] * 2
+
+
+class Trained:
+    """What an evaluation says to the trainer."""
+
+    def __init__(self) -> None:
+        self.faults: list[DataError] = []
+
+    def agree_on_fault(self, fault: DataError) -> None:
+        self.faults.append(fault)
+
+
+@pytest.mark.parametrize("fault", [DataError("logits are not finite"), OSError("no space left")])
+def test_what_a_failed_evaluation_does_to_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    """A full disk is a warning; with anything else that has a name the run saves and ends."""
+
+    def fails(*_: object) -> None:
+        raise fault
+
+    warnings: list[str] = []
+    monkeypatch.setattr(in_training.distributed, "gather", lambda value: [value])
+    monkeypatch.setattr(in_training, "warn_once", warnings.append)
+    monkeypatch.setattr(InTraining, "evaluate", fails)
+    trained, config = Trained(), load_config(RECIPE, ["model.path=x", f"data.shards={tmp_path}", "run.dir=run"])
+    InTraining(cast("Any", trained), cast("Any", None), cast("Any", None), config)(4)
+    if isinstance(fault, OSError):
+        assert [type(each) for each in trained.faults] == []
+        assert "no evaluation after step 4 (run/evaluations/step_4.jsonl): no space left" in warnings[0]
+    else:
+        assert [str(each) for each in trained.faults] == ["the evaluation after step 4 failed: logits are not finite"]
+        assert not warnings
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_the_rows_of_a_summary_are_those_of_evaluate(tmp_path: Path, shards: bool) -> None:
+    """So that `mirage compare` compares both."""
+    path = source = write_rows(tmp_path / "rows", 4)
+    if shards:
+        source = tmp_path / "shards"
+        build(path, source, maxcount=4, maxsize=10**9)
+    names = {"model.path": "x", "data.shards": tmp_path, "run.dir": "run", "evaluation.task": "none"}
+    overrides = [f"{name}={value}" for name, value in (names | {"evaluation.rows": source}).items()]
+    config, arms = load_config(RECIPE, overrides), parse_arms("own")
+    questions = Questions(load_task("none"), arms, read_some(config.evaluation, arms), cast("Any", None))
+    backbone = cast("Any", SimpleNamespace(describe=lambda: "float32"))
+    found = InTraining(cast("Any", None), backbone, questions, config).settings(4)
+    assert found["data"] == str(source)
+    assert found["rows"] == digests("none", read_questions_of(path))["rows"]
+    assert found["rows"] != digests("none", read_questions_of(path, limit=3))["rows"]
 
 
 def test_hooks_are_set_aside_and_come_back() -> None:

@@ -9,8 +9,10 @@ from talkative import write_talkative
 from test_report import ATTACK, Page
 from typer.testing import CliRunner
 
+from mirage_ds.batch import Batch
 from mirage_ds.cli import app
 from mirage_ds.errors import DataError
+from mirage_ds.inference.generate import Decoder
 
 NUM_ROWS, ARMS = 7, ("own", "none", "mean", "shuffled")
 COMMON = ("--latent-size", 3, "--max-new-tokens", 12, "--batch-size", 4)
@@ -67,7 +69,7 @@ def test_the_page_is_complete_and_alone(report: Path) -> None:
     assert ATTACK in page.text
     num_latents = len(page.all("span", "latent")) - 1
     assert len(page.all("img")) == 2 * NUM_ROWS + num_latents  # input and helper images; a heat map for each latent
-    for words in ("own is", "Latent health", "block 1, latent 3", "target cosine", "vsp-spatial-reasoning"):
+    for words in ("own is", "Latent health", "latent 0.2", "target cosine", "vsp-spatial-reasoning"):
         assert words in page.text
     assert [path.name for path in report.parent.iterdir()] == ["report.html"]
 
@@ -84,3 +86,38 @@ def test_rows_are_spread_evenly(model: str, data: Path, tmp_path: Path) -> None:
 def test_a_report_that_exists_is_kept(report: Path, model: str, data: Path) -> None:
     with pytest.raises(DataError, match="exists already"):
         run("inspect", "--model", model, "--data", data, "--output", report)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """The batches that are decoded."""
+    batches: list[Batch] = []
+    generate = Decoder.generate
+    monkeypatch.setattr(Decoder, "generate", lambda self, batch: batches.append(batch) or generate(self, batch))
+    return batches
+
+
+TOO_LARGE = ("--latent-size", 10, "--max-new-tokens", 12)  # every third helper image has 9 merged patches
+
+
+def test_helper_images_that_cannot_be_pooled(model: str, data: Path, tmp_path: Path, decoded: list[Batch]) -> None:
+    """They have no target, which is said once, and the page is written; images are shown all the same."""
+    output = tmp_path / "report.html"
+    printed = run("inspect", "--model", model, "--data", data, "--output", output, "--latents", "own", *TOO_LARGE)
+    assert decoded
+    assert printed.count("cannot be pooled to latent targets: 3; the first: the helper image has 9 merged") == 1
+    page = Page(output.read_text())
+    assert "target cosine" in page.text  # of the other rows
+    assert len(page.all("img")) == 2 * NUM_ROWS + len(page.all("span", "latent")) - 1
+
+
+def test_the_oracle_needs_all_targets(model: str, data: Path, tmp_path: Path, decoded: list[Batch]) -> None:
+    """Refused before anything is decoded or written."""
+    message = (
+        rf"9 merged patches for 10 latents \({data}:1, for the arm oracle\); expected .*; use larger helper images"
+    )
+    options = ("--task", "none", "--latents", "own,oracle")
+    with pytest.raises(DataError, match=message):
+        run("evaluate", "--model", model, "--data", data, "--output", tmp_path / "results", *options, *TOO_LARGE)
+    assert not decoded
+    assert not list(tmp_path.iterdir())

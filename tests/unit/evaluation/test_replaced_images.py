@@ -15,6 +15,7 @@ from PIL import Image
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, load_encoder
 from mirage_ds.data.rows import Sample, read_questions
+from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.arms import Arm, parse_arms
 from mirage_ds.evaluation.replace import Replacements
@@ -149,3 +150,18 @@ def test_the_oracle_s_targets_are_those_of_training(strategy: str, model: Path, 
 
 def test_no_helper_image_no_targets(replacements: Replacements) -> None:
     assert replacements.targets("000000000") == []
+
+
+def test_an_answer_of_any_length_has_targets(model: Path, tmp_path: Path) -> None:
+    """In training the encoder has a `max_length`, which is no limit of what is asked and compared."""
+    decoder, _ = load_decoder(str(model), latent_size=4, dtype=torch.float32)
+    (sample,) = (each for _, each in read_questions(write_rows(tmp_path / "rows", 1), helpers=True))
+    long = replace(sample, text_output="left " * 60 + sample.text_output)
+    encoder = load_encoder(str(model), stage="stage1", latent_size=4, max_length=40)
+    with pytest.raises(DataError, match="allows 40"):
+        encoder(long)
+    found, expected = (
+        Replacements(decoder, encoder, [Row(0, "", each)], SEED).targets(sample.key) for each in (long, sample)
+    )
+    assert len(found) == 1
+    assert torch.equal(found[0], expected[0])

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mirage_ds.evaluation.health import LatentHealth, SlotHealth
 from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate, Health, Measure, Piece, Reply, RowView
 from mirage_ds.evaluation.report.page import reading, render
 from mirage_ds.evaluation.report.pictures import heat_picture, picture
 from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
+from mirage_ds.evaluation.report.view import health_view
+from mirage_ds.inference.feed import Slot
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 ATTACK = '<script>alert("x")</script> & "quotes" \'too\''
@@ -96,7 +99,7 @@ def contents(**changes: object) -> Contents:
                 changed=Estimate(0.3, 0.2, 0.4, "30% [20, 40] changed"),
             ),
         ],
-        health=Health(["block 1, latent 1", "block 1, latent 2"], measures, "rows are alike"),
+        health=Health(["0.0", "0.1"], measures, "rows are alike"),
         rows=[row(number, ATTACK) for number in range(20)],
     )
     return dataclasses.replace(made, **changes)
@@ -145,7 +148,7 @@ def test_every_row_is_there(html: str) -> None:
     rows = page.all("details", "row")
     assert [found["id"] for found in rows] == [f"row-{number}" for number in range(20)]
     assert {found["data-changed"] for found in rows} == {"yes"}
-    assert "changed by mean" in page.text
+    assert "changed by the arm mean" in page.text
     assert page.text.count("the same answer") == 20  # zeroed
     assert len(page.all("span", "latent")) == 1 + 20
     assert len(page.all("img")) == 20 * (2 + 2)
@@ -167,6 +170,10 @@ def test_the_replacement_test(html: str) -> None:
     assert "-20 [-40, -10]: own is better" in page.text
     assert "50% [40, 60]" in page.text
     assert "3 of 90" in page.text
+    assert "30% [20, 40] changed" in page.text
+    assert {cell["data-label"] for cell in page.all("td") if "data-label" in cell} == {
+        *("Success", "Minus own", "Answers that differ from own", "Never ended", "With a block")
+    }
 
 
 @pytest.mark.parametrize(
@@ -189,9 +196,19 @@ def test_without_a_task_changes_are_shown() -> None:
 def test_health(html: str) -> None:
     text = " ".join(Page(html).text.split())
     assert "Warning: rows are alike" in text
-    assert "block 1, latent 1 90 1.25" in text
-    assert "block 1, latent 2 89 not defined" in text
+    assert " 0.0 90 1.25" in text
+    assert " 0.1 89 not defined" in text
     assert "No answer has a latent." in Page(render(contents(health=Health([], [], "")))).text
+
+
+def test_an_effective_rank_is_short_of_the_number_of_rows() -> None:
+    health = LatentHealth(1.0)
+    for place, rank in enumerate((1.3, 1.2)):
+        health.add(Slot(0, place), SlotHealth(num_rows=24, norm=1.0, row_cosine=0.9, effective_rank=rank))
+    view = health_view(health)
+    (measure,) = [measure for measure in view.measures if measure.title == "effective rank"]
+    assert (measure.low, measure.high) == (0, 24)
+    assert view.slots == ["0.0", "0.1"]
 
 
 def decoded(url: str) -> Image.Image:
@@ -221,16 +238,16 @@ def text_of(pieces: list[Piece], kinds: set[str]) -> str:
 
 
 def test_latents_stand_where_they_were_decoded() -> None:
-    pieces = own_pieces("so and so", [0, 0, 6, 9])
+    pieces = own_pieces("so and so", {"0.0": 0, "0.1": 0, "1.0": 6, "2.0": 9})
     assert [(piece.kind, piece.text) for piece in pieces] == [
-        ("latent", "1"),
-        ("latent", "2"),
+        ("latent", "0.0"),
+        ("latent", "0.1"),
         ("same", "so and"),
-        ("latent", "3"),
+        ("latent", "1.0"),
         ("same", " so"),
-        ("latent", "4"),
+        ("latent", "2.0"),
     ]
-    assert own_pieces("", []) == []
+    assert own_pieces("", {}) == []
 
 
 @pytest.mark.parametrize(

@@ -165,12 +165,6 @@ def test_the_terminal_shows_text_and_a_mark_for_each_latent(
     assert len(shown) > 1
 
 
-def test_a_run_is_not_a_model(model: str, tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ConfigError, match=f"mirage export --checkpoint {tmp_path}"):
-        load(str(tmp_path))
-
-
 def test_a_model_without_latent_settings_needs_the_latent_size(model: str) -> None:
     with pytest.raises(ConfigError, match=r"has no entry `mirage`.*set --latent-size"):
         load(model, latent_size=None)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import launching
 import pytest
@@ -68,6 +69,14 @@ def test_starts_ranks_with_the_options_as_they_are(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_ranks_will_say_is_not_said_twice(
+    launch, options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(evaluate, "Launch", lambda *_, **__: SimpleNamespace(wait=lambda: 0))
+    rows = write_jsonl(tmp_path / "some.jsonl", [{"text_input": "?"}, {"text_input": "?", "text_output": "yes"}])
+    assert launch(*options, "--task", "exact", "--data", rows) == (0, "", "")
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -76,6 +85,7 @@ def test_starts_ranks_with_the_options_as_they_are(
         (("--samples", "4"), "more need a temperature above 0"),
         (("--samples", "many"), "Invalid value for '--samples'"),
         (("--batchsize", "4"), "No such option: --batchsize"),
+        (("--output",), "Option '--output' requires an argument"),
         (("--by", "nope"), "no row has the field 'nope' (--by)"),
         (("--partition", "batch"), "options of a job without --nodes"),
         (("--nodes", "2", "--ranks", "2"), "--ranks and --nodes are both set"),

@@ -1,0 +1,113 @@
+"""`mirage evaluate` killed and started again: what it continues, and what it refuses to mix."""
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from generated_rows import write_rows
+from talkative import write_questions, write_talkative
+from test_evaluate import decode
+
+from mirage_ds.batch import Batch
+from mirage_ds.errors import DataError
+from mirage_ds.evaluation import settings
+from mirage_ds.inference.generate import Decoder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_talkative(tmp_path_factory.mktemp("talkative")))
+
+
+def test_an_interrupted_evaluation_continues(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finished answers stay in FILE.parts, the next start decodes the others, and the file is as without."""
+    data, output = write_questions(tmp_path / "data", 12), tmp_path / "results"
+    decode(model, data, tmp_path / "whole")
+    generate = Decoder.generate
+    monkeypatch.setattr(Decoder, "generate", interrupted_at_second_call(generate))
+    with pytest.raises(RuntimeError, match="interrupted"):
+        decode(model, data, output)
+    assert not output.exists()
+    calls: list[Batch] = []
+    monkeypatch.setattr(Decoder, "generate", lambda decoder, batch: calls.append(batch) or generate(decoder, batch))
+    assert "continues: 5 of 12 answers are there" in decode(model, data, output)
+    assert [len(batch.keys) for batch in calls] == [5, 2]
+    assert output.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def interrupted_at_second_call(function: Callable) -> Callable:
+    calls = []
+
+    def wrapped(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("interrupted")
+        return function(*arguments)
+
+    return wrapped
+
+
+def grown(path: Path) -> None:
+    """Another content for a file."""
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "config.json": lambda folder: grown(folder / "model" / "config.json"),
+    "model.safetensors": lambda folder: os.utime(folder / "model" / "model.safetensors"),
+    "task_file": lambda folder: grown(folder / "task.py"),
+    "rows": lambda folder: grown(folder / "rows" / "images" / "3_0.png"),
+    "helper_images": lambda folder: grown(folder / "rows" / "images" / "3_1.png"),
+    "transformers": lambda folder: None,
+}
+
+
+@pytest.fixture
+def oracle(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs an evaluation of the files in a folder; killed at its second batch until it gets `True`."""
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "task.py").write_text("def score(row, answer):\n    return len(answer)\n")
+    data, generate = write_rows(tmp_path / "rows", 4), Decoder.generate
+
+    def evaluate(*, finishes: bool, latents: str = "oracle", output: str = "results") -> str:
+        monkeypatch.setattr(Decoder, "generate", generate if finishes else interrupted_at_second_call(generate))
+        task = ("--task", f"{tmp_path / 'task.py'}:score", "--latents", latents, "--batch-size", 3)
+        return decode(str(tmp_path / "model"), data, tmp_path / output, *task)
+
+    return evaluate
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_is_named_and_not_mixed(
+    oracle: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with pytest.raises(RuntimeError, match="interrupted"):
+        oracle(finishes=False)
+    CHANGES[name](tmp_path)
+    if name == "transformers":
+        monkeypatch.setattr(settings, "version", lambda package: "9.9" if package == name else version(package))
+    with pytest.raises(DataError, match=f"an unfinished evaluation has {name}=.*, this one {name}="):
+        oracle(finishes=True)
+    assert not (tmp_path / "results").exists()
+
+
+def test_helper_images_may_change_until_an_arm_has_read_them(oracle: Callable[..., str], tmp_path: Path) -> None:
+    for latents in ("own", "own,oracle", "own,mean"):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            oracle(finishes=False, latents=latents)
+        CHANGES["helper_images"](tmp_path)
+    with pytest.raises(DataError, match="has helper_images="):
+        oracle(finishes=True)
+
+
+def test_results_beside_the_model(oracle: Callable[..., str], tmp_path: Path) -> None:
+    """What no model is read from may come and go in its folder."""
+    oracle(finishes=True, output="model/first.json")
+    with pytest.raises(RuntimeError, match="interrupted"):
+        oracle(finishes=False, output="model/second.json")
+    for path in (tmp_path / "model").glob("first.json*"):
+        path.unlink()
+    assert "continues: 3 of 8 answers" in oracle(finishes=True, output="model/second.json")
