@@ -18,7 +18,7 @@ from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.asked import Asked, check_options
 from mirage_ds.evaluation.ranks import Ranks, join
 from mirage_ds.evaluation.settings import digest_of_helpers, digests, model_files, packages
-from mirage_ds.evaluation.tables import summary_of, tables_of
+from mirage_ds.evaluation.tables import summary_of, tables_of, warnings_of
 from mirage_ds.inference.options import (
     Decoding,
     DtypeOption,
@@ -103,6 +103,8 @@ def evaluate(
         asked.results.finish(every, summary | {"settings": settings | {"arms": names}})
         for table in [*tables_of(answers, asked.task, by), *health_tables(health)]:
             wide_console().print(table)
+        for warning in warnings_of(answers):
+            typer.echo(warning, err=True)
 
     answer_all(asked, options, settings | asdict(options), batch_size, ranks, finish)
 

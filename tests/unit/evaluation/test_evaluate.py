@@ -229,6 +229,14 @@ def test_multiple_choice(model: str, tmp_path: Path) -> None:
     ]
 
 
+def test_a_constant_answer(model: str, tmp_path: Path) -> None:
+    """To one question, asked twice, with two right answers."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text_input": "Why?", "answer": answer} for answer in ("x", "y")])
+    printed = decode(model, data, tmp_path / "results", "--task", "exact")
+    assert "all 2 valid answers in the arm own are " in printed
+    assert "always the most frequent answer: 50.0%" in " ".join(printed.split())
+
+
 def test_generate(model: str, tmp_path: Path) -> None:
     """One question with two images, and one without any."""
     write_questions(tmp_path / "data", 6)
