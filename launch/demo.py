@@ -27,8 +27,8 @@ from mirage_ds import errors
 from mirage_ds.cli import app as mirage
 from mirage_ds.data.rows import read_rows
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.finished import read_results
+from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.paths import expanded
 
 RECIPES = Path(__file__).parent / "recipes"

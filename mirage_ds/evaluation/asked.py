@@ -5,8 +5,8 @@ from pathlib import Path
 
 from mirage_ds.errors import ConfigError
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.arms import Arm, parse_arms
 from mirage_ds.evaluation.groups import check_groups
+from mirage_ds.evaluation.latents.arms import Arm, parse_arms
 from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.results import Results
 from mirage_ds.evaluation.scoring import Task, load_task, unscorable

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mirage_ds.errors import name_full_disk
-from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.asked import Asked, check_options
+from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.ranks import Ranks, join
 from mirage_ds.evaluation.settings import digest_of_helpers, digests, model_files, packages
 from mirage_ds.evaluation.tables import summary_of, tables_of, warnings_of
@@ -93,7 +93,7 @@ def evaluate(
     settings = {"task": task, "data": str(data), "limit": limit, "samples": samples, "batch_size": batch_size}
 
     def finish(engine: "Engine", parts: "Parts", settings: dict[str, Any]) -> None:
-        from mirage_ds.evaluation.health_tables import health_tables
+        from mirage_ds.evaluation.latents.health_tables import health_tables
 
         answers = engine.in_order(parts.answers())
         every = [answer for arm in answers.values() for answer in arm]
@@ -119,8 +119,8 @@ def answer_all(
         finish: writes and prints what came out; called on the first rank, with all settings.
     """
     from mirage_ds.evaluation.engine import Engine
+    from mirage_ds.evaluation.latents.replace import check_targets
     from mirage_ds.evaluation.parts import Parts, check_settings
-    from mirage_ds.evaluation.replace import check_targets
 
     results, task = asked.results, asked.task
     with ExitStack() as until_the_end:

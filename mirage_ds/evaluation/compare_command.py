@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from mirage_ds.errors import ConfigError
-from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.compare import changed_table, comparison_table, other_decoding, read_sides
 from mirage_ds.evaluation.groups import check_groups
+from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.paths import expanded
 from mirage_ds.wide_console import wide_console
 

@@ -15,14 +15,14 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer, Row
-from mirage_ds.evaluation.arms import OWN, Arm
 from mirage_ds.evaluation.batches import Batch, cut, deal, question_tokens
-from mirage_ds.evaluation.health import LatentHealth, health_of, mean_norm
+from mirage_ds.evaluation.latents.arms import OWN, Arm
+from mirage_ds.evaluation.latents.health import LatentHealth, health_of, mean_norm
+from mirage_ds.evaluation.latents.replace import Replacements
+from mirage_ds.evaluation.latents.states import States
 from mirage_ds.evaluation.parts import Decoded, Parts
 from mirage_ds.evaluation.ranks import Ranks
-from mirage_ds.evaluation.replace import Replacements
 from mirage_ds.evaluation.scoring import Task
-from mirage_ds.evaluation.states import States
 from mirage_ds.inference.feed import Slot
 from mirage_ds.inference.generate import Decoder, Generation
 

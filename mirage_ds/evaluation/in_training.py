@@ -19,9 +19,9 @@ import torch
 from mirage_ds.config import Config, EvaluationConfig
 from mirage_ds.errors import EvaluationError, MemoryFullError, MirageError
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.engine import Engine
-from mirage_ds.evaluation.health import LatentHealth
+from mirage_ds.evaluation.latents.arms import OWN
+from mirage_ds.evaluation.latents.health import LatentHealth
 from mirage_ds.evaluation.parts import Parts, check_settings
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.results import Results, parts_of

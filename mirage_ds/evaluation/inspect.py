@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.asked import check_options
 from mirage_ds.evaluation.command import answer_all
+from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.inference.options import (
     Decoding,

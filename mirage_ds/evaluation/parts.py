@@ -21,7 +21,7 @@ import torch
 from mirage_ds import strict_json
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer, answer_of
-from mirage_ds.evaluation.states import FLOAT_BYTES, States
+from mirage_ds.evaluation.latents.states import FLOAT_BYTES, States
 from mirage_ds.inference.feed import Slot
 
 

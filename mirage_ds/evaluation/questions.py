@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mirage_ds.data.rows import decode_images, read_questions
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.arms import Arm, check_arms
+from mirage_ds.evaluation.latents.arms import Arm, check_arms
 
 
 def read_questions_of(

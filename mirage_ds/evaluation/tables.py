@@ -8,8 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.groups import grouped
+from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.rates import (
     Difference,
     Rate,

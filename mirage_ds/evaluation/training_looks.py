@@ -16,8 +16,8 @@ from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import Sample
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.engine import Engine
-from mirage_ds.evaluation.heat import heat_maps, overlay
-from mirage_ds.evaluation.states import States
+from mirage_ds.evaluation.latents.heat import heat_maps, overlay
+from mirage_ds.evaluation.latents.states import States
 from mirage_ds.training.curves import Look
 from mirage_ds.training.validation import spread
 

@@ -8,7 +8,7 @@ from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mirage_ds.evaluation.heat import COLORS
+from mirage_ds.evaluation.latents.heat import COLORS
 from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate
 
 TEMPLATES = resources.files("mirage_ds.evaluation.report") / "templates"

@@ -9,10 +9,10 @@ from PIL import Image
 
 from mirage_ds.data.images import decode
 from mirage_ds.evaluation.answers import Answer, Row
-from mirage_ds.evaluation.arms import OWN
 from mirage_ds.evaluation.engine import Engine
-from mirage_ds.evaluation.health import MAX_SAMPLED, LatentHealth
-from mirage_ds.evaluation.heat import heat_maps, overlay
+from mirage_ds.evaluation.latents.arms import OWN
+from mirage_ds.evaluation.latents.health import MAX_SAMPLED, LatentHealth
+from mirage_ds.evaluation.latents.heat import heat_maps, overlay
 from mirage_ds.evaluation.parts import Parts
 from mirage_ds.evaluation.rates import Difference, difference, rate_of, success_rates, ways_of
 from mirage_ds.evaluation.report.contents import (

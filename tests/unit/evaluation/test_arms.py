@@ -5,7 +5,7 @@ import pytest
 from mirage_ds.data.rows import Sample
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.arms import IMAGES, LATENTS, Arm, check_arms, parse_arms
+from mirage_ds.evaluation.latents.arms import IMAGES, LATENTS, Arm, check_arms, parse_arms
 
 
 def rows(*images: tuple[int, int]) -> list[Row]:

@@ -13,8 +13,8 @@ from talkative import write_questions, write_talkative
 from mirage_ds.data.encode import Encoder
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.arms import parse_arms
 from mirage_ds.evaluation.engine import Engine
+from mirage_ds.evaluation.latents.arms import parse_arms
 from mirage_ds.evaluation.parts import Parts
 from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.ranks import Ranks

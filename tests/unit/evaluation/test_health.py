@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.health import (
+from mirage_ds.evaluation.latents.health import (
     MAX_SAMPLED,
     LatentHealth,
     effective_rank,
@@ -17,7 +17,7 @@ from mirage_ds.evaluation.health import (
     row_cosine,
     slot_health,
 )
-from mirage_ds.evaluation.states import States
+from mirage_ds.evaluation.latents.states import States
 from mirage_ds.inference.feed import Slot
 from mirage_ds.model.alike import ALIKE
 from mirage_ds.training.validation import spread

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.rows import Sample
-from mirage_ds.evaluation.heat import heat_maps, overlay
+from mirage_ds.evaluation.latents.heat import heat_maps, overlay
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.inference.generate import Decoder, load_decoder
 

@@ -24,7 +24,6 @@ from mirage_ds.data.rows import read_questions
 from mirage_ds.errors import DataError, EvaluationError, MemoryFullError
 from mirage_ds.evaluation import in_training
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.arms import parse_arms
 from mirage_ds.evaluation.in_training import (
     AskedToEndError,
     FailedError,
@@ -36,6 +35,7 @@ from mirage_ds.evaluation.in_training import (
     numbers,
     together,
 )
+from mirage_ds.evaluation.latents.arms import parse_arms
 from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.evaluation.settings import digests

@@ -6,7 +6,7 @@ import pytest
 from generated_rows import image_bytes, write_jsonl
 
 from mirage_ds.errors import DataError
-from mirage_ds.evaluation.arms import parse_arms
+from mirage_ds.evaluation.latents.arms import parse_arms
 from mirage_ds.evaluation.questions import read_questions_of
 
 ORACLE = parse_arms("own,oracle")

@@ -17,8 +17,8 @@ from mirage_ds.data.encode import EncodedSample, load_encoder
 from mirage_ds.data.rows import Sample, read_questions
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.arms import Arm, parse_arms
-from mirage_ds.evaluation.replace import Replacements
+from mirage_ds.evaluation.latents.arms import Arm, parse_arms
+from mirage_ds.evaluation.latents.replace import Replacements
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.inference.generate import load_decoder
 from mirage_ds.model.mirage import MirageModel

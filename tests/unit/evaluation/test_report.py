@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mirage_ds.evaluation.health import LatentHealth, SlotHealth
-from mirage_ds.evaluation.heat import overlay
+from mirage_ds.evaluation.latents.health import LatentHealth, SlotHealth
+from mirage_ds.evaluation.latents.heat import overlay
 from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate, Health, Measure, Piece, Reply, RowView
 from mirage_ds.evaluation.report.page import reading, render
 from mirage_ds.evaluation.report.pictures import HEAT_SIDE_PX, picture

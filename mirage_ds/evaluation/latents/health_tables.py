@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mirage_ds.evaluation.health import LatentHealth
+from mirage_ds.evaluation.latents.health import LatentHealth
 
 
 def health_tables(health: LatentHealth) -> list[Table]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from mirage_ds.evaluation.states import States
+from mirage_ds.evaluation.latents.states import States
 from mirage_ds.inference.feed import Slot
 
 FIRST = Slot(0, 0)

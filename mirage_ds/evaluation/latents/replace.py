@@ -12,8 +12,8 @@ from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, num_image_blocks
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.arms import OWN, Arm
-from mirage_ds.evaluation.feeds import (
+from mirage_ds.evaluation.latents.arms import OWN, Arm
+from mirage_ds.evaluation.latents.feeds import (
     FirstStates,
     FixedState,
     MeanStates,
@@ -23,7 +23,7 @@ from mirage_ds.evaluation.feeds import (
     cycle_of,
     next_rows,
 )
-from mirage_ds.evaluation.states import States
+from mirage_ds.evaluation.latents.states import States
 from mirage_ds.inference.feed import Feed
 from mirage_ds.inference.generate import Decoder
 from mirage_ds.inference.replaced import REPLACED
