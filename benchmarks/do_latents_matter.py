@@ -145,7 +145,7 @@ class Benchmark:
         self.arms = SHORT_ARMS if short else tuple(OVERRIDES)
         self.latents = SHORT_LATENTS if short else LATENTS
         self.parts = Parts(folder, {"task": name, "size": asdict(self.size)})
-        self.ranks = min(RANKS, count_gpus()) or RANKS
+        self.ranks = 1 if short else min(RANKS, count_gpus()) or RANKS
 
     def run(self, num_seeds: int) -> None:
         """Trains and evaluates what is not there yet."""
