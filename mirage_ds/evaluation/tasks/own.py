@@ -46,7 +46,7 @@ def load_function(file: Path, name: str) -> Function:
     sys.modules[spec.name] = module  # dataclasses look for it there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # it is the user's code, which may raise anything
         raise ConfigError(
             f"the file cannot be imported: {_in_words(error, spec.origin)} ({where}); expected a file that Python can "
             "import; fix it"
@@ -96,7 +96,7 @@ def _value(function: Function, key: str, row: Mapping[str, Any], answer: str) ->
     """
     try:
         value = function.call(dict(row), answer)
-    except Exception as error:
+    except Exception as error:  # as above
         raise ConfigError(
             f"the task's function failed: {_in_words(error, function.file)} ({_where(key, answer)}); expected "
             "a number, a bool or None for every row and any answer, an empty one too; fix the function"
