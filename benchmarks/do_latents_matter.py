@@ -8,7 +8,7 @@ in a picture that the question does not show. The arms, each from the same rows 
 random model and with the same order of samples:
 
 text             no latents, as many samples as stage 1 and stage 2 together
-text_seconds     no latents, for the seconds that the steps of stage 1 and stage 2 took
+text_seconds     no latents, for the seconds that the steps of stage 1 and stage 2 take
 latents          stage 1, then stage 2
 gray             the same, where every helper image is a gray one
 input            the same, where the helper image is the question's own image
@@ -17,27 +17,36 @@ unseen_image     the same, where the answer does not see the question's image af
 A seed sets the model's random weights and the order of the samples; training and test rows are the same for all. Every
 model with latents answers the test rows again with its latents replaced (docs/evaluation.md says by what).
 
+Each arm trains on one rank with one thread, as so small a model gains nothing from more; JOBS arms run at a time. The
+time of a step is the one that a tenth of a run's steps undercut: other work on the machine hardly changes it.
+
 Nothing is done twice: OUTPUT/parts.jsonl has a line for each part that is complete, and a start continues after them. A
-part that was interrupted begins again. Nothing else should run on the machine, as `text_seconds` depends on step times.
+part that was interrupted begins again.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import mean
+from threading import Lock
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 from benchmarks.latents_table import OWN, Answers, Replaced, arms_table, latents_table
 from benchmarks.measuring import cpu_name
-from launch.demo import GLOBAL_BATCH_SIZE, RANKS, RECIPES
+from launch.demo import FULL, GLOBAL_BATCH_SIZE, LATENT_SIZE, MAPS, RECIPES, Size
 from launch.local import count_gpus
 from mirage_ds import errors, strict_json
 from mirage_ds.errors import ConfigError
@@ -48,17 +57,6 @@ from mirage_ds.versions import versions
 LATENTS = "own,none,markers,mean,shuffled,noise:1.0,zeroed,fixed,oracle,first"
 BATCH_SIZE, MAX_NEW_TOKENS = 50, 32
 TaskName = Literal["vsp", "hidden"]
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much data, and how many steps."""
-
-    num_train: int
-    num_test: int
-    stage1_steps: int
-    stage2_steps: int
-    warmup_steps: int
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,10 @@ class Task:
 
 TASKS: dict[TaskName, Task] = {
     "vsp": Task(
-        ("make-vsp", "--levels", "3", "--cell-px", "28", "--prompt", "short"),
+        ("make-vsp", *MAPS),
         "vsp-spatial-planning",
-        4,
-        Size(num_train=5800, num_test=400, stage1_steps=260, stage2_steps=400, warmup_steps=30),
+        LATENT_SIZE,
+        FULL,
     ),
     "hidden": Task(
         ("make-puzzles", "--levels", "1"),
@@ -119,6 +117,7 @@ class Parts:
             )
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.done = {part["name"]: part for part in map(strict_json.loads, lines)}
+        self.lock = Lock()  # parts of several arms end at the same time
 
     def once(self, name: str, outputs: Sequence[Path], action: Callable[[], None]) -> None:
         """Runs a part that is not complete, without what an interrupted one left of its outputs."""
@@ -131,21 +130,21 @@ class Parts:
         action()
         seconds = round(time.monotonic() - started_s, 1)
         today, commit = date.today().isoformat(), versions()["git_commit"]
-        self.done[name] = {"name": name, "seconds": seconds, "date": today, "commit": commit}
-        with self.path.open("a") as file:
+        with self.lock, self.path.open("a") as file:
+            self.done[name] = {"name": name, "seconds": seconds, "date": today, "commit": commit}
             file.write(json.dumps(self.done[name]) + "\n")
 
 
 class Benchmark:
     """All arms of one task in one folder; every part is a command that a user would type."""
 
-    def __init__(self, name: TaskName, folder: Path, *, short: bool) -> None:
+    def __init__(self, name: TaskName, folder: Path, *, short: bool, jobs: int) -> None:
         self.task, self.folder = TASKS[name], folder
         self.size = SHORT if short else self.task.size
         self.arms = SHORT_ARMS if short else tuple(OVERRIDES)
         self.latents = SHORT_LATENTS if short else LATENTS
         self.parts = Parts(folder, {"task": name, "size": asdict(self.size)})
-        self.ranks = 1 if short else min(RANKS, count_gpus()) or RANKS
+        self.jobs = jobs
 
     def run(self, num_seeds: int) -> None:
         """Trains and evaluates what is not there yet."""
@@ -158,17 +157,30 @@ class Benchmark:
             model = self.folder / f"seed_{seed}" / "model"
             made = ("--preset", "tiny", "--text", rows / "train.jsonl", "--seed", seed)
             self.once(f"seed {seed}, model", model, ("mirage", "init", *made, "--output", model))
-            both = self.size.stage1_steps + self.size.stage2_steps
-            self.train(seed, "text", "text", both)
-            for arm in self.arms:
-                self.train(seed, arm, "stage1", self.size.stage1_steps)
-                start = f"run.init_from={self.run_of(seed, arm, 'stage1')}"
-                self.train(seed, arm, "stage2", self.size.stage2_steps, start)
-            self.train(seed, "text_seconds", "text", self.steps_of_equal_seconds(seed))
-            for arm in TEXT_ARMS:
-                self.evaluate(seed, arm, "text", OWN)
-            for arm in self.arms:
-                self.evaluate(seed, arm, "stage2", self.latents)
+        # Seed by seed, so that an interrupted benchmark has complete ones.
+        chains = [
+            partial(self.run_arm, seed, arm) if arm != "latents" else partial(self.run_latents_and_text, seed)
+            for seed, arm in product(range(num_seeds), self.arms)
+        ]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda chain: chain(), chains))
+
+    def run_latents_and_text(self, seed: int) -> None:
+        """The arms that are compared by seconds, one after the other."""
+        self.run_text(seed, "text", self.size.stage1_steps + self.size.stage2_steps)
+        self.run_arm(seed, "latents")
+        self.run_text(seed, "text_seconds", self.steps_of_equal_seconds(seed))
+
+    def run_text(self, seed: int, arm: str, steps: int) -> None:
+        self.train(seed, arm, "text", steps)
+        self.evaluate(seed, arm, "text", OWN)
+
+    def run_arm(self, seed: int, arm: str) -> None:
+        """An arm with latents."""
+        self.train(seed, arm, "stage1", self.size.stage1_steps)
+        start = f"run.init_from={self.run_of(seed, arm, 'stage1')}"
+        self.train(seed, arm, "stage2", self.size.stage2_steps, start)
+        self.evaluate(seed, arm, "stage2", self.latents)
 
     def run_of(self, seed: int, arm: str, stage: str) -> Path:
         return self.folder / f"seed_{seed}" / arm / stage
@@ -183,14 +195,14 @@ class Benchmark:
             f"model.latent_size={self.task.latent_size}",
             f"data.shards={self.folder / 'shards'}",
             "evaluation.shards=null",
-            f"train.micro_batch_size_per_gpu={GLOBAL_BATCH_SIZE // self.ranks}",
+            f"train.micro_batch_size_per_gpu={GLOBAL_BATCH_SIZE}",
             f"train.max_steps={steps}",
             f"train.warmup_steps={self.size.warmup_steps}",
             *OVERRIDES.get(arm, ()),
             *overrides,
         ]
         recipe = RECIPES / f"demo-{stage}.yaml"
-        command = ("mirage-launch", "local", "--ranks", self.ranks, recipe, *settings)
+        command = ("mirage-launch", "local", "--ranks", 1, recipe, *settings)
         self.once(f"seed {seed}, {arm}, {stage}", run, command)
 
     def evaluate(self, seed: int, arm: str, stage: str, latents: str) -> None:
@@ -210,21 +222,32 @@ class Benchmark:
         def action() -> None:
             words = [str(word) for word in command]
             print(f"$ {' '.join(words)}", flush=True)
-            code = subprocess.run([Path(sys.executable).parent / words[0], *words[1:]]).returncode
+            program, threads = Path(sys.executable).parent / words[0], {"OMP_NUM_THREADS": "1"}
+            code = subprocess.run([program, *words[1:]], env=os.environ | threads).returncode
             if code:
                 raise SystemExit(f"`{' '.join(words)}` failed with exit code {code}; its message is above")
 
         self.parts.once(name, [output, Path(f"{output}.summary.json")], action)
 
-    def step_seconds(self, seed: int, arm: str, stage: str) -> list[float]:
-        """What each step of a run took, with the wait for its data."""
+    def step_s(self, seed: int, arm: str, stage: str) -> float:
+        """The seconds that a tenth of a run's steps undercut, each with the wait for its data."""
         lines = (self.run_of(seed, arm, stage) / "metrics.jsonl").read_text().splitlines()
-        return [strict_json.loads(line)["step_s"] for line in lines]
+        return float(np.quantile([strict_json.loads(line)["step_s"] for line in lines], 0.1))
+
+    def steps_of(self, seed: int, arm: str) -> dict[str, int]:
+        """How many steps of each stage an arm took."""
+        if arm == "text_seconds":
+            return {"text": self.steps_of_equal_seconds(seed)}
+        stage1, stage2 = self.size.stage1_steps, self.size.stage2_steps
+        return {"text": stage1 + stage2} if arm == "text" else {"stage1": stage1, "stage2": stage2}
+
+    def seconds_of(self, seed: int, arm: str) -> float:
+        """What the steps of an arm take."""
+        return sum(steps * self.step_s(seed, arm, stage) for stage, steps in self.steps_of(seed, arm).items())
 
     def steps_of_equal_seconds(self, seed: int) -> int:
-        """The steps of text that take as long as those of stage 1 and stage 2 took, by the median of a text step."""
-        latents_s = sum(sum(self.step_seconds(seed, "latents", stage)) for stage in ("stage1", "stage2"))
-        return max(1, round(latents_s / median(self.step_seconds(seed, "text", "text"))))
+        """The steps of text that take as long as those of stage 1 and stage 2."""
+        return max(1, round(self.seconds_of(seed, "latents") / self.step_s(seed, "text", "text")))
 
     def answers(self, num_seeds: int) -> Answers:
         """What the models answered, by arm and by what was fed at the latents."""
@@ -240,14 +263,11 @@ class Benchmark:
 
     def training_of(self, num_seeds: int) -> dict[str, dict[str, float]]:
         """Samples and minutes of training of each arm, by mean over the seeds."""
-        found = {}
+        found, seeds = {}, range(num_seeds)
         for arm in (*TEXT_ARMS, *self.arms):
-            stages = ("text",) if arm in TEXT_ARMS else ("stage1", "stage2")
-            steps = [self.step_seconds(seed, arm, stage) for seed in range(num_seeds) for stage in stages]
-            found[arm] = {
-                "samples": GLOBAL_BATCH_SIZE * sum(map(len, steps)) / num_seeds,
-                "minutes": sum(map(sum, steps)) / 60 / num_seeds,
-            }
+            steps = [sum(self.steps_of(seed, arm).values()) for seed in seeds]
+            minutes = [self.seconds_of(seed, arm) / 60 for seed in seeds]
+            found[arm] = {"samples": GLOBAL_BATCH_SIZE * mean(steps), "minutes": mean(minutes)}
         return found
 
     def report(self, num_seeds: int) -> None:
@@ -258,9 +278,9 @@ class Benchmark:
             "settings": json.loads((self.folder / "settings.json").read_text()),
             "num_seeds": num_seeds,
             "machine": cpu_name(),
-            "ranks": self.ranks,
+            "jobs": self.jobs,
             "versions": versions(),
-            "hours": sum(part["seconds"] for part in parts) / 3600,
+            "hours": sum(part["seconds"] for part in parts) / 3600,  # of all parts, JOBS of which ran at a time
             "training": training,
             "rates": {
                 arm: {latents: replaced.values.mean(axis=1).tolist() for latents, replaced in by_latents.items()}
@@ -275,9 +295,8 @@ class Benchmark:
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         print("\n".join(["", *arms_table(answers, training), "", *latents_table(answers, self.arms)]))
         commits, days = ({part[key] for part in parts} for key in ("commit", "date"))
-        print(
-            f"\n{summary['hours']:.1f} hours on {cpu_name()}, {', '.join(sorted(days))}, {', '.join(sorted(commits))}"
-        )
+        hours = f"{summary['hours']:.1f} hours of parts, {self.jobs} at a time"
+        print(f"\n{hours}, on {cpu_name()}, {', '.join(sorted(days))}, {', '.join(sorted(commits))}")
 
 
 @expanded()
@@ -287,10 +306,14 @@ def main(
     output: Annotated[
         Path | None, typer.Option(show_default="runs/do-latents-matter-TASK", help="A folder; a start continues there.")
     ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, show_default="1 with a GPU, else one per core", help="Arms at a time.")
+    ] = None,
     short: Annotated[bool, typer.Option("--short", help="A few steps of fewer arms, to check that it runs.")] = False,
 ) -> None:
     """Trains every arm that is not there yet, and prints what came out."""
-    benchmark = Benchmark(task, output or Path("runs") / f"do-latents-matter-{task}", short=short)
+    jobs = jobs or (1 if count_gpus() else len(os.sched_getaffinity(0)))
+    benchmark = Benchmark(task, output or Path("runs") / f"do-latents-matter-{task}", short=short, jobs=jobs)
     benchmark.run(seeds)
     benchmark.report(seeds)
 

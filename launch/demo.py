@@ -35,6 +35,7 @@ RECIPES = Path(__file__).parent / "recipes"
 RANKS, LATENT_SIZE = 2, 4
 GLOBAL_BATCH_SIZE = 64
 RUNS = ("untrained", "text", "stage1", "stage2")
+MAPS = ("--levels", "3", "--cell-px", "28", "--prompt", "short")
 LATENTS = {"stage1": "own,oracle", "stage2": "own,shuffled,mean,noise:1.0,zeroed,oracle"}  # fed to these models
 BATCH_SIZE, MAX_NEW_TOKENS = 50, 24
 
@@ -100,8 +101,7 @@ class Demo:
     def make_maps(self) -> None:
         rows = self.output / "rows"
         counts = ("--num-train", self.size.num_train, "--num-test", self.size.num_test)
-        shape = ("--levels", "3", "--cell-px", "28", "--prompt", "short")
-        with self.commands(("mirage-data", "make-vsp", "--output", rows, *counts, *shape)):
+        with self.commands(("mirage-data", "make-vsp", "--output", rows, *counts, *MAPS)):
             pass
 
     def make_inputs(self) -> None:

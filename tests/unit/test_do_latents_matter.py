@@ -74,7 +74,7 @@ def test_the_settings_of_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         Benchmark, "once", lambda _self, _name, _run, command: commands.append(" ".join(map(str, command)))
     )
-    benchmark = Benchmark("hidden", tmp_path, short=False)
+    benchmark = Benchmark("hidden", tmp_path, short=False, jobs=1)
     for arm in ("gray", "unseen_image", "latents"):
         benchmark.train(0, arm, "stage1", 5)
     settings = ("data.helper=gray", "model.answer_sees_image=false")
@@ -117,11 +117,11 @@ def write_steps(benchmark: Benchmark, arm: str, stage: str, seconds: list[float]
 
 def test_equal_seconds_and_the_answers_of_all_arms(tmp_path: Path) -> None:
     """As many steps of text as fit into the seconds of both stages; answers are read by arm and replacement."""
-    benchmark = Benchmark("vsp", tmp_path, short=False)
-    write_steps(benchmark, "text", "text", [9.0, 0.5, 0.5])  # the first one warms up
-    write_steps(benchmark, "latents", "stage1", [1.0, 2.0])
-    write_steps(benchmark, "latents", "stage2", [4.0])
-    assert benchmark.steps_of_equal_seconds(0) == 14
+    benchmark = Benchmark("vsp", tmp_path, short=False, jobs=1)
+    write_steps(benchmark, "text", "text", [9.0, *[0.5] * 20, 3.0])  # the first one warms up, the last one is disturbed
+    write_steps(benchmark, "latents", "stage1", [1.0] * 20)
+    write_steps(benchmark, "latents", "stage2", [2.0] * 20)
+    assert benchmark.steps_of_equal_seconds(0) == (1.0 * 260 + 2.0 * 400) / 0.5
     for arm in (*TEXT_ARMS, *OVERRIDES):
         latents = ("own",) if arm in TEXT_ARMS else ("own", "mean")
         lines = [
