@@ -17,6 +17,8 @@ import train_shapes
 import train_step
 from reference_step import reference_loss
 
+from benchmarks import looking_cost
+
 CPU = torch.device("cpu")
 VOCAB = 320
 
@@ -145,3 +147,17 @@ def test_waits_for_the_gpu_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError):
         measuring.host_syncs(lambda: 1 / 0, torch.device("cuda"))
     assert modes == ["warn", "default"] * 2
+
+
+def test_calls_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their number and the clock's difference, also of one that fails; afterwards nothing is watched."""
+    clock = iter([1.0, 1.5, 7.0, 7.25])
+    monkeypatch.setattr(looking_cost.time, "process_time", lambda: next(clock))
+    spent = looking_cost.Spent()
+    with looking_cost.watched(Path, "read_text", spent):
+        with pytest.raises(FileNotFoundError):
+            Path("there is none").read_text()
+        assert "benchmarks" in Path(looking_cost.__file__).read_text()
+    assert (spent.calls, spent.seconds) == (2, 0.75)
+    Path(looking_cost.__file__).read_text()
+    assert spent.calls == 2
