@@ -11,8 +11,8 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     early_end.listen()  # a signal during the imports must not end the run unsaved
 
     from mirage_ds import console, library_noise
+    from mirage_ds.early_checks import read_command_line
     from mirage_ds.training import allocator
-    from mirage_ds.training.early_checks import read_command_line
     from mirage_ds.versions import leave_if_unsuitable
 
     console.keep_going()

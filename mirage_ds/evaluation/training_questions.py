@@ -13,9 +13,10 @@ from mirage_ds.data.rows import check_question, decode_images, read_json_lines, 
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.latents.arms import Arm, check_arms, parse_arms
+from mirage_ds.evaluation.latents.arms import Arm, check_arms
 from mirage_ds.evaluation.latents.replace import check_targets
 from mirage_ds.evaluation.scoring import Task, load_task, unscorable
+from mirage_ds.evaluation.training.named import TASK, arms_of
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.micro_batch import usable_bytes
 from mirage_ds.sizing.model_sizes import model_sizes
@@ -46,7 +47,7 @@ def read_evaluation(config: Config) -> Questions | None:
     evaluation = config.evaluation
     if evaluation.task is None:
         return None
-    task, arms = load_task(evaluation.task), parse_arms(evaluation.latents)
+    task, arms = load_task(evaluation.task, TASK), arms_of(evaluation)
     rows = read_some(evaluation, arms)
     unscored, encoder = unscorable(rows, task), make_encoder(config, "stage1")
     no_targets = check_targets(encoder, rows, arms)
