@@ -127,6 +127,8 @@ def test_latent_health_is_taken_from_the_latents(runs: Path, name: str) -> None:
         else:
             assert cosines == [None] * 4
         assert all(-1 < cosine < 1 for cosine in record["latents"]["row_cosine"])
+        ranks, rows = record["latents"]["effective_rank"], record["latents"]["num_rows"]
+        assert all(1 < rank <= count for rank, count in zip(ranks, rows, strict=True))
 
 
 @pytest.mark.parametrize("name", RUNS)
