@@ -46,8 +46,8 @@ from mirage_ds.errors import (
     leave,
     name_full_disk,
 )
-from mirage_ds.evaluation.in_training import InTraining, evaluate_if_due, open_evaluation
-from mirage_ds.evaluation.training_questions import read_evaluation
+from mirage_ds.evaluation.training.evaluations import InTraining, evaluate_if_due, open_evaluation
+from mirage_ds.evaluation.training.questions import read_evaluation
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.owner import Owner

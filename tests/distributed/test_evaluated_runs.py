@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from data_tools.build import build
 from mirage_ds.cli import app
-from mirage_ds.evaluation.training_looks import LATENT_MARK
+from mirage_ds.evaluation.training.looks import LATENT_MARK
 from mirage_ds.hf.export import export_checkpoint
 
 STEPS, INTERVAL, NUM_ROWS, MAX_NEW_TOKENS = 3, 2, 11, 20

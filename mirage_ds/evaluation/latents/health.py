@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
+from mirage_ds.data.spread import spread
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.latents.feeds import target_at
 from mirage_ds.evaluation.latents.states import States
 from mirage_ds.inference.feed import Slot
 from mirage_ds.model.alike import warn_if_alike
 from mirage_ds.model.effective_rank import effective_rank as effective_rank_of
-from mirage_ds.training.validation import spread
 
 MAX_SAMPLED = 1024  # the Gram matrix of so many rows takes 8 MiB
 

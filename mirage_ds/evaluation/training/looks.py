@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import Sample
+from mirage_ds.data.spread import spread
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.latents.heat import heat_maps, overlay
 from mirage_ds.evaluation.latents.states import States
 from mirage_ds.training.curves import Look
-from mirage_ds.training.validation import spread
 
 NUM_LOOKS = 3
 # TensorBoard shows a picture 350 pixels wide; with more than three tiles side by side no word could be read.
