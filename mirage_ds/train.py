@@ -96,6 +96,8 @@ def train(config: Config) -> None:
         trainer = make_trainer(engine, config, start, state, saves, targets)
         evaluation = open_evaluation(trainer, backbone, questions, config, start)
         dry_run(trainer, config, start)
+        if evaluation is not None:
+            evaluation.rehearse()
         train_steps(trainer, config, start, saves, owner, evaluation)
         end(trainer, config)
         if copies is not None:

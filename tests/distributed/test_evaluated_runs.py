@@ -180,6 +180,16 @@ def test_a_run_that_hides_images_hides_them_in_its_evaluation(runs: Path) -> Non
     assert not all(differs)  # rows without an image, or without a block
 
 
+def test_the_memory_of_an_evaluation_is_tried_before_the_first_step(runs: Path) -> None:
+    """In every run that evaluates, and in no other; that it changes no bit, the tests above say."""
+    log = (runs / "log").read_text().splitlines()
+    firsts = [line for line in log if line.startswith(("dry run: ", "step     1/"))]
+    plain, evaluated = ["dry run: the costliest", "step     1/"], ["dry run: the costliest", "dry run: the longest"]
+    expected = [*plain, *evaluated, plain[-1]] * len(RUNS)
+    assert [line[: len(begin)] for line, begin in zip(firsts, expected, strict=True)] == expected
+    assert sum("(questions: 2, columns: " in line for line in firsts) == len(RUNS)
+
+
 def test_rates_are_reported_after_each_evaluation(runs: Path) -> None:
     """evaluation.jsonl against the answers in the files."""
     run_dir = runs / f"{SCORED}-True"

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
+
 from mirage_ds.config import Config
 from mirage_ds.errors import EvaluationError, MirageError
 from mirage_ds.evaluation.engine import Engine
@@ -23,7 +25,12 @@ from mirage_ds.evaluation.settings import digests
 from mirage_ds.evaluation.tables import summary_of
 from mirage_ds.evaluation.training.figures import numbers, spread_of
 from mirage_ds.evaluation.training.looks import looks
-from mirage_ds.evaluation.training.memory import decoding, describe_evaluation, name_full_memory
+from mirage_ds.evaluation.training.memory import (
+    decoding,
+    describe_evaluation,
+    describe_rehearsal,
+    name_full_memory,
+)
 from mirage_ds.evaluation.training.questions import Questions
 from mirage_ds.evaluation.training.together import AskedToEndError, FailedError, Gather, leave_if_asked, together
 from mirage_ds.housekeeping import warn_once
@@ -35,6 +42,7 @@ from mirage_ds.training.report import Evaluated
 from mirage_ds.training.start import Start
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
+from mirage_ds.zero3.engine import future_moments
 
 FOLDER = "evaluations"
 
@@ -65,6 +73,21 @@ class InTraining:
         if evaluated is not None:
             self.trainer.metrics.add_evaluation(step, evaluated, seconds)
             self.warn_of_timeout(seconds)
+
+    def rehearse(self) -> None:
+        """Takes the memory of an evaluation before the run's first step, beside that of the optimizer; on every rank.
+
+        Raises:
+            MemoryFullError: there is too little, maybe on this rank alone.
+        """
+        get_accelerator().reset_peak_memory_stats()
+        with name_full_memory(self.config.evaluation), decoding(self.trainer.engine.module, self.backbone):
+            moments = future_moments(self.trainer.engine)
+            size = self.engine().rehearse()
+        del moments
+        if distributed.is_main():
+            print(describe_rehearsal(*size, self.trainer.device), flush=True)
+        get_accelerator().reset_peak_memory_stats()
 
     def has_time(self, step: int) -> bool:
         """Whether an evaluation as long as the longest so far ends before the job; all ranks agree."""

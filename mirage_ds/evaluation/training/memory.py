@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from mirage_ds.config import Config, EvaluationConfig
 from mirage_ds.errors import MemoryFullError
@@ -72,3 +73,15 @@ def describe_evaluation(config: Config, start: Start, questions: Questions) -> s
         "used: evaluations may run out of memory; set evaluation.batch_size or evaluation.max_new_tokens lower, use "
         "more ranks, or unset evaluation.task and evaluate exports"
     )
+
+
+def describe_rehearsal(num_questions: int, columns: int, device: torch.device) -> str:
+    """One line for the log; on a GPU with the peak."""
+    found = (
+        "dry run: the longest questions of an evaluation fit, with answers up to evaluation.max_new_tokens (questions: "
+        f"{num_questions}, columns: {columns})"
+    )
+    if device.type == "cpu":
+        return found
+    peak, total = get_accelerator().max_memory_allocated(), get_accelerator().total_memory(device.index)
+    return f"{found}: peak {peak / GIB:.1f} of {total / GIB:.1f} GiB"
