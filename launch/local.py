@@ -15,12 +15,13 @@ from typing import Annotated
 import typer
 from packaging.version import Version
 
+from mirage_ds.early_checks import check_inputs
 from mirage_ds.errors import ConfigError
 from mirage_ds.owner import refuse_living
 from mirage_ds.paths import expanded
 from mirage_ds.programs import without_current_folder
 from mirage_ds.recipe import load_config
-from mirage_ds.training.early_checks import check_folder_is_free, check_folders_are_writable, check_inputs
+from mirage_ds.training.folder_checks import check_folder_is_free, check_folders_are_writable
 from mirage_ds.versions import check_versions
 
 GRACE_S = 30  # from SIGTERM to SIGKILL, for the other ranks when one has failed

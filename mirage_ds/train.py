@@ -11,8 +11,8 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     early_end.listen()  # a signal during the imports must not end the run unsaved
 
     from mirage_ds import console, library_noise
+    from mirage_ds.early_checks import read_command_line
     from mirage_ds.training import allocator
-    from mirage_ds.training.early_checks import read_command_line
     from mirage_ds.versions import leave_if_unsuitable
 
     console.keep_going()
@@ -46,8 +46,8 @@ from mirage_ds.errors import (
     leave,
     name_full_disk,
 )
-from mirage_ds.evaluation.in_training import InTraining, evaluate_if_due, open_evaluation
-from mirage_ds.evaluation.training_questions import read_evaluation
+from mirage_ds.evaluation.training.evaluations import InTraining, evaluate_if_due, open_evaluation
+from mirage_ds.evaluation.training.questions import read_evaluation
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.owner import Owner
@@ -96,6 +96,8 @@ def train(config: Config) -> None:
         trainer = make_trainer(engine, config, start, state, saves, targets)
         evaluation = open_evaluation(trainer, backbone, questions, config, start)
         dry_run(trainer, config, start)
+        if evaluation is not None:
+            evaluation.rehearse()
         train_steps(trainer, config, start, saves, owner, evaluation)
         end(trainer, config)
         if copies is not None:

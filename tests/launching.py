@@ -114,9 +114,9 @@ class Ranks:
 def train(*arguments: str) -> None:
     """What `python -m mirage_ds.train ARGUMENTS` does, but for the check of versions."""
     from mirage_ds import library_noise
+    from mirage_ds.early_checks import read_command_line
     from mirage_ds.train import run
     from mirage_ds.training import early_end
-    from mirage_ds.training.early_checks import read_command_line
 
     early_end.listen()
     sys.argv = ["mirage_ds.train", *arguments]

@@ -30,6 +30,7 @@ def check_node(config: Config | None, deepspeed_config: dict[str, Any]) -> Itera
         yield recipe_checks.check_model(config)
         yield from recipe_checks.check_shards(config)
         yield recipe_checks.check_samples(config)
+        yield from recipe_checks.check_evaluation(config)
         yield machine.check_folder("run.dir", config.run.dir)
     yield machine.check_folder("TMPDIR", Path(os.environ.get("TMPDIR", "/tmp")))
     yield machine.check_socket_path()

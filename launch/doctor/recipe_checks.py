@@ -1,4 +1,4 @@
-"""Checks of what a recipe names: attention, kernels, model and shards."""
+"""Checks of what a recipe names: attention, kernels, model, shards and evaluation."""
 
 from collections.abc import Iterator
 
@@ -11,6 +11,7 @@ from mirage_ds.data.index import load_index
 from mirage_ds.data.shard_samples import parse_members, read_range
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.errors import ConfigError, DataError
+from mirage_ds.evaluation.training.named import check_rows, check_scoring
 from mirage_ds.model.attention import choose_attention
 from mirage_ds.model.backbone import DTYPES, check_config
 from mirage_ds.model.latent_settings import check_latent_size
@@ -79,6 +80,23 @@ def check_shards(config: Config) -> Iterator[Row]:
             f"{'shard' if num_shards == 1 else 'shards'} ({folder}), digest {shards.digest:.12}; read a few, "
             f"{num_bytes} bytes",
         )
+
+
+def check_evaluation(config: Config) -> Iterator[Row]:
+    """What an evaluation in training asks, if the run makes any."""
+    evaluation = config.evaluation
+    if evaluation.task is None or evaluation.rows is None:
+        return
+    try:
+        check_scoring(evaluation)
+        yield Row("evaluation.task", f"{evaluation.task}; latents {evaluation.latents}")
+    except ConfigError as error:
+        yield failure("evaluation.task", error)
+    try:
+        check_rows(evaluation.rows)
+        yield Row("evaluation.rows", str(evaluation.rows))
+    except DataError as error:
+        yield failure("evaluation.rows", error)
 
 
 def read_some(shards: ShardFolder) -> int:

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from mirage_ds.config import Config
+from mirage_ds.evaluation.training.named import check_scoring
 from mirage_ds.paths import expanded
 from mirage_ds.recipe import load_config
 from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE, find_gpu
@@ -35,6 +36,7 @@ def command(
 ) -> None:
     """Estimates memory, time and traffic. Exit code 0: the run fits; 1: it does not; 2: usage error."""
     config = load_config(recipe, overrides)
+    check_scoring(config.evaluation)
     find_gpu(gpu)
     # Imported here: torch and transformers take seconds to import; the other commands need neither.
     from launch.planner.estimate import estimate

@@ -8,9 +8,9 @@ import socket
 import sys
 from pathlib import Path
 
+from mirage_ds.early_checks import check_inputs
 from mirage_ds.errors import MirageError
 from mirage_ds.recipe import load_config
-from mirage_ds.training.early_checks import check_inputs
 
 
 def main() -> None:

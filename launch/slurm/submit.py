@@ -30,12 +30,12 @@ from launch.slurm.script import (
 )
 from mirage_ds.config import Config
 from mirage_ds.data.shards import load_manifest
+from mirage_ds.early_checks import check_inputs
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
 from mirage_ds.model_folder import is_cached
 from mirage_ds.owner import refuse_living
 from mirage_ds.paths import expanded
 from mirage_ds.recipe import load_config
-from mirage_ds.training.early_checks import check_inputs
 from mirage_ds.versions import versions
 
 TEMPLATE = Path(__file__).parent / "job.sh"

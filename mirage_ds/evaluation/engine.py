@@ -132,6 +132,17 @@ class Engine:
             for row, generation in zip(unit.rows, generations, strict=True)
         ]
 
+    def rehearse(self) -> tuple[int, int]:
+        """Takes the memory of the batch with the longest questions, whose answers reach their limit.
+
+        Returns:
+            How many questions it has, and its columns.
+        """
+        rows, _ = self.batches[0]
+        prompts = collate([self.encoder.prompt(row.sample) for row in rows], align_latents=True)
+        self.decoder.rehearse(prompts)
+        return len(rows), prompts.input_ids.shape[1] + self.decoder.max_new_tokens
+
     def answer(self, unit: Unit, row: Row, generation: Generation) -> Answer:
         """A row's answer, scored."""
         text = self.encoder.text_of(generation.ids).strip()

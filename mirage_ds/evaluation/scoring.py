@@ -71,22 +71,40 @@ TASKS = {
 }
 
 
-def load_task(name: str) -> Task:
+def load_task(name: str, setting: str = "--task ") -> Task:
     """The task of this name, or with the function of a user's file.
+
+    Args:
+        setting: what names it, for messages.
 
     Raises:
         ConfigError: there is none, or the file or function cannot be used.
     """
     if name in TASKS:
         return TASKS[name]
+    score = partial(score_own, own.load_function(*_split(name, setting), setting))
+    return Task(name, score, ("score",), has_invalid=False)
+
+
+def check_task(name: str, setting: str) -> None:
+    """Refuses a task that does not exist, without executing the user's file: see `load_task`.
+
+    Raises:
+        ConfigError: there is no such task, file or function.
+    """
+    if name not in TASKS:
+        own.check_function(*_split(name, setting), setting)
+
+
+def _split(name: str, setting: str) -> tuple[Path, str]:
+    """The file and the function of a task of the user's own."""
     file, _, function = name.rpartition(":")
     if not file.endswith(".py") or not function:
         raise ConfigError(
-            f"unknown task {name!r:.80} (--task); expected one of {', '.join(TASKS)}, or my_file.py:function; correct "
-            "the name"
+            f"unknown task {name!r:.80} ({setting.strip(' =')}); expected one of {', '.join(TASKS)}, or "
+            "my_file.py:function; correct the name"
         )
-    score = partial(score_own, own.load_function(Path(expand(file)), function))
-    return Task(name, score, ("score",), has_invalid=False)
+    return Path(expand(file)), function
 
 
 def unscorable(rows: Sequence[Row], task: Task) -> list[tuple[Row, str]]:

@@ -16,9 +16,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from mirage_ds.batch import Batch
@@ -134,6 +135,31 @@ class Decoder:
                 mask[:, : image_mask.shape[1]] &= ~(image_mask & ends_block[:, None])
             hidden = self.backbone.step(embeds[:, None], position.expand(3, -1)[..., None], mask, cache)
             position = position + 1
+
+    @torch.inference_mode()
+    def rehearse(self, batch: Batch) -> None:
+        """Takes the memory of answers that reach `max_new_tokens`, in two passes: the prompts, and the last token fed.
+
+        Between them the cache grows at once by all tokens before that one; what it then holds is of no use.
+
+        Args:
+            batch: as in `steps`.
+        """
+        batch = batch.to(self.backbone.device)
+        cache, num_fed = DynamicCache(), self.max_new_tokens - 1  # nobody sees the last token that is emitted
+        hidden = self.backbone.step(self.prompt_embeds(batch), batch.position_ids, batch.attention_mask, cache)
+        tokens = self.backbone.hf.lm_head(hidden).argmax(dim=-1)
+        if not num_fed:
+            return
+        layers: list[Any] = cache.layers  # whose type does not say that they have keys and values
+        for number, layer in enumerate(layers):
+            keys, values = (kept[:, :, :1].expand(-1, -1, num_fed - 1, -1) for kept in (layer.keys, layer.values))
+            cache.update(keys, values, number)
+        mask = pad(batch.attention_mask, (0, num_fed), value=True)
+        position = batch.position_ids.amax(dim=(0, 2)) + num_fed
+        embeds = self.backbone.embed_tokens(tokens)[:, None]
+        hidden = self.backbone.step(embeds, position.expand(3, -1)[..., None], mask, cache)
+        self.backbone.hf.lm_head(hidden)
 
     def states_to_feed(
         self, hidden: torch.Tensor, keys: Sequence[str], slots: Sequence[Slot | None]

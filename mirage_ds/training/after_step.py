@@ -12,11 +12,12 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.shards import load_manifest
+from mirage_ds.data.spread import spread
 from mirage_ds.data.stream import SampleReader, first_usable
 from mirage_ds.housekeeping import housekeeping
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.trainer import Trainer
-from mirage_ds.training.validation import Validation, spread
+from mirage_ds.training.validation import Validation
 from mirage_ds.zero3 import distributed
 
 Action = Callable[[TrainState], None]

@@ -17,7 +17,8 @@ from mirage_ds.housekeeping import housekeeping
 LAYOUT = {
     "evaluation": {name: ["Multiline", [f"evaluation/{name}.*"]] for name in ("success", "cut_off", "with_blocks")},
     "latents": {
-        name: ["Multiline", [rf"latents/{name}_\d+"]] for name in ("norm", "row_cosine", "next_cosine", "target_cosine")
+        name: ["Multiline", [rf"latents/{name}_\d+"]]
+        for name in ("norm", "row_cosine", "next_cosine", "target_cosine", "effective_rank")
     },
     "loss": {"text loss": ["Multiline", ["train/ce_loss", "validation/ce_loss"]]},
 }

@@ -9,10 +9,13 @@ makes at one slot, on all ranks, each in another sample:
                     u_i = s_i / ||s_i||; 1: the slot says the same whatever the question
     next cosine     mean of cos(s_i, the state of the same block at the next slot)
     target cosine   mean of cos(s_i, its latent target), in stage 1
+    effective rank  the number of directions in which the s_i lie, from 1 (alike) to n: see model/effective_rank.py. Of
+                    at most MAX_SAMPLED states: the first ones that each rank makes
 
-All are sums over the states, which stay on the device: a micro-batch adds to them, and waits for nothing.
+The others are sums over the states. Sums and sampled states stay on the device: a micro-batch adds to them, and waits
+for nothing.
 
-Shape legend: S slots, M latents of a micro-batch, D hidden.
+Shape legend: S slots, M latents of a micro-batch, N sampled states of a slot on this rank, D hidden.
 """
 
 from dataclasses import asdict, dataclass
@@ -22,10 +25,12 @@ from torch.nn.functional import normalize, pad
 
 from mirage_ds.batch import Batch
 from mirage_ds.model.alike import warn_if_alike
+from mirage_ds.model.effective_rank import effective_rank
 from mirage_ds.model.targets import LatentTargets
 from mirage_ds.zero3 import distributed
 
 Figures = list[float | None]
+MAX_SAMPLED = 64  # states of a slot, over all ranks; those of a 7B with K = 4 take 3.7 MB in the all-reduce
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class LatentFigures:
     row_cosine: Figures
     next_cosine: Figures
     target_cosine: Figures
+    effective_rank: Figures
 
     def curves(self) -> dict[str, float]:
         """By name and slot, without the numbers of rows."""
@@ -70,6 +76,10 @@ class LatentSums:
         # The last row takes what is left out, so that nothing waits for its number.
         self.sums = torch.zeros(num_slots + 1, hidden_size + self.NUMBERS, device=device)
         self.embeddings = torch.zeros(2, device=device)  # their number, and the sum of their norms
+        # The sample of all ranks is [MAX_SAMPLED, S, D], of which every world_size-th row is this rank's.
+        self.own_sampled = slice(distributed.rank(), None, distributed.world_size())
+        self.num_sampled = len(range(MAX_SAMPLED)[self.own_sampled])  # N
+        self.sampled = torch.zeros(self.num_sampled + 1, num_slots + 1, hidden_size, device=device)
         self.active = False  # whether the step under way is to be reported
 
     def add(self, hidden: torch.Tensor, targets: LatentTargets, text_embeds: torch.Tensor, batch: Batch) -> None:
@@ -89,11 +99,19 @@ class LatentSums:
         target_cosines = torch.zeros_like(norms)
         if len(targets.targets):
             target_cosines = (directions * targets.targets.detach()).sum(dim=1) * targets.inverse_norms.detach()
+        self.sample(states, slot)
         columns = torch.stack([torch.ones_like(norms), norms, target_cosines, has_next, next_cosines], dim=1)
         self.sums.index_add_(0, slot, torch.cat([directions, columns], dim=1))
         embeds = text_embeds.flatten(0, 1)[batch.target_rows].float()
         self.embeddings[0] += len(embeds)
         self.embeddings[1] += torch.linalg.vector_norm(embeds, dim=1).sum()
+
+    def sample(self, states: torch.Tensor, slot: torch.Tensor) -> None:
+        """Keeps those of states [M, D] whose slots [M] have fewer than N states yet; before they are counted."""
+        is_at = slot[:, None] == torch.arange(self.num_slots + 1, device=slot.device)
+        earlier = is_at.cumsum(dim=0).gather(1, slot[:, None])[:, 0] - 1 + self.sums[slot, self.hidden_size].long()
+        row = earlier.clamp(max=self.num_sampled)
+        self.sampled.flatten(0, 1).index_copy_(0, row * (self.num_slots + 1) + slot, states)
 
     def take(self, *, targets: bool) -> LatentFigures:
         """What all ranks have added since the last call, in one all-reduce.
@@ -101,10 +119,14 @@ class LatentSums:
         Args:
             targets: whether the latents have targets.
         """
-        own = torch.cat([self.sums[:-1].flatten(), self.embeddings])
-        total = distributed.sum_over_ranks(own).double().cpu()
-        self.sums.zero_()
-        self.embeddings.zero_()
+        sampled = self.sums.new_zeros(MAX_SAMPLED, self.num_slots, self.hidden_size)
+        sampled[self.own_sampled] = self.sampled[:-1, :-1]
+        own = torch.cat([self.sums[:-1].flatten(), self.embeddings, sampled.flatten()])
+        total = distributed.sum_over_ranks(own)
+        for each in (self.sums, self.embeddings, self.sampled):
+            each.zero_()
+        ranks = self.effective_ranks(total[-sampled.numel() :].view_as(sampled))
+        total = total[: -sampled.numel()].double().cpu()
         by_slot, (num_embeds, embed_norms) = total[:-2].view(self.num_slots, -1), total[-2:].tolist()
         squares = by_slot[:, : self.hidden_size].square().sum(dim=1)
         count, norms, target_cosines, num_next, next_cosines = by_slot[:, self.hidden_size :].T
@@ -114,7 +136,15 @@ class LatentSums:
             row_cosine=_quotients(squares - count, count * (count - 1)),
             next_cosine=_quotients(next_cosines, num_next),
             target_cosine=_quotients(target_cosines, count * targets),
+            effective_rank=[rank if n else None for rank, n in zip(ranks, count.tolist(), strict=True)],
         )
+
+    def effective_ranks(self, sampled: torch.Tensor) -> list[float]:
+        """By slot, of sampled states [MAX_SAMPLED, S, D]; zeros where there are fewer. The rest is done on the host."""
+        grams = torch.stack([states @ states.T for slot in sampled.unbind(1) for states in [slot.double()]]).cpu()
+        filled = grams.diagonal(dim1=1, dim2=2).any(dim=0)  # a small batch has small matrices
+        filled[0] = True  # and a step without latents none
+        return effective_rank(grams[:, filled][:, :, filled]).tolist()
 
 
 def _quotients(sums: torch.Tensor, counts: torch.Tensor) -> Figures:

@@ -26,7 +26,7 @@ from mirage_ds.config import Config, TrainConfig
 from mirage_ds.errors import CheckpointError, MirageError, OwnerError, name_unwritable
 from mirage_ds.owner import POLL_S, Owner, of_run
 from mirage_ds.training import early_end
-from mirage_ds.training.early_checks import check_folder_is_free
+from mirage_ds.training.folder_checks import check_folder_is_free
 from mirage_ds.training.goodput import note_first_start
 from mirage_ds.versions import versions
 from mirage_ds.zero3 import distributed

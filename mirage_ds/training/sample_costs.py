@@ -11,7 +11,7 @@ from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.lengths import check_budget
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import DataError
-from mirage_ds.training.early_checks import not_counted
+from mirage_ds.training.folder_checks import not_counted
 from mirage_ds.zero3 import distributed
 
 

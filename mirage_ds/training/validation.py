@@ -55,9 +55,3 @@ class Validation:
         for start in range(0, len(self.numbers), stride):
             own = start + distributed.rank() * self.micro_batch_size
             yield self.numbers[own : own + self.micro_batch_size]
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """At most `limit` of the numbers below `count`, evenly spaced, as the samples of a folder may be sorted."""
-    chosen = min(count, limit)
-    return [place * count // chosen for place in range(chosen)]

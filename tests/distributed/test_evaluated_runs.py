@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from data_tools.build import build
 from mirage_ds.cli import app
-from mirage_ds.evaluation.training_looks import LATENT_MARK
+from mirage_ds.evaluation.training.looks import LATENT_MARK
 from mirage_ds.hf.export import export_checkpoint
 
 STEPS, INTERVAL, NUM_ROWS, MAX_NEW_TOKENS = 3, 2, 11, 20
@@ -29,6 +29,7 @@ DEEPSPEED_CONFIGS = {
 }
 RUNS = {name: name.split("-") for name in DEEPSPEED_CONFIGS}
 SCORED = "stage2-untied"
+HIDDEN = "stage1-tied"  # after a block, answers do not see the images
 SCORE = """
 def score(row, answer):
     return (len(answer) + row["id"]) % 3 == 0
@@ -63,6 +64,7 @@ def overrides(folder: Path, deepspeed_config: str, name: str, *, evaluated: bool
         f"evaluation.shards={folder / 'shards'}",
         "evaluation.max_samples=3",
         f"distributed.deepspeed_config={deepspeed_config}",
+        f"model.answer_sees_image={'false' if name == HIDDEN else 'true'}",
         *(evaluation if evaluated else []),
     ]
 
@@ -127,6 +129,18 @@ def test_latent_health_is_taken_from_the_latents(runs: Path, name: str) -> None:
         else:
             assert cosines == [None] * 4
         assert all(-1 < cosine < 1 for cosine in record["latents"]["row_cosine"])
+        ranks, rows = record["latents"]["effective_rank"], record["latents"]["num_rows"]
+        assert all(1 < rank <= count for rank, count in zip(ranks, rows, strict=True))
+
+
+def evaluate(runs: Path, name: str, model: Path, output: Path) -> None:
+    """`mirage evaluate` of an export of the run, in one process and with larger batches."""
+    arguments = ["evaluate", "--model", model, "--task", task(runs, name)]
+    arguments += ["--data", runs / "questions" / "questions.jsonl"]
+    arguments += ["--output", output, "--latents", ARMS, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", 4]
+    arguments += ["--seed", 42]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -134,12 +148,7 @@ def test_answers_are_those_of_the_exported_model(runs: Path, name: str) -> None:
     """Those of `mirage evaluate`, in one process and with larger batches, for the weights of the last checkpoint."""
     run_dir, export, output = runs / f"{name}-True", runs / f"{name}-export", runs / f"{name}.jsonl"
     export_checkpoint(run_dir, export)
-    arguments = ["evaluate", "--model", export, "--task", task(runs, name)]
-    arguments += ["--data", runs / "questions" / "questions.jsonl"]
-    arguments += ["--output", output, "--latents", ARMS, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", 4]
-    arguments += ["--seed", 42]
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
+    evaluate(runs, name, export, output)
     ours, theirs = (records(path) for path in (run_dir / "evaluations" / f"step_{STEPS}.jsonl", output))
     told = ("number", "arm", "text", "num_tokens", "num_blocks", "num_latents", "num_replaced", "complete", "scores")
     assert [{field: answer[field] for field in told} for answer in ours] == [
@@ -154,6 +163,31 @@ def test_answers_are_those_of_the_exported_model(runs: Path, name: str) -> None:
     assert len(own) == NUM_ROWS
     assert {answer["num_blocks"] > 0 for answer in own} == {True, False}
     assert len({answer["num_tokens"] for answer in own}) > 3  # so that ranks end at different times
+
+
+def test_a_run_that_hides_images_hides_them_in_its_evaluation(runs: Path) -> None:
+    """The same weights answer otherwise where they see the images after a block."""
+    export, output = runs / "seeing", runs / "seeing.jsonl"
+    export_checkpoint(runs / f"{HIDDEN}-True", export)
+    config = json.loads((export / "config.json").read_text())
+    assert config["mirage"]["answer_sees_image"] is False
+    config["mirage"]["answer_sees_image"] = True
+    (export / "config.json").write_text(json.dumps(config))
+    evaluate(runs, HIDDEN, export, output)
+    hidden = records(runs / f"{HIDDEN}-True" / "evaluations" / f"step_{STEPS}.jsonl")
+    differs = [ours["text"] != theirs["text"] for ours, theirs in zip(hidden, records(output), strict=True)]
+    assert any(differs)
+    assert not all(differs)  # rows without an image, or without a block
+
+
+def test_the_memory_of_an_evaluation_is_tried_before_the_first_step(runs: Path) -> None:
+    """In every run that evaluates, and in no other; that it changes no bit, the tests above say."""
+    log = (runs / "log").read_text().splitlines()
+    firsts = [line for line in log if line.startswith(("dry run: ", "step     1/"))]
+    plain, evaluated = ["dry run: the costliest", "step     1/"], ["dry run: the costliest", "dry run: the longest"]
+    expected = [*plain, *evaluated, plain[-1]] * len(RUNS)
+    assert [line[: len(begin)] for line, begin in zip(firsts, expected, strict=True)] == expected
+    assert sum("(questions: 2, columns: " in line for line in firsts) == len(RUNS)
 
 
 def test_rates_are_reported_after_each_evaluation(runs: Path) -> None:

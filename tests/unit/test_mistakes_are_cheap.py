@@ -17,6 +17,7 @@ SLURM = ("--nodes", "2", "--gpus-per-node", "2")
 PLAN = (*SLURM, "--gpu", "h100-80gb")
 TAKEN = "data.shards=shards model.path=some/model run.dir=run"
 UNCOUNTED = "data.shards=shards model.path=some/model data.packing=true data.token_budget=9"
+ASKS = "data.shards=shards model.path=some/model evaluation.rows=shards"
 EVALUATE = ("--task", "vsp-spatial-planning", "--output", "results")
 
 MISTAKES = {
@@ -26,12 +27,15 @@ MISTAKES = {
     f"mirage-launch local {RECIPE} data.shards=shards model.path=./none": "the model folder does not exist",
     f"mirage-launch local {RECIPE} {TAKEN}": "the folder holds another run already",
     f"mirage-launch local {RECIPE} {UNCOUNTED}": "run mirage-data count shards --model some/model",
+    f"mirage-launch local {RECIPE} {ASKS} evaluation.task=none.py:score": "no such file (evaluation.task=none.py",
     f"mirage-launch local {RECIPE} --none": "No such option",
     f"mirage-launch slurm none.yaml {' '.join(SLURM)}": "the recipe cannot be read (none.yaml)",
     f"mirage-launch slurm {RECIPE} {' '.join(SLURM)}": "no manifest.json",
     f"mirage-launch slurm {RECIPE} {' '.join(SLURM)} {UNCOUNTED}": "run mirage-data count shards --model some/model",
+    f"mirage-launch slurm {RECIPE} {' '.join(SLURM)} {ASKS} evaluation.task=vsp": "unknown task 'vsp' (evaluation.",
     f"mirage-launch plan none.yaml {' '.join(PLAN)}": "the recipe cannot be read (none.yaml)",
     f"mirage-launch plan {RECIPE} {' '.join(SLURM)} --gpu none": "unknown GPU (--gpu none)",
+    f"mirage-launch plan {RECIPE} {' '.join(PLAN)} {ASKS} evaluation.task=vsp": "unknown task 'vsp' (evaluation.",
     "mirage-launch doctor none.yaml": "the recipe cannot be read (none.yaml)",
     "mirage-launch build-shards none.jsonl out --tasks 2 --time 1:00": "cannot read the rows",
     "mirage-data build --input none --output out": "cannot read the rows",
@@ -50,6 +54,7 @@ MISTAKES = {
     f"python -m mirage_ds.train {RECIPE} train.lr=fast": "train.lr: ",
     f"python -m mirage_ds.train --local_rank=0 {RECIPE}": "no manifest.json",
     f"python -m mirage_ds.train {RECIPE} {TAKEN}": "the folder holds another run already",
+    f"python -m mirage_ds.train {RECIPE} {ASKS} evaluation.task=exact evaluation.latents=x": "'x' is unknown (",
     f"python -m mirage_ds.train {RECIPE} --none": "unrecognized arguments: --none",
 }
 

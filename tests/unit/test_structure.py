@@ -38,6 +38,7 @@ ORDER = (
     ("training", "hf"),
     ("inference",),
     ("evaluation",),
+    ("early_checks",),
     ("train", "cli"),
 )
 LAUNCH_ORDER = (

@@ -33,21 +33,22 @@ class Arm:
         return self.latents in NEED_STATES
 
 
-def parse_arms(latents: str, image: str = OWN) -> list[Arm]:
+def parse_arms(latents: str, image: str = OWN, setting: str = "--latents ") -> list[Arm]:
     """The arms of two comma-separated lists, `own` first: every difference is to it.
+
+    Args:
+        setting: what names the list of latents, for messages.
 
     Raises:
         ConfigError: an unknown name, a name twice, or a factor of the noise that is not a positive number.
     """
-    arms = [_latents_arm(name, latents) for name in _names(latents, LATENTS)]
-    arms += [_image_arm(name, image) for name in _names(image, IMAGES)]
+    arms = [_latents_arm(name, f"{setting}{latents:.80}") for name in _names(latents, LATENTS)]
+    arms += [_image_arm(name, f"--image {image:.80}") for name in _names(image, IMAGES)]
     replacing = [arm for arm in arms if arm.name != OWN]
     for arm in replacing:
         if replacing.count(arm) > 1:
-            raise ConfigError(
-                f"{arm.name} is there twice (--latents {latents:.80} --image {image:.80}); each arm is decoded once; "
-                "remove one"
-            )
+            where = f"{setting}{latents:.80}" if arm.image == OWN else f"--image {image:.80}"
+            raise ConfigError(f"{arm.name} is there twice ({where}); each arm is decoded once; remove one")
     return [Arm(OWN), *replacing]
 
 
@@ -79,10 +80,10 @@ def _names(text: str, every: Sequence[str]) -> Sequence[str]:
     return every if text.strip() == ALL else [name.strip() for name in text.split(",")]
 
 
-def _latents_arm(name: str, option: str) -> Arm:
+def _latents_arm(name: str, where: str) -> Arm:
     kind, colon, factor = name.partition(":")
     if kind not in LATENTS or (colon and kind != NOISE):
-        raise _unknown(name, f"--latents {option:.80}", LATENTS, f"{NOISE} takes a factor, such as {NOISE}:0.5; ")
+        raise _unknown(name, where, LATENTS, f"{NOISE} takes a factor, such as {NOISE}:0.5; ")
     if kind != NOISE:
         return Arm(name, latents=name)
     try:
@@ -91,15 +92,15 @@ def _latents_arm(name: str, option: str) -> Arm:
         noise = math.nan
     if not 0 < noise < math.inf:
         raise ConfigError(
-            f"the factor of the noise is {factor!r:.80} (--latents {option:.80}); expected a positive, finite number, "
+            f"the factor of the noise is {factor!r:.80} ({where}); expected a positive, finite number, "
             f"the noise's norm over the state's; write for example {NOISE}:1.0"
         )
     return Arm(f"{NOISE}:{noise}", latents=NOISE, noise=noise)
 
 
-def _image_arm(name: str, option: str) -> Arm:
+def _image_arm(name: str, where: str) -> Arm:
     if name not in IMAGES:
-        raise _unknown(name, f"--image {option:.80}", IMAGES)
+        raise _unknown(name, where, IMAGES)
     return Arm(OWN if name == OWN else f"image:{name}", image=name)
 
 

@@ -6,10 +6,7 @@ A slot is a latent's place in an answer. With the states s_1 .. s_n in R^D that 
     row cosine       mean of cos(s_i, s_j) over all pairs i != j = (||u_1 + .. + u_n||^2 - n) / (n (n - 1)),
                      u_i = s_i / ||s_i||; 1: the slot says the same whatever the question
     next cosine      mean of cos(s_i, the state of the same row at the next slot of the block)
-    effective rank   exp(-sum_k p_k ln p_k), p_k = sigma_k / (sigma_1 + .. + sigma_n), of the singular values sigma_k of
-                     the matrix of the s_i: the number of directions in which the states lie (Roy and Vetterli 2007).
-                     The mean is not subtracted: what all rows have in common counts as a direction, so that states
-                     that are alike have an effective rank of 1, and only those, and orthogonal ones of equal norm n
+    effective rank   the number of directions in which the s_i lie, from 1 (alike) to n: see model/effective_rank.py
     target cosine    mean of cos(s_i, latent target of the row), where targets are known
 
 The effective rank and the target cosine take at most MAX_SAMPLED rows, evenly spaced over the file.
@@ -22,15 +19,15 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
+from mirage_ds.data.spread import spread
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.latents.feeds import target_at
 from mirage_ds.evaluation.latents.states import States
 from mirage_ds.inference.feed import Slot
 from mirage_ds.model.alike import warn_if_alike
-from mirage_ds.training.validation import spread
+from mirage_ds.model.effective_rank import effective_rank as effective_rank_of
 
 MAX_SAMPLED = 1024  # the Gram matrix of so many rows takes 8 MiB
-EXACT = 1e-12  # what is smaller, relative to the largest eigenvalue of a Gram matrix in float64, is rounding
 
 
 @dataclass(frozen=True)
@@ -175,10 +172,7 @@ def row_cosine(states: torch.Tensor) -> float | None:
 def effective_rank(states: torch.Tensor) -> float:
     """The effective rank of states [n, D], of at most MAX_SAMPLED of them: from 1 to the smaller of n and D."""
     sampled = states[spread(len(states), MAX_SAMPLED)].double()
-    squares = torch.linalg.eigvalsh(sampled @ sampled.T)
-    singular_values = torch.where(squares > EXACT * squares.max(), squares, 0.0).sqrt()
-    shares = singular_values / singular_values.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    return float(effective_rank_of(sampled @ sampled.T))
 
 
 def _mean(values: Sequence[float]) -> float | None:

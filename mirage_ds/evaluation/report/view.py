@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mirage_ds.data.images import decode
+from mirage_ds.data.spread import spread
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.latents.arms import OWN
@@ -30,7 +31,6 @@ from mirage_ds.evaluation.report.contents import (
 from mirage_ds.evaluation.report.pictures import HEAT_SIDE_PX, picture
 from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
 from mirage_ds.evaluation.tables import Figures
-from mirage_ds.training.validation import spread
 
 # By an arm's name, without the factor of the noise.
 MEANINGS = {

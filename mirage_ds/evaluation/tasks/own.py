@@ -5,9 +5,11 @@ that cannot be scored. An empty answer decides which rows these are, so that no 
 """
 
 import importlib.util
+import symtable
 import sys
+import tokenize
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -29,15 +31,39 @@ class Function:
     scorable: dict[str, bool] = field(default_factory=dict)  # by a row's key: whether its empty answer has a score
 
 
-def load_function(file: Path, name: str) -> Function:
+def check_function(file: Path, name: str, setting: str) -> None:
+    """Refuses a file without this function, without executing it: it may load a model, or need another machine's GPU.
+
+    Args:
+        setting: what names the two, for messages.
+
+    Raises:
+        ConfigError: there is no such file, it is no Python, or nothing in it has this name.
+    """
+    where = f"{setting}{file}:{name}"
+    _check_file(file, where)
+    try:
+        with tokenize.open(file) as opened:  # in the encoding that it names
+            source = opened.read()
+        symbols = symtable.symtable(source, file.name, "exec").get_symbols()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _cannot_be_imported(error, str(file), where) from error
+    names = {each.get_name(): each for each in symbols if each.is_assigned() or each.is_imported()}
+    if name not in names and "import *" not in source:
+        raise _no_function("has no function", name, [key for key, each in names.items() if each.is_namespace()], where)
+
+
+def load_function(file: Path, name: str, setting: str) -> Function:
     """The function of this name in a Python file, which is executed.
+
+    Args:
+        setting: what names the two, for messages.
 
     Raises:
         ConfigError: there is no such file or function, or the file cannot be executed.
     """
-    where = f"--task {file}:{name}"
-    if not file.is_file():
-        raise ConfigError(f"no such file ({where}); expected a Python file and its function; correct the path")
+    where = f"{setting}{file}:{name}"
+    _check_file(file, where)
     spec = importlib.util.spec_from_file_location(f"mirage_task_{file.stem}", file)
     assert spec is not None  # as the file's name ends in .py
     assert spec.loader is not None
@@ -47,19 +73,32 @@ def load_function(file: Path, name: str) -> Function:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # it is the user's code, which may raise anything
-        raise ConfigError(
-            f"the file cannot be imported: {_in_words(error, spec.origin)} ({where}); expected a file that Python can "
-            "import; fix it"
-        ) from error
+        raise _cannot_be_imported(error, spec.origin, where) from error
     function = getattr(module, name, None)
     if not callable(function):
         problem = "has no function" if function is None else "has something that cannot be called under the name"
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(
-            f"the file {problem} {name!r:.80} ({where}); expected one of its functions, which are "
-            f"{', '.join(functions) or 'none':.200}; correct the name"
-        )
+        raise _no_function(problem, name, [key for key, value in vars(module).items() if callable(value)], where)
     return Function(spec.origin, function)
+
+
+def _check_file(file: Path, where: str) -> None:
+    if not file.is_file():
+        raise ConfigError(f"no such file ({where}); expected a Python file and its function; correct the path")
+
+
+def _cannot_be_imported(error: Exception, file: str, where: str) -> ConfigError:
+    return ConfigError(
+        f"the file cannot be imported: {_in_words(error, file)} ({where}); expected a file that Python can import; "
+        "fix it"
+    )
+
+
+def _no_function(problem: str, name: str, functions: Sequence[str], where: str) -> ConfigError:
+    public = ", ".join(key for key in functions if not key.startswith("_"))
+    return ConfigError(
+        f"the file {problem} {name!r:.80} ({where}); expected one of its functions, which are {public or 'none':.200}; "
+        "correct the name"
+    )
 
 
 def score(function: Function, key: str, row: Mapping[str, Any], answer: str) -> Outcome:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mirage_ds.data.spread import spread
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.latents.health import (
     MAX_SAMPLED,
@@ -20,7 +21,6 @@ from mirage_ds.evaluation.latents.health import (
 from mirage_ds.evaluation.latents.states import States
 from mirage_ds.inference.feed import Slot
 from mirage_ds.model.alike import ALIKE
-from mirage_ds.training.validation import spread
 
 SIZE = 8
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from talkative import write_questions, write_talkative
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, Encoder
@@ -81,6 +81,33 @@ def check_that_rows_differ(decoder: Decoder, rows: list[EncodedSample], found: l
     assert len({len(row.ids) for row in found}) >= 5
     assert len({len(row.input_ids) for row in rows}) >= 20
     assert max(row.ids.count(decoder.ids.latent_start) for row in found) >= 2
+
+
+@pytest.mark.parametrize("limit", [1, 2, 9])
+def test_a_rehearsal_takes_what_the_longest_answers_take(
+    model: str, questions: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Its last pass has the shapes and the cache of the last pass over answers that never end."""
+    decoder, encoder = load(model, max_new_tokens=limit)
+    batch = collate(prompts(encoder, questions)[:6], align_latents=True)
+    monkeypatch.setattr(decoder, "is_end", lambda tokens: torch.zeros_like(tokens, dtype=torch.bool))
+    passes: list[tuple[object, ...]] = []
+    step = decoder.backbone.step
+
+    def watch(embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        hidden = step(embeds, positions, mask, cache)
+        kept = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+        passes.append((embeds.shape, positions.tolist(), mask.tolist(), kept))
+        return hidden
+
+    monkeypatch.setattr(decoder.backbone, "step", watch)
+    decoder.generate(batch)
+    decoded, passes = passes, []
+    decoder.rehearse(batch)
+    assert len(decoded) == limit
+    assert len(passes) == min(limit, 2)
+    assert passes[0] == decoded[0]
+    assert passes[-1] == decoded[-1]
 
 
 def test_a_batch_ends_with_its_last_row(model: str, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:

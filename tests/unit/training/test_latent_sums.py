@@ -5,10 +5,12 @@ from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mirage_ds.model.targets import LatentTargets
+from mirage_ds.training import latent_sums
 from mirage_ds.training.latent_sums import LatentFigures, LatentSums
 from mirage_ds.zero3 import distributed
 
@@ -26,7 +28,16 @@ def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.fixture(autouse=True)
 def two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: 2 * values)
+
+
+def effective_rank(states: list[torch.Tensor]) -> float:
+    """From the singular values themselves."""
+    singular = np.linalg.svd(torch.stack(states).double().numpy(), compute_uv=False)
+    shares = [value / singular.sum() for value in singular if value > 1e-9]
+    return math.exp(-sum(share * math.log(share) for share in shares))
 
 
 class MicroBatch:
@@ -88,13 +99,39 @@ def test_figures_are_plain_averages(packed: bool) -> None:
         assert figures.target_cosine[slot] == pytest.approx(
             mean([cosine(part.state(number), part.targets[number]) for part, number in here]), abs=1e-5
         )
+        assert figures.effective_rank[slot] == pytest.approx(effective_rank(states * 2), abs=1e-4)
         pairs = [cosine(one, other) for one, other in permutations(states * 2, 2)]
         assert figures.row_cosine[slot] == pytest.approx(mean(pairs), abs=1e-5)
         following = [(part, number) for part, number in here if part.places[number][2] + 1 < size_of(part, number)]
         if following:
             nexts = [cosine(part.state(number), part.state(number + 1)) for part, number in following]
             assert figures.next_cosine[slot] == pytest.approx(mean(nexts), abs=1e-5)
-    assert sums.take(targets=True).norm == [None] * SLOTS  # a step begins with nothing
+    empty = sums.take(targets=True)  # a step begins with nothing
+    assert empty.norm == empty.effective_rank == [None] * SLOTS
+
+
+@pytest.mark.parametrize("limit", [1, 5, 64])
+def test_the_effective_rank_is_that_of_a_sample_of_all_ranks(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Two ranks with other micro-batches share the places of the sample; each gives the first states that it makes."""
+    monkeypatch.setattr(latent_sums, "MAX_SAMPLED", limit)
+    parts: list[list[MicroBatch]] = [[MicroBatch(0), MicroBatch(1)], [MicroBatch(2), MicroBatch(3)]]
+    ranks = []
+    for rank, own in enumerate(parts):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        ranks.append(LatentSums(SLOTS, HIDDEN, torch.device("cpu")))
+        ranks[-1].active = True
+        for part in own:
+            part.add_to(ranks[-1])
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: sent.append(values.clone()) or values)
+    ranks[1].take(targets=True)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values + sent[0])
+    figures = ranks[0].take(targets=True)
+    for slot in range(SLOTS):
+        states = [[part.state(number) for part in own for number in part.at(slot)] for own in parts]
+        sample = states[0][: (limit + 1) // 2] + states[1][: limit // 2]
+        assert figures.num_rows[slot] == sum(map(len, states))
+        assert figures.effective_rank[slot] == pytest.approx(effective_rank(sample), abs=1e-4)
 
 
 def size_of(part: MicroBatch, number: int) -> int:
@@ -107,7 +144,7 @@ def test_only_the_step_under_way_counts_if_it_is_reported() -> None:
     """Not those of a dry run, of a validation, or between two reported steps."""
     sums = LatentSums(SLOTS, HIDDEN, torch.device("cpu"))
     MicroBatch(0).add_to(sums)
-    assert sums.take(targets=False) == LatentFigures([0] * SLOTS, *([None] * SLOTS for _ in range(4)))
+    assert sums.take(targets=False) == LatentFigures([0] * SLOTS, *([None] * SLOTS for _ in range(5)))
 
 
 def test_fed_back_states_have_no_target() -> None:
@@ -136,8 +173,9 @@ def test_rows_that_are_alike_are_told(noise: float, warns: bool) -> None:
 
 def test_the_mean_over_slots_counts_rows() -> None:
     """As in an evaluation: two of 100 rows with a longer block do not decide."""
-    few = LatentFigures([100, 2], [1.0, 1.0], [0.5, 0.99], [None, None], [None, None])
-    many = LatentFigures([2, 100], [1.0, 1.0], [0.5, 0.99], [None, None], [None, None])
+    others: list[list[float | None]] = [[None, None]] * 3
+    few = LatentFigures([100, 2], [1.0, 1.0], [0.5, 0.99], *others)
+    many = LatentFigures([2, 100], [1.0, 1.0], [0.5, 0.99], *others)
     assert few.warning() is None
     assert "their mean cosine is 0.980" in (many.warning() or "")
 
@@ -151,5 +189,6 @@ def test_a_state_that_is_not_finite_stays_in_its_slot() -> None:
     part.hidden[row, column - 1] = torch.nan
     part.add_to(sums)
     figures = sums.take(targets=True)
-    assert [math.isnan(cosine or 0) for cosine in figures.row_cosine] == [slot == place for slot in range(SLOTS)]
+    for values in (figures.row_cosine, figures.effective_rank):
+        assert [math.isnan(value or 0) for value in values] == [slot == place for slot in range(SLOTS)]
     assert figures.warning() is None

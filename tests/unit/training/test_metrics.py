@@ -364,6 +364,7 @@ def test_latent_health_is_written_where_a_step_is_shown(
             row_cosine=[next(cosines), None],
             next_cosine=[0.1, None],
             target_cosine=[None] * 2,
+            effective_rank=[1.25, None],
         )
 
     latents = LatentSums(2, 4, torch.device("cpu"))
@@ -382,6 +383,7 @@ def test_latent_health_is_written_where_a_step_is_shown(
         "row_cosine": [0.99, None],
         "next_cosine": [0.1, None],
         "target_cosine": [None, None],
+        "effective_rank": [1.25, None],
     }
     assert not any(taken)  # stage 2 has no targets
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
@@ -390,6 +392,7 @@ def test_latent_health_is_written_where_a_step_is_shown(
         "latents/norm_1",
         "latents/row_cosine_0",
         "latents/next_cosine_0",
+        "latents/effective_rank_0",
     }
     lines = [line for line in capsys.readouterr().out.splitlines() if "are alike" in line]
     assert [line.split("/")[0].split()[-1] for line in lines] == [str(2 * (4 + ALIKE_IN_ROW))]

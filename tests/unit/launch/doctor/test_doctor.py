@@ -106,6 +106,19 @@ def test_shards_are_read(data: Path) -> None:
     assert "build one" in second.remedy
 
 
+def test_what_evaluations_ask(data: Path) -> None:
+    """Nothing where a run makes none; else the task with the arms, and the rows."""
+    assert not list(recipe_checks.check_evaluation(configure(data)))
+    asks = ["evaluation.task=exact", f"evaluation.rows={data}/shards"]
+    assert [row.state for row in recipe_checks.check_evaluation(configure(data, *asks))] == ["ok", "ok"]
+    asks = ["evaluation.task=exact", "evaluation.latents=meen", f"evaluation.rows={data}/nothing"]
+    task, rows = recipe_checks.check_evaluation(configure(data, *asks))
+    assert (task.what, task.state, task.remedy) == ("evaluation.task", "fail", "correct the list")
+    assert "'meen' is unknown" in task.found
+    assert (rows.what, rows.state) == ("evaluation.rows", "fail")
+    assert f"{data}/nothing" in rows.found
+
+
 @pytest.fixture
 def shard(data: Path) -> Iterator[Path]:
     """The last shard; restored afterwards."""

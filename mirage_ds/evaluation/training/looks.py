@@ -1,7 +1,7 @@
 """What TensorBoard shows of some answers of an evaluation in training: their text, and one picture each.
 
-The picture has the input image, the helper image if the row has one, and a heat map for each latent; below them are
-question and answer.
+The picture has the input images, the helper images, and for each latent a heat map over each input image; below them
+are question and answer, and how many images and latents are not shown.
 """
 
 import textwrap
@@ -14,18 +14,20 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import Sample
+from mirage_ds.data.spread import spread
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.latents.heat import heat_maps, overlay
 from mirage_ds.evaluation.latents.states import States
 from mirage_ds.training.curves import Look
-from mirage_ds.training.validation import spread
 
 NUM_LOOKS = 3
 # TensorBoard shows a picture 350 pixels wide; with more than three tiles side by side no word could be read.
 COLUMNS, TILE_PX, GAP_PX, LINE_PX, FONT_PX = 3, 112, 8, 16, 12
 WIDTH_PX = COLUMNS * (TILE_PX + GAP_PX) + GAP_PX
-MOST_LATENTS, MOST_CHARACTERS = 8, 600
+MOST_IMAGES = 8  # of each kind
+MOST_MAPS = 64  # two blocks of 32 latents; an answer that never ends may have hundreds
+MOST_CHARACTERS = 600
 LATENT_MARK = "#"  # PIL's own font has no bullet
 
 
@@ -42,13 +44,11 @@ def looks(engine: Engine, answers: Sequence[Answer], states: States) -> list[Loo
 def look(engine: Engine, row: Row, answer: Answer, states: States) -> Look:
     """One row."""
     key = row.sample.key
-    made = [state for slot in states.slots(key)[:MOST_LATENTS] if (state := states.at(key, slot)) is not None]
-    if row.sample.input_images:
-        maps = heat_maps(engine.decoder, engine.encoder, row.sample, made)[0]
-    else:
-        maps = np.zeros((0, 0, 0), np.float32)
+    made = [state for slot in states.slots(key) if (state := states.at(key, slot)) is not None]
+    maps = heat_maps(engine.decoder, engine.encoder, row.sample, made[: most_latents(row.sample)])[:MOST_IMAGES]
     turned = bool(engine.encoder.helper_facts()["exif_orientation"])
     lines = [
+        ("not shown", not_shown(row.sample, len(made))),
         ("question", row.sample.text_input),
         ("expected", row.sample.text_output),
         ("answer", marked(answer)),
@@ -65,23 +65,39 @@ def marked(answer: Answer) -> str:
     return LATENT_MARK.join(pieces)
 
 
+def most_latents(sample: Sample) -> int:
+    """How many latents a picture of the row has room for: each has a heat map over each image."""
+    return MOST_MAPS // max(1, len(sample.input_images[:MOST_IMAGES]))
+
+
+def not_shown(sample: Sample, num_latents: int) -> str:
+    """What a picture of the row has no room for, in words; empty: it shows everything."""
+    numbers = {
+        "input image": len(sample.input_images) - MOST_IMAGES,
+        "helper image": len(sample.helper_images) - MOST_IMAGES,
+        "latent": num_latents - most_latents(sample),
+    }
+    return ", ".join(f"{number} more {name}{'s' * (number > 1)}" for name, number in numbers.items() if number > 0)
+
+
 def picture(
-    sample: Sample, maps: NDArray[np.float32], lines: Sequence[tuple[str, str]], *, turned: bool
+    sample: Sample, maps: Sequence[NDArray[np.float32]], lines: Sequence[tuple[str, str]], *, turned: bool
 ) -> Image.Image:
     """The tiles of a row, and its lines of text below them.
 
     Args:
-        maps: [latents, rows, columns], over the first input image; [0, 0, 0] without one. The colours reach from the
-            smallest cosine of all latents to the largest.
+        maps: [latents, rows, columns] over each of the first MOST_IMAGES input images. The colours reach from the
+            smallest cosine of all of them to the largest.
         turned: whether images are turned as EXIF says.
     """
-    opened = [open_image(data, sample.key, exif_orientation=turned) for data in sample.input_images[:1]]
-    tiles = [("input", image) for image in opened]
-    tiles += [("helper", open_image(data, sample.key, exif_orientation=turned)) for data in sample.helper_images[:1]]
-    for number, each in enumerate(maps, start=1):
-        tiles.append(
-            (f"{number}: {each.min():.2f} to {each.max():.2f}", overlay(opened[0], each, maps.min(), maps.max()))
-        )
+    opened = [tile_of(data, sample.key, turned=turned) for data in sample.input_images[:MOST_IMAGES]]
+    helpers = [tile_of(data, sample.key, turned=turned) for data in sample.helper_images[:MOST_IMAGES]]
+    tiles = [*numbered("input", opened), *numbered("helper", helpers)]
+    cosines = [cosine for each in maps for cosine in each.ravel().tolist()]
+    low, high = min(cosines, default=0.0), max(cosines, default=0.0)
+    for number, of_images in enumerate(zip(*maps, strict=True), start=1):
+        for image, each in zip(opened, of_images, strict=True):
+            tiles.append((f"{number}: {each.min():.2f} to {each.max():.2f}", overlay(image, each, low, high)))
     wrapped = [
         part
         for name, words in lines
@@ -96,8 +112,18 @@ def picture(
         row, column = divmod(number, COLUMNS)
         left, above = GAP_PX + column * (TILE_PX + GAP_PX), row * row_px
         draw.text((left, above), name, fill="black", font=font)
-        scaled = ImageOps.contain(image.convert("RGB"), (TILE_PX, TILE_PX), Image.Resampling.BICUBIC)
-        canvas.paste(scaled, (left, above + LINE_PX))
+        canvas.paste(image, (left, above + LINE_PX))
     for number, part in enumerate(wrapped):
         draw.text((GAP_PX, top + number * LINE_PX), part, fill="black", font=font)
     return canvas
+
+
+def tile_of(data: bytes, key: str, *, turned: bool) -> Image.Image:
+    """An image of the row in the size of a tile."""
+    image = open_image(data, key, exif_orientation=turned).convert("RGB")
+    return ImageOps.contain(image, (TILE_PX, TILE_PX), Image.Resampling.BICUBIC)
+
+
+def numbered(name: str, images: Sequence[Image.Image]) -> list[tuple[str, Image.Image]]:
+    """Each with its name, and with a number if there are several."""
+    return [(name if len(images) == 1 else f"{name} {number}", image) for number, image in enumerate(images, start=1)]

@@ -11,20 +11,15 @@ from mirage_ds.config import Config, EvaluationConfig
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.rows import check_question, decode_images, read_json_lines, read_question
 from mirage_ds.data.shards import load_manifest
+from mirage_ds.data.spread import spread
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.latents.arms import Arm, check_arms, parse_arms
+from mirage_ds.evaluation.latents.arms import Arm, check_arms
 from mirage_ds.evaluation.latents.replace import check_targets
 from mirage_ds.evaluation.scoring import Task, load_task, unscorable
-from mirage_ds.sizing.memory import estimate_memory
-from mirage_ds.sizing.micro_batch import usable_bytes
-from mirage_ds.sizing.model_sizes import model_sizes
-from mirage_ds.sizing.workload import workload
-from mirage_ds.training.start import Start, make_encoder
-from mirage_ds.training.validation import spread
+from mirage_ds.evaluation.training.named import TASK, arms_of
+from mirage_ds.training.start import make_encoder
 from mirage_ds.zero3 import distributed
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ def read_evaluation(config: Config) -> Questions | None:
     evaluation = config.evaluation
     if evaluation.task is None:
         return None
-    task, arms = load_task(evaluation.task), parse_arms(evaluation.latents)
+    task, arms = load_task(evaluation.task, TASK), arms_of(evaluation)
     rows = read_some(evaluation, arms)
     unscored, encoder = unscorable(rows, task), make_encoder(config, "stage1")
     no_targets = check_targets(encoder, rows, arms)
@@ -93,23 +88,3 @@ def _of_shards(folder: Path, max_rows: int) -> list[Row]:
     for row in rows:
         check_question(row.sample, row.where)
     return rows
-
-
-def describe_evaluation(config: Config, start: Start, questions: Questions) -> str:
-    """How much memory an evaluation takes by the planner's formulas, for the start of the log; all ranks call it."""
-    row, ranks = workload(config).largest_of(config.rows_per_micro_batch), distributed.world_size()
-    memory = estimate_memory(model_sizes(config.model), config, start.deepspeed_config, row, ranks)
-    needed, limit = memory.resident + memory.evaluation, usable_bytes(start.device)
-    every = f"Every {config.evaluation.interval} steps answers {len(questions.rows)} questions"
-    arms = ", ".join(arm.name for arm in questions.arms)
-    text = (
-        f"{every} (task {questions.task.name}; latents {arms}), for which each rank gathers the whole model: about "
-        f"{memory.evaluation / GIB:.2f} GiB with the cache of {config.evaluation.batch_size} answers"
-    )
-    if needed <= limit:
-        return text
-    return (
-        f"{text}\nWARNING: with what stays on a rank that is {needed / GIB:.1f} GiB, of {limit / GIB:.1f} that may be "
-        "used: evaluations may run out of memory; set evaluation.batch_size or evaluation.max_new_tokens lower, use "
-        "more ranks, or unset evaluation.task and evaluate exports"
-    )

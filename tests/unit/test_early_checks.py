@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 
 from mirage_ds.config import Config
+from mirage_ds.early_checks import check_inputs, read_command_line
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.recipe import load_config
-from mirage_ds.training.early_checks import (
-    check_folder_is_free,
-    check_folders_are_writable,
-    check_inputs,
-    read_command_line,
-)
+from mirage_ds.training.folder_checks import check_folder_is_free, check_folders_are_writable
 
-RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
+RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
+TASK = """
+from math import sqrt
+LIMIT = 3
+if LIMIT > 2:
+    def score(row, answer): return len(answer) > LIMIT
+def other(row, answer): return 1
+"""
 
 
 @pytest.fixture
@@ -39,8 +42,14 @@ def configuration(*overrides: str) -> Config:
 
 
 def test_inputs_that_are_there(here: Path) -> None:
+    (here / "rows.jsonl").write_text('{"text_input": "Where?"}\n')
+    (here / "task.py").write_text(f"raise RuntimeError('is executed')\n{TASK}")
+    (here / "bundle.py").write_text("from task import *\n")
     check_inputs(configuration("evaluation.shards=shards", "run.init_from=model"))
     check_inputs(configuration("model.path=some/model"))
+    check_inputs(configuration("evaluation.task=choice", "evaluation.rows=shards", "evaluation.latents=own,noise:2"))
+    for function in ("task.py:score", "task.py:other", "task.py:sqrt", "bundle.py:score"):
+        check_inputs(configuration(f"evaluation.task={function}", "evaluation.rows=rows.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -50,11 +59,23 @@ def test_inputs_that_are_there(here: Path) -> None:
         ("evaluation.shards=none", DataError, r"no manifest\.json"),
         ("model.path=none", ConfigError, r"folder does not exist \(model\.path=none\)"),
         ("run.init_from=none", DataError, r"the run to start from does not exist \(run\.init_from=none\)"),
+        ("evaluation.task=vsp", ConfigError, r"unknown task 'vsp' \(evaluation\.task\); .* my_file\.py:function"),
+        ("evaluation.task=none.py:score", ConfigError, r"no such file \(evaluation\.task=none\.py:score\)"),
+        ("evaluation.task=task.py:scores", ConfigError, r"no function 'scores' \(.*\); .* are score, other; correct"),
+        ("evaluation.task=broken.py:score", ConfigError, r"cannot be imported: SyntaxError: .*\(broken\.py, line 2\)"),
+        ("evaluation.latents=own,meen", ConfigError, r"'meen' is unknown \(evaluation\.latents=own,meen\)"),
+        ("evaluation.rows=none", DataError, r"cannot read the rows: No such file .* \(none\)"),
+        ("evaluation.rows=empty.jsonl", DataError, r"no rows \(empty\.jsonl\)"),
+        ("evaluation.rows=model", DataError, r"no manifest\.json.* \(model/manifest\.json\)"),
     ],
 )
 def test_inputs_that_are_missing(here: Path, override: str, error: type[Exception], words: str) -> None:
+    (here / "empty.jsonl").touch()
+    (here / "task.py").write_text(TASK)
+    (here / "broken.py").write_text("\ndef score(row, answer:\n")
+    asks = ["evaluation.task=exact", "evaluation.rows=shards"] if override.startswith("evaluation.") else []
     with pytest.raises(error, match=words):
-        check_inputs(configuration(override))
+        check_inputs(configuration(*asks, override))
 
 
 def test_a_run_that_resumes_needs_its_start_no_more(here: Path) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation in training without ranks: its questions, its figures, how ranks fail together, what is shown.
+"""Evaluation in training without ranks: its questions, its figures, how ranks fail together.
 
 What two ranks answer under ZeRO-3, and that training does not notice it: tests/distributed/test_evaluated_runs.py.
 """
@@ -12,42 +12,33 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from generated_rows import write_jsonl, write_rows
-from PIL import Image
 
 from data_tools.build import build
 from mirage_ds.config import EvaluationConfig
 from mirage_ds.data.rows import read_questions
 from mirage_ds.errors import DataError, EvaluationError, MemoryFullError
-from mirage_ds.evaluation import in_training
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.in_training import (
-    AskedToEndError,
-    FailedError,
-    Gather,
-    InTraining,
-    forget,
-    leave_if_asked,
-    name_full_memory,
-    numbers,
-    together,
-)
 from mirage_ds.evaluation.latents.arms import parse_arms
 from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.evaluation.settings import digests
 from mirage_ds.evaluation.tasks.outcome import Outcome
-from mirage_ds.evaluation.training_looks import GAP_PX, LATENT_MARK, LINE_PX, TILE_PX, marked, picture
-from mirage_ds.evaluation.training_questions import Questions, read_evaluation, read_some
+from mirage_ds.evaluation.training.evaluations import InTraining, forget
+from mirage_ds.evaluation.training.figures import numbers
+from mirage_ds.evaluation.training.memory import name_full_memory
+from mirage_ds.evaluation.training.questions import Questions, read_evaluation, read_some
+from mirage_ds.evaluation.training.together import AskedToEndError, FailedError, Gather, leave_if_asked, together
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.recipe import load_config
+from mirage_ds.training import early_end
 from mirage_ds.training.early_end import EarlyEnd
+from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.whole_model import without_hooks
 
-RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
+RECIPE = Path(__file__).parents[4] / "launch" / "recipes" / "tiny-stage1.yaml"
 ANSWER = Answer(
     number=0,
     where="rows.jsonl:1",
@@ -149,7 +140,7 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch, works: list[Callable[[Gather], Non
             return failed.fault
         return None
 
-    monkeypatch.setattr(in_training.distributed, "gather", gather)
+    monkeypatch.setattr(distributed, "gather", gather)
     with ThreadPoolExecutor(len(works)) as pool:
         return list(pool.map(run, range(len(works))))
 
@@ -182,7 +173,7 @@ def test_a_rank_that_fails_ends_the_work_of_all(monkeypatch: pytest.MonkeyPatch)
 
 def test_full_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the settings that decide how much is needed; any other error stays a bug."""
-    monkeypatch.setattr(in_training.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     evaluation = settings(Path("rows.jsonl"), batch_size=7, max_new_tokens=99)
     needed = r"rank 1 .*evaluation\.batch_size=7, evaluation\.max_new_tokens=99, evaluation\.latents=own\): .*20 GiB"
     with pytest.raises(MemoryFullError, match=needed), name_full_memory(evaluation):
@@ -204,7 +195,7 @@ def test_what_follows_a_failed_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_main: bool
 ) -> None:
     """A user's mistake ends the run; a full disk, or the wish to end, ends the evaluation, and one rank says so."""
-    monkeypatch.setattr(in_training.distributed, "is_main", lambda: is_main)
+    monkeypatch.setattr(distributed, "is_main", lambda: is_main)
     faults: list[Any] = []
     run, output = run_of(tmp_path, faults), tmp_path / f"{is_main}.jsonl"
     run.fail(3, output, OSError("no space"))
@@ -228,9 +219,9 @@ def test_a_signal_ends_the_evaluation_of_all_ranks(monkeypatch: pytest.MonkeyPat
         leave_if_asked(1, 2)
         pytest.fail("it decodes another batch")
 
-    monkeypatch.setattr(in_training.early_end, "is_asked", lambda: True)
+    monkeypatch.setattr(early_end, "is_asked", lambda: True)
     assert [type(fault) for fault in on_ranks(monkeypatch, [decodes, is_asked])] == [AskedToEndError] * 2
-    monkeypatch.setattr(in_training.early_end, "is_asked", lambda: False)
+    monkeypatch.setattr(early_end, "is_asked", lambda: False)
     leave_if_asked(1, 2)
 
 
@@ -239,8 +230,8 @@ def test_an_evaluation_that_does_not_fit_before_the_job_ends_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_rank: int, left_s: float, has_time: bool
 ) -> None:
     """The longest so far took 280 s, and 100 s are for the checkpoint; one rank without time is enough."""
-    monkeypatch.setattr(in_training.distributed, "is_main", lambda: True)
-    monkeypatch.setattr(in_training.distributed, "max_over_ranks", lambda values, device: [max(*values, other_rank)])
+    monkeypatch.setattr(distributed, "is_main", lambda: True)
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda values, device: [max(*values, other_rank)])
     run = run_of(tmp_path, [], end_s=time.time() + left_s)
     run.seconds.extend([20, 280, 30])
     assert run.has_time(7) == has_time
@@ -267,37 +258,11 @@ def test_hooks_are_set_aside_and_come_back() -> None:
     assert called == ["first", "second", "inner"]
 
 
-def test_latents_are_marked_in_an_answer() -> None:
-    assert marked(ANSWER) == f"go {LATENT_MARK}{LATENT_MARK}right"
-    assert marked(replace(ANSWER, latents_at=[])) == "go right"
-
-
-def test_a_picture_has_a_tile_for_each_image_and_latent(tmp_path: Path) -> None:
-    """The colours reach from the smallest cosine of all latents to the largest, which is the lightest."""
-    (sample,) = [sample for _, sample in read_questions(write_rows(tmp_path / "rows", 1), helpers=True)]
-    maps = np.array([[[0.9, 0.7]], [[0.8, 0.8]]], np.float32)
-    drawn = picture(sample, maps, [("question", "Where?"), ("answer", "right " * 100)], turned=True)
-    assert drawn.height > 2 * (LINE_PX + TILE_PX) + 8 * LINE_PX  # two rows of tiles, and many lines of text
-
-    def pixel(tile: int, x: float, y: float) -> tuple[int, ...]:
-        """At a place of a tile, from 0 to 1."""
-        left, above = GAP_PX + tile % 3 * (TILE_PX + GAP_PX), tile // 3 * (LINE_PX + TILE_PX + GAP_PX) + LINE_PX
-        found = drawn.getpixel((left + int(x * TILE_PX), above + int(y * TILE_PX)))
-        assert isinstance(found, tuple)
-        return found
-
-    for tile, name in enumerate(("0_0.png", "0_1.png")):
-        with Image.open(tmp_path / "rows" / "images" / name) as image:
-            assert pixel(tile, 1 / 6, 1 / 6) == image.convert("RGB").getpixel((14, 14))
-    left, right, neutral = pixel(2, 0.25, 0.5), pixel(2, 0.75, 0.5), pixel(3, 0.25, 0.5)
-    assert sum(left) > sum(neutral) > sum(right)
-
-
 def test_helper_images_are_checked_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Those that cannot be pooled are said once, and end a run alone that asks for `oracle`."""
-    monkeypatch.setattr(in_training.distributed, "is_main", lambda: True)
+    monkeypatch.setattr(distributed, "is_main", lambda: True)
     rows = write_rows(tmp_path / "rows", 4)
     write_tiny(rows, tmp_path / "model", seed=0)
     names = {"model.path": tmp_path / "model", "data.shards": tmp_path, "run.dir": tmp_path / "run"}

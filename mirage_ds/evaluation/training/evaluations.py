@@ -5,48 +5,46 @@ so answers may differ in length. The files are those of `mirage evaluate`: RUN/e
 """
 
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
+from deepspeed.accelerator import get_accelerator
 
-from mirage_ds.config import Config, EvaluationConfig
-from mirage_ds.errors import EvaluationError, MemoryFullError, MirageError
-from mirage_ds.evaluation.answers import Answer
+from mirage_ds.config import Config
+from mirage_ds.errors import EvaluationError, MirageError
 from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.latents.arms import OWN
-from mirage_ds.evaluation.latents.health import LatentHealth
 from mirage_ds.evaluation.parts import Parts, check_settings
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.results import Results, parts_of
-from mirage_ds.evaluation.scoring import Task
 from mirage_ds.evaluation.settings import digests
 from mirage_ds.evaluation.tables import summary_of
-from mirage_ds.evaluation.training_looks import looks
-from mirage_ds.evaluation.training_questions import Questions, describe_evaluation
+from mirage_ds.evaluation.training.figures import numbers, spread_of
+from mirage_ds.evaluation.training.looks import looks
+from mirage_ds.evaluation.training.memory import (
+    decoding,
+    describe_evaluation,
+    describe_rehearsal,
+    name_full_memory,
+)
+from mirage_ds.evaluation.training.questions import Questions
+from mirage_ds.evaluation.training.together import AskedToEndError, FailedError, Gather, leave_if_asked, together
 from mirage_ds.housekeeping import warn_once
 from mirage_ds.inference.generate import Decoder
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.train_state import TrainState
-from mirage_ds.training import early_end
 from mirage_ds.training.after_step import Action
-from mirage_ds.training.dry_run import is_out_of_memory
 from mirage_ds.training.report import Evaluated
 from mirage_ds.training.start import Start
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
-from mirage_ds.zero3.whole_model import whole_model
+from mirage_ds.zero3.engine import future_moments
 
 FOLDER = "evaluations"
-Gather = Callable[[Any], list[Any]]
-"""The values of all ranks, on every rank."""
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,21 @@ class InTraining:
         if evaluated is not None:
             self.trainer.metrics.add_evaluation(step, evaluated, seconds)
             self.warn_of_timeout(seconds)
+
+    def rehearse(self) -> None:
+        """Takes the memory of an evaluation before the run's first step, beside that of the optimizer; on every rank.
+
+        Raises:
+            MemoryFullError: there is too little, maybe on this rank alone.
+        """
+        get_accelerator().reset_peak_memory_stats()
+        with name_full_memory(self.config.evaluation), decoding(self.trainer.engine.module, self.backbone):
+            moments = future_moments(self.trainer.engine)
+            size = self.engine().rehearse()
+        del moments
+        if distributed.is_main():
+            print(describe_rehearsal(*size, self.trainer.device), flush=True)
+        get_accelerator().reset_peak_memory_stats()
 
     def has_time(self, step: int) -> bool:
         """Whether an evaluation as long as the longest so far ends before the job; all ranks agree."""
@@ -205,105 +218,8 @@ def evaluate_if_due(evaluation: InTraining | None) -> Action:
     return action
 
 
-@contextmanager
-def decoding(module: torch.nn.Module, backbone: Backbone) -> Iterator[None]:
-    """Every rank may decode with the backbone, whose modules are those of `module`; training does not notice."""
-    device = backbone.device
-    with whole_model(module), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            backbone.hf.train()  # a decoder turns that off
-
-
-@contextmanager
-def name_full_memory(evaluation: EvaluationConfig) -> Iterator[None]:
-    """Says what takes less memory.
-
-    Raises:
-        MemoryFullError: a device or the host had too little for what is computed inside.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or ["out of memory"])[0]
-        raise MemoryFullError(
-            f"the answers do not fit into memory (rank {distributed.rank()} on {socket.gethostname()}, "
-            f"evaluation.batch_size={evaluation.batch_size}, evaluation.max_new_tokens={evaluation.max_new_tokens}, "
-            f"evaluation.latents={evaluation.latents}): {reason:.160}; beside the training's memory there must be room "
-            "for the whole model and the cache of a batch; set one of these lower, or evaluate exports"
-        ) from error
-
-
-def leave_if_asked(done: int, total: int) -> None:
-    """Between two batches: a run that is asked to end does not finish its evaluation.
-
-    Raises:
-        AskedToEndError: this rank has a signal.
-    """
-    if early_end.is_asked():
-        raise AskedToEndError
-
-
-class AskedToEndError(Exception):
-    """The run is asked to end while it evaluates."""
-
-
-class FailedError(Exception):
-    """A rank has failed, perhaps this one."""
-
-    def __init__(self, fault: Exception) -> None:
-        self.fault = fault
-
-
-def together(work: Callable[[Gather], Result]) -> Result:
-    """Does `work` on all ranks. They exchange values equally often; one that has failed says so at its next exchange,
-    which ends the work of all there: none waits for ever.
-
-    Raises:
-        FailedError: on every rank, with the first failure that has a name.
-    """
-
-    def gather(value: Any, fault: Exception | None = None) -> list[Any]:
-        found = distributed.gather((value, fault))
-        for _, each in found:
-            if each is not None:
-                raise FailedError(each)
-        return [value for value, _ in found]
-
-    try:
-        result = work(gather)
-    except (MirageError, OSError, AskedToEndError) as error:
-        gather(None, error)
-        raise
-    gather(None)
-    return result
-
-
 def forget(output: Path) -> None:
     """Deletes what an earlier start wrote of this step."""
     output.unlink(missing_ok=True)
     Path(f"{output}.summary.json").unlink(missing_ok=True)
     shutil.rmtree(parts_of(output), ignore_errors=True)
-
-
-def spread_of(health: LatentHealth) -> dict[str, float]:
-    """How far the states of different rows differ: means over the slots; nothing without states."""
-    row_cosine, ranks = health.row_cosine(), health.effective_ranks
-    figures = {} if row_cosine is None else {"row_cosine": row_cosine}
-    return figures | ({"effective_rank": sum(ranks) / len(ranks)} if ranks else {})
-
-
-def numbers(answers: dict[str, list[Answer]], task: Task) -> dict[str, float]:
-    """The figures of an evaluation: those of the arm `own` by their plain names, others as NAME_ARM."""
-    figures = {}
-    for name, arm in answers.items():
-        suffix = "" if name == OWN else f"_{name}"
-        scored = [answer.scores[task.ways[0]].success for answer in arm if answer.scores]
-        if scored:
-            figures[f"success{suffix}"] = sum(scored) / len(scored)
-        figures[f"cut_off{suffix}"] = sum(not answer.complete for answer in arm) / len(arm)
-        figures[f"with_blocks{suffix}"] = sum(answer.num_blocks > 0 for answer in arm) / len(arm)
-    return figures
