@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirage_ds.evaluation.asked import check_options
-from mirage_ds.evaluation.command import answer_all
+from mirage_ds.evaluation.command import Answers, answer_all
 from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.inference.options import (
@@ -28,7 +28,7 @@ from mirage_ds.versions import versions
 
 if TYPE_CHECKING:
     from mirage_ds.evaluation.engine import Engine
-    from mirage_ds.evaluation.parts import Parts
+    from mirage_ds.evaluation.latents.states import States
 
 
 @expanded("model")
@@ -70,15 +70,16 @@ def inspect(
     for row, reason in asked.unscored:
         typer.echo(f"not scored: {row.where}: {reason}", err=True)
     options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
-    settings = {"task": task, "data": str(data), "limit": limit, "batch_size": batch_size}
+    settings = {"data": str(data), "limit": limit, "batch_size": batch_size}
 
-    def finish(engine: "Engine", parts: "Parts", settings: dict[str, Any]) -> None:
+    def finish(engine: "Engine", answers: Answers, states: "States", settings: dict[str, Any]) -> None:
         from mirage_ds.evaluation.report.page import render
         from mirage_ds.evaluation.report.view import contents_of
 
         facts = settings | {"arms": ", ".join(arm.name for arm in asked.arms)} | versions()
         shown = {name: str(value) for name, value in facts.items() if value is not None}
-        asked.results.finish_page(render(contents_of(engine, parts, rows, model=model, data=str(data), facts=shown)))
+        page = contents_of(engine, answers, states, rows, model=model, data=str(data), task=task, facts=shown)
+        asked.results.finish_page(render(page))
         typer.echo(f"wrote {output}")
 
     answer_all(asked, options, settings | asdict(options), batch_size, Ranks(), finish)

@@ -2,7 +2,8 @@
 
 FILE.parts/settings.json    what a start that continues must agree with
 FILE.parts/oracle.json      the same, for a start with the arm oracle
-FILE.parts/rank_N.jsonl     a line for each unit of rank N that is complete: its answers, and where their states are
+FILE.parts/rank_N.jsonl     a line for each unit of rank N that is complete: its answers, not scored, and where their
+                            states are
 FILE.parts/rank_N.states    float32 [states, D]: the own states of rank N's rows
 
 A unit is complete when its line is, and the states that it names. The states are on the disk before the line is. What a
@@ -27,7 +28,7 @@ from mirage_ds.inference.feed import Slot
 
 @dataclass
 class Decoded:
-    """An answer, and the states that its row made in the arm `own`."""
+    """An answer without its scores, and the states that its row made in the arm `own`."""
 
     answer: Answer
     key: str
@@ -103,7 +104,7 @@ class Parts:
         return {record["unit"] for _, record in self._records()}
 
     def answers(self) -> list[Answer]:
-        """All answers so far, of all ranks."""
+        """All answers so far, of all ranks; not scored."""
         return [answer_of(row["answer"]) for _, record in self._records() for row in record["rows"]]
 
     def states(self) -> States:

@@ -4,6 +4,7 @@ The function takes a row, a dict of its fields, and the answer's text. It return
 that cannot be scored. An empty answer decides which rows these are, so that no answer of other rows is left out.
 """
 
+import hashlib
 import importlib.util
 import sys
 import traceback
@@ -26,6 +27,7 @@ class Function:
 
     file: str  # as tracebacks name it
     call: Callable[[dict[str, Any], str], Any]
+    file_digest: str  # SHA-256 of the file
     scorable: dict[str, bool] = field(default_factory=dict)  # by a row's key: whether its empty answer has a score
 
 
@@ -42,6 +44,7 @@ def load_function(file: Path, name: str) -> Function:
     assert spec is not None  # as the file's name ends in .py
     assert spec.loader is not None
     assert spec.origin is not None
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look for it there
     try:
@@ -59,7 +62,7 @@ def load_function(file: Path, name: str) -> Function:
             f"the file {problem} {name!r:.80} ({where}); expected one of its functions, which are "
             f"{', '.join(functions) or 'none':.200}; correct the name"
         )
-    return Function(spec.origin, function)
+    return Function(spec.origin, function, digest)
 
 
 def score(function: Function, key: str, row: Mapping[str, Any], answer: str) -> Outcome:

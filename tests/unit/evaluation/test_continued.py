@@ -1,5 +1,7 @@
 """`mirage evaluate` killed and started again: what it continues, and what it refuses to mix."""
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from talkative import write_questions, write_talkative
 from test_evaluate import decode
 
 from mirage_ds.batch import Batch
-from mirage_ds.errors import DataError
+from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.evaluation import settings
 from mirage_ds.inference.generate import Decoder
 
@@ -50,6 +52,42 @@ def interrupted_at_second_call(function: Callable) -> Callable:
     return wrapped
 
 
+def test_a_function_that_fails_on_an_answer_costs_no_answers(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start with the corrected file decodes nothing, and writes what an uninterrupted one writes."""
+    data, output, task = write_questions(tmp_path / "data", 12), tmp_path / "results", tmp_path / "task.py"
+    options = ("--task", f"{task}:score", "--latents", "mean")
+    task.write_text("def score(row, answer):\n    return 1 / (row['id'] - 7) if answer else 0\n")
+    words = (
+        rf"{data}:8: .*ZeroDivisionError: .*, line 2 of task.py .*; fix the function; then start again: "
+        rf"all answers are kept \({output}.parts\), and none is decoded again"
+    )
+    with pytest.raises(ConfigError, match=words):
+        decode(model, data, output, *options)
+    assert not output.exists()
+    task.write_text("def score(row, answer):\n    return len(answer)\n")
+    decode(model, data, tmp_path / "whole", *options)
+    monkeypatch.setattr(Decoder, "generate", lambda *_: pytest.fail("it decodes again"))
+    assert "continues: 24 of 24 answers are there" in decode(model, data, output, *options)
+    assert output.read_bytes() == (tmp_path / "whole").read_bytes()
+    settings = json.loads(Path(f"{output}.summary.json").read_text())["settings"]
+    assert settings["task_file"] == hashlib.sha256(task.read_bytes()).hexdigest()
+
+
+def test_another_task_scores_what_is_decoded(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the task decides no answer, an evaluation that was killed continues with any."""
+    data, output = write_questions(tmp_path / "data", 6), tmp_path / "results"
+    decode(model, data, tmp_path / "whole")
+    generate = Decoder.generate
+    monkeypatch.setattr(Decoder, "generate", interrupted_at_second_call(generate))
+    with pytest.raises(RuntimeError, match="interrupted"):
+        decode(model, data, output, "--task", "none")
+    monkeypatch.setattr(Decoder, "generate", generate)
+    assert "continues: 5 of 6 answers are there" in decode(model, data, output)
+    assert output.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 def grown(path: Path) -> None:
     """Another content for a file."""
     path.write_bytes(path.read_bytes() + b"\n")
@@ -58,7 +96,6 @@ def grown(path: Path) -> None:
 CHANGES: dict[str, Callable[[Path], None]] = {
     "config.json": lambda folder: grown(folder / "model" / "config.json"),
     "model.safetensors": lambda folder: os.utime(folder / "model" / "model.safetensors"),
-    "task_file": lambda folder: grown(folder / "task.py"),
     "rows": lambda folder: grown(folder / "rows" / "images" / "3_0.png"),
     "helper_images": lambda folder: grown(folder / "rows" / "images" / "3_1.png"),
     "transformers": lambda folder: None,
