@@ -147,6 +147,8 @@ def answer_all(
                     check_settings(results.parts, digest_of_helpers(asked.rows), "oracle.json")
         with ranks.together():
             parts = Parts(results.parts, ranks.rank, decoder.backbone.embed_tokens.embedding_dim)
+            if ranks.is_first:
+                parts.check_arms([arm.name for arm in asked.arms])
         engine = Engine(decoder, encoder, asked.rows, asked.arms, batch_size, asked.samples, options.seed)
         if ranks.is_first and (kept := sum(map(len, engine.in_order(parts.answers()).values()))):
             typer.echo(f"continues: {kept} of {asked.num_answers} answers are there", err=True)

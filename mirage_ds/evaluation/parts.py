@@ -12,7 +12,7 @@ kill has left after the last complete unit is cut off when a rank of the same nu
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,22 @@ class Parts:
         row = FLOAT_BYTES * state_size
         self._num_states = states.stat().st_size // row
         self._states.truncate(self._num_states * row)
+
+    def check_arms(self, names: Collection[str]) -> None:
+        """Refuses to leave out an arm of which answers are there: they would be deleted at the end.
+
+        Args:
+            names: of the arms that are asked for.
+
+        Raises:
+            DataError: some are left out.
+        """
+        if left_out := sorted({answer.arm for answer in self.answers()}.difference(names)):
+            raise DataError(
+                f"an unfinished evaluation has answers of arms that this one leaves out: {', '.join(left_out)} "
+                f"({self.folder}, --latents, --image); a start that continues it has the same arms, or more; add them, "
+                "or delete the folder, or name another --output"
+            )
 
     def add(self, unit: str, rows: list[Decoded]) -> None:
         """Writes a complete unit."""

@@ -29,7 +29,7 @@ def test_an_interrupted_evaluation_continues(model: str, tmp_path: Path, monkeyp
     data, output = write_questions(tmp_path / "data", 12), tmp_path / "results"
     decode(model, data, tmp_path / "whole")
     generate = Decoder.generate
-    monkeypatch.setattr(Decoder, "generate", interrupted_at_second_call(generate))
+    monkeypatch.setattr(Decoder, "generate", interrupted_at_call(2, generate))
     with pytest.raises(RuntimeError, match="interrupted"):
         decode(model, data, output)
     assert not output.exists()
@@ -40,12 +40,12 @@ def test_an_interrupted_evaluation_continues(model: str, tmp_path: Path, monkeyp
     assert output.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def interrupted_at_second_call(function: Callable) -> Callable:
+def interrupted_at_call(number: int, function: Callable) -> Callable:
     calls = []
 
     def wrapped(*arguments: object) -> object:
         calls.append(arguments)
-        if len(calls) == 2:
+        if len(calls) == number:
             raise RuntimeError("interrupted")
         return function(*arguments)
 
@@ -80,7 +80,7 @@ def test_another_task_scores_what_is_decoded(model: str, tmp_path: Path, monkeyp
     data, output = write_questions(tmp_path / "data", 6), tmp_path / "results"
     decode(model, data, tmp_path / "whole")
     generate = Decoder.generate
-    monkeypatch.setattr(Decoder, "generate", interrupted_at_second_call(generate))
+    monkeypatch.setattr(Decoder, "generate", interrupted_at_call(2, generate))
     with pytest.raises(RuntimeError, match="interrupted"):
         decode(model, data, output, "--task", "none")
     monkeypatch.setattr(Decoder, "generate", generate)
@@ -110,7 +110,7 @@ def oracle(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     data, generate = write_rows(tmp_path / "rows", 4), Decoder.generate
 
     def evaluate(*, finishes: bool, latents: str = "oracle", output: str = "results") -> str:
-        monkeypatch.setattr(Decoder, "generate", generate if finishes else interrupted_at_second_call(generate))
+        monkeypatch.setattr(Decoder, "generate", generate if finishes else interrupted_at_call(2, generate))
         task = ("--task", f"{tmp_path / 'task.py'}:score", "--latents", latents, "--batch-size", 3)
         return decode(str(tmp_path / "model"), data, tmp_path / output, *task)
 
@@ -132,12 +132,33 @@ def test_what_is_changed_is_named_and_not_mixed(
 
 
 def test_helper_images_may_change_until_an_arm_has_read_them(oracle: Callable[..., str], tmp_path: Path) -> None:
-    for latents in ("own", "own,oracle", "own,mean"):
+    for latents in ("own", "own,mean", "own,mean,oracle"):
         with pytest.raises(RuntimeError, match="interrupted"):
             oracle(finishes=False, latents=latents)
         CHANGES["helper_images"](tmp_path)
     with pytest.raises(DataError, match="has helper_images="):
-        oracle(finishes=True)
+        oracle(finishes=True, latents="own,mean,oracle")
+
+
+def test_an_arm_that_is_there_must_be_asked_for_again(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers would be deleted at the end. Others may be added, and one that was not reached is not missed."""
+    data, output, generate = write_questions(tmp_path / "data", 4), tmp_path / "results", Decoder.generate
+    options = ("--image", "gray,none", "--latents")
+    monkeypatch.setattr(Decoder, "generate", interrupted_at_call(4, generate))  # in the last arm, which needs states
+    with pytest.raises(RuntimeError, match="interrupted"):
+        decode(model, data, output, *options, "mean")
+    monkeypatch.setattr(Decoder, "generate", lambda *_: pytest.fail("it decodes"))
+    words = (
+        rf"arms that this one leaves out: image:gray, image:none \({output}.parts, .*; add them, or delete the folder"
+    )
+    with pytest.raises(DataError, match=words):
+        decode(model, data, output, "--latents", "mean,zeroed")
+    monkeypatch.setattr(Decoder, "generate", generate)
+    assert "continues: 12 of 16 answers are there" in decode(model, data, output, *options, "zeroed")
+    decode(model, data, tmp_path / "whole", *options, "zeroed")
+    assert output.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_results_beside_the_model(oracle: Callable[..., str], tmp_path: Path) -> None:
