@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirage_ds.evaluation.asked import check_options
-from mirage_ds.evaluation.command import Answers, answer_all
+from mirage_ds.evaluation.command import Answers, ImageOption, answer_all
 from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.inference.options import (
@@ -40,6 +40,7 @@ def inspect(
     latents: Annotated[str, typer.Option(help="What is fed at the latents, as for `mirage evaluate`.")] = (
         "own,none,mean,shuffled"
     ),
+    image: ImageOption = OWN,
     rows: Annotated[
         int, typer.Option(min=1, help="Rows that are shown, spread evenly over those that are asked.")
     ] = 20,
@@ -53,14 +54,14 @@ def inspect(
     seed: Annotated[int, typer.Option(help="Seed of the draws with a temperature, and of the replacements.")] = 0,
     dtype: DtypeOption = None,
 ) -> None:
-    """Answers a file's questions with own and replaced latents, and writes one HTML file about them."""
+    """Answers a file's questions with own and replaced latents or images, and writes one HTML file about them."""
     asked = check_options(
         model,
         task,
         data,
         output,
         latents=latents,
-        image=OWN,
+        image=image,
         by=None,
         limit=limit,
         samples=1,

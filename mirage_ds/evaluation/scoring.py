@@ -13,6 +13,8 @@ from mirage_ds.evaluation.tasks import choice, exact, own, reasoning, vsp
 from mirage_ds.evaluation.tasks.outcome import Scores
 from mirage_ds.paths import expand
 
+NO_TASK = "none"  # answers are not scored
+
 
 @dataclass(frozen=True)
 class Task:
@@ -67,7 +69,7 @@ TASKS = {
         Task("vsp-spatial-reasoning", score_reasoning, ("exact",)),
         Task("choice", score_choice, ("choice",)),
         Task("exact", score_exact, ("exact",)),
-        Task("none", lambda sample, answer: {}, (), has_invalid=False),
+        Task(NO_TASK, lambda sample, answer: {}, (), has_invalid=False),
     )
 }
 

@@ -125,15 +125,16 @@ def _scores(arm: list[Answer], own: list[Answer], show: "Figures") -> list[str]:
 def _shares(arm: list[Answer], own: list[Answer]) -> list[str]:
     """Of answers, but for the last, which is of latents."""
     return [
-        "" if arm is own else _share(num_differing(arm, own), len(arm)),
-        _share(num_invalid(arm), sum(bool(answer.scores) for answer in arm)),
-        _share(sum(not answer.complete for answer in arm), len(arm)),
-        _share(sum(answer.num_blocks > 0 for answer in arm), len(arm)),
-        _share(sum(answer.num_replaced for answer in arm), sum(answer.num_latents for answer in arm)),
+        "" if arm is own else share(num_differing(arm, own), len(arm)),
+        share(num_invalid(arm), sum(bool(answer.scores) for answer in arm)),
+        share(sum(not answer.complete for answer in arm), len(arm)),
+        share(sum(answer.num_blocks > 0 for answer in arm), len(arm)),
+        share(sum(answer.num_replaced for answer in arm), sum(answer.num_latents for answer in arm)),
     ]
 
 
-def _share(part: int, total: int) -> str:
+def share(part: int, total: int) -> str:
+    """A part of a total in percent; a dash where there is nothing in all."""
     return f"{part / total:.1%}" if total else "-"
 
 

@@ -23,7 +23,7 @@ class ArmResult:
     """A line of the replacement test."""
 
     name: str
-    meaning: str  # what is fed, in a few words
+    meaning: str  # what is fed or seen, in a few words
     num_answers: int
     num_unended: int  # cut off by the limit
     num_with_block: int  # answers that open a latent block
