@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from mirage_ds.errors import ConfigError, name_full_disk
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.asked import Asked, check_options
+from mirage_ds.evaluation.asked import Asked, Request, check_options
 from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.ranks import Ranks, join
 from mirage_ds.evaluation.scoring import scored
@@ -75,28 +75,16 @@ def evaluate(
     check: Annotated[bool, typer.Option("--check", help="Check options and rows; load and write nothing.")] = False,
 ) -> None:
     """Answers and scores the questions of a file, and prints the success rates. The same command continues it."""
+    request = Request(task, data, output, latents, image, by, limit, samples, batch_size)
+    options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
     ranks = join()
     with ranks.together():
-        asked = check_options(
-            model,
-            task,
-            data,
-            output,
-            latents=latents,
-            image=image,
-            by=by,
-            limit=limit,
-            samples=samples,
-            temperature=temperature,
-            check_images=ranks.is_first,
-        )
+        asked = check_options(request, options, check_images=ranks.is_first)
     if check:
         return
     if ranks.is_first:
         for row, reason in asked.unscored:
             typer.echo(f"not scored: {row.where}: {reason}", err=True)
-    options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
-    settings = {"data": str(data), "limit": limit, "samples": samples, "batch_size": batch_size}
 
     def finish(engine: "Engine", answers: Answers, states: "States", settings: dict[str, Any]) -> None:
         from mirage_ds.evaluation.latents.health_tables import health_tables
@@ -111,24 +99,22 @@ def evaluate(
         for warning in warnings_of(answers):
             typer.echo(warning, err=True)
 
-    answer_all(asked, options, settings | asdict(options), batch_size, ranks, finish)
+    answer_all(asked, options, ranks, finish)
 
 
-def answer_all(
-    asked: Asked, options: Decoding, settings: dict[str, Any], batch_size: int, ranks: Ranks, finish: "Finish"
-) -> None:
+def answer_all(asked: Asked, options: Decoding, ranks: Ranks, finish: "Finish") -> None:
     """Answers what is not answered yet.
 
     Args:
-        settings: from the command line, those that decide the answers of an arm. The task is none of them.
         finish: writes and prints what came out; called on the first rank, with the answers, the states of their latents
             and all settings.
     """
     from mirage_ds.evaluation.engine import Engine
-    from mirage_ds.evaluation.latents.replace import check_targets
+    from mirage_ds.evaluation.latents.replacements import check_targets
     from mirage_ds.evaluation.parts import Parts, check_settings
 
-    results, task = asked.results, asked.task
+    request, results, task = asked.request, asked.results, asked.task
+    settings = request.settings() | asdict(options)
     with ExitStack() as until_the_end:
         until_the_end.enter_context(name_full_disk(results.output.parent, "free some space; a new start continues"))
         until_the_end.enter_context(signals_as_errors())
@@ -149,7 +135,7 @@ def answer_all(
             parts = Parts(results.parts, ranks.rank, decoder.backbone.embed_tokens.embedding_dim)
             if ranks.is_first:
                 parts.check_arms([arm.name for arm in asked.arms])
-        engine = Engine(decoder, encoder, asked.rows, asked.arms, batch_size, asked.samples, options.seed)
+        engine = Engine(decoder, encoder, asked.rows, asked.arms, request.batch_size, request.samples, options.seed)
         if ranks.is_first and (kept := sum(map(len, engine.in_order(parts.answers()).values()))):
             typer.echo(f"continues: {kept} of {asked.num_answers} answers are there", err=True)
         with Progress(console=Console(stderr=True), disable=not ranks.is_first) as progress:

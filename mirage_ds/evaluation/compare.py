@@ -15,7 +15,16 @@ from rich.table import Table
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.finished import read_finished
-from mirage_ds.evaluation.rates import differ, difference, num_differing, paired, rate_of, row_scores, ways_of
+from mirage_ds.evaluation.rates import (
+    differ,
+    difference,
+    num_cut_off,
+    num_differing,
+    paired,
+    rate_of,
+    row_scores,
+    ways_of,
+)
 from mirage_ds.evaluation.scoring import NO_TASK
 from mirage_ds.evaluation.tables import Figures, new_table, sections, share
 from mirage_ds.inference.options import Decoding
@@ -114,7 +123,7 @@ def comparison_table(sides: Sequence[Side], by: str | None) -> Table:
         for side, part in zip(sides, parts, strict=True):
             cells = [cell for way in ways for cell in _figures(part, parts[0], way, show)]
             differing = "" if part is parts[0] else share(num_differing(part, parts[0]), len(paired(part, parts[0])))
-            drawn.add_row(escape(side.name), *cells, differing, f"{sum(not answer.complete for answer in part)}")
+            drawn.add_row(escape(side.name), *cells, differing, f"{num_cut_off(part)}")
     return drawn
 
 

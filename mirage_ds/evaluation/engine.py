@@ -18,7 +18,7 @@ from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.batches import Batch, cut, deal, question_tokens
 from mirage_ds.evaluation.latents.arms import OWN, Arm
 from mirage_ds.evaluation.latents.health import LatentHealth, health_of, mean_norm
-from mirage_ds.evaluation.latents.replace import Replacements
+from mirage_ds.evaluation.latents.replacements import Replacements
 from mirage_ds.evaluation.latents.states import States
 from mirage_ds.evaluation.parts import Decoded, Parts
 from mirage_ds.evaluation.ranks import Ranks

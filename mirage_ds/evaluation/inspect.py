@@ -3,13 +3,12 @@
 torch and transformers take seconds to import, so they are imported after the checks that do not need them.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirage_ds.evaluation.asked import check_options
+from mirage_ds.evaluation.asked import Request, check_options
 from mirage_ds.evaluation.command import Answers, ImageOption, answer_all
 from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.ranks import Ranks
@@ -55,23 +54,11 @@ def inspect(
     dtype: DtypeOption = None,
 ) -> None:
     """Answers a file's questions with own and replaced latents or images, and writes one HTML file about them."""
-    asked = check_options(
-        model,
-        task,
-        data,
-        output,
-        latents=latents,
-        image=image,
-        by=None,
-        limit=limit,
-        samples=1,
-        temperature=temperature,
-        helpers=True,
-    )
+    request = Request(task, data, output, latents, image, limit=limit, batch_size=batch_size)
+    options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
+    asked = check_options(request, options, helpers=True)
     for row, reason in asked.unscored:
         typer.echo(f"not scored: {row.where}: {reason}", err=True)
-    options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
-    settings = {"data": str(data), "limit": limit, "batch_size": batch_size}
 
     def finish(engine: "Engine", answers: Answers, states: "States", settings: dict[str, Any]) -> None:
         from mirage_ds.evaluation.report.page import render
@@ -83,4 +70,4 @@ def inspect(
         asked.results.finish_page(render(page))
         typer.echo(f"wrote {output}")
 
-    answer_all(asked, options, settings | asdict(options), batch_size, Ranks(), finish)
+    answer_all(asked, options, Ranks(), finish)

@@ -44,7 +44,7 @@ def group_rates(answers: Iterable[Answer], by: str | None = None) -> dict[str, R
     """The rates of each group; one of which no row could be scored is left out.
 
     Args:
-        by: a field of the rows; None: the level of their maps.
+        by: a field of the rows; None: their level.
     """
     rates = {name: success_rates(part) for name, part in grouped(answers, by).items()}
     return {name: part for name, part in rates.items() if part}
@@ -65,6 +65,11 @@ def most_frequent(answers: Iterable[Answer]) -> tuple[str, float] | None:
 def num_invalid(answers: Iterable[Answer]) -> int:
     """How many answers have a wrong form, by the first way of scoring."""
     return sum(first_of(answer).status == INVALID for answer in answers if answer.scores)
+
+
+def num_cut_off(answers: Iterable[Answer]) -> int:
+    """How many answers never ended: max_new_tokens cut them off."""
+    return sum(not answer.complete for answer in answers)
 
 
 def num_differing(ours: Iterable[Answer], theirs: Iterable[Answer]) -> int:

@@ -14,7 +14,7 @@ from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.latents.arms import Arm, check_arms, parse_arms
-from mirage_ds.evaluation.latents.replace import check_targets
+from mirage_ds.evaluation.latents.replacements import check_targets
 from mirage_ds.evaluation.scoring import Task, load_task, unscorable
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.micro_batch import usable_bytes

@@ -14,7 +14,7 @@ from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.latents.health import MAX_SAMPLED, LatentHealth
 from mirage_ds.evaluation.latents.heat import heat_maps, overlay
 from mirage_ds.evaluation.latents.states import States
-from mirage_ds.evaluation.rates import Difference, difference, rate_of, success_rates, ways_of
+from mirage_ds.evaluation.rates import Difference, difference, num_cut_off, rate_of, success_rates, ways_of
 from mirage_ds.evaluation.report.contents import (
     ArmResult,
     Contents,
@@ -107,7 +107,7 @@ def arm_results(answers: Mapping[str, Sequence[Answer]]) -> list[ArmResult]:
                 name=name,
                 meaning=MEANINGS[name.partition(":")[0] if name.startswith("noise") else name],
                 num_answers=len(arm),
-                num_unended=sum(not answer.complete for answer in arm),
+                num_cut_off=num_cut_off(arm),
                 num_with_block=sum(answer.num_blocks > 0 for answer in arm),
                 success=figures.rate(success_rates(arm)[ways[0]]) if scored else "",
                 difference=_minus_own(difference(arm, own), figures) if scored and name != OWN else None,

@@ -18,7 +18,7 @@ from mirage_ds.data.rows import Sample, read_questions
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.latents.arms import Arm, parse_arms
-from mirage_ds.evaluation.latents.replace import Replacements
+from mirage_ds.evaluation.latents.replacements import Replacements
 from mirage_ds.evaluation.latents.states import States
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.inference.generate import load_decoder

@@ -13,7 +13,7 @@ from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, num_image_b
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.latents.arms import OWN, Arm
-from mirage_ds.evaluation.latents.feeds import (
+from mirage_ds.evaluation.latents.fed_states import (
     FirstStates,
     FixedState,
     MeanStates,
