@@ -51,6 +51,7 @@ from launch.local import count_gpus
 from mirage_ds import errors, strict_json
 from mirage_ds.errors import ConfigError
 from mirage_ds.evaluation.finished import read_results
+from mirage_ds.evaluation.rates import num_cut_off
 from mirage_ds.paths import expanded
 from mirage_ds.versions import versions
 
@@ -258,7 +259,7 @@ class Benchmark:
                     (way, *_) = answers[0].scores
                     replaced = by_latents.setdefault(latents, Replaced())
                     replaced.solved.append([answer.scores[way].success == 1 for answer in answers])
-                    replaced.num_open += sum(not answer.complete for answer in answers)
+                    replaced.num_cut_off += num_cut_off(answers)
         return found
 
     def training_of(self, num_seeds: int) -> dict[str, dict[str, float]]:
@@ -286,8 +287,8 @@ class Benchmark:
                 arm: {latents: replaced.values.mean(axis=1).tolist() for latents, replaced in by_latents.items()}
                 for arm, by_latents in answers.items()
             },
-            "never_end": {
-                arm: {latents: replaced.num_open for latents, replaced in by_latents.items()}
+            "num_cut_off": {
+                arm: {latents: replaced.num_cut_off for latents, replaced in by_latents.items()}
                 for arm, by_latents in answers.items()
             },
             "parts": parts,

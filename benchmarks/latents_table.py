@@ -35,7 +35,7 @@ class Replaced:
     """The answers of one arm with one replacement of its latents."""
 
     solved: list[list[bool]] = field(default_factory=list)  # [seeds][rows]
-    num_open: int = 0  # answers of all seeds that never ended
+    num_cut_off: int = 0  # answers of all seeds that never ended
 
     @property
     def values(self) -> np.ndarray:
@@ -85,7 +85,7 @@ def latents_table(answers: Answers, arms: Sequence[str]) -> list[str]:
             replaced = answers[arm][latents]
             worth = answers[arm][OWN].values - replaced.values
             notes = [] if latents == OWN else [f"{_points(worth)}: {_span(worth, '{:+.1f}', 100)}"]
-            notes += [f"{replaced.num_open} never end"] if replaced.num_open else []
+            notes += [f"{replaced.num_cut_off} never end"] if replaced.num_cut_off else []
             cells.append(f"{replaced.values.mean():.1%}" + (f" ({'; '.join(notes)})" if notes else ""))
         lines.append(_line(cells))
     return lines if "unseen_image" not in arms else [*lines, "", NOTE_ON_NONE]

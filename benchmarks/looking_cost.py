@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 from benchmarks.measuring import cpu_name
 from mirage_ds import train
-from mirage_ds.evaluation import in_training
+from mirage_ds.evaluation.training import evaluations
 from mirage_ds.recipe import load_config
 from mirage_ds.training.curves import Curves
 from mirage_ds.training.latent_sums import LatentSums
@@ -31,7 +31,7 @@ WATCHED: dict[str, list[tuple[Any, str]]] = {
     STEPS: [(Trainer, "train_step")],
     "latent health": [(LatentSums, "add"), (LatentSums, "take")],
     "curves": [(Curves, "add")],
-    "pictures": [(in_training, "looks"), (Curves, "add_looks")],
+    "pictures": [(evaluations, "looks"), (Curves, "add_looks")],
 }
 
 

@@ -13,11 +13,13 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from mirage_ds.errors import name_full_disk
-from mirage_ds.evaluation.asked import Asked, check_options
+from mirage_ds.errors import ConfigError, name_full_disk
+from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.asked import Asked, Request, check_options
 from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.ranks import Ranks, join
-from mirage_ds.evaluation.settings import digest_of_helpers, digests, model_files, packages
+from mirage_ds.evaluation.scoring import scored
+from mirage_ds.evaluation.settings import digest_of_helpers, digest_of_rows, model_files, packages
 from mirage_ds.evaluation.tables import summary_of, tables_of, warnings_of
 from mirage_ds.inference.options import (
     Decoding,
@@ -33,11 +35,15 @@ from mirage_ds.output_folder import signals_as_errors
 from mirage_ds.paths import expanded
 from mirage_ds.wide_console import wide_console
 
+Answers = dict[str, list[Answer]]
+"""Of each arm, by row, then by sample; scored."""
+
 if TYPE_CHECKING:
     from mirage_ds.evaluation.engine import Engine
+    from mirage_ds.evaluation.latents.states import States
     from mirage_ds.evaluation.parts import Parts
 
-    Finish = Callable[[Engine, Parts, dict[str, Any]], None]
+    Finish = Callable[[Engine, Answers, States, dict[str, Any]], None]
 
 LatentsOption = Annotated[
     str, typer.Option(help="What is fed at the latents: some of the names in docs/evaluation.md.")
@@ -69,36 +75,23 @@ def evaluate(
     check: Annotated[bool, typer.Option("--check", help="Check options and rows; load and write nothing.")] = False,
 ) -> None:
     """Answers and scores the questions of a file, and prints the success rates. The same command continues it."""
+    request = Request(task, data, output, latents, image, by, limit, samples, batch_size)
+    options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
     ranks = join()
     with ranks.together():
-        asked = check_options(
-            model,
-            task,
-            data,
-            output,
-            latents=latents,
-            image=image,
-            by=by,
-            limit=limit,
-            samples=samples,
-            temperature=temperature,
-            check_images=ranks.is_first,
-        )
+        asked = check_options(request, options, check_images=ranks.is_first)
     if check:
         return
     if ranks.is_first:
         for row, reason in asked.unscored:
             typer.echo(f"not scored: {row.where}: {reason}", err=True)
-    options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
-    settings = {"task": task, "data": str(data), "limit": limit, "samples": samples, "batch_size": batch_size}
 
-    def finish(engine: "Engine", parts: "Parts", settings: dict[str, Any]) -> None:
+    def finish(engine: "Engine", answers: Answers, states: "States", settings: dict[str, Any]) -> None:
         from mirage_ds.evaluation.latents.health_tables import health_tables
 
-        answers = engine.in_order(parts.answers())
         every = [answer for arm in answers.values() for answer in arm]
         names = [arm.name for arm in asked.arms]
-        health = engine.health(parts.states(), answers[OWN])
+        health = engine.health(states, answers[OWN])
         summary = summary_of(answers, asked.task, by) | {"health": health.as_dict()}
         asked.results.finish(every, summary | {"settings": settings | {"arms": names}})
         for table in [*tables_of(answers, asked.task, by), *health_tables(health)]:
@@ -106,23 +99,22 @@ def evaluate(
         for warning in warnings_of(answers):
             typer.echo(warning, err=True)
 
-    answer_all(asked, options, settings | asdict(options), batch_size, ranks, finish)
+    answer_all(asked, options, ranks, finish)
 
 
-def answer_all(
-    asked: Asked, options: Decoding, settings: dict[str, Any], batch_size: int, ranks: Ranks, finish: "Finish"
-) -> None:
+def answer_all(asked: Asked, options: Decoding, ranks: Ranks, finish: "Finish") -> None:
     """Answers what is not answered yet.
 
     Args:
-        settings: from the command line, those that decide the answers of an arm.
-        finish: writes and prints what came out; called on the first rank, with all settings.
+        finish: writes and prints what came out; called on the first rank, with the answers, the states of their latents
+            and all settings.
     """
     from mirage_ds.evaluation.engine import Engine
-    from mirage_ds.evaluation.latents.replace import check_targets
+    from mirage_ds.evaluation.latents.replacements import check_targets
     from mirage_ds.evaluation.parts import Parts, check_settings
 
-    results, task = asked.results, asked.task
+    request, results, task = asked.request, asked.results, asked.task
+    settings = request.settings() | asdict(options)
     with ExitStack() as until_the_end:
         until_the_end.enter_context(name_full_disk(results.output.parent, "free some space; a new start continues"))
         until_the_end.enter_context(signals_as_errors())
@@ -135,13 +127,15 @@ def answer_all(
             if ranks.is_first:
                 until_the_end.enter_context(results)
                 computed = {"latent_size": decoder.latent_size, "computed": decoder.backbone.describe()}
-                settings = settings | computed | digests(task.name, asked.rows)
+                settings = settings | computed | digest_of_rows(asked.rows)
                 check_settings(results.parts, settings | packages() | model_files(options.model))
                 if any(arm.latents == "oracle" for arm in asked.arms):
                     check_settings(results.parts, digest_of_helpers(asked.rows), "oracle.json")
         with ranks.together():
             parts = Parts(results.parts, ranks.rank, decoder.backbone.embed_tokens.embedding_dim)
-        engine = Engine(decoder, encoder, asked.rows, task, asked.arms, batch_size, asked.samples, options.seed)
+            if ranks.is_first:
+                parts.check_arms([arm.name for arm in asked.arms])
+        engine = Engine(decoder, encoder, asked.rows, asked.arms, request.batch_size, request.samples, options.seed)
         if ranks.is_first and (kept := sum(map(len, engine.in_order(parts.answers()).values()))):
             typer.echo(f"continues: {kept} of {asked.num_answers} answers are there", err=True)
         with Progress(console=Console(stderr=True), disable=not ranks.is_first) as progress:
@@ -151,4 +145,15 @@ def answer_all(
         ranks.wait()  # nobody has a file open in a folder that is deleted
         with ranks.together():  # a job whose ranks end long before the first one may be killed
             if ranks.is_first:
-                finish(engine, parts, settings)
+                answers = _scored(engine, parts, asked)
+                finish(engine, answers, parts.states(), settings | {"task": task.name, "task_file": task.file_digest})
+
+
+def _scored(engine: "Engine", parts: "Parts", asked: Asked) -> Answers:
+    """All answers, of which each arm's are in the order of the rows."""
+    try:
+        return scored(engine.in_order(parts.answers()), asked.rows, asked.task)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; then start again: all answers are kept ({parts.folder}), and none is decoded again"
+        ) from error

@@ -1,4 +1,7 @@
-"""Compares finished results files: success, paired differences to the first file, rows that changed."""
+"""Compares finished results files: success, paired differences to the first file, rows that changed.
+
+Files without scores (task `none`) are compared by the texts of their answers.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -12,8 +15,18 @@ from rich.table import Table
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.finished import read_finished
-from mirage_ds.evaluation.rates import difference, rate_of, row_scores, ways_of
-from mirage_ds.evaluation.tables import Figures, new_table, sections
+from mirage_ds.evaluation.rates import (
+    differ,
+    difference,
+    num_cut_off,
+    num_differing,
+    paired,
+    rate_of,
+    row_scores,
+    ways_of,
+)
+from mirage_ds.evaluation.scoring import NO_TASK
+from mirage_ds.evaluation.tables import Figures, new_table, sections, share
 from mirage_ds.inference.options import Decoding
 
 SHORT = 60  # characters of an answer in a table
@@ -64,10 +77,10 @@ def _read_side(file: Path, arm: str) -> Side:
         raise DataError(
             f"the file has no arm {arm!r:.80} ({file}, --arm); it has {', '.join(arms):.200}; name one of them"
         )
-    if not ways_of(arms[arm]):
+    if not ways_of(arms[arm]) and summary["task"] != NO_TASK:
         raise DataError(
-            f"no answer is scored ({file}, task {summary['task']}); expected results of a task that scores; evaluate "
-            "again with another --task"
+            f"no answer is scored ({file}, task {summary['task']}); expected scores, or the task {NO_TASK}; evaluate "
+            "again"
         )
     return Side(str(file), summary["task"], summary["settings"], arms[arm])
 
@@ -97,34 +110,43 @@ def other_decoding(sides: Sequence[Side]) -> list[str]:
 
 
 def comparison_table(sides: Sequence[Side], by: str | None) -> Table:
-    """A line per file: success, difference to the first, rows gained and lost; over all rows, then over each group."""
-    way = ways_of(sides[0].answers)[0]
-    drawn = new_table("comparison", "file", way, "minus the first", "gained", "lost", "never ended")
+    """A line per file: success, difference to the first, rows gained and lost, if answers are scored; shares of answers
+    that differ from the first file's and that never ended. Over all rows, then over each group.
+    """
+    ways = ways_of(sides[0].answers)[:1]
+    figures = [*ways, "minus the first", "gained", "lost"] if ways else []
+    drawn = new_table("comparison", "file", *figures, "differ", "never ended")
     show = Figures(answer for side in sides for answer in side.answers)
     for title, parts in sections([side.answers for side in sides], by):
         drawn.add_section()
         drawn.add_row(title)
         for side, part in zip(sides, parts, strict=True):
-            drawn.add_row(escape(side.name), *_figures(part, parts[0], way, show))
+            cells = [cell for way in ways for cell in _figures(part, parts[0], way, show)]
+            differing = "" if part is parts[0] else share(num_differing(part, parts[0]), len(paired(part, parts[0])))
+            drawn.add_row(escape(side.name), *cells, differing, f"{num_cut_off(part)}")
     return drawn
 
 
 def _figures(answers: list[Answer], first: list[Answer], way: str, show: Figures) -> list[str]:
-    never_ended = f"{sum(not answer.complete for answer in answers)}"
     scores = row_scores(answers, way).values()
     if not scores:
-        return ["-", "-", "-", "-", never_ended]
+        return ["-", "-", "-", "-"]
     found = difference(answers, first)
     changes = ["", "", ""] if answers is first else [show.difference(found), f"{found.gained}", f"{found.lost}"]
-    return [show.rate(rate_of(scores)), *changes, never_ended]
+    return [show.rate(rate_of(scores)), *changes]
 
 
 def changed_table(sides: Sequence[Side], number: int) -> Table | None:
-    """Up to `number` rows whose score in another file differs from that in the first, and the answers; None: no row."""
-    rows = [row for side in sides[1:] for row in _changed(sides[0], side)][:number]
+    """Up to `number` rows whose score in another file differs from that in the first, and the answers; None: no row.
+
+    If answers are not scored, rows with another text.
+    """
+    scored = bool(ways_of(sides[0].answers))
+    find, which = (_changed, "with another score") if scored else (_differing, "that differ")
+    rows = [row for side in sides[1:] for row in find(sides[0], side)][:number]
     if not rows:
         return None
-    drawn = Table(title="rows that changed: the ends of their first answers with another score", show_lines=True)
+    drawn = Table(title=f"rows that changed: the ends of their first answers {which}", show_lines=True)
     for heading in ("row", "file", "change", f"answer in {sides[0].name}", "answer in the file"):
         drawn.add_column(escape(heading))
     for row in rows:
@@ -140,7 +162,19 @@ def _changed(first: Side, side: Side) -> Iterator[tuple[str, ...]]:
         if number in before and score != before[number]:
             old, new = _first_change(theirs[number], ours[number], way)
             change = f"{'gained' if score > before[number] else 'lost'}, {before[number]:.3g} to {score:.3g}"
-            yield Path(old.where).name, side.name, change, _short(old.text), _short(new.text)
+            yield _line(side, change, old, new)
+
+
+def _differing(first: Side, side: Side) -> Iterator[tuple[str, ...]]:
+    seen = set()
+    for new, old in sorted(paired(side.answers, first.answers), key=lambda pair: (pair[0].number, pair[0].sample)):
+        if new.number not in seen and differ(new, old):
+            seen.add(new.number)
+            yield _line(side, "another text", old, new)
+
+
+def _line(side: Side, change: str, old: Answer, new: Answer) -> tuple[str, ...]:
+    return Path(old.where).name, side.name, change, _short(old.text), _short(new.text)
 
 
 def _scored_by_row(answers: Sequence[Answer]) -> dict[int, list[Answer]]:

@@ -16,11 +16,11 @@ from mirage_ds.wide_console import wide_console
 @expanded()
 def compare(
     files: Annotated[list[Path], typer.Argument(help="Results files of `mirage evaluate`; the first is the base.")],
-    by: Annotated[
-        str | None, typer.Option(help="Field of the rows to group by.", show_default="the level of their maps")
-    ] = None,
+    by: Annotated[str | None, typer.Option(help="Field of the rows to group by.", show_default="the level")] = None,
     arm: Annotated[str, typer.Option(help="The arm of every file that is compared.")] = OWN,
-    changed: Annotated[int, typer.Option(min=0, help="Rows to show whose score changed.")] = 10,
+    changed: Annotated[
+        int, typer.Option(min=0, help="Rows to show whose score, or without scores whose text, changed.")
+    ] = 10,
 ) -> None:
     """Compares finished results files over the same rows: paired differences to the first, and rows that changed."""
     if len(files) < 2:

@@ -1,4 +1,4 @@
-"""Decodes the rows of a file in every arm, on all ranks, and scores the answers.
+"""Decodes the rows of a file in every arm, on all ranks. What is decoded does not depend on how it is scored.
 
 The rows are cut into batches that do not depend on the number of ranks. A unit of work is one batch in one arm; a rank
 does its units alone, and the ranks wait for each other only at the start, where an arm needs the states of all rows,
@@ -18,11 +18,10 @@ from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.batches import Batch, cut, deal, question_tokens
 from mirage_ds.evaluation.latents.arms import OWN, Arm
 from mirage_ds.evaluation.latents.health import LatentHealth, health_of, mean_norm
-from mirage_ds.evaluation.latents.replace import Replacements
+from mirage_ds.evaluation.latents.replacements import Replacements
 from mirage_ds.evaluation.latents.states import States
 from mirage_ds.evaluation.parts import Decoded, Parts
 from mirage_ds.evaluation.ranks import Ranks
-from mirage_ds.evaluation.scoring import Task
 from mirage_ds.inference.feed import Slot
 from mirage_ds.inference.generate import Decoder, Generation
 
@@ -49,7 +48,6 @@ class Engine:
     decoder: Decoder
     encoder: Encoder
     rows: Sequence[Row]
-    task: Task
     arms: Sequence[Arm]  # `own` first
     batch_size: int
     samples: int = 1
@@ -144,14 +142,13 @@ class Engine:
         return len(rows), prompts.input_ids.shape[1] + self.decoder.max_new_tokens
 
     def answer(self, unit: Unit, row: Row, generation: Generation) -> Answer:
-        """A row's answer, scored."""
-        text = self.encoder.text_of(generation.ids).strip()
-        answer = Answer(
+        """A row's answer, not scored yet."""
+        return Answer(
             number=row.number,
             where=row.where,
             arm=unit.arm.name,
             sample=unit.sample,
-            text=text,
+            text=self.encoder.text_of(generation.ids).strip(),
             num_tokens=len(generation.ids),
             num_blocks=generation.ids.count(self.decoder.ids.latent_start),
             num_latents=len(generation.latents),
@@ -160,10 +157,6 @@ class Engine:
             complete=bool(self.decoder.is_end(torch.tensor(generation.ids[-1]))),
             row=row.sample.extra,
         )
-        try:
-            return replace(answer, scores=self.task.score(row.sample, text))
-        except DataError as error:
-            return replace(answer, unscored=str(error))
 
     def latents_at(self, ids: Sequence[int]) -> list[int]:
         """Of each latent the number of characters of the answer's text before it; those of a block have the same."""

@@ -1,4 +1,4 @@
-"""Groups of rows that are quoted separately: by a field of the rows (`--by`), else by the level of their maps."""
+"""Groups of rows that are quoted separately: by a field of the rows (`--by`), else by their level (`level_of`)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

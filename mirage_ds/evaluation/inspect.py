@@ -3,14 +3,13 @@
 torch and transformers take seconds to import, so they are imported after the checks that do not need them.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirage_ds.evaluation.asked import check_options
-from mirage_ds.evaluation.command import answer_all
+from mirage_ds.evaluation.asked import Request, check_options
+from mirage_ds.evaluation.command import Answers, ImageOption, answer_all
 from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.inference.options import (
@@ -28,7 +27,7 @@ from mirage_ds.versions import versions
 
 if TYPE_CHECKING:
     from mirage_ds.evaluation.engine import Engine
-    from mirage_ds.evaluation.parts import Parts
+    from mirage_ds.evaluation.latents.states import States
 
 
 @expanded("model")
@@ -40,6 +39,7 @@ def inspect(
     latents: Annotated[str, typer.Option(help="What is fed at the latents, as for `mirage evaluate`.")] = (
         "own,none,mean,shuffled"
     ),
+    image: ImageOption = OWN,
     rows: Annotated[
         int, typer.Option(min=1, help="Rows that are shown, spread evenly over those that are asked.")
     ] = 20,
@@ -53,32 +53,21 @@ def inspect(
     seed: Annotated[int, typer.Option(help="Seed of the draws with a temperature, and of the replacements.")] = 0,
     dtype: DtypeOption = None,
 ) -> None:
-    """Answers a file's questions with own and replaced latents, and writes one HTML file about them."""
-    asked = check_options(
-        model,
-        task,
-        data,
-        output,
-        latents=latents,
-        image=OWN,
-        by=None,
-        limit=limit,
-        samples=1,
-        temperature=temperature,
-        helpers=True,
-    )
+    """Answers a file's questions with own and replaced latents or images, and writes one HTML file about them."""
+    request = Request(task, data, output, latents, image, limit=limit, batch_size=batch_size)
+    options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
+    asked = check_options(request, options, helpers=True)
     for row, reason in asked.unscored:
         typer.echo(f"not scored: {row.where}: {reason}", err=True)
-    options = Decoding(model, latent_size, latent_end, max_new_tokens, temperature, top_p, seed, dtype)
-    settings = {"task": task, "data": str(data), "limit": limit, "batch_size": batch_size}
 
-    def finish(engine: "Engine", parts: "Parts", settings: dict[str, Any]) -> None:
+    def finish(engine: "Engine", answers: Answers, states: "States", settings: dict[str, Any]) -> None:
         from mirage_ds.evaluation.report.page import render
         from mirage_ds.evaluation.report.view import contents_of
 
         facts = settings | {"arms": ", ".join(arm.name for arm in asked.arms)} | versions()
         shown = {name: str(value) for name, value in facts.items() if value is not None}
-        asked.results.finish_page(render(contents_of(engine, parts, rows, model=model, data=str(data), facts=shown)))
+        page = contents_of(engine, answers, states, rows, model=model, data=str(data), task=task, facts=shown)
+        asked.results.finish_page(render(page))
         typer.echo(f"wrote {output}")
 
-    answer_all(asked, options, settings | asdict(options), batch_size, Ranks(), finish)
+    answer_all(asked, options, Ranks(), finish)

@@ -2,7 +2,8 @@
 
 FILE.parts/settings.json    what a start that continues must agree with
 FILE.parts/oracle.json      the same, for a start with the arm oracle
-FILE.parts/rank_N.jsonl     a line for each unit of rank N that is complete: its answers, and where their states are
+FILE.parts/rank_N.jsonl     a line for each unit of rank N that is complete: its answers, not scored, and where their
+                            states are
 FILE.parts/rank_N.states    float32 [states, D]: the own states of rank N's rows
 
 A unit is complete when its line is, and the states that it names. The states are on the disk before the line is. What a
@@ -11,7 +12,7 @@ kill has left after the last complete unit is cut off when a rank of the same nu
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from mirage_ds.inference.feed import Slot
 
 @dataclass
 class Decoded:
-    """An answer, and the states that its row made in the arm `own`."""
+    """An answer without its scores, and the states that its row made in the arm `own`."""
 
     answer: Answer
     key: str
@@ -82,6 +83,22 @@ class Parts:
         self._num_states = states.stat().st_size // row
         self._states.truncate(self._num_states * row)
 
+    def check_arms(self, names: Collection[str]) -> None:
+        """Refuses to leave out an arm of which answers are there: they would be deleted at the end.
+
+        Args:
+            names: of the arms that are asked for.
+
+        Raises:
+            DataError: some are left out.
+        """
+        if left_out := sorted({answer.arm for answer in self.answers()}.difference(names)):
+            raise DataError(
+                f"an unfinished evaluation has answers of arms that this one leaves out: {', '.join(left_out)} "
+                f"({self.folder}, --latents, --image); a start that continues it has the same arms, or more; add them, "
+                "or delete the folder, or name another --output"
+            )
+
     def add(self, unit: str, rows: list[Decoded]) -> None:
         """Writes a complete unit."""
         lines = []
@@ -103,7 +120,7 @@ class Parts:
         return {record["unit"] for _, record in self._records()}
 
     def answers(self) -> list[Answer]:
-        """All answers so far, of all ranks."""
+        """All answers so far, of all ranks; not scored."""
         return [answer_of(row["answer"]) for _, record in self._records() for row in record["rows"]]
 
     def states(self) -> States:

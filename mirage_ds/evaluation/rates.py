@@ -44,7 +44,7 @@ def group_rates(answers: Iterable[Answer], by: str | None = None) -> dict[str, R
     """The rates of each group; one of which no row could be scored is left out.
 
     Args:
-        by: a field of the rows; None: the level of their maps.
+        by: a field of the rows; None: their level.
     """
     rates = {name: success_rates(part) for name, part in grouped(answers, by).items()}
     return {name: part for name, part in rates.items() if part}
@@ -67,10 +67,25 @@ def num_invalid(answers: Iterable[Answer]) -> int:
     return sum(first_of(answer).status == INVALID for answer in answers if answer.scores)
 
 
+def num_cut_off(answers: Iterable[Answer]) -> int:
+    """How many answers never ended: max_new_tokens cut them off."""
+    return sum(not answer.complete for answer in answers)
+
+
 def num_differing(ours: Iterable[Answer], theirs: Iterable[Answer]) -> int:
-    """How many of our answers give something else than theirs; another text, where answers are not scored."""
-    before = {(answer.number, answer.sample): _content(answer) for answer in theirs}
-    return sum(_content(answer) != before[answer.number, answer.sample] for answer in ours)
+    """How many of our answers `differ` from theirs."""
+    return sum(differ(our, their) for our, their in paired(ours, theirs))
+
+
+def paired(ours: Iterable[Answer], theirs: Iterable[Answer]) -> list[tuple[Answer, Answer]]:
+    """Each of our answers with theirs of the same sample to the same row, where there is one."""
+    found = {(answer.number, answer.sample): answer for answer in theirs}
+    return [(our, found[key]) for our in ours if (key := (our.number, our.sample)) in found]
+
+
+def differ(our: Answer, their: Answer) -> bool:
+    """Whether they give something else; whether their texts are not the same, where answers are not scored."""
+    return _content(our) != _content(their)
 
 
 def _content(answer: Answer) -> str:

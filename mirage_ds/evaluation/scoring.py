@@ -1,17 +1,19 @@
-"""The tasks: how the answers to a file's rows are scored."""
+"""The tasks: how the answers to a file's rows are scored, once all are there."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mirage_ds.data.rows import OUTPUT_IMAGE_TAG, Sample
 from mirage_ds.errors import ConfigError, DataError
-from mirage_ds.evaluation.answers import Row
+from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.tasks import choice, exact, own, reasoning, vsp
 from mirage_ds.evaluation.tasks.outcome import Scores
 from mirage_ds.paths import expand
+
+NO_TASK = "none"  # answers are not scored
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Task:
     score: Callable[[Sample, str], Scores]  # DataError: the row cannot be scored
     ways: tuple[str, ...]  # of scoring, the one to quote first; empty: answers are not scored
     has_invalid: bool = True  # an answer may have the status INVALID in the first way
+    file_digest: str | None = None  # SHA-256 of the file of a user's own
 
 
 def fields_of(sample: Sample) -> dict[str, Any]:
@@ -66,7 +69,7 @@ TASKS = {
         Task("vsp-spatial-reasoning", score_reasoning, ("exact",)),
         Task("choice", score_choice, ("choice",)),
         Task("exact", score_exact, ("exact",)),
-        Task("none", lambda sample, answer: {}, (), has_invalid=False),
+        Task(NO_TASK, lambda sample, answer: {}, (), has_invalid=False),
     )
 }
 
@@ -82,8 +85,8 @@ def load_task(name: str, setting: str = "--task ") -> Task:
     """
     if name in TASKS:
         return TASKS[name]
-    score = partial(score_own, own.load_function(*_split(name, setting), setting))
-    return Task(name, score, ("score",), has_invalid=False)
+    loaded = own.load_function(*_split(name, setting), setting)
+    return Task(name, partial(score_own, loaded), ("score",), has_invalid=False, file_digest=loaded.file_digest)
 
 
 def check_task(name: str, setting: str) -> None:
@@ -125,3 +128,26 @@ def unscorable(rows: Sequence[Row], task: Task) -> list[tuple[Row, str]]:
     if rows and len(found) == len(rows):
         raise DataError(f"no row can be scored as {task.name}; the first, {rows[0].where}: {found[0][1]}")
     return found
+
+
+def scored(arms: Mapping[str, Sequence[Answer]], rows: Sequence[Row], task: Task) -> dict[str, list[Answer]]:
+    """The answers of each arm with their scores.
+
+    Args:
+        arms: as decoded, by the arm's name.
+        rows: that were asked.
+
+    Raises:
+        ConfigError: the function of a user's own task fails.
+    """
+    by_number = {row.number: row for row in rows}
+    return {name: [_scored(answer, by_number[answer.number], task) for answer in arm] for name, arm in arms.items()}
+
+
+def _scored(answer: Answer, row: Row, task: Task) -> Answer:
+    try:
+        return replace(answer, scores=task.score(row.sample, answer.text))
+    except DataError as error:
+        return replace(answer, unscored=str(error))
+    except ConfigError as error:
+        raise ConfigError(f"{row.where}: {error}") from error

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.model_folder import JSON_NAMES
-from mirage_ds.paths import expand
 
 PACKAGES = ("mirage_ds", "torch", "transformers")  # they compute the answers
 MODEL_NAMES, MODEL_SUFFIXES = (*JSON_NAMES, "merges.txt"), (".safetensors", ".bin", ".jinja")
@@ -36,21 +35,13 @@ def _stamp(path: Path) -> str:
     return f"{facts.st_size} bytes of {datetime.fromtimestamp(facts.st_mtime):%Y-%m-%d %H:%M:%S}.{nanoseconds:09d}"
 
 
-def digests(task: str, rows: Sequence[Row]) -> dict[str, str | None]:
-    """SHA-256 of the file of a task of the user's own, FILE.py:FUNCTION (None for another task), and of the rows.
-
-    Of the rows it is the questions, their images and their other fields; not the helper images, which few arms read.
-    """
-    file = Path(expand(task.rpartition(":")[0]))
-    return {"task_file": _sha256(file.read_bytes()) if file.is_file() else None, "rows": _of_rows(rows)}
-
-
-def _of_rows(rows: Sequence[Row]) -> str:
+def digest_of_rows(rows: Sequence[Row]) -> dict[str, str]:
+    """SHA-256 of the questions, their images and their other fields; not of the helper images, which few arms read."""
     facts = []
     for row in rows:
         sample = row.sample
         facts.append([sample.text_input, sample.text_output, sample.extra, _of_each(sample.input_images)])
-    return _sha256(json.dumps(facts, sort_keys=True).encode())
+    return {"rows": _sha256(json.dumps(facts, sort_keys=True).encode())}
 
 
 def digest_of_helpers(rows: Sequence[Row]) -> dict[str, str]:

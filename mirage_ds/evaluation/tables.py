@@ -19,6 +19,7 @@ from mirage_ds.evaluation.rates import (
     group_differences,
     group_rates,
     most_frequent,
+    num_cut_off,
     num_differing,
     num_invalid,
     success_rates,
@@ -33,7 +34,7 @@ def summary_of(answers: dict[str, list[Answer]], task: Task, by: str | None = No
 
     Args:
         answers: of each arm, `own` first.
-        by: the field of the rows by which rates are grouped; None: the level of their maps.
+        by: the field of the rows by which rates are grouped; None: their level.
     """
     samples = sample_rates(answers)
     arms = {name: _summary(arm, answers[OWN], task, by, samples[name]) for name, arm in answers.items()}
@@ -47,7 +48,7 @@ def _summary(arm: list[Answer], own: list[Answer], task: Task, by: str | None, s
     summary: dict[str, Any] = {
         "num_answers": len(arm),
         "num_unscored": sum(bool(answer.unscored) for answer in arm),
-        "num_cut_off": sum(not answer.complete for answer in arm),
+        "num_cut_off": num_cut_off(arm),
         "num_with_block": sum(answer.num_blocks > 0 for answer in arm),
         "num_latents": sum(answer.num_latents for answer in arm),
         "num_replaced": sum(answer.num_replaced for answer in arm),
@@ -125,15 +126,16 @@ def _scores(arm: list[Answer], own: list[Answer], show: "Figures") -> list[str]:
 def _shares(arm: list[Answer], own: list[Answer]) -> list[str]:
     """Of answers, but for the last, which is of latents."""
     return [
-        "" if arm is own else _share(num_differing(arm, own), len(arm)),
-        _share(num_invalid(arm), sum(bool(answer.scores) for answer in arm)),
-        _share(sum(not answer.complete for answer in arm), len(arm)),
-        _share(sum(answer.num_blocks > 0 for answer in arm), len(arm)),
-        _share(sum(answer.num_replaced for answer in arm), sum(answer.num_latents for answer in arm)),
+        "" if arm is own else share(num_differing(arm, own), len(arm)),
+        share(num_invalid(arm), sum(bool(answer.scores) for answer in arm)),
+        share(num_cut_off(arm), len(arm)),
+        share(sum(answer.num_blocks > 0 for answer in arm), len(arm)),
+        share(sum(answer.num_replaced for answer in arm), sum(answer.num_latents for answer in arm)),
     ]
 
 
-def _share(part: int, total: int) -> str:
+def share(part: int, total: int) -> str:
+    """A part of a total in percent; a dash where there is nothing in all."""
     return f"{part / total:.1%}" if total else "-"
 
 

@@ -136,4 +136,4 @@ def test_equal_seconds_and_the_answers_of_all_arms(tmp_path: Path) -> None:
     assert {latents: replaced.solved for latents, replaced in found["text"].items()} == {"own": [[True, False]]}
     solved = {latents: replaced.solved for latents, replaced in found["gray"].items()}
     assert solved == {"own": [[True, False]], "mean": [[False, False]]}
-    assert found["gray"]["mean"].num_open == 2
+    assert found["gray"]["mean"].num_cut_off == 2

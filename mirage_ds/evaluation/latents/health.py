@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from mirage_ds.data.spread import spread
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.latents.feeds import target_at
+from mirage_ds.evaluation.latents.fed_states import target_at
 from mirage_ds.evaluation.latents.states import States
 from mirage_ds.inference.feed import Slot
 from mirage_ds.model.alike import warn_if_alike

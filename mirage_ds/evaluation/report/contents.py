@@ -23,9 +23,9 @@ class ArmResult:
     """A line of the replacement test."""
 
     name: str
-    meaning: str  # what is fed, in a few words
+    meaning: str  # what is fed or seen, in a few words
     num_answers: int
-    num_unended: int  # cut off by the limit
+    num_cut_off: int  # never ended: the limit cut them off
     num_with_block: int  # answers that open a latent block
     success: str  # with its interval; empty without a task
     difference: Estimate | None  # success minus that of `own`; None for `own` itself, and without a task

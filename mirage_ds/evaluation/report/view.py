@@ -14,8 +14,8 @@ from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.latents.health import MAX_SAMPLED, LatentHealth
 from mirage_ds.evaluation.latents.heat import heat_maps, overlay
-from mirage_ds.evaluation.parts import Parts
-from mirage_ds.evaluation.rates import Difference, difference, rate_of, success_rates, ways_of
+from mirage_ds.evaluation.latents.states import States
+from mirage_ds.evaluation.rates import Difference, difference, num_cut_off, rate_of, success_rates, ways_of
 from mirage_ds.evaluation.report.contents import (
     ArmResult,
     Contents,
@@ -51,15 +51,24 @@ MEANINGS = {
 
 
 def contents_of(
-    engine: Engine, parts: Parts, num_shown: int, *, model: str, data: str, facts: Mapping[str, str]
+    engine: Engine,
+    answers: Mapping[str, Sequence[Answer]],
+    states: States,
+    num_shown: int,
+    *,
+    model: str,
+    data: str,
+    task: str,
+    facts: Mapping[str, str],
 ) -> Contents:
-    """All that the page shows of an evaluation whose answers and states are there.
+    """All that the page shows of an evaluation.
 
     Args:
+        answers: of each arm, in the order of the rows.
+        states: the own states of the rows.
         num_shown: rows that are shown, spread evenly.
         facts: settings and versions.
     """
-    answers, states = engine.in_order(parts.answers()), parts.states()
     rows, decoder, encoder = engine.rows, engine.decoder, engine.encoder
     turned = encoder.helper_facts()["exif_orientation"]
     shown = []
@@ -75,7 +84,7 @@ def contents_of(
         model=model,
         data=data,
         date=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        task=engine.task.name,
+        task=task,
         way=next(iter(ways_of(answers[OWN])), ""),
         num_rows=len(rows),
         facts=facts,
@@ -85,7 +94,7 @@ def contents_of(
     )
 
 
-def arm_results(answers: dict[str, list[Answer]]) -> list[ArmResult]:
+def arm_results(answers: Mapping[str, Sequence[Answer]]) -> list[ArmResult]:
     """The lines of the replacement test, from the answers of each arm to the same rows in the same order."""
     own = answers[OWN]
     figures = Figures(answer for arm in answers.values() for answer in arm)
@@ -98,7 +107,7 @@ def arm_results(answers: dict[str, list[Answer]]) -> list[ArmResult]:
                 name=name,
                 meaning=MEANINGS[name.partition(":")[0] if name.startswith("noise") else name],
                 num_answers=len(arm),
-                num_unended=sum(not answer.complete for answer in arm),
+                num_cut_off=num_cut_off(arm),
                 num_with_block=sum(answer.num_blocks > 0 for answer in arm),
                 success=figures.rate(success_rates(arm)[ways[0]]) if scored else "",
                 difference=_minus_own(difference(arm, own), figures) if scored and name != OWN else None,

@@ -4,6 +4,7 @@ The function takes a row, a dict of its fields, and the answer's text. It return
 that cannot be scored. An empty answer decides which rows these are, so that no answer of other rows is left out.
 """
 
+import hashlib
 import importlib.util
 import symtable
 import sys
@@ -28,6 +29,7 @@ class Function:
 
     file: str  # as tracebacks name it
     call: Callable[[dict[str, Any], str], Any]
+    file_digest: str  # SHA-256 of the file
     scorable: dict[str, bool] = field(default_factory=dict)  # by a row's key: whether its empty answer has a score
 
 
@@ -68,6 +70,7 @@ def load_function(file: Path, name: str, setting: str) -> Function:
     assert spec is not None  # as the file's name ends in .py
     assert spec.loader is not None
     assert spec.origin is not None
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look for it there
     try:
@@ -78,7 +81,7 @@ def load_function(file: Path, name: str, setting: str) -> Function:
     if not callable(function):
         problem = "has no function" if function is None else "has something that cannot be called under the name"
         raise _no_function(problem, name, [key for key, value in vars(module).items() if callable(value)], where)
-    return Function(spec.origin, function)
+    return Function(spec.origin, function, digest)
 
 
 def _check_file(file: Path, where: str) -> None:

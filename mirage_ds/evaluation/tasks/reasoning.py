@@ -1,10 +1,12 @@
-r"""Scores answers to spatial reasoning: the letter in the last \boxed{...}, compared exactly."""
+r"""Scores answers to spatial reasoning: the letter in the last \boxed{...}, compared exactly; any from A to Z."""
+
+from string import ascii_uppercase
 
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.tasks.given import extract_boxed
 from mirage_ds.evaluation.tasks.outcome import INVALID, Outcome
 
-CHOICES = ("A", "B", "C")
+CHOICES = frozenset(ascii_uppercase)
 
 
 def extract_choice(text: str) -> str | None:
@@ -23,7 +25,7 @@ def score(expected: str, answer: str) -> Outcome:
     if choice is None:
         raise DataError(
             f"text_output {expected!r:.80} gives no letter (in a row that is to be scored); expected \\boxed{{...}} "
-            f"with one of {', '.join(CHOICES)}; fix the row, or score it as another task"
+            "with one letter from A to Z; fix the row, or score it as another task"
         )
     given = extract_choice(answer)
     status = INVALID if given is None else "Right" if given == choice else "Wrong"

@@ -21,7 +21,8 @@ from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.parts import Parts, check_settings
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.results import Results, parts_of
-from mirage_ds.evaluation.settings import digests
+from mirage_ds.evaluation.scoring import scored
+from mirage_ds.evaluation.settings import digest_of_rows
 from mirage_ds.evaluation.tables import summary_of
 from mirage_ds.evaluation.training.figures import numbers, spread_of
 from mirage_ds.evaluation.training.looks import looks
@@ -128,7 +129,8 @@ class InTraining:
             engine = self.engine()
             engine.run(parts, ranks, leave_if_asked)
             if results is not None:
-                answers, states = engine.in_order(parts.answers()), parts.states()
+                answers = scored(engine.in_order(parts.answers()), engine.rows, self.questions.task)
+                states = parts.states()
                 health = engine.health(states, answers[OWN])
                 evaluated = Evaluated(
                     numbers(answers, self.questions.task),
@@ -157,7 +159,6 @@ class InTraining:
             decoder,
             questions.encoder,
             questions.rows,
-            questions.task,
             questions.arms,
             batch_size=evaluation.batch_size,
             seed=self.config.run.seed,
@@ -174,7 +175,7 @@ class InTraining:
     @cached_property
     def digests(self) -> dict[str, str | None]:
         """Of the rows, by which `mirage compare` knows the same ones, and of the task."""
-        return digests(self.questions.task.name, self.questions.rows)
+        return {"task_file": self.questions.task.file_digest} | digest_of_rows(self.questions.rows)
 
     def warn_of_timeout(self, seconds: float) -> None:
         """Ranks that have ended wait for the slowest one, as long as a collective may wait."""

@@ -15,7 +15,7 @@ from mirage_ds.data.spread import spread
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.latents.arms import Arm, check_arms
-from mirage_ds.evaluation.latents.replace import check_targets
+from mirage_ds.evaluation.latents.replacements import check_targets
 from mirage_ds.evaluation.scoring import Task, load_task, unscorable
 from mirage_ds.evaluation.training.named import TASK, arms_of
 from mirage_ds.training.start import make_encoder

@@ -52,10 +52,10 @@ def test_differences_to_the_first_file() -> None:
     write(Path("c.jsonl"), answers(".........."))
     printed = compare("a.jsonl", "b.jsonl", "c.jsonl")
     low, high = (100 * end for end in wilson_interval(4, 10))
-    assert line_of(printed, "a.jsonl") == ["a.jsonl", f"40.0% [{low:.1f}, {high:.1f}]", "", "", "", "0"]
+    assert line_of(printed, "a.jsonl") == ["a.jsonl", f"40.0% [{low:.1f}, {high:.1f}]", "", "", "", "", "0"]
     low, high = (100 * end for end in mean_interval([0, 0, 0, -1, 1, 1, 1, 0, 0, 0, 1, -1]))
     b = line_of(printed, "b.jsonl")
-    assert b[2:] == [f"+20.0 [{low:+.1f}, {high:+.1f}]", "3", "1", "0"]
+    assert b[2:] == [f"+20.0 [{low:+.1f}, {high:+.1f}]", "3", "1", "40.0%", "0"]
     assert line_of(printed, "c.jsonl")[2].startswith("-40.0 [")
     assert line_of(printed, "c.jsonl")[3:5] == ["0", "4"]
     assert line_of(compare("a.jsonl", "b.jsonl", "--arm", "mean"), "b.jsonl")[2].startswith("-100.0 [-100.0, -")
@@ -68,6 +68,29 @@ def test_other_numbers_of_answers_and_another_order() -> None:
     b = line_of(compare("a.jsonl", "b.jsonl"), "b.jsonl")
     assert b[2].startswith("+16.7 [")
     assert b[3:5] == ["1", "0"]
+
+
+def test_files_without_scores() -> None:
+    """By the texts alone, of the samples that both files have; the task `none` gives no success."""
+    texts = {"a.jsonl": ["one", "two", "three"], "b.jsonl": ["one", "deux", "trois"], "c.jsonl": ["one", "two", "tres"]}
+    for name, words in texts.items():
+        made = [answer(number, "?", text=text, unscored="") for number, text in enumerate(words)]
+        if name == "c.jsonl":
+            made += [answer(number, "?", text="more", unscored="", sample=1) for number in range(3)]
+        write(Path(name), made, task="none")
+    above, _, below = compare(*texts).partition("rows that changed")
+    assert [line_of(above, name) for name in texts] == [
+        ["a.jsonl", "", "0"],
+        ["b.jsonl", "66.7%", "0"],
+        ["c.jsonl", "33.3%", "0"],
+    ]
+    shown = [line.split("\u2502")[1:-1] for line in below.splitlines() if ".jsonl:" in line]
+    assert [[cell.strip() for cell in cells] for cells in shown] == [
+        ["test.jsonl:2", "b.jsonl", "another text", "two", "deux"],
+        ["test.jsonl:3", "b.jsonl", "another text", "three", "trois"],
+        ["test.jsonl:3", "c.jsonl", "another text", "three", "tres"],
+    ]
+    assert "rows that changed" not in compare("a.jsonl", "a.jsonl")
 
 
 def test_groups() -> None:

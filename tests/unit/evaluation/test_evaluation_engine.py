@@ -18,7 +18,6 @@ from mirage_ds.evaluation.latents.arms import parse_arms
 from mirage_ds.evaluation.parts import Parts
 from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.ranks import Ranks
-from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.inference.generate import Decoder, load_decoder
 from mirage_ds.inference.sampling import Sampling
 
@@ -42,8 +41,7 @@ def engine(loaded: tuple[Decoder, Encoder], questions: Path) -> Callable[..., En
     def make(arms: str = ARMS, temperature: float = 0.0, samples: int = 1) -> Engine:
         decoder, encoder = loaded
         decoder.sampling = Sampling(temperature, 0.9, seed=3)
-        task = load_task("vsp-spatial-planning")
-        return Engine(decoder, encoder, read_questions_of(questions), task, parse_arms(arms), BATCH_SIZE, samples)
+        return Engine(decoder, encoder, read_questions_of(questions), parse_arms(arms), BATCH_SIZE, samples)
 
     return make
 

@@ -14,7 +14,7 @@ from mirage_ds.cli import app
 from mirage_ds.errors import DataError
 from mirage_ds.inference.generate import Decoder
 
-NUM_ROWS, ARMS = 7, ("own", "none", "mean", "shuffled")
+NUM_ROWS, ARMS, IMAGE = 7, ("own", "none", "mean", "shuffled"), ("--image", "gray")
 COMMON = ("--latent-size", 3, "--max-new-tokens", 12, "--batch-size", 4)
 
 
@@ -42,13 +42,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(model: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("report") / "new" / "report.html"
-    run("inspect", "--model", model, "--data", data, "--output", output, "--task", "vsp-spatial-reasoning", *COMMON)
+    run(
+        "inspect",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--output",
+        output,
+        "--task",
+        "vsp-spatial-reasoning",
+        *IMAGE,
+        *COMMON,
+    )
     return output
 
 
 def test_the_page_shows_the_answers_of_evaluate(report: Path, model: str, data: Path, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    how = ("--task", "vsp-spatial-reasoning", "--latents", ",".join(ARMS))
+    how = ("--task", "vsp-spatial-reasoning", "--latents", ",".join(ARMS), *IMAGE)
     run("evaluate", "--model", model, "--data", data, "--output", results, *how, *COMMON)
     answers = [json.loads(line) for line in results.read_text().splitlines()]
     page = Page(report.read_text())
@@ -69,7 +81,14 @@ def test_the_page_is_complete_and_alone(report: Path) -> None:
     assert ATTACK in page.text
     num_latents = len(page.all("span", "latent")) - 1
     assert len(page.all("img")) == 2 * NUM_ROWS + num_latents  # input and helper images; a heat map for each latent
-    for words in ("own is", "Latent health", "latent 0.2", "target cosine", "vsp-spatial-reasoning"):
+    for words in (
+        "own is",
+        "image:gray own states; input images are gray",
+        "Latent health",
+        "latent 0.2",
+        "target cosine",
+        "vsp-spatial-reasoning",
+    ):
         assert words in page.text
     assert [path.name for path in report.parent.iterdir()] == ["report.html"]
 

@@ -20,7 +20,7 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, load_encoder
 from mirage_ds.data.rows import Sample, read_questions
 from mirage_ds.evaluation.engine import OwnStates
-from mirage_ds.evaluation.latents.feeds import NoisyStates, cycle_of, next_rows
+from mirage_ds.evaluation.latents.fed_states import NoisyStates, cycle_of, next_rows
 from mirage_ds.inference.feed import Slot
 from mirage_ds.inference.generate import Decoder, load_decoder
 

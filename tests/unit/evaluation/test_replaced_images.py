@@ -18,7 +18,8 @@ from mirage_ds.data.rows import Sample, read_questions
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.latents.arms import Arm, parse_arms
-from mirage_ds.evaluation.latents.replace import Replacements
+from mirage_ds.evaluation.latents.replacements import Replacements
+from mirage_ds.evaluation.latents.states import States
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.inference.generate import load_decoder
 from mirage_ds.model.mirage import MirageModel
@@ -122,6 +123,13 @@ def test_none(replacements: Replacements) -> None:
         assert not found.image_mask.any()
     slots = Row(0, "", Sample("000000000", "<image> to <output_image>", "", SAMPLES[1].input_images))
     assert not replacements.prompt(ARMS["none"], slots).image_mask.any()
+
+
+def test_an_arm_that_nothing_is_written_for_is_not_taken_for_another(replacements: Replacements) -> None:
+    with pytest.raises(AssertionError, match="in the arm image:black"):
+        replacements.prompt(Arm("image:black", image="black"), replacements.rows[0])
+    with pytest.raises(AssertionError, match="in the arm later"):
+        replacements.decoder_of(Arm("later", latents="later"), States({}, 1))
 
 
 @pytest.mark.parametrize("strategy", ["average", "average_all", "grid"])

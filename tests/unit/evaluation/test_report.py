@@ -9,14 +9,16 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from written_answers import answers
 
+from mirage_ds.evaluation.latents.arms import parse_arms
 from mirage_ds.evaluation.latents.health import LatentHealth, SlotHealth
 from mirage_ds.evaluation.latents.heat import overlay
 from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate, Health, Measure, Piece, Reply, RowView
 from mirage_ds.evaluation.report.page import reading, render
 from mirage_ds.evaluation.report.pictures import HEAT_SIDE_PX, picture
 from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
-from mirage_ds.evaluation.report.view import health_view
+from mirage_ds.evaluation.report.view import arm_results, health_view
 from mirage_ds.inference.feed import Slot
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
@@ -195,6 +197,11 @@ def test_without_a_task_changes_are_shown() -> None:
     assert text == "30% [20, 40] changed"
     assert (float(rectangle["x"]), float(rectangle["width"])) == (0, 30)
     assert "Success" not in page.text
+
+
+def test_every_arm_has_a_meaning_of_its_own() -> None:
+    arms = {arm.name: answers("x.x", arm=arm.name) for arm in parse_arms("all", "all")}
+    assert len({result.meaning for result in arm_results(arms)}) == len(arms) == 13
 
 
 def test_health(html: str) -> None:

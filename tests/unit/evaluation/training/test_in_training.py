@@ -24,7 +24,7 @@ from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.latents.arms import parse_arms
 from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.scoring import load_task
-from mirage_ds.evaluation.settings import digests
+from mirage_ds.evaluation.settings import digest_of_rows
 from mirage_ds.evaluation.tasks.outcome import Outcome
 from mirage_ds.evaluation.training.evaluations import InTraining, forget
 from mirage_ds.evaluation.training.figures import numbers
@@ -290,5 +290,5 @@ def test_the_rows_of_a_summary_are_those_of_evaluate(tmp_path: Path, shards: boo
     backbone = cast("Any", SimpleNamespace(describe=lambda: "float32"))
     found = InTraining(cast("Any", None), backbone, questions, config).settings(4)
     assert found["data"] == str(source)
-    assert found["rows"] == digests("none", read_questions_of(path))["rows"]
-    assert found["rows"] != digests("none", read_questions_of(path, limit=3))["rows"]
+    assert found["rows"] == digest_of_rows(read_questions_of(path))["rows"]
+    assert found["rows"] != digest_of_rows(read_questions_of(path, limit=3))["rows"]

@@ -13,7 +13,7 @@ from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, num_image_b
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.latents.arms import OWN, Arm
-from mirage_ds.evaluation.latents.feeds import (
+from mirage_ds.evaluation.latents.fed_states import (
     FirstStates,
     FixedState,
     MeanStates,
@@ -47,16 +47,19 @@ class Replacements:
     def _asked(self, arm: Arm, sample: Sample) -> Sample:
         if arm.image == OWN or not sample.input_images:
             return sample
-        if arm.image == "gray":
-            turned = self.encoder.helper_facts()["exif_orientation"]
-            sizes = [open_image(data, sample.key, exif_orientation=turned).size for data in sample.input_images]
-            return replace(sample, input_images=tuple(gray_png(*size) for size in sizes))
-        if arm.image == "other":
-            others = self._by_key[self._next_with_images[sample.key]].input_images
-            return replace(sample, input_images=tuple(in_places(others, len(sample.input_images))))
-        text = sample.text_input.replace(IMAGE_TAG, "").replace(OUTPUT_IMAGE_TAG, "")
-        assert num_image_blocks(text, 0) == 0, "every slot was removed"
-        return replace(sample, text_input=text, input_images=())
+        match arm.image:
+            case "gray":
+                turned = self.encoder.helper_facts()["exif_orientation"]
+                sizes = [open_image(data, sample.key, exif_orientation=turned).size for data in sample.input_images]
+                return replace(sample, input_images=tuple(gray_png(*size) for size in sizes))
+            case "other":
+                others = self._by_key[self._next_with_images[sample.key]].input_images
+                return replace(sample, input_images=tuple(in_places(others, len(sample.input_images))))
+            case "none":
+                text = sample.text_input.replace(IMAGE_TAG, "").replace(OUTPUT_IMAGE_TAG, "")
+                assert num_image_blocks(text, 0) == 0, "every slot was removed"
+                return replace(sample, text_input=text, input_images=())
+        raise AssertionError(f"nothing replaces the input images in the arm {arm.name}")
 
     @cached_property
     def _next_with_images(self) -> dict[str, str]:
@@ -73,23 +76,27 @@ class Replacements:
         if arm.latents in REPLACED:
             return REPLACED[arm.latents](self.decoder)
         if not arm.needs_states:
-            return replace(self.decoder, feed=self._feed_of_row(arm))
+            return replace(self.decoder, feed=self._feed(arm, states))
         if arm.name not in self._from_states:
-            self._from_states[arm.name] = self._feed_of_states(arm, states)
+            self._from_states[arm.name] = self._feed(arm, states)
         return replace(self.decoder, feed=self._from_states[arm.name])
 
-    def _feed_of_row(self, arm: Arm) -> Feed:
-        if arm.latents == "noise":
-            return NoisyStates(arm.noise, self.seed)
-        return FirstStates() if arm.latents == "first" else OracleStates(self.targets)
-
-    def _feed_of_states(self, arm: Arm, states: States) -> Feed:
+    def _feed(self, arm: Arm, states: States) -> Feed:
         keys = [row.sample.key for row in self.rows]
-        if arm.latents == "mean":
-            return MeanStates(states)
-        if arm.latents == "fixed":
-            return FixedState(states, cycle_of(keys, self.seed))
-        return ShuffledStates(states, next_rows(keys, self.seed))
+        match arm.latents:
+            case "noise":
+                return NoisyStates(arm.noise, self.seed)
+            case "first":
+                return FirstStates()
+            case "oracle":
+                return OracleStates(self.targets)
+            case "mean":
+                return MeanStates(states)
+            case "fixed":
+                return FixedState(states, cycle_of(keys, self.seed))
+            case "shuffled":
+                return ShuffledStates(states, next_rows(keys, self.seed))
+        raise AssertionError(f"nothing is fed at the latents in the arm {arm.name}")
 
     @torch.inference_mode()
     def targets(self, key: str) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from mirage_ds.evaluation.latents.feeds import (
+from mirage_ds.evaluation.latents.fed_states import (
     FirstStates,
     FixedState,
     MeanStates,
