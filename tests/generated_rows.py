@@ -21,6 +21,16 @@ def image_bytes(size: tuple[int, int] = (84, 84), seed: int = 0, image_format: s
     return buffer.getvalue()
 
 
+def other_pixel(image: bytes) -> bytes:
+    """The image with one other pixel, in its middle."""
+    changed = Image.open(io.BytesIO(image)).convert("RGB")
+    middle = (changed.width // 2, changed.height // 2)
+    changed.putpixel(middle, tuple(255 - value for value in changed.getpixel(middle)))
+    buffer = io.BytesIO()
+    changed.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def make_row(number: int) -> dict[str, Any]:
     """One row; its images are images/NUMBER_0.png (input) and images/NUMBER_1.png (helper)."""
     letter = "ABC"[number % 3]

@@ -1,9 +1,11 @@
 """One micro-batch through a model: what several tests compare."""
 
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mirage_ds.batch import Batch
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.model.mirage import MirageModel
@@ -20,6 +22,21 @@ def losses_of(model: MirageModel, samples: list[EncodedSample], num_passes: int 
     losses.loss.backward()
     grads = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
     return losses.loss.item(), torch.stack(grads).norm().item()
+
+
+def check_against(model: MirageModel, batches: list[Batch], plain: tuple[float, dict[str, torch.Tensor]]) -> None:
+    """The micro-batches' losses, to 1e-5, and gradients, to 1e-4 of each one's norm, are those of the plain loop."""
+    losses, gradients = plain
+    total = 0.0
+    for batch in batches:
+        loss = model(batch).loss
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(losses, rel=1e-5)
+    found = {name: each.grad for name, each in model.hf.named_parameters() if each.grad is not None}
+    assert found.keys() == gradients.keys()
+    for name, expected in gradients.items():
+        assert (found[name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
 class LiveStorage(TorchDispatchMode):

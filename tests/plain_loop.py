@@ -91,6 +91,19 @@ def sample_losses(model: torch.nn.Module, sample: Sample, stage: str) -> tuple[t
     return torch.nn.functional.cross_entropy(logits, sample["labels"][1:][supervised]), latent_loss
 
 
+def summed(folder: str, samples: list[Sample], stage: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """The sum of the samples' losses, and its gradients, by transformers' names. The tower is not trained."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model.model.visual.requires_grad_(False)
+    total = 0.0
+    for sample in samples:
+        ce_loss, latent_loss = sample_losses(model, sample, stage)
+        loss = (0.1 if stage == "stage1" else 1.0) * ce_loss + latent_loss
+        loss.backward()
+        total += loss.item()
+    return total, {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+
 def train(
     folder: str,
     global_batches: list[list[Sample]],

@@ -11,7 +11,7 @@ from runs import ENDLESS, TIMEOUT_S, Ground, Run
 
 pytestmark = pytest.mark.slow
 
-INTERVAL = 5
+INTERVAL = 3
 
 
 def kill_rank(run: Run, node: str) -> None:

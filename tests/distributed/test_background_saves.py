@@ -112,7 +112,7 @@ def test_an_early_end_waits_for_the_writers_and_a_killed_one_ends_the_run(tmp_pa
         f"model.path={tmp_path / 'model'}",
         f"data.shards={tmp_path / 'shards'}",
     ]
-    arguments += ["run.resume=auto", "train.max_steps=100000", "train.log_freq=1", "checkpoint.interval=40"]
+    arguments += ["run.resume=auto", "train.max_steps=100000", "train.log_freq=1", "checkpoint.interval=20"]
 
     def steps() -> int:
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
@@ -121,7 +121,7 @@ def test_an_early_end_waits_for_the_writers_and_a_killed_one_ends_the_run(tmp_pa
         writers = [writer_of(process.pid) for process in ranks.processes]
         for pid in writers:
             os.kill(pid, signal.SIGSTOP)
-        wait_until(ranks, lambda: steps() > 42)
+        wait_until(ranks, lambda: steps() > 22)
         ranks.send_signal(signal.SIGTERM)
         wait_until(ranks, lambda: "saving and ending after step" in log.read_text())
         assert not tags(checkpoints)
@@ -129,14 +129,14 @@ def test_an_early_end_waits_for_the_writers_and_a_killed_one_ends_the_run(tmp_pa
             os.kill(pid, signal.SIGCONT)
         ranks.finish(timeout_s=300)
     last = json.loads((run / "preempted").read_text())["step"]
-    assert 42 < last < 80
-    assert {path.name for path in tags(checkpoints)} == {"global_step40", f"global_step{last}"}
+    assert 22 < last < 40
+    assert {path.name for path in tags(checkpoints)} == {"global_step20", f"global_step{last}"}
     assert all(wrong_content(path) is None for path in tags(checkpoints))
 
     with launching.start(2, *arguments, log=log) as ranks:
         victim = writer_of(ranks.processes[1].pid)
         os.kill(victim, signal.SIGSTOP)
-        wait_until(ranks, lambda: (checkpoints / "global_step80.part").exists())
+        wait_until(ranks, lambda: (checkpoints / "global_step40.part").exists())
         os.kill(victim, signal.SIGKILL)
         assert ranks.wait(timeout_s=300) == 2
     output = log.read_text()

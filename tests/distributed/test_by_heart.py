@@ -15,7 +15,7 @@ from mirage_ds.hf.preset import write_tiny
 
 ROOT = Path(__file__).parents[2]
 LATENT_SIZE, MAX_PIXELS = 4, 28 * 28 * 16
-STEPS = {"stage1": 120, "stage2": 45}
+STEPS = {"stage1": 75, "stage2": 40}
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,6 +1,7 @@
 """A run resumes with another number of ranks: 2, 1, 4, 2 against an uninterrupted run on 2.
 
 Several sub-groups, two parameter groups, and a frozen tower trained by another run, so not that of the model folder.
+Rows get other rows' helper images, and a share of them has hidden images.
 """
 
 import json
@@ -55,6 +56,7 @@ def start(ground: Path, name: str, ranks: int, *more: str) -> launching.Ranks:
     command += [f"model.path={ground / 'model'}", f"data.shards={ground / 'shards'}"]
     command += [f"run.dir={ground / name}", "run.resume=auto", f"train.max_steps={STEPS}", "data.num_workers=0"]
     command += ["train.global_batch_size=4", "train.gradient_accumulation_steps=null", "checkpoint.keep_latest_k=9"]
+    command += ["data.helper=shuffled", "data.text_dropout_image=0.3"]
     command += [f"distributed.deepspeed_config={ground / 'zero3.json'}", *more]
     return launching.start(ranks, *command, log=ground / f"{name}.log")
 

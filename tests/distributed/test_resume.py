@@ -1,4 +1,7 @@
-"""A killed run resumes with the same bits as an uninterrupted one: on 2 ranks, with real SIGKILLs."""
+"""A killed run resumes with the same bits as an uninterrupted one: on 2 ranks, with real SIGKILLs.
+
+Stage 1 is a control arm, whose rows get other rows' helper images, and a share of which has hidden images.
+"""
 
 import hashlib
 import json
@@ -20,6 +23,7 @@ from generated_rows import write_rows
 from data_tools.build import build
 from mirage_ds.checkpoint.find import newest_complete
 from mirage_ds.data.encode import load_encoder
+from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.hf.export import export_checkpoint
@@ -28,6 +32,8 @@ from mirage_ds.model.backbone import load_backbone
 
 ROOT = Path(__file__).parents[2]
 STEPS, INTERVAL, KILLED_AFTER = 11, 5, 6
+CONTROLS = {"stage1": ("data.helper=shuffled", "data.text_dropout_image=0.3"), "stage2": ()}
+HELPERS = {"stage1": Helpers("shuffled", seed=42), "stage2": OWN}  # with the default of run.seed
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,7 @@ def command(ground: Path, stage: str, name: str, *more: str) -> list[str]:
         f"evaluation.interval={INTERVAL}",
         "evaluation.max_samples=5",
         f"train.log_freq={3 if 'killed' in name else 1}",
+        *CONTROLS[stage],
         *more,
     ]
 
@@ -162,7 +169,7 @@ def test_the_validation_loss_is_that_of_the_saved_weights(
     export_checkpoint(run_dir, tmp_path / "model")
     backbone = load_backbone(str(tmp_path / "model"), dtype=torch.float32)
     encoder = load_encoder(str(ground / "model"), stage=stage, latent_size=4)
-    read = SampleReader(load_manifest(ground / "shards"))
+    read = SampleReader(load_manifest(ground / "shards"), helpers=HELPERS[stage])
     with torch.no_grad():
         losses = [
             plain_loop.sample_losses(backbone.hf, vars(encoder(read(number))), stage) for number in (0, 2, 4, 6, 8)

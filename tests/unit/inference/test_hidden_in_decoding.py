@@ -1,13 +1,20 @@
-"""Decoding with hidden images: what is held of them after a row's first block reaches no later logit."""
+"""Decoding with hidden images: a pixel that changes after a row's first block changes no later logit.
 
+From then on the row finds, at the columns of its images, the keys and values of all layers that it has with one other
+pixel in each image; at all other columns its own.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 
 import flash_attn_stub
 import pytest
 import torch
 from flash_attn_stub import FLASH, VARLEN
+from generated_rows import other_pixel
 from scripted import Watched
 from talkative import write_questions, write_talkative
+from transformers import DynamicCache
 
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder
@@ -34,27 +41,30 @@ def script(decoder: Decoder) -> list[int]:
     return [20, *block, 21, 22, *block, 23, 24]
 
 
-def log_probs(loaded: tuple[Decoder, Encoder], questions: Path, disturbed_at: int | None) -> torch.Tensor:
-    """[tokens, V], of every emitted token; before the input of number `disturbed_at`, keys and values of the images
-    become others in all layers."""
+def log_probs(loaded: tuple[Decoder, Encoder], questions: Path, changed_at: int | None) -> torch.Tensor:
+    """[tokens, V], of every emitted token; before the input of number `changed_at`, a pixel of each image changes."""
     decoder, encoder = loaded
     tokens = script(decoder)
     decoder.sampling = watched = Watched(script=iter(tokens))
     decoder.max_new_tokens = len(tokens)
-    rows = [encoder.prompt(sample) for _, sample in read_questions(questions)]
-    batch = collate([rows[WITH_IMAGES]], align_latents=True)
+    sample = [sample for _, sample in read_questions(questions)][WITH_IMAGES]
+    changed = replace(sample, input_images=tuple(map(other_pixel, sample.input_images)))
+    batch, other = (collate([encoder.prompt(each)], align_latents=True) for each in (sample, changed))
     images, inputs, step = batch.image_mask[0].nonzero().flatten(), [], decoder.backbone.step
+    others = DynamicCache()
+    with torch.inference_mode():
+        step(decoder.prompt_embeds(other), other.position_ids, other.attention_mask, others)
 
-    def disturbing_step(embeds, position_ids, mask, cache):
-        if len(inputs) - 1 == disturbed_at:
-            for layer in cache.layers:
-                for held in (layer.keys, layer.values):
-                    held[:, :, images] *= -1.5
+    def changing_step(embeds, position_ids, mask, cache):
+        if len(inputs) - 1 == changed_at:
+            for layer, from_other in zip(cache.layers, others.layers, strict=True):
+                layer.keys[:, :, images] = from_other.keys[:, :, images]
+                layer.values[:, :, images] = from_other.values[:, :, images]
         inputs.append(embeds)
         return step(embeds, position_ids, mask, cache)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder.backbone, "step", disturbing_step)
+        patch.setattr(decoder.backbone, "step", changing_step)
         (answer,) = decoder.generate(batch)
     assert answer.ids == tokens
     return torch.cat(watched.log_probs)
@@ -62,7 +72,7 @@ def log_probs(loaded: tuple[Decoder, Encoder], questions: Path, disturbed_at: in
 
 @pytest.mark.parametrize("attention", ["sdpa", FLASH])
 @pytest.mark.parametrize("latent_size", [2, 0], ids=["two latents", "markers alone"])
-def test_an_image_that_changes_after_the_block_changes_no_later_logit(
+def test_a_pixel_that_changes_after_the_block_changes_no_later_logit(
     loaded: tuple[Decoder, Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, latent_size: int, attention: str
 ) -> None:
     questions, (decoder, _) = write_questions(tmp_path / "rows", WITH_IMAGES + 1), loaded

@@ -1,7 +1,6 @@
-"""Images that are hidden after a row's first latent block: against a plain loop with an explicit mask; and what is
-computed at the images reaches no later state.
+"""Images that are hidden after a row's first latent block: against a plain loop with an explicit mask.
 
-Losses to 1e-5, the gradient of every parameter to 1e-4 of its norm.
+Losses to 1e-5, the gradient of every parameter to 1e-4 of its norm. See also test_changed_pixel.py.
 """
 
 from dataclasses import replace
@@ -13,16 +12,13 @@ import plain_loop
 import pytest
 import torch
 from flash_attn_stub import FLASH, VARLEN, use_flash
-from micro_batch import Waits, losses_of
+from micro_batch import Waits, check_against, losses_of
 from random_samples import ragged_batch, random_sample
-from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mirage_ds.batch import Batch
 from mirage_ds.data import collate as collation
 from mirage_ds.data.alignment import aligned_columns, columns_from_left
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
-from mirage_ds.model.rollout import Rollout
 
 BLOCKS = [[], [2], [8, 2], [3, 1]]
 HIDES = [True, True, True, False]
@@ -44,15 +40,7 @@ def samples_of(stage: str) -> list[EncodedSample]:
 @cache
 def plain(stage: str) -> tuple[float, dict[str, torch.Tensor]]:
     """The sum of the samples' losses, and its gradients, by transformers' names."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(golden_set.MODEL, dtype=torch.float32)
-    model.model.visual.requires_grad_(False)
-    total = 0.0
-    for sample in samples_of(stage):
-        ce_loss, latent_loss = plain_loop.sample_losses(model, vars(sample), stage)
-        loss = (0.1 if stage == "stage1" else 1.0) * ce_loss + latent_loss
-        loss.backward()
-        total += loss.item()
-    return total, {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return plain_loop.summed(golden_set.MODEL, [vars(sample) for sample in samples_of(stage)], stage)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", FLASH])
@@ -72,17 +60,7 @@ def test_losses_and_gradients_are_those_of_an_explicit_mask(
     if attention == FLASH:
         flash = flash_attn_stub.install(monkeypatch)
         use_flash(model)
-    total = 0.0
-    for batch in batches:
-        loss = model(batch).loss
-        loss.backward()
-        total += loss.item()
-    losses, gradients = plain(stage)
-    assert total == pytest.approx(losses, rel=1e-5)
-    found = {name: each.grad for name, each in model.hf.named_parameters() if each.grad is not None}
-    assert found.keys() == gradients.keys()
-    for name, expected in gradients.items():
-        assert (found[name] - expected).norm() <= 1e-4 * expected.norm(), name
+    check_against(model, batches, plain(stage))
     if attention == FLASH:
         assert flash.calls[VARLEN] > 0
 
@@ -124,53 +102,6 @@ def test_a_row_that_ends_with_its_latents(make_model) -> None:
     assert (batch.hidden_from.tolist(), batch.hide_columns) == ([cut], [])
     model = make_model("stage2")
     assert losses_of(model, [sample]) == pytest.approx(losses_of(model, [replace(sample, hides_images=False)]))
-
-
-class Disturbed(Rollout):
-    """A rollout whose rows find other keys and values at their images from the column `begins` [B] of the row on."""
-
-    def one_pass(self, hidden, past, *arguments, **keywords):
-        held = sum(key.shape[2] for key, _ in past[0])
-        if held:
-            is_changed = (self.images & (self.begins <= held)[:, None])[:, None, :held, None]
-            for parts in past:
-                joined = [torch.cat(each, dim=2) for each in zip(*parts, strict=True)]
-                parts[:] = [tuple(torch.where(is_changed, -1.5 * each, each) for each in joined)]
-        return super().one_pass(hidden, past, *arguments, **keywords)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", FLASH])
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_an_image_that_changes_after_the_block_changes_no_later_state(
-    make_model, monkeypatch: pytest.MonkeyPatch, stage: str, attention: str
-) -> None:
-    """Keys and values of the images, in all layers. Columns are passed one by one, so that both ways have the same."""
-    model = make_model(stage)
-    if attention == FLASH:
-        flash_attn_stub.install(monkeypatch)
-        use_flash(model)
-    samples = [replace(sample, hides_images=True) for sample in samples_of(stage)[1:]]
-    hidden = collate(samples, align_latents=stage == "stage2")
-    visible = replace(hidden, hidden_from=None, hide_columns=[])
-    for batch, changes in ((hidden, False), (visible, True)):
-        before, after = states(model, batch, hidden, disturbed=False), states(model, batch, hidden, disturbed=True)
-        for row, begin in enumerate(hidden.hidden_from.tolist()):
-            tokens = batch.attention_mask[row, begin:]
-            assert torch.equal(before[row, :begin], after[row, :begin])
-            differs = (before[row, begin:] - after[row, begin:]).abs().amax(dim=-1)[tokens]
-            assert (differs > 1e-3).all() if changes else (differs == 0).all()
-
-
-@torch.no_grad()
-def states(model, batch: Batch, hidden: Batch, *, disturbed: bool) -> torch.Tensor:
-    """Final-normed states [B, L, D], with or without the disturbance."""
-    found: list[torch.Tensor] = []
-    model.rollout.__class__ = Disturbed if disturbed else Rollout
-    model.rollout.images, model.rollout.begins = batch.image_mask, hidden.hidden_from
-    hook = model.rollout.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
-    model(batch, batch.input_ids.shape[1])
-    hook.remove()
-    return found[0]
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

@@ -11,9 +11,9 @@ import golden_set
 import plain_loop
 import pytest
 import torch
-from flash_attn_stub import VARLEN, FlashAttn
+from flash_attn_stub import FLASH, VARLEN, use_flash
+from micro_batch import check_against
 from random_samples import ragged_batch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mirage_ds.batch import Batch
 from mirage_ds.data import collate as collation
@@ -26,7 +26,6 @@ BLOCKS = [[], [2], [8, 2], [2, 8, 2]]
 ALIGNED_PASSES = {1: [1, 3, 11, 13], 2: [3, 19], 4: [1 + 8 + 8 + 2]}
 """Of each micro-batch, by its number of rows: for each ordinal the largest K, and one."""
 WAYS = {"aligned": aligned_columns, "from the left": columns_from_left}
-FLASH = "flash_attention_2"
 
 
 def samples_of(stage: str) -> list[EncodedSample]:
@@ -36,43 +35,13 @@ def samples_of(stage: str) -> list[EncodedSample]:
 @cache
 def plain(stage: str) -> tuple[float, dict[str, torch.Tensor]]:
     """The sum of the samples' losses, and its gradients, by transformers' names."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(golden_set.MODEL, dtype=torch.float32)
-    model.model.visual.requires_grad_(False)
-    total = 0.0
-    for sample in samples_of(stage):
-        ce_loss, latent_loss = plain_loop.sample_losses(model, vars(sample), stage)
-        loss = (0.1 if stage == "stage1" else 1.0) * ce_loss + latent_loss
-        loss.backward()
-        total += loss.item()
-    return total, {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return plain_loop.summed(golden_set.MODEL, [vars(sample) for sample in samples_of(stage)], stage)
 
 
 def micro_batches(stage: str, rows: int) -> list[Batch]:
     samples = samples_of(stage)
     parts = [samples[start : start + rows] for start in range(0, len(samples), rows)]
     return [collate(part, align_latents=stage == "stage2") for part in parts]
-
-
-def use_flash(model, monkeypatch: pytest.MonkeyPatch) -> FlashAttn:
-    """As `load_backbone` with this attention, which transformers refuses without a GPU."""
-    model.tower.attention = model.rollout.attention = FLASH
-    model.hf.config._attn_implementation = FLASH
-    return flash_attn_stub.install(monkeypatch)
-
-
-def check(model, batches: list[Batch], stage: str) -> None:
-    """The micro-batches' losses and gradients are those of the plain loop."""
-    losses, gradients = plain(stage)
-    total = 0.0
-    for batch in batches:
-        loss = model(batch).loss
-        loss.backward()
-        total += loss.item()
-    assert total == pytest.approx(losses, rel=1e-5)
-    found = {name: each.grad for name, each in model.hf.named_parameters() if each.grad is not None}
-    assert found.keys() == gradients.keys()
-    for name, expected in gradients.items():
-        assert (found[name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
 @pytest.mark.parametrize("attention", ["sdpa", FLASH])
@@ -94,8 +63,9 @@ def test_fed_back_blocks(
         assert [batch.left_padded for batch in batches] == [False] * len(batches)
         assert rows == 1 or sum(passes) > sum(ALIGNED_PASSES[rows])
     if attention == FLASH:
-        flash = use_flash(model, monkeypatch)
-    check(model, batches, "stage2")
+        flash = flash_attn_stub.install(monkeypatch)
+        use_flash(model)
+    check_against(model, batches, plain("stage2"))
     if attention == FLASH and way == "aligned" and rows > 1:
         assert flash.calls[VARLEN] > sum(passes)
 
@@ -111,8 +81,9 @@ def test_grounded_blocks(
     assert [size for batch in batches for size in batch.latent_sizes] == [size for sizes in BLOCKS for size in sizes]
     model = make_model("stage1", recompute=recompute)
     if attention == FLASH:
-        use_flash(model, monkeypatch)
-    check(model, batches, "stage1")
+        flash_attn_stub.install(monkeypatch)
+        use_flash(model)
+    check_against(model, batches, plain("stage1"))
 
 
 class DetachedRollout(Rollout):
@@ -134,9 +105,9 @@ def test_a_detached_latent_in_the_second_block_is_seen(make_model, detached: Seq
     model.rollout.__class__ = DetachedRollout
     model.rollout.detached = detached
     if right:
-        check(model, batches, "stage2")
+        check_against(model, batches, plain("stage2"))
         return
     with pytest.raises(AssertionError, match="language_model"):
-        check(model, batches, "stage2")
+        check_against(model, batches, plain("stage2"))
     model.rollout.passes = -1
     assert model(batches[0]).loss.item() == pytest.approx(plain("stage2")[0], rel=1e-5)
