@@ -17,8 +17,8 @@ BLOCKS = [[[], [2], [8, 2], [2, 8, 2]], [[2], [2, 2], [], [8, 2]]]
 """K of each sample of a global batch, or of each of its blocks, step by step."""
 BLOCKS_STEPS = len(BLOCKS) + 1  # more than those of the warm-up
 HIDDEN_GATHERS = {"stage1": "layer", "stage2": "rollout"}
-CUT_STEPS = 9  # three rounds of VARYING, over warm-up and decay
-RAGGED_STEPS, MANY_RAGGED_STEPS = 40, 200
+CUT_STEPS = 6  # two rounds of VARYING, over warm-up and decay
+RAGGED_STEPS, MANY_RAGGED_STEPS = 20, 100
 RAGGED_CUTS = {"stage1": {"accumulation": 2, "token_budget": 68}, "stage2": {"accumulation": 2, "balance": True}}
 """Of 4 samples: packed, and balanced."""
 BALANCED_CUT = {"steps": 5, "micro_batch": 2, "accumulation": 2}
