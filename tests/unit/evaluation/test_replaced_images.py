@@ -134,7 +134,11 @@ def test_an_arm_that_nothing_is_written_for_is_not_taken_for_another(replacement
 
 @pytest.mark.parametrize("strategy", ["average", "average_all", "grid"])
 def test_the_oracle_s_targets_are_those_of_training(strategy: str, model: Path, tmp_path: Path) -> None:
-    """Bit for bit, with the way to pool that the export names; K is the row's own, or the model's."""
+    """With the way to pool that the export names; K is the row's own, or the model's.
+
+    Not bit for bit: here the tower has one image at a time, in training all of the micro-batch, and some processors sum
+    a matrix product of other rows in another order.
+    """
     path = shutil.copytree(model, tmp_path / "model") / "config.json"
     settings = {"latent_size": 4, "stage": "stage1", "system_turn": True, "compress_strategy": strategy}
     ids = load_encoder(str(model), stage="stage1", latent_size=4).ids
@@ -153,7 +157,7 @@ def test_the_oracle_s_targets_are_those_of_training(strategy: str, model: Path, 
             training(collate([replace(encoder(each), target_slots=range(1))], align_latents=False))
         (found,) = replacements.targets(each.key)
         assert found.shape == (size, decoder.backbone.embed_tokens.embedding_dim)
-        assert torch.equal(found, kept[0])
+        torch.testing.assert_close(found, kept[0], rtol=1e-5, atol=1e-6)
 
 
 def test_no_helper_image_no_targets(replacements: Replacements) -> None:
