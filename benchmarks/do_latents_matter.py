@@ -15,10 +15,12 @@ input            the same, where the helper image is the question's own image
 unseen_image     the same, where the answer does not see the question's image after its first latent block
 
 A seed sets the model's random weights and the order of the samples; training and test rows are the same for all. Every
-model with latents answers the test rows again with its latents replaced (docs/evaluation.md says by what).
+model with latents answers the test rows again with its latents replaced (docs/evaluation.md says by what), and after
+stage 1 with its own latents and with those of the true helper image, which it was trained to read.
 
 Each arm trains on one rank with one thread, as so small a model gains nothing from more; JOBS arms run at a time. The
-time of a step is the one that a tenth of a run's steps undercut: other work on the machine hardly changes it.
+time of a step is the one that a tenth of a run's steps undercut, in the seed where it is the least: other work on the
+machine hardly changes it. So `text_seconds` is trained last, with as many steps in every seed.
 
 Nothing is done twice: OUTPUT/parts.jsonl has a line for each part that is complete, and a start continues after them. A
 part that was interrupted begins again.
@@ -30,14 +32,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean
 from threading import Lock
 from typing import Annotated, Any, Literal
 
@@ -56,6 +57,7 @@ from mirage_ds.paths import expanded
 from mirage_ds.versions import versions
 
 LATENTS = "own,none,markers,mean,shuffled,noise:1.0,zeroed,fixed,oracle,first"
+STAGE1_LATENTS = "own,oracle"
 BATCH_SIZE, MAX_NEW_TOKENS = 50, 32
 TaskName = Literal["vsp", "hidden"]
 
@@ -158,33 +160,38 @@ class Benchmark:
             model = self.folder / f"seed_{seed}" / "model"
             made = ("--preset", "tiny", "--text", rows / "train.jsonl", "--seed", seed)
             self.once(f"seed {seed}, model", model, ("mirage", "init", *made, "--output", model))
+        seeds = range(num_seeds)
         # Seed by seed, so that an interrupted benchmark has complete ones.
-        chains = [
-            partial(self.run_arm, seed, arm) if arm != "latents" else partial(self.run_latents_and_text, seed)
-            for seed, arm in product(range(num_seeds), self.arms)
-        ]
+        self.together(
+            partial(self.run_text, seed, arm, self.size.stage1_steps + self.size.stage2_steps)
+            if arm == "text"
+            else partial(self.run_latents, seed, arm)
+            for seed, arm in product(seeds, ("text", *self.arms))
+        )
+        steps = self.steps_of_equal_seconds(num_seeds)
+        self.together(partial(self.run_text, seed, "text_seconds", steps) for seed in seeds)
+
+    def together(self, chains: Iterable[Callable[[], None]]) -> None:
+        """Runs chains of parts, JOBS at a time, in their order."""
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda chain: chain(), chains))
-
-    def run_latents_and_text(self, seed: int) -> None:
-        """The arms that are compared by seconds, one after the other."""
-        self.run_text(seed, "text", self.size.stage1_steps + self.size.stage2_steps)
-        self.run_arm(seed, "latents")
-        self.run_text(seed, "text_seconds", self.steps_of_equal_seconds(seed))
 
     def run_text(self, seed: int, arm: str, steps: int) -> None:
         self.train(seed, arm, "text", steps)
         self.evaluate(seed, arm, "text", OWN)
 
-    def run_arm(self, seed: int, arm: str) -> None:
-        """An arm with latents."""
+    def run_latents(self, seed: int, arm: str) -> None:
         self.train(seed, arm, "stage1", self.size.stage1_steps)
+        self.evaluate(seed, arm, "stage1", STAGE1_LATENTS)
         start = f"run.init_from={self.run_of(seed, arm, 'stage1')}"
         self.train(seed, arm, "stage2", self.size.stage2_steps, start)
         self.evaluate(seed, arm, "stage2", self.latents)
 
     def run_of(self, seed: int, arm: str, stage: str) -> Path:
         return self.folder / f"seed_{seed}" / arm / stage
+
+    def answers_of(self, seed: int, arm: str, stage: str) -> Path:
+        return self.run_of(seed, arm, f"{stage}-answers.jsonl")
 
     def train(self, seed: int, arm: str, stage: str, steps: int, *overrides: str) -> None:
         """Trains one stage of an arm by the demo's recipe."""
@@ -207,15 +214,14 @@ class Benchmark:
         self.once(f"seed {seed}, {arm}, {stage}", run, command)
 
     def evaluate(self, seed: int, arm: str, stage: str, latents: str) -> None:
-        """Exports a run and answers the test rows, with each replacement."""
-        model, answers = self.run_of(seed, arm, "model"), self.run_of(seed, arm, "answers.jsonl")
-        checkpoint = self.run_of(seed, arm, stage)
-        export = ("mirage", "export", "--checkpoint", checkpoint, "--output", model)
-        self.once(f"seed {seed}, {arm}, export", model, export)
+        """Exports a stage of an arm and answers the test rows, with each replacement."""
+        model, answers = self.run_of(seed, arm, f"{stage}-model"), self.answers_of(seed, arm, stage)
+        export = ("mirage", "export", "--checkpoint", self.run_of(seed, arm, stage), "--output", model)
+        self.once(f"seed {seed}, {arm}, {stage}, export", model, export)
         command = ("mirage", "evaluate", "--model", model, "--task", self.task.scored_as, "--output", answers)
         limits = ("--batch-size", BATCH_SIZE, "--max-new-tokens", MAX_NEW_TOKENS, "--latents", latents)
         data = ("--data", self.folder / "rows" / "test.jsonl")
-        self.once(f"seed {seed}, {arm}, answers", answers, (*command, *data, *limits))
+        self.once(f"seed {seed}, {arm}, {stage}, answers", answers, (*command, *data, *limits))
 
     def once(self, name: str, output: Path, command: Sequence[object]) -> None:
         """Runs the command of a part that is not complete, after printing it."""
@@ -230,50 +236,54 @@ class Benchmark:
 
         self.parts.once(name, [output, Path(f"{output}.summary.json")], action)
 
-    def step_s(self, seed: int, arm: str, stage: str) -> float:
-        """The seconds that a tenth of a run's steps undercut, each with the wait for its data."""
+    def step_s(self, num_seeds: int, arm: str, stage: str) -> float:
+        """The seconds that a tenth of a run's steps undercut, with the wait for their data; the least of the seeds."""
+        return min(float(np.quantile(self.step_seconds(seed, arm, stage), 0.1)) for seed in range(num_seeds))
+
+    def step_seconds(self, seed: int, arm: str, stage: str) -> list[float]:
         lines = (self.run_of(seed, arm, stage) / "metrics.jsonl").read_text().splitlines()
-        return float(np.quantile([strict_json.loads(line)["step_s"] for line in lines], 0.1))
+        return [strict_json.loads(line)["step_s"] for line in lines]
 
-    def steps_of(self, seed: int, arm: str) -> dict[str, int]:
-        """How many steps of each stage an arm took."""
-        if arm == "text_seconds":
-            return {"text": self.steps_of_equal_seconds(seed)}
-        stage1, stage2 = self.size.stage1_steps, self.size.stage2_steps
-        return {"text": stage1 + stage2} if arm == "text" else {"stage1": stage1, "stage2": stage2}
-
-    def seconds_of(self, seed: int, arm: str) -> float:
-        """What the steps of an arm take."""
-        return sum(steps * self.step_s(seed, arm, stage) for stage, steps in self.steps_of(seed, arm).items())
-
-    def steps_of_equal_seconds(self, seed: int) -> int:
+    def steps_of_equal_seconds(self, num_seeds: int) -> int:
         """The steps of text that take as long as those of stage 1 and stage 2."""
-        return max(1, round(self.seconds_of(seed, "latents") / self.step_s(seed, "text", "text")))
+        return max(1, round(60 * self.minutes(num_seeds, "latents") / self.step_s(num_seeds, "text", "text")))
 
-    def answers(self, num_seeds: int) -> Answers:
-        """What the models answered, by arm and by what was fed at the latents."""
-        found: Answers = {arm: {} for arm in (*TEXT_ARMS, *self.arms)}
+    def minutes(self, num_seeds: int, arm: str) -> float:
+        """What the steps of an arm take."""
+        steps = {stage: len(self.step_seconds(0, arm, stage)) for stage in stages_of(arm)}
+        return sum(count * self.step_s(num_seeds, arm, stage) for stage, count in steps.items()) / 60
+
+    def training_of(self, num_seeds: int) -> dict[str, dict[str, float]]:
+        """Samples and minutes of training of each arm, the same in every seed."""
+        return {
+            arm: {
+                "samples": GLOBAL_BATCH_SIZE * sum(len(self.step_seconds(0, arm, stage)) for stage in stages_of(arm)),
+                "minutes": self.minutes(num_seeds, arm),
+            }
+            for arm in (*TEXT_ARMS, *self.arms)
+        }
+
+    def answers(self, num_seeds: int, arms: Sequence[str], stage: str | None = None) -> Answers:
+        """What the models answered, by arm and by what was fed at the latents.
+
+        Args:
+            stage: after which; by default the last one of each arm.
+        """
+        found: Answers = {arm: {} for arm in arms}
         for arm, by_latents in found.items():
             for seed in range(num_seeds):
-                for latents, answers in read_results(self.run_of(seed, arm, "answers.jsonl")).items():
+                path = self.answers_of(seed, arm, stage or stages_of(arm)[-1])
+                for latents, answers in read_results(path).items():
                     (way, *_) = answers[0].scores
                     replaced = by_latents.setdefault(latents, Replaced())
                     replaced.solved.append([answer.scores[way].success == 1 for answer in answers])
                     replaced.num_cut_off += num_cut_off(answers)
         return found
 
-    def training_of(self, num_seeds: int) -> dict[str, dict[str, float]]:
-        """Samples and minutes of training of each arm, by mean over the seeds."""
-        found, seeds = {}, range(num_seeds)
-        for arm in (*TEXT_ARMS, *self.arms):
-            steps = [sum(self.steps_of(seed, arm).values()) for seed in seeds]
-            minutes = [self.seconds_of(seed, arm) / 60 for seed in seeds]
-            found[arm] = {"samples": GLOBAL_BATCH_SIZE * mean(steps), "minutes": mean(minutes)}
-        return found
-
     def report(self, num_seeds: int) -> None:
         """Prints the tables, and writes the summary."""
-        answers, training = self.answers(num_seeds), self.training_of(num_seeds)
+        answers, training = self.answers(num_seeds, (*TEXT_ARMS, *self.arms)), self.training_of(num_seeds)
+        stage1 = self.answers(num_seeds, self.arms, "stage1")
         parts = list(self.parts.done.values())
         summary = {
             "settings": json.loads((self.folder / "settings.json").read_text()),
@@ -283,10 +293,8 @@ class Benchmark:
             "versions": versions(),
             "hours": sum(part["seconds"] for part in parts) / 3600,  # of all parts, JOBS of which ran at a time
             "training": training,
-            "rates": {
-                arm: {latents: replaced.values.mean(axis=1).tolist() for latents, replaced in by_latents.items()}
-                for arm, by_latents in answers.items()
-            },
+            "rates": rates(answers),
+            "rates_after_stage1": rates(stage1),
             "num_cut_off": {
                 arm: {latents: replaced.num_cut_off for latents, replaced in by_latents.items()}
                 for arm, by_latents in answers.items()
@@ -294,10 +302,23 @@ class Benchmark:
             "parts": parts,
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        print("\n".join(["", *arms_table(answers, training), "", *latents_table(answers, self.arms)]))
+        print("\n".join(["", *arms_table(answers, training), "", *latents_table(answers, stage1)]))
         commits, days = ({part[key] for part in parts} for key in ("commit", "date"))
         hours = f"{summary['hours']:.1f} hours of parts, {self.jobs} at a time"
         print(f"\n{hours}, on {cpu_name()}, {', '.join(sorted(days))}, {', '.join(sorted(commits))}")
+
+
+def stages_of(arm: str) -> tuple[str, ...]:
+    """The runs of an arm, one after the other."""
+    return ("text",) if arm in TEXT_ARMS else ("stage1", "stage2")
+
+
+def rates(answers: Answers) -> dict[str, dict[str, list[float]]]:
+    """The share of rows that each seed solved."""
+    return {
+        arm: {latents: replaced.values.mean(axis=1).tolist() for latents, replaced in by_latents.items()}
+        for arm, by_latents in answers.items()
+    }
 
 
 @expanded()

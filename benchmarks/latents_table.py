@@ -76,19 +76,27 @@ def arms_table(answers: Answers, training: Mapping[str, Mapping[str, float]]) ->
     return lines
 
 
-def latents_table(answers: Answers, arms: Sequence[str]) -> list[str]:
-    """Markdown, a line for each replacement: the rate of each arm, own states minus it, and answers without an end."""
+def latents_table(answers: Answers, stage1: Answers) -> list[str]:
+    """Markdown, a line for each replacement: the rate of each arm, own states minus it, and answers without an end.
+
+    Args:
+        answers: after all stages.
+        stage1: of the same arms after stage 1, for the last lines.
+    """
+    arms = list(stage1)
     lines = _head(("fed at the latents", *(LABELS[arm] for arm in arms)))
-    for latents in answers[arms[0]]:
-        cells = [latents]
-        for arm in arms:
-            replaced = answers[arm][latents]
-            worth = answers[arm][OWN].values - replaced.values
-            notes = [] if latents == OWN else [f"{_points(worth)}: {_span(worth, '{:+.1f}', 100)}"]
-            notes += [f"{replaced.num_cut_off} never end"] if replaced.num_cut_off else []
-            cells.append(f"{replaced.values.mean():.1%}" + (f" ({'; '.join(notes)})" if notes else ""))
-        lines.append(_line(cells))
+    for found, note in ((answers, ""), (stage1, ", after stage 1 alone")):
+        for latents in found[arms[0]]:
+            lines.append(_line([latents + note, *(_cell(found[arm], latents) for arm in arms)]))
     return lines if "unseen_image" not in arms else [*lines, "", NOTE_ON_NONE]
+
+
+def _cell(by_latents: Mapping[str, Replaced], latents: str) -> str:
+    replaced = by_latents[latents]
+    worth = by_latents[OWN].values - replaced.values
+    notes = [] if latents == OWN else [f"{_points(worth)}: {_span(worth, '{:+.1f}', 100)}"]
+    notes += [f"{replaced.num_cut_off} never end"] if replaced.num_cut_off else []
+    return f"{replaced.values.mean():.1%}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _points(difference: np.ndarray) -> str:

@@ -24,8 +24,14 @@ def test_the_short_form(tmp_path: Path) -> None:
     first = benchmark(tmp_path / "run", "--task", "hidden", "--seeds", "1")
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     assert first.stdout.count("$ mirage-launch local") == 2 + 2
-    assert first.stdout.count("$ mirage evaluate") == 3
-    for words in ("| text, same seconds |", "| stage 1 + stage 2 |", "| oracle |", " hours on "):
+    assert first.stdout.count("$ mirage evaluate") == 4
+    for words in (
+        "| text, same seconds |",
+        "| stage 1 + stage 2 |",
+        "| oracle |",
+        "| oracle, after stage 1 alone |",
+        " hours of parts, ",
+    ):
         assert words in first.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary["rates"]) == {"text", "text_seconds", "latents"}

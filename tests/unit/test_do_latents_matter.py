@@ -57,7 +57,9 @@ def test_the_tables_say_what_was_solved() -> None:
     assert len(lines) == 2 + 1 + len(OVERRIDES)
     assert lines[2].startswith("| text, same samples | 640 | 1.5 | 50.0% |")
     assert lines[3].startswith("| stage 1 + stage 2 | 640 | 1.5 | 100.0% | 100.0% to 100.0% | 100.0%, 100.0% | +50.0 |")
-    _, _, own, mean, zeroed = table_of_latents(answers(), ("latents", "gray"))
+    stage1 = {arm: {"own": Replaced([[True, False]])} for arm in ("latents", "gray")}
+    _, _, own, mean, zeroed, after_stage1 = table_of_latents(answers(), stage1)
+    assert after_stage1 == "| own, after stage 1 alone | 50.0% | 50.0% |"
     assert own == "| own | 100.0% | 100.0% |"
     assert zeroed.count("| 0.0% (+100.0: +100.0 to +100.0; 3 never end)") == 2
     low, high = interval(np.array([[0.0, 0.0, 1.0, 1.0]] * 2))
@@ -65,8 +67,11 @@ def test_the_tables_say_what_was_solved() -> None:
 
 
 def test_a_note_where_images_stay_visible_without_a_block() -> None:
-    assert "hidden with visible images" in table_of_latents(answers(), ("latents", "unseen_image"))[-1]
-    assert "visible" not in " ".join(table_of_latents(answers(), ("latents", "gray")))
+    own = {"own": Replaced([[True]])}
+    assert (
+        "hidden with visible images" in table_of_latents(answers(), dict.fromkeys(("latents", "unseen_image"), own))[-1]
+    )
+    assert "visible" not in " ".join(table_of_latents(answers(), dict.fromkeys(("latents", "gray"), own)))
 
 
 def test_the_settings_of_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +114,8 @@ def answer(row: int, arm: str, scores: Scores) -> Answer:
     return Answer(**what, **latents, complete=arm == "own", scores=scores)
 
 
-def write_steps(benchmark: Benchmark, arm: str, stage: str, seconds: list[float]) -> None:
-    folder = benchmark.run_of(0, arm, stage)
+def write_steps(benchmark: Benchmark, seed: int, arm: str, stage: str, seconds: list[float]) -> None:
+    folder = benchmark.run_of(seed, arm, stage)
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step_s": step}) + "\n" for step in seconds))
 
@@ -118,10 +123,14 @@ def write_steps(benchmark: Benchmark, arm: str, stage: str, seconds: list[float]
 def test_equal_seconds_and_the_answers_of_all_arms(tmp_path: Path) -> None:
     """As many steps of text as fit into the seconds of both stages; answers are read by arm and replacement."""
     benchmark = Benchmark("vsp", tmp_path, short=False, jobs=1)
-    write_steps(benchmark, "text", "text", [9.0, *[0.5] * 20, 3.0])  # the first one warms up, the last one is disturbed
-    write_steps(benchmark, "latents", "stage1", [1.0] * 20)
-    write_steps(benchmark, "latents", "stage2", [2.0] * 20)
-    assert benchmark.steps_of_equal_seconds(0) == (1.0 * 260 + 2.0 * 400) / 0.5
+    write_steps(benchmark, 0, "text", "text", [9.0, *[0.5] * 20, 3.0])  # the first one warms up, the last is disturbed
+    write_steps(benchmark, 0, "latents", "stage1", [1.0] * 20)
+    write_steps(benchmark, 0, "latents", "stage2", [2.0] * 20)
+    assert benchmark.steps_of_equal_seconds(1) == (1.0 * 20 + 2.0 * 20) / 0.5
+    write_steps(benchmark, 1, "text", "text", [0.75] * 22)
+    write_steps(benchmark, 1, "latents", "stage1", [0.5] * 20)  # seed 0 was disturbed all the time
+    write_steps(benchmark, 1, "latents", "stage2", [3.0] * 20)
+    assert benchmark.steps_of_equal_seconds(2) == (0.5 * 20 + 2.0 * 20) / 0.5
     for arm in (*TEXT_ARMS, *OVERRIDES):
         latents = ("own",) if arm in TEXT_ARMS else ("own", "mean")
         lines = [
@@ -129,10 +138,10 @@ def test_equal_seconds_and_the_answers_of_all_arms(tmp_path: Path) -> None:
             for fed in latents
             for row in range(2)
         ]
-        path = benchmark.run_of(0, arm, "answers.jsonl")
+        path = benchmark.answers_of(0, arm, "text" if arm in TEXT_ARMS else "stage2")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in lines))
-    found = benchmark.answers(1)
+    found = benchmark.answers(1, ("text", "gray"))
     assert {latents: replaced.solved for latents, replaced in found["text"].items()} == {"own": [[True, False]]}
     solved = {latents: replaced.solved for latents, replaced in found["gray"].items()}
     assert solved == {"own": [[True, False]], "mean": [[False, False]]}
