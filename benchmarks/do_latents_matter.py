@@ -33,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
@@ -146,7 +146,8 @@ class Benchmark:
         self.size = SHORT if short else self.task.size
         self.arms = SHORT_ARMS if short else tuple(OVERRIDES)
         self.latents = SHORT_LATENTS if short else LATENTS
-        self.parts = Parts(folder, {"task": name, "size": asdict(self.size)})
+        answering = {"latents": self.latents, "batch_size": BATCH_SIZE, "max_new_tokens": MAX_NEW_TOKENS}
+        self.parts = Parts(folder, {"task": name, "ranks": 1, "size": asdict(self.size), "answering": answering})
         self.jobs = jobs
 
     def run(self, num_seeds: int) -> None:
@@ -161,7 +162,6 @@ class Benchmark:
             made = ("--preset", "tiny", "--text", rows / "train.jsonl", "--seed", seed)
             self.once(f"seed {seed}, model", model, ("mirage", "init", *made, "--output", model))
         seeds = range(num_seeds)
-        # Seed by seed, so that an interrupted benchmark has complete ones.
         self.together(
             partial(self.run_text, seed, arm, self.size.stage1_steps + self.size.stage2_steps)
             if arm == "text"
@@ -174,7 +174,12 @@ class Benchmark:
     def together(self, chains: Iterable[Callable[[], None]]) -> None:
         """Runs chains of parts, JOBS at a time, in their order."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(lambda chain: chain(), chains))
+            running = [pool.submit(chain) for chain in chains]
+            try:
+                for chain in as_completed(running):
+                    chain.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # after a failure no further chain begins
 
     def run_text(self, seed: int, arm: str, steps: int) -> None:
         self.train(seed, arm, "text", steps)
@@ -245,7 +250,9 @@ class Benchmark:
         return [strict_json.loads(line)["step_s"] for line in lines]
 
     def steps_of_equal_seconds(self, num_seeds: int) -> int:
-        """The steps of text that take as long as those of stage 1 and stage 2."""
+        """The steps of text that take as long as those of stage 1 and stage 2; what an earlier start took, if it did."""
+        if "seed 0, text_seconds, text" in self.parts.done:
+            return len(self.step_seconds(0, "text_seconds", "text"))
         return max(1, round(60 * self.minutes(num_seeds, "latents") / self.step_s(num_seeds, "text", "text")))
 
     def minutes(self, num_seeds: int, arm: str) -> float:

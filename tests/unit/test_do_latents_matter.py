@@ -1,7 +1,9 @@
 """The benchmark of latents without its training: its intervals and tables, equal seconds, and what a start repeats."""
 
 import json
+import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import latents_table
@@ -108,6 +110,22 @@ def test_a_complete_part_is_not_repeated(tmp_path: Path) -> None:
         Parts(tmp_path, {"task": "hidden"})
 
 
+def test_after_a_failed_arm_no_other_one_begins(tmp_path: Path) -> None:
+    ran: list[int] = []
+
+    def fail() -> None:
+        raise SystemExit("exit code 3")
+
+    def take(number: int) -> None:
+        time.sleep(0.1)
+        ran.append(number)
+
+    benchmark = Benchmark("vsp", tmp_path, short=True, jobs=1)
+    with pytest.raises(SystemExit, match="exit code 3"):
+        benchmark.together([fail, *(partial(take, number) for number in range(50))])
+    assert len(ran) < 25
+
+
 def answer(row: int, arm: str, scores: Scores) -> Answer:
     latents = {"num_blocks": 1, "num_latents": 1, "num_replaced": 1, "latents_at": [0]}
     what = {"number": row, "where": f"rows:{row}", "arm": arm, "sample": 0, "text": "", "num_tokens": 1}
@@ -131,6 +149,9 @@ def test_equal_seconds_and_the_answers_of_all_arms(tmp_path: Path) -> None:
     write_steps(benchmark, 1, "latents", "stage1", [0.5] * 20)  # seed 0 was disturbed all the time
     write_steps(benchmark, 1, "latents", "stage2", [3.0] * 20)
     assert benchmark.steps_of_equal_seconds(2) == (0.5 * 20 + 2.0 * 20) / 0.5
+    benchmark.parts.once("seed 0, text_seconds, text", [], lambda: None)  # by a start with one seed
+    write_steps(benchmark, 0, "text_seconds", "text", [0.5] * 120)
+    assert benchmark.steps_of_equal_seconds(2) == 120
     for arm in (*TEXT_ARMS, *OVERRIDES):
         latents = ("own",) if arm in TEXT_ARMS else ("own", "mean")
         lines = [
