@@ -250,7 +250,7 @@ class Benchmark:
         return [strict_json.loads(line)["step_s"] for line in lines]
 
     def steps_of_equal_seconds(self, num_seeds: int) -> int:
-        """The steps of text that take as long as those of stage 1 and stage 2; what an earlier start took, if it did."""
+        """The steps of text that take as long as stage 1 and stage 2, or that an earlier start took for it."""
         if "seed 0, text_seconds, text" in self.parts.done:
             return len(self.step_seconds(0, "text_seconds", "text"))
         return max(1, round(60 * self.minutes(num_seeds, "latents") / self.step_s(num_seeds, "text", "text")))
