@@ -84,12 +84,9 @@ def paired(ours: Iterable[Answer], theirs: Iterable[Answer]) -> list[tuple[Answe
 
 
 def differ(our: Answer, their: Answer) -> bool:
-    """Whether they give something else; whether their texts are not the same, where answers are not scored."""
-    return _content(our) != _content(their)
-
-
-def _content(answer: Answer) -> str:
-    return first_of(answer).given if answer.scores else answer.text
+    """Whether they give something else; whether their texts are not the same, where one of them gives nothing."""
+    given = [first_of(answer).given if answer.scores else "" for answer in (our, their)]
+    return given[0] != given[1] if all(given) else our.text != their.text
 
 
 def first_of(answer: Answer) -> Outcome:

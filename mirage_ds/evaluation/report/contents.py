@@ -29,7 +29,7 @@ class ArmResult:
     num_with_block: int  # answers that open a latent block
     success: str  # with its interval; empty without a task
     difference: Estimate | None  # success minus that of `own`; None for `own` itself, and without a task
-    changed: Estimate | None  # share of answers with another text than in `own`; None for `own` itself
+    changed: Estimate | None  # share of answers that differ from those of `own`; None for `own` itself
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,12 @@ class Reply:
     verdict: Verdict
     status: str  # in words, such as "Reached goal"
     complete: bool
-    changed: bool  # another text than in `own`
+    changed: bool  # it differs from that of `own`
+
+    @property
+    def same_text(self) -> bool:
+        """Whether a replaced answer has the text of the own one; if not, it may still give the same."""
+        return all(piece.kind == "same" for piece in self.pieces)
 
 
 @dataclass(frozen=True)

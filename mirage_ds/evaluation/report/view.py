@@ -15,7 +15,7 @@ from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.latents.health import MAX_SAMPLED, LatentHealth
 from mirage_ds.evaluation.latents.heat import heat_maps, overlay
 from mirage_ds.evaluation.latents.states import States
-from mirage_ds.evaluation.rates import Difference, difference, num_cut_off, rate_of, success_rates, ways_of
+from mirage_ds.evaluation.rates import Difference, differ, difference, num_cut_off, rate_of, success_rates, ways_of
 from mirage_ds.evaluation.report.contents import (
     ArmResult,
     Contents,
@@ -122,7 +122,7 @@ def _minus_own(found: Difference, figures: Figures) -> Estimate:
 
 
 def _changed(arm: Sequence[Answer], own: Sequence[Answer]) -> Estimate:
-    rate = rate_of([float(ours.text != theirs.text) for ours, theirs in zip(arm, own, strict=True)])
+    rate = rate_of([float(differ(ours, theirs)) for ours, theirs in zip(arm, own, strict=True)])
     text = f"{rate['rate']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}]"
     return Estimate(rate["rate"], rate["low"], rate["high"], text)
 
@@ -233,4 +233,4 @@ def _reply(answer: Answer, pieces: Sequence[Piece], own: Answer) -> Reply:
     if outcome:
         verdict = "right" if outcome.success == 1 else "wrong" if outcome.success == 0 else "scored"
     status = outcome.status if outcome else answer.unscored
-    return Reply(answer.arm, pieces, verdict, status, answer.complete, answer.text != own.text)
+    return Reply(answer.arm, pieces, verdict, status, answer.complete, differ(answer, own))

@@ -12,7 +12,7 @@ class Outcome:
 
     success: float  # 1 for a right answer, 0 for a wrong one; a task of the user's own may have others
     status: str  # in words, such as "Right" or "Fell in hole"
-    given: str = ""  # what the answer was read as, for the vote of several: a letter, moves; empty: it says nothing
+    given: str = ""  # what the answer was read as, to vote and to compare: a letter, moves; empty: it says nothing
     expected: str = ""  # the row's right answer in the same form; empty: there may be several
 
 

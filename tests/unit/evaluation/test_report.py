@@ -80,6 +80,7 @@ def row(number: int, question: str = "Where is the goal?") -> RowView:
         replaced=[
             reply("mean", Piece("same", "so"), Piece("added", "new"), Piece("removed", "old")),
             reply("zeroed", changed=False),
+            reply("first", Piece("same", "the"), Piece("added", "said"), changed=False),
         ],
     )
 
@@ -155,7 +156,8 @@ def test_every_row_is_there(html: str) -> None:
     assert [found["id"] for found in rows] == [f"row-{number}" for number in range(20)]
     assert {found["data-changed"] for found in rows} == {"yes"}
     assert "changed by the arm mean" in page.text
-    assert page.text.count("the same answer") == 20  # zeroed
+    assert page.text.count("the same answer") == 2 * 20  # zeroed and first
+    assert page.text.count("the same answer in other words") == len(page.all("ins")) - 1 - 20 == 20  # first
     assert len(page.all("span", "latent")) == 1 + 20
     assert len(page.all("img")) == 20 * (2 + 2)
     assert all(found["alt"] for found in page.all("img"))

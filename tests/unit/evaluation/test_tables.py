@@ -6,7 +6,8 @@ from rich.table import Table
 from written_answers import answer, answers, several
 
 from mirage_ds.evaluation.answers import Answer
-from mirage_ds.evaluation.rates import wilson_interval
+from mirage_ds.evaluation.rates import differ, paired, wilson_interval
+from mirage_ds.evaluation.report.view import arm_results
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.evaluation.tables import arms_table, samples_table, summary_of, tables_of, warnings_of
 from mirage_ds.evaluation.tasks.outcome import Outcome
@@ -59,24 +60,37 @@ def test_the_table_of_the_arms() -> None:
     assert mean[3:] == ["33.3%", "0.0%", "16.7%", "83.3%", "100.0%"]
 
 
-def lettered(given: str, expected: str, arm: str = "own") -> list[Answer]:
+def lettered(given: str, expected: str, arm: str = "own", text: str = "") -> list[Answer]:
     """An answer to each row: the letters given, - for an invalid one, and the right letters."""
     found = []
     for number, (letter, right) in enumerate(zip(given, expected, strict=True)):
         status = "Invalid" if letter == "-" else "Right" if letter == right else "Wrong"
         outcome = Outcome(letter == right, status, letter.strip("-"), right)
-        found.append(answer(number, "x", arm=arm, scores={"choice": outcome}))
+        found.append(answer(number, "x", arm=arm, text=text or f"so {letter}", scores={"choice": outcome}))
     return found
 
 
 def test_a_score_that_hides_what_changed() -> None:
-    """Answers that change from wrong to wrong, or between right and wrong; invalid ones are alike."""
+    """Answers that change from wrong to wrong, or between right and wrong."""
     found = {"own": lettered("AAB-", "ABCA"), "none": lettered("-BC-", "ABCA", "none")}
     *_, own, none = lines(arms_table(found, CHOICE))
     assert own[2:5] == ["", "", "25.0%"]
     assert none[2:5] == [*none[2:3], "75.0%", "50.0%"]
     summary = summary_of(found, CHOICE)["arms"]
     assert [(summary[arm]["num_differing"], summary[arm]["num_invalid"]) for arm in found] == [(0, 1), (3, 2)]
+
+
+def test_answers_are_the_same_by_what_they_give_else_by_their_texts() -> None:
+    """Of two that give nothing, or of which one does, the texts count; the report has the same numbers."""
+    own = lettered("AA---", "AAAAA")
+    other = [*lettered("AB-", "AAA", "none", "other words"), *lettered("--A", "AAA", "none")[1:]]
+    other[3].number, other[4].number = 3, 4
+    found = {"own": own, "none": other}
+    assert [differ(*pair) for pair in paired(other, own)] == [False, True, True, False, True]
+    assert summary_of(found, CHOICE)["arms"]["none"]["num_differing"] == 3
+    (_, reported) = arm_results(found)
+    assert reported.changed is not None
+    assert reported.changed.value == 0.6
 
 
 def test_texts_are_compared_where_nothing_is_scored() -> None:
@@ -90,7 +104,7 @@ def test_texts_are_compared_where_nothing_is_scored() -> None:
 
 def test_shares_of_several_answers_to_a_row() -> None:
     found = {"own": several("x.", ".x"), "mean": several("x.", ".x", arm="mean")}
-    found["mean"][1].scores["exact"] = Outcome(0, "Invalid")
+    found["mean"][1].scores["exact"], found["mean"][1].text = Outcome(0, "Invalid"), "no box"
     *_, title, _, _, mean, _ = lines(arms_table(found, EXACT))
     assert title[0] == "all rows: 2"
     assert mean[3:7] == ["25.0%", "25.0%", "0.0%", "100.0%"]
