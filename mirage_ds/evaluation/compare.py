@@ -26,7 +26,7 @@ from mirage_ds.evaluation.rates import (
     ways_of,
 )
 from mirage_ds.evaluation.scoring import NO_TASK
-from mirage_ds.evaluation.tables import Figures, new_table, sections, share
+from mirage_ds.evaluation.tables import BRACKETS, Figures, new_table, sections, share
 from mirage_ds.inference.options import Decoding
 
 SHORT = 60  # characters of an answer in a table
@@ -115,7 +115,7 @@ def comparison_table(sides: Sequence[Side], by: str | None) -> Table:
     """
     ways = ways_of(sides[0].answers)[:1]
     figures = [*ways, "minus the first", "gained", "lost"] if ways else []
-    drawn = new_table("comparison", "file", *figures, "differ", "never ended")
+    drawn = new_table("comparison", BRACKETS if ways else "", "file", *figures, "differ", "never ended")
     show = Figures(answer for side in sides for answer in side.answers)
     for title, parts in sections([side.answers for side in sides], by):
         drawn.add_section()

@@ -66,7 +66,7 @@ def inspect(
 
         facts = settings | {"arms": ", ".join(arm.name for arm in asked.arms)} | versions()
         shown = {name: str(value) for name, value in facts.items() if value is not None}
-        page = contents_of(engine, answers, states, rows, model=model, data=str(data), task=task, facts=shown)
+        page = contents_of(engine, answers, states, rows, model=model, data=str(data), task=asked.task, facts=shown)
         asked.results.finish_page(render(page))
         typer.echo(f"wrote {output}")
 

@@ -1,6 +1,6 @@
 """What an evaluation prints, and the numbers of its summary: the arms, groups of rows, several answers to a row."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +27,9 @@ from mirage_ds.evaluation.rates import (
 )
 from mirage_ds.evaluation.samples import sample_rates
 from mirage_ds.evaluation.scoring import Task
+from mirage_ds.evaluation.tasks.outcome import INVALID
+
+BRACKETS = "in brackets: 95% intervals"
 
 
 def summary_of(answers: dict[str, list[Answer]], task: Task, by: str | None = None) -> dict[str, Any]:
@@ -68,9 +71,16 @@ def tables_of(answers: dict[str, list[Answer]], task: Task, by: str | None = Non
     return [table for table in (arms_table(answers, task, by), samples_table(answers)) if table]
 
 
-def warnings_of(answers: dict[str, list[Answer]]) -> list[str]:
+def warnings_of(answers: Mapping[str, Sequence[Answer]]) -> list[str]:
     """What makes the rates say less than they seem to, a line each."""
-    valid = [outcome for answer in answers[OWN] if answer.scores and (outcome := first_of(answer)).given]
+    outcomes = [first_of(answer) for answer in answers[OWN] if answer.scores]
+    if outcomes and all(outcome.status == INVALID for outcome in outcomes):
+        return [
+            f"all {len(outcomes)} scored answers in the arm {OWN} are invalid: there is nothing to lose, so a "
+            "replacement that changes nothing means nothing; see what the answers say, and whether they end "
+            "(--max-new-tokens)"
+        ]
+    valid = [outcome for outcome in outcomes if outcome.given]
     rows_differ = len({(outcome.expected, outcome.success) for outcome in valid}) > 1
     if len({outcome.given for outcome in valid}) == 1 and rows_differ:
         return [
@@ -97,11 +107,9 @@ def arms_table(answers: dict[str, list[Answer]], task: Task, by: str | None = No
         "with a\nblock": True,
         "replaced": True,
     }
-    drawn = new_table(task.name, "arm", *(heading for heading, shown in columns.items() if shown))
-    if ways and compared:
-        drawn.caption = f"{drawn.caption}; +3 -1: rows gained and lost"
-    if found := most_frequent(answers[OWN]):
-        drawn.caption = f"{drawn.caption}; always the most frequent answer: {found[1]:.1%}"
+    notes = [BRACKETS if ways else "", "+3 -1: rows gained and lost" if ways and compared else ""]
+    caption = "; ".join(filter(None, [*notes, chance_level(answers[OWN])]))
+    drawn = new_table(task.name, caption, "arm", *(heading for heading, shown in columns.items() if shown))
     show = Figures(each for arm in answers.values() for each in arm)
     for title, parts in sections(list(answers.values()), by):
         drawn.add_section()
@@ -110,6 +118,12 @@ def arms_table(answers: dict[str, list[Answer]], task: Task, by: str | None = No
             cells = [*_scores(part, parts[0], show), *_shares(part, parts[0])]
             drawn.add_row(name, *(cell for cell, shown in zip(cells, columns.values(), strict=True) if shown))
     return drawn
+
+
+def chance_level(own: Sequence[Answer]) -> str:
+    """What one gets without reading the question, in words; empty if rows have no single right answer."""
+    found = most_frequent(own)
+    return f"always the most frequent answer: {found[1]:.1%}" if found else ""
 
 
 def _scores(arm: list[Answer], own: list[Answer], show: "Figures") -> list[str]:
@@ -145,16 +159,16 @@ def samples_table(answers: dict[str, list[Answer]]) -> Table | None:
     columns = max(map(list, rates.values()), key=len)
     if not columns:
         return None
-    drawn = new_table("several answers to each row", "arm", *columns)
+    drawn = new_table("several answers to each row", BRACKETS, "arm", *columns)
     show = Figures(each for arm in answers.values() for each in arm)
     for name, by_column in rates.items():
         drawn.add_row(name, *(show.rate(by_column[column]) if column in by_column else "-" for column in columns))
     return drawn
 
 
-def new_table(title: str, first: str, *others: str) -> Table:
-    """An empty table whose first column is text and whose others are figures."""
-    drawn = Table(title=title, caption="in brackets: 95% intervals")
+def new_table(title: str, caption: str, first: str, *others: str) -> Table:
+    """An empty table whose first column is text and whose others are figures; the caption stands below it."""
+    drawn = Table(title=title, caption=caption or None)
     drawn.add_column(first)
     for heading in others:
         drawn.add_column(heading, justify="right")

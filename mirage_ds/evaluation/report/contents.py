@@ -25,6 +25,7 @@ class ArmResult:
     name: str
     meaning: str  # what is fed or seen, in a few words
     num_answers: int
+    invalid: str  # how many of the scored answers have a wrong form; empty if the task finds none
     num_cut_off: int  # never ended: the limit cut them off
     num_with_block: int  # answers that open a latent block
     success: str  # with its interval; empty without a task
@@ -120,5 +121,8 @@ class Contents:
     num_rows: int
     facts: Mapping[str, str]  # versions and settings
     arms: Sequence[ArmResult]  # `own` first
+    has_invalid: bool  # answers may have a wrong form
+    chance_level: str  # empty if rows have no single right answer
+    warnings: Sequence[str]  # what makes the rates say less than they seem to
     health: Health
     rows: Sequence[RowView]

@@ -15,7 +15,16 @@ from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.latents.health import MAX_SAMPLED, LatentHealth
 from mirage_ds.evaluation.latents.heat import heat_maps, overlay
 from mirage_ds.evaluation.latents.states import States
-from mirage_ds.evaluation.rates import Difference, differ, difference, num_cut_off, rate_of, success_rates, ways_of
+from mirage_ds.evaluation.rates import (
+    Difference,
+    differ,
+    difference,
+    num_cut_off,
+    num_invalid,
+    rate_of,
+    success_rates,
+    ways_of,
+)
 from mirage_ds.evaluation.report.contents import (
     ArmResult,
     Contents,
@@ -30,7 +39,8 @@ from mirage_ds.evaluation.report.contents import (
 )
 from mirage_ds.evaluation.report.pictures import HEAT_SIDE_PX, picture
 from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
-from mirage_ds.evaluation.tables import Figures
+from mirage_ds.evaluation.scoring import Task
+from mirage_ds.evaluation.tables import Figures, chance_level, warnings_of
 
 # By an arm's name, without the factor of the noise.
 MEANINGS = {
@@ -58,7 +68,7 @@ def contents_of(
     *,
     model: str,
     data: str,
-    task: str,
+    task: Task,
     facts: Mapping[str, str],
 ) -> Contents:
     """All that the page shows of an evaluation.
@@ -84,17 +94,20 @@ def contents_of(
         model=model,
         data=data,
         date=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        task=task,
+        task=task.name,
         way=next(iter(ways_of(answers[OWN])), ""),
         num_rows=len(rows),
         facts=facts,
-        arms=arm_results(answers),
+        arms=arm_results(answers, task),
+        has_invalid=task.has_invalid,
+        chance_level=chance_level(answers[OWN]),
+        warnings=warnings_of(answers),
         health=health_view(engine.health(states, answers[OWN])),
         rows=shown,
     )
 
 
-def arm_results(answers: Mapping[str, Sequence[Answer]]) -> list[ArmResult]:
+def arm_results(answers: Mapping[str, Sequence[Answer]], task: Task) -> list[ArmResult]:
     """The lines of the replacement test, from the answers of each arm to the same rows in the same order."""
     own = answers[OWN]
     figures = Figures(answer for arm in answers.values() for answer in arm)
@@ -107,6 +120,7 @@ def arm_results(answers: Mapping[str, Sequence[Answer]]) -> list[ArmResult]:
                 name=name,
                 meaning=MEANINGS[name.partition(":")[0] if name.startswith("noise") else name],
                 num_answers=len(arm),
+                invalid=_invalid(arm) if task.has_invalid else "",
                 num_cut_off=num_cut_off(arm),
                 num_with_block=sum(answer.num_blocks > 0 for answer in arm),
                 success=figures.rate(success_rates(arm)[ways[0]]) if scored else "",
@@ -115,6 +129,10 @@ def arm_results(answers: Mapping[str, Sequence[Answer]]) -> list[ArmResult]:
             )
         )
     return results
+
+
+def _invalid(arm: Sequence[Answer]) -> str:
+    return f"{num_invalid(arm)} of {sum(bool(answer.scores) for answer in arm)}"
 
 
 def _minus_own(found: Difference, figures: Figures) -> Estimate:

@@ -51,6 +51,7 @@ def test_differences_to_the_first_file() -> None:
     write(Path("b.jsonl"), answers("xxx.xxx..."), answers("." * 10, arm="mean"))
     write(Path("c.jsonl"), answers(".........."))
     printed = compare("a.jsonl", "b.jsonl", "c.jsonl")
+    assert "in brackets: 95% intervals" in printed
     low, high = (100 * end for end in wilson_interval(4, 10))
     assert line_of(printed, "a.jsonl") == ["a.jsonl", f"40.0% [{low:.1f}, {high:.1f}]", "", "", "", "", "0"]
     low, high = (100 * end for end in mean_interval([0, 0, 0, -1, 1, 1, 1, 0, 0, 0, 1, -1]))
@@ -90,6 +91,7 @@ def test_files_without_scores() -> None:
         ["test.jsonl:3", "b.jsonl", "another text", "three", "trois"],
         ["test.jsonl:3", "c.jsonl", "another text", "three", "tres"],
     ]
+    assert "in brackets" not in above
     assert "rows that changed" not in compare("a.jsonl", "a.jsonl")
 
 

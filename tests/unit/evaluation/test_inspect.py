@@ -83,6 +83,8 @@ def test_the_page_is_complete_and_alone(report: Path) -> None:
     assert len(page.all("img")) == 2 * NUM_ROWS + num_latents  # input and helper images; a heat map for each latent
     for words in (
         "own is",
+        "Always the most frequent answer: ",
+        "Many of either in an arm",
         "image:gray own states; input images are gray",
         "Latent health",
         "latent 0.2",

@@ -19,6 +19,7 @@ from mirage_ds.evaluation.report.page import reading, render
 from mirage_ds.evaluation.report.pictures import HEAT_SIDE_PX, picture
 from mirage_ds.evaluation.report.pieces import changed_pieces, own_pieces
 from mirage_ds.evaluation.report.view import arm_results, health_view
+from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.inference.feed import Slot
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
@@ -99,13 +100,16 @@ def contents(**changes: object) -> Contents:
         num_rows=90,
         facts={"torch": "2.13.0", "seed": "0"},
         arms=[
-            ArmResult("own", "the model's own states", 90, 0, 90, "50% [40, 60]", None, None),
+            ArmResult("own", "the model's own states", 90, "1 of 88", 0, 90, "50% [40, 60]", None, None),
             ArmResult(
-                *("mean", "means", 90, 3, 89, "30% [20, 40]"),
+                *("mean", "means", 90, "17 of 88", 3, 89, "30% [20, 40]"),
                 difference=Estimate(-0.2, -0.4, -0.1, "-20 [-40, -10]"),
                 changed=Estimate(0.3, 0.2, 0.4, "30% [20, 40] changed"),
             ),
         ],
+        has_invalid=True,
+        chance_level="always the most frequent answer: 25.0%",
+        warnings=["all answers are alike"],
         health=Health(["0.0", "0.1"], measures, "rows are alike"),
         rows=[row(number, ATTACK) for number in range(20)],
     )
@@ -179,8 +183,12 @@ def test_the_replacement_test(html: str) -> None:
     assert "50% [40, 60]" in page.text
     assert "3 of 90" in page.text
     assert "30% [20, 40] changed" in page.text
+    assert "17 of 88" in page.text
+    assert "Always the most frequent answer: 25.0%." in page.text
+    assert "Warning: all answers are alike" in page.text
+    assert "Many of either in an arm" in page.text
     assert {cell["data-label"] for cell in page.all("td") if "data-label" in cell} == {
-        *("Success", "Minus own", "Answers that differ from own", "Never ended", "With a block")
+        *("Success", "Minus own", "Answers that differ from own", "Invalid", "Never ended", "With a block")
     }
 
 
@@ -194,16 +202,17 @@ def test_what_an_interval_says(low: float, high: float, words: str) -> None:
 
 def test_without_a_task_changes_are_shown() -> None:
     arms = [dataclasses.replace(arm, success="", difference=None) for arm in contents().arms]
-    page = Page(render(contents(task="none", way="", arms=arms)))
+    page = Page(render(contents(task="none", way="", arms=arms, has_invalid=False, chance_level="", warnings=[])))
     ((text, rectangle),) = bars(page)
     assert text == "30% [20, 40] changed"
     assert (float(rectangle["x"]), float(rectangle["width"])) == (0, 30)
-    assert "Success" not in page.text
+    for words in ("Success", "nvalid", "most frequent", "Warning: all"):
+        assert words not in page.text
 
 
 def test_every_arm_has_a_meaning_of_its_own() -> None:
     arms = {arm.name: answers("x.x", arm=arm.name) for arm in parse_arms("all", "all")}
-    assert len({result.meaning for result in arm_results(arms)}) == len(arms) == 13
+    assert len({result.meaning for result in arm_results(arms, load_task("exact"))}) == len(arms) == 13
 
 
 def test_health(html: str) -> None:

@@ -44,6 +44,7 @@ def arms() -> dict[str, list[Answer]]:
 
 def test_the_table_of_the_arms() -> None:
     table = arms_table(arms(), EXACT)
+    assert table.caption == "in brackets: 95% intervals; +3 -1: rows gained and lost"
     assert columns(table) == [
         *("arm", "exact other", "minus own", "differ", "invalid", "never ended", "with a block", "replaced")
     ]
@@ -88,7 +89,7 @@ def test_answers_are_the_same_by_what_they_give_else_by_their_texts() -> None:
     found = {"own": own, "none": other}
     assert [differ(*pair) for pair in paired(other, own)] == [False, True, True, False, True]
     assert summary_of(found, CHOICE)["arms"]["none"]["num_differing"] == 3
-    (_, reported) = arm_results(found)
+    _, reported = arm_results(found, CHOICE)
     assert reported.changed is not None
     assert reported.changed.value == 0.6
 
@@ -100,6 +101,7 @@ def test_texts_are_compared_where_nothing_is_scored() -> None:
     *_, mean = lines(table)
     assert columns(table) == ["arm", "differ", "never ended", "with a block", "replaced"]
     assert mean[1] == "33.3%"
+    assert table.caption is None  # it has no brackets
 
 
 def test_shares_of_several_answers_to_a_row() -> None:
@@ -143,7 +145,6 @@ def test_the_chance_level() -> None:
         ("AAAA", "AAAA", False),
         ("A-A-", "ABAC", False),  # only the invalid ones' rows differ
         ("AAAB", "ABCA", False),
-        ("----", "ABCA", False),
     ],
 )
 def test_a_constant_answer_is_warned_of(given: str, expected: str, *, warned: bool) -> None:
@@ -151,6 +152,16 @@ def test_a_constant_answer_is_warned_of(given: str, expected: str, *, warned: bo
     assert [warning.partition(", but")[0] for warning in warnings] == (
         [f"all {given.count('A')} valid answers in the arm own are 'A'"] if warned else []
     )
+
+
+def test_no_valid_answer_is_warned_of() -> None:
+    """Of rows that are scored; a task of one's own has no invalid answers."""
+    found = {"own": [*lettered("---", "ABC"), answer(3, "?")]}
+    (warning,) = warnings_of(found)
+    assert warning.startswith("all 3 scored answers in the arm own are invalid: ")
+    found["own"] += lettered("B", "C")
+    assert warnings_of(found) == []
+    assert warnings_of({"own": answers("...?")[3:]}) == []
 
 
 def test_a_constant_answer_of_rows_with_several_right_ones() -> None:
