@@ -83,7 +83,7 @@ def _names(text: str, every: Sequence[str]) -> Sequence[str]:
 def _latents_arm(name: str, where: str) -> Arm:
     kind, colon, factor = name.partition(":")
     if kind not in LATENTS or (colon and kind != NOISE):
-        raise _unknown(name, where, LATENTS, f"{NOISE} takes a factor, such as {NOISE}:0.5; ")
+        raise _unknown(name, where, LATENTS, _as_image(name) or f"{NOISE} takes a factor, such as {NOISE}:0.5; ")
     if kind != NOISE:
         return Arm(name, latents=name)
     try:
@@ -100,8 +100,15 @@ def _latents_arm(name: str, where: str) -> Arm:
 
 def _image_arm(name: str, where: str) -> Arm:
     if name not in IMAGES:
-        raise _unknown(name, where, IMAGES)
+        raise _unknown(name, where, IMAGES, _as_image(name))
     return Arm(OWN if name == OWN else f"image:{name}", image=name)
+
+
+def _as_image(name: str) -> str:
+    """How an arm is given that is named as in the results; empty if it replaces no image."""
+    kind, _, image = name.partition(":")
+    replaces = kind == "image" and image in IMAGES
+    return f"for the arm {name} give --image {image}, to `mirage evaluate` or `mirage inspect`; " if replaces else ""
 
 
 def _unknown(name: str, where: str, every: Sequence[str], more: str = "") -> ConfigError:

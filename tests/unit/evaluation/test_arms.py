@@ -54,6 +54,17 @@ def test_the_factor_of_the_noise() -> None:
         ("own,", "own", "'' is unknown"),
         ("mean:2", "own", "'mean:2' is unknown"),
         ("own", "grey", "'grey' is unknown .--image grey.; expected some of own, gray, other, none, .*all"),
+        (
+            "own,image:gray",
+            "own",
+            "'image:gray' is unknown .*for the arm image:gray give --image gray, to `mirage eval",
+        ),
+        (
+            "own",
+            "image:other",
+            "'image:other' is unknown .--image image:other.*for the arm image:other give --image ot",
+        ),
+        ("own,image:grey", "own", "'image:grey' is unknown"),
         ("mean,zeroed,mean", "own", "mean is there twice"),
         ("noise:1,noise:1.0", "own", "noise:1.0 is there twice"),
         ("own", "none,none", "image:none is there twice"),
