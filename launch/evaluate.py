@@ -8,6 +8,8 @@ FILE.jobs/N/log       output of all starts of the job
 import shlex
 import shutil
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +93,8 @@ def check_options(arguments: list[str]) -> Path:
     """
     command = typer.main.get_group(cli.app).commands["evaluate"]
     with command.make_context("mirage evaluate", ["--check", *arguments]) as context:
-        command.invoke(context)
+        with redirect_stdout(StringIO()):  # what is there to do is said by the ranks
+            command.invoke(context)
         return Path(expand(str(context.params["output"]))).absolute()
 
 

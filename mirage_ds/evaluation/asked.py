@@ -49,6 +49,11 @@ class Asked:
     def num_answers(self) -> int:
         return len(self.rows) * len(self.arms) * self.request.samples
 
+    def in_words(self) -> str:
+        """How much there is to do."""
+        names = ", ".join(arm.name for arm in self.arms)
+        return f"{len(self.rows)} rows, of which {len(self.unscored)} cannot be scored; arms: {names}"
+
 
 def check_options(request: Request, decoding: Decoding, *, helpers: bool = False, check_images: bool = True) -> Asked:
     """Reads the rows.

@@ -81,6 +81,8 @@ def evaluate(
     with ranks.together():
         asked = check_options(request, options, check_images=ranks.is_first)
     if check:
+        if ranks.is_first:
+            typer.echo(f"checked: {asked.in_words()}")
         return
     if ranks.is_first:
         for row, reason in asked.unscored:
@@ -138,7 +140,8 @@ def answer_all(asked: Asked, options: Decoding, ranks: Ranks, finish: "Finish") 
         engine = Engine(decoder, encoder, asked.rows, asked.arms, request.batch_size, request.samples, options.seed)
         if ranks.is_first and (kept := sum(map(len, engine.in_order(parts.answers()).values()))):
             typer.echo(f"continues: {kept} of {asked.num_answers} answers are there", err=True)
-        with Progress(console=Console(stderr=True), disable=not ranks.is_first) as progress:
+        decodes = ranks.is_first and kept < asked.num_answers  # else the bar would stay empty
+        with Progress(console=Console(stderr=True), disable=not decodes) as progress:
             bar = progress.add_task(task.name, total=None)
             engine.run(parts, ranks, lambda done, total: progress.update(bar, completed=done, total=total))
         parts.close()

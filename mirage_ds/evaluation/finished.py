@@ -18,7 +18,7 @@ def read_finished(path: Path) -> tuple[dict[str, list[Answer]], dict[str, Any]]:
     Raises:
         DataError: one of them cannot be read, or answers are missing.
     """
-    summary, arms = read_summary(path), read_results(path)
+    arms, summary = read_results(path), read_summary(path)  # the file that was named first, if both are missing
     counted, found = sum(arm["num_answers"] for arm in summary["arms"].values()), sum(map(len, arms.values()))
     if found != counted:
         raise DataError(

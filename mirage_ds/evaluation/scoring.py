@@ -39,7 +39,12 @@ def _compared(sample: Sample) -> dict[str, Any]:
 
 def score_planning(sample: Sample, answer: str) -> Scores:
     """The moves in the last box, walked on the row's `map_desc`: strictly parsed, and as the reference parses them."""
-    return {mode: vsp.score(sample.extra.get("map_desc"), answer, mode) for mode in ("strict", "reference")}
+    if "map_desc" not in sample.extra:
+        raise DataError(
+            "no field map_desc (in a row that is to be scored); expected the map, a square list of rows; add it, or "
+            "name another task: such a row may be one of vsp-spatial-reasoning"
+        )
+    return {mode: vsp.score(sample.extra["map_desc"], answer, mode) for mode in ("strict", "reference")}
 
 
 def score_reasoning(sample: Sample, answer: str) -> Scores:
@@ -101,13 +106,16 @@ def check_task(name: str, setting: str) -> None:
 
 def _split(name: str, setting: str) -> tuple[Path, str]:
     """The file and the function of a task of the user's own."""
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py") or not function:
+    file, _, function = name.rpartition(":") if ":" in name else (name, "", "")
+    if not file.endswith(".py"):
         raise ConfigError(
             f"unknown task {name!r:.80} ({setting.strip(' =')}); expected one of {', '.join(TASKS)}, or "
             "my_file.py:function; correct the name"
         )
-    return Path(expand(file)), function
+    path = Path(expand(file))
+    if not function:
+        raise own.no_function_named(path, setting)
+    return path, function
 
 
 def unscorable(rows: Sequence[Row], task: Task) -> list[tuple[Row, str]]:

@@ -43,6 +43,27 @@ def check_function(file: Path, name: str, setting: str) -> None:
         ConfigError: there is no such file, it is no Python, or nothing in it has this name.
     """
     where = f"{setting}{file}:{name}"
+    source, names = _read(file, where)
+    if name not in names and "import *" not in source:
+        raise _no_function("has no function", name, _functions(names), where)
+
+
+def no_function_named(file: Path, setting: str) -> ConfigError:
+    """The error for a task that is a file alone, with the functions that the file has; it is not executed.
+
+    Raises:
+        ConfigError: there is no such file, or it is no Python.
+    """
+    where = f"{setting}{file}"
+    functions = _in_a_list(_functions(_read(file, where)[1]))
+    return ConfigError(
+        f"the task is a file without :function ({where}); expected the file and one of its functions, which are "
+        f"{functions}; write {file.name}:function"
+    )
+
+
+def _read(file: Path, where: str) -> tuple[str, dict[str, symtable.Symbol]]:
+    """The source of a file, and the names that its top level defines or imports."""
     _check_file(file, where)
     try:
         with tokenize.open(file) as opened:  # in the encoding that it names
@@ -50,9 +71,12 @@ def check_function(file: Path, name: str, setting: str) -> None:
         symbols = symtable.symtable(source, file.name, "exec").get_symbols()
     except (OSError, SyntaxError, ValueError) as error:
         raise _cannot_be_imported(error, str(file), where) from error
-    names = {each.get_name(): each for each in symbols if each.is_assigned() or each.is_imported()}
-    if name not in names and "import *" not in source:
-        raise _no_function("has no function", name, [key for key, each in names.items() if each.is_namespace()], where)
+    return source, {each.get_name(): each for each in symbols if each.is_assigned() or each.is_imported()}
+
+
+def _functions(names: Mapping[str, symtable.Symbol]) -> list[str]:
+    """Those that are functions or classes."""
+    return [name for name, symbol in names.items() if symbol.is_namespace()]
 
 
 def load_function(file: Path, name: str, setting: str) -> Function:
@@ -97,11 +121,15 @@ def _cannot_be_imported(error: Exception, file: str, where: str) -> ConfigError:
 
 
 def _no_function(problem: str, name: str, functions: Sequence[str], where: str) -> ConfigError:
-    public = ", ".join(key for key in functions if not key.startswith("_"))
     return ConfigError(
-        f"the file {problem} {name!r:.80} ({where}); expected one of its functions, which are {public or 'none':.200}; "
-        "correct the name"
+        f"the file {problem} {name!r:.80} ({where}); expected one of its functions, which are "
+        f"{_in_a_list(functions)}; correct the name"
     )
+
+
+def _in_a_list(functions: Sequence[str]) -> str:
+    public = ", ".join(name for name in functions if not name.startswith("_"))
+    return f"{public or 'none':.200}"
 
 
 def score(function: Function, key: str, row: Mapping[str, Any], answer: str) -> Outcome:

@@ -234,6 +234,15 @@ def test_a_summary_that_is_none(text: str | None) -> None:
         compare("a.jsonl", "a.jsonl")
 
 
+def test_a_results_file_that_is_none() -> None:
+    """It is named, not its summary, which is not there either."""
+    write(Path("a.jsonl"), answers("xx."))
+    Path("folder").mkdir()
+    for name, reason in (("none.jsonl", "No such file or directory"), ("folder", "Is a directory")):
+        with pytest.raises(DataError, match=rf"the results file cannot be read: {reason} \({name}\)"):
+            compare(name, "a.jsonl")
+
+
 def test_one_file_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"results files on the command line: 1; expected two or more"):
         compare(write(Path("a.jsonl"), answers("x")))

@@ -71,7 +71,9 @@ def test_a_function_that_fails_on_an_answer_costs_no_answers(
     assert not output.exists()
     task.write_text("def score(row, answer):\n    return len(answer)\n")
     monkeypatch.setattr(Decoder, "generate", lambda *_: pytest.fail("it decodes again"))
-    assert "continues: 4 of 4 answers are there" in decode(model, data, output, *options)
+    printed = decode(model, data, output, *options)
+    assert "continues: 4 of 4 answers are there" in printed
+    assert " \u2501" not in printed  # a bar without work would stay empty
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [answer["scores"]["score"]["success"] for answer in answers] == [len(answer["text"]) for answer in answers]
     assert {answer["number"] for answer in answers} == set(range(4))

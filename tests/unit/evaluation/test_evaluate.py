@@ -180,10 +180,18 @@ def test_one_rank_decodes_the_images_to_check_them(tmp_path: Path, monkeypatch: 
         tmp_path / "results",
     )
     as_rank(monkeypatch, 1, 2, lambda value: [None, value])
-    run(*arguments, "--check")
+    assert "checked" not in run(*arguments, "--check")  # the first rank says so
     as_rank(monkeypatch, 0, 2, lambda value: [value, None])
     with pytest.raises(DataError, match="cannot be decoded"):
         run(*arguments, "--check")
+
+
+def test_what_a_check_has_found(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text_input": "?", "answer": answer} for answer in ("x", [], "y")])
+    how = ("--task", "exact", "--latents", "mean,none", "--check")
+    printed = run("evaluate", "--model", "some/model", "--data", data, "--output", tmp_path / "results", *how)
+    assert printed == "checked: 3 rows, of which 1 cannot be scored; arms: own, mean, none\n"
+    assert list(tmp_path.iterdir()) == [data]
 
 
 def test_ranks_wait_until_the_results_are_written(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

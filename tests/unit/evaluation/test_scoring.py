@@ -145,8 +145,13 @@ def test_a_function_that_fails_is_named_with_line_and_row(
     ("name", "message"),
     [
         ("vsp", r"unknown task 'vsp' \(--task\); expected one of vsp-spatial-planning, .*or my_file.py:function"),
-        ("my_task.py", "unknown task 'my_task.py'"),
-        ("my_task.py:", "unknown task 'my_task.py:'"),
+        (
+            "{folder}/my_task.py",
+            r"a file without :function \(--task .*my_task.py\); .* Words, score, .*_task.py:func",
+        ),
+        ("{folder}/my_task.py:", r"a file without :function \(--task .*my_task.py\); .* Words, score, fails, .*"),
+        ("none.py", r"no such file \(--task none.py\)"),
+        (":score", "unknown task ':score'"),
         ("none.py:score", r"no such file \(--task none.py:score\)"),
         ("{folder}/my_task.py:scores", "has no function 'scores' .* which are dataclass, Words, score, fails"),
         ("{folder}/my_task.py:LIMIT", "something that cannot be called under the name 'LIMIT'"),
@@ -162,6 +167,14 @@ def test_tasks_that_cannot_be_used(file: Path, name: str, message: str) -> None:
     (file.parent / "broken.py").write_text("\n\ndef score(row, answer:\n")
     with pytest.raises(ConfigError, match=message):
         load_task(name.format(folder=file.parent))
+
+
+def test_rows_of_another_task() -> None:
+    """Their own field is named, and that the task may be wrong."""
+    with pytest.raises(DataError, match=r"first, rows.jsonl:1: no field map_desc \(.*; add it, or name another task"):
+        unscorable([row(0, "\\boxed{B}")], load_task("vsp-spatial-planning"))
+    with pytest.raises(DataError, match="map_desc is None"):
+        unscorable([row(0, map_desc=None)], load_task("vsp-spatial-planning"))
 
 
 def test_rows_that_cannot_be_scored_are_found_before_decoding() -> None:
