@@ -52,7 +52,7 @@ class Asked:
     def in_words(self) -> str:
         """How much there is to do."""
         names = ", ".join(arm.name for arm in self.arms)
-        return f"{len(self.rows)} rows, of which {len(self.unscored)} cannot be scored; arms: {names}"
+        return f"rows: {len(self.rows)}, of which {len(self.unscored)} cannot be scored; arms: {names}"
 
 
 def check_options(request: Request, decoding: Decoding, *, helpers: bool = False, check_images: bool = True) -> Asked:

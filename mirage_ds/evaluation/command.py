@@ -82,7 +82,7 @@ def evaluate(
         asked = check_options(request, options, check_images=ranks.is_first)
     if check:
         if ranks.is_first:
-            typer.echo(f"checked: {asked.in_words()}")
+            typer.echo(f"checked {asked.in_words()}")
         return
     if ranks.is_first:
         for row, reason in asked.unscored:

@@ -190,7 +190,7 @@ def test_what_a_check_has_found(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text_input": "?", "answer": answer} for answer in ("x", [], "y")])
     how = ("--task", "exact", "--latents", "mean,none", "--check")
     printed = run("evaluate", "--model", "some/model", "--data", data, "--output", tmp_path / "results", *how)
-    assert printed == "checked: 3 rows, of which 1 cannot be scored; arms: own, mean, none\n"
+    assert printed == "checked rows: 3, of which 1 cannot be scored; arms: own, mean, none\n"
     assert list(tmp_path.iterdir()) == [data]
 
 
