@@ -21,7 +21,7 @@ from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.parts import Parts, check_settings
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.results import Results, parts_of
-from mirage_ds.evaluation.scoring import scored
+from mirage_ds.evaluation.scoring import score_share, scored
 from mirage_ds.evaluation.settings import digest_of_rows
 from mirage_ds.evaluation.tables import summary_of
 from mirage_ds.evaluation.training.figures import numbers, spread_of
@@ -128,8 +128,10 @@ class InTraining:
         with closing(parts), name_full_memory(self.config.evaluation), decoding(module, self.backbone):
             engine = self.engine()
             engine.run(parts, ranks, leave_if_asked)
+            decoded = engine.in_order(parts.answers())
+            shares = ranks.gather(score_share(decoded, engine.rows, self.questions.task, ranks, leave_if_asked))
             if results is not None:
-                answers = scored(engine.in_order(parts.answers()), engine.rows, self.questions.task)
+                answers = scored(decoded, shares)
                 states = parts.states()
                 health = engine.health(states, answers[OWN])
                 evaluated = Evaluated(
