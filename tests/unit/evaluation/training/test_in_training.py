@@ -22,12 +22,13 @@ from mirage_ds.data.rows import read_questions
 from mirage_ds.errors import DataError, EvaluationError, MemoryFullError
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.latents.arms import parse_arms
+from mirage_ds.evaluation.latents.health import LatentHealth
 from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.evaluation.settings import digest_of_rows
 from mirage_ds.evaluation.tasks.outcome import Outcome
 from mirage_ds.evaluation.training.evaluations import InTraining, forget
-from mirage_ds.evaluation.training.figures import numbers
+from mirage_ds.evaluation.training.figures import numbers, spread_of
 from mirage_ds.evaluation.training.memory import name_full_memory
 from mirage_ds.evaluation.training.questions import Questions, read_evaluation, read_some
 from mirage_ds.evaluation.training.together import AskedToEndError, FailedError, Gather, leave_if_asked, together
@@ -109,6 +110,14 @@ def test_figures_are_shares_of_the_answers() -> None:
         "cut_off_mean": 0,
         "with_blocks_mean": 1,
     }
+
+
+def test_the_spread_is_a_mean_over_rows() -> None:
+    """A slot of one row says nothing of how rows differ."""
+    lists: dict[str, Any] = {"row_cosines": [0.5, 0.9, None], "effective_ranks": [3.0, 2.0, 1.0]}
+    health = LatentHealth(1.0, slots=["0.0", "0.1", "1.0"], num_rows=[6, 2, 1], **lists)
+    assert spread_of(health) == {"row_cosine": pytest.approx(0.6), "effective_rank": pytest.approx(2.75)}
+    assert spread_of(LatentHealth(1.0, slots=["0.0"], num_rows=[1], row_cosines=[None], effective_ranks=[1.0])) == {}
 
 
 def test_what_an_earlier_start_wrote_of_a_step_is_forgotten(tmp_path: Path) -> None:
