@@ -15,6 +15,7 @@ from rich.table import Table
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.finished import read_finished
+from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.rates import (
     differ,
     difference,
@@ -104,9 +105,21 @@ def other_decoding(sides: Sequence[Side]) -> list[str]:
     lines = []
     for side in sides[1:]:
         ours, theirs = ({name: each.settings.get(name) for name in DECODING} for each in (side, first))
-        differ = [f"{name} {ours[name]}, not {theirs[name]}" for name in DECODING if ours[name] != theirs[name]]
+        unused = _unused(side) & _unused(first)
+        differ = [
+            f"{name} {ours[name]}, not {theirs[name]}"
+            for name in DECODING
+            if ours[name] != theirs[name] and name not in unused
+        ]
         lines += [f"{side.name} was decoded otherwise than {first.name}: {'; '.join(differ)}"] if differ else []
     return lines
+
+
+def _unused(side: Side) -> set[str]:
+    """The settings that decide nothing in greedy decoding; other arms than `own` draw what they feed by the seed."""
+    if side.settings.get("temperature") != 0:
+        return set()
+    return {"top_p", "seed"} if side.answers[0].arm == OWN else {"top_p"}
 
 
 def comparison_table(sides: Sequence[Side], by: str | None) -> Table:

@@ -7,7 +7,7 @@ so answers may differ in length. The files are those of `mirage evaluate`: RUN/e
 import shutil
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from mirage_ds.evaluation.training.questions import Questions
 from mirage_ds.evaluation.training.together import AskedToEndError, FailedError, Gather, leave_if_asked, together
 from mirage_ds.housekeeping import warn_once
 from mirage_ds.inference.generate import Decoder
+from mirage_ds.inference.sampling import GREEDY
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.after_step import Action
@@ -170,9 +171,10 @@ class InTraining:
         """What decided the answers, for the summary."""
         left_out = {"shards", "interval", "max_samples", "rows"}
         evaluation = self.config.evaluation.model_dump(mode="json", exclude=left_out)
+        greedy = asdict(GREEDY) | {"latent_end": Decoder.latent_end, "samples": Engine.samples}
         settings = {"step": step, "latent_size": self.config.model.latent_size, "seed": self.config.run.seed}
         data = {"data": str(self.config.evaluation.rows), **self.digests}
-        return evaluation | settings | data | {"computed": self.backbone.describe()}
+        return evaluation | greedy | settings | data | {"computed": self.backbone.describe()}
 
     @cached_property
     def digests(self) -> dict[str, str | None]:

@@ -142,6 +142,17 @@ def test_answers_that_were_decoded_otherwise() -> None:
     assert "otherwise" not in compare("a.jsonl", "b.jsonl")
 
 
+def test_settings_that_greedy_decoding_does_not_use() -> None:
+    """The seed decides what another arm feeds, and with a temperature both decide the draws."""
+    arms = answers("xx."), answers("x..", arm="noise:1.0")
+    write(Path("a.jsonl"), *arms, temperature=0.0, top_p=1.0, seed=0)
+    write(Path("b.jsonl"), *arms, temperature=0.0, top_p=0.9, seed=42)
+    assert "otherwise" not in compare("a.jsonl", "b.jsonl")
+    assert "than a.jsonl: seed 42, not 0\n" in compare("a.jsonl", "b.jsonl", "--arm", "noise:1.0")
+    write(Path("b.jsonl"), *arms, temperature=0.7, top_p=0.9, seed=42)
+    assert "temperature 0.7, not 0.0; top_p 0.9, not 1.0; seed 42, not 0\n" in compare("a.jsonl", "b.jsonl")
+
+
 def test_a_copy_of_the_data_is_the_same() -> None:
     write(Path("a.jsonl"), answers("x."))
     write(Path("b.jsonl"), [answer(number, "x", where=f"/copy/of.jsonl:{number + 1}") for number in range(2)])

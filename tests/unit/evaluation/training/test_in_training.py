@@ -21,6 +21,7 @@ from mirage_ds.config import EvaluationConfig
 from mirage_ds.data.rows import read_questions
 from mirage_ds.errors import DataError, EvaluationError, MemoryFullError
 from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.compare import DECODING
 from mirage_ds.evaluation.latents.arms import parse_arms
 from mirage_ds.evaluation.latents.health import LatentHealth
 from mirage_ds.evaluation.questions import read_questions_of
@@ -301,3 +302,9 @@ def test_the_rows_of_a_summary_are_those_of_evaluate(tmp_path: Path, shards: boo
     assert found["data"] == str(source)
     assert found["rows"] == digest_of_rows(read_questions_of(path))["rows"]
     assert found["rows"] != digest_of_rows(read_questions_of(path, limit=3))["rows"]
+    assert {name: found[name] for name in ("samples", "latent_end", "temperature")} == {
+        "samples": 1,
+        "latent_end": "fixed",
+        "temperature": 0,
+    }
+    assert set(DECODING) <= set(found), "it would be said to be decoded otherwise"
