@@ -111,13 +111,16 @@ def answer_all(asked: Asked, options: Decoding, ranks: Ranks, finish: "Finish") 
     """
     from mirage_ds.evaluation.engine import Engine
     from mirage_ds.evaluation.latents.replacements import check_targets
-    from mirage_ds.evaluation.parts import Parts, check_settings
+    from mirage_ds.evaluation.parts import Parts, check_left_out, check_settings
 
     request, results, task = asked.request, asked.results, asked.task
-    settings = request.settings() | asdict(options)
+    settings, names = request.settings() | asdict(options), [arm.name for arm in asked.arms]
     with ExitStack() as until_the_end:
         until_the_end.enter_context(name_full_disk(results.output.parent, "free some space; a new start continues"))
         until_the_end.enter_context(signals_as_errors())
+        with ranks.together():  # before the model is loaded
+            if ranks.is_first:
+                check_left_out(results.parts, names)
         with ranks.together():
             decoder, encoder = options.load(announce=ranks.is_first)
             no_targets = check_targets(encoder, asked.rows, asked.arms)
@@ -126,6 +129,7 @@ def answer_all(asked: Asked, options: Decoding, ranks: Ranks, finish: "Finish") 
         with ranks.together():  # one checks before the others write
             if ranks.is_first:
                 until_the_end.enter_context(results)
+                check_left_out(results.parts, names)  # again: another evaluation may have gone on with them since
                 computed = {"latent_size": decoder.latent_size, "computed": decoder.backbone.describe()}
                 settings = settings | computed | digest_of_rows(asked.rows)
                 check_settings(results.parts, settings | packages() | model_files(options.model))
@@ -133,8 +137,6 @@ def answer_all(asked: Asked, options: Decoding, ranks: Ranks, finish: "Finish") 
                     check_settings(results.parts, digest_of_helpers(asked.rows), "oracle.json")
         with ranks.together():
             parts = Parts(results.parts, ranks.rank, decoder.backbone.embed_tokens.embedding_dim)
-            if ranks.is_first:
-                parts.check_arms([arm.name for arm in asked.arms])
         engine = Engine(decoder, encoder, asked.rows, asked.arms, request.batch_size, request.samples, options.seed)
         if ranks.is_first and (kept := sum(map(len, engine.in_order(parts.answers()).values()))):
             typer.echo(f"continues: {kept} of {asked.num_answers} answers are there", err=True)
