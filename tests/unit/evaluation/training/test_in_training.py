@@ -85,7 +85,7 @@ def test_rows_that_cannot_be_asked_are_refused_before_the_run(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"rows.jsonl:2"):
         read_some(settings(damaged), parse_arms("own"))
     alone = write_jsonl(tmp_path / "one.jsonl", [{"text_input": "Where?", "image_input": []}])
-    with pytest.raises(DataError, match=r"needed: at least 2"):
+    with pytest.raises(DataError, match=r"\(evaluation.rows=.*one.jsonl, evaluation.latents=shuffled\); needed"):
         read_some(settings(alone), parse_arms("own,shuffled"))
 
 
