@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from mirage_ds.evaluation.questions import read_questions_of
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.evaluation.settings import digest_of_rows
 from mirage_ds.evaluation.tasks.outcome import Outcome
+from mirage_ds.evaluation.training import evaluations
 from mirage_ds.evaluation.training.evaluations import InTraining, forget
 from mirage_ds.evaluation.training.figures import numbers, spread_of
 from mirage_ds.evaluation.training.memory import name_full_memory
@@ -190,6 +192,27 @@ def test_full_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore")
     with pytest.raises(RuntimeError, match="shapes"), name_full_memory(evaluation):
         raise RuntimeError("shapes do not match")
+
+
+def test_a_rehearsal_that_does_not_fit_names_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device lacks memory while the longest questions are decoded: the run ends before its first step."""
+
+    def engine(_: InTraining) -> Any:
+        return SimpleNamespace(rehearse=full)
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(evaluations, "decoding", lambda module, backbone: nullcontext())
+    monkeypatch.setattr(evaluations, "future_moments", lambda engine: [])
+    monkeypatch.setattr(InTraining, "engine", engine)
+    nothing: Any = None
+    trainer: Any = SimpleNamespace(engine=SimpleNamespace(module=None), device=torch.device("cpu"))
+    config: Any = SimpleNamespace(evaluation=settings(Path("rows.jsonl"), batch_size=7, max_new_tokens=99))
+    words = r"rank 1 .*evaluation\.batch_size=7, evaluation\.max_new_tokens=99, .*20 GiB\.; .* set one of these lower"
+    with pytest.raises(MemoryFullError, match=words):
+        InTraining(trainer, nothing, nothing, config).rehearse()
 
 
 def run_of(tmp_path: Path, faults: list[Any], end_s: float | None = None) -> InTraining:
