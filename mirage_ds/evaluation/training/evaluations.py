@@ -77,7 +77,7 @@ class InTraining:
             self.warn_of_timeout(seconds)
 
     def rehearse(self) -> None:
-        """Takes the memory of an evaluation before the run's first step, beside that of the optimizer; on every rank.
+        """Takes the memory of decoding before the run's first step, beside that of the optimizer; on every rank.
 
         Raises:
             MemoryFullError: there is too little, maybe on this rank alone.
