@@ -129,7 +129,7 @@ def answer_all(asked: Asked, options: Decoding, ranks: Ranks, finish: "Finish") 
         with ranks.together():  # one checks before the others write
             if ranks.is_first:
                 until_the_end.enter_context(results)
-                check_left_out(results.parts, names)  # again: another evaluation may have gone on with them since
+                check_left_out(results.parts, names)  # again: another evaluation may have added one since
                 computed = {"latent_size": decoder.latent_size, "computed": decoder.backbone.describe()}
                 settings = settings | computed | digest_of_rows(asked.rows)
                 check_settings(results.parts, settings | packages() | model_files(options.model))
