@@ -110,6 +110,8 @@ class InTraining:
                 forget(output)
                 print(f"no evaluation after step {step}: the run is asked to end", flush=True)
         elif isinstance(fault, MirageError):
+            if distributed.is_main():
+                forget(output)
             self.trainer.agree_on_fault(EvaluationError(f"the evaluation after step {step} failed: {fault}"))
         elif distributed.is_main():
             warn_once(f"no evaluation after step {step} ({output}): {fault}; the run continues; free some space")

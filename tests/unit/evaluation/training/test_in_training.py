@@ -26,6 +26,7 @@ from mirage_ds.evaluation.compare import DECODING
 from mirage_ds.evaluation.latents.arms import parse_arms
 from mirage_ds.evaluation.latents.health import LatentHealth
 from mirage_ds.evaluation.questions import read_questions_of
+from mirage_ds.evaluation.results import parts_of
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.evaluation.settings import digest_of_rows
 from mirage_ds.evaluation.tasks.outcome import Outcome
@@ -236,7 +237,9 @@ def test_what_follows_a_failed_evaluation(
     assert not faults
     said = "".join(capsys.readouterr())
     assert said.count("no evaluation after step 3") == (2 if is_main else 0)
+    parts_of(output).mkdir()
     run.fail(3, output, MemoryFullError("too little"))
+    assert parts_of(output).exists() != is_main  # nothing continues it
     assert [(type(fault), str(fault)) for fault in faults] == [
         (EvaluationError, "the evaluation after step 3 failed: too little")
     ]
