@@ -86,8 +86,8 @@ class Trainer:
                 raise StallError(f"{fault}; the run ends {where}; start it again, with run.resume=auto")
             if isinstance(fault, EvaluationError):
                 raise EvaluationError(
-                    f"{fault}; the run ends {where}, and does not evaluate that step again; to do so, export it and use "
-                    f"mirage evaluate{self.how_to_continue()}"
+                    f"{fault}; the run ends {where}, and does not evaluate that step again; to do so, export it and "
+                    f"use mirage evaluate{self.how_to_continue()}"
                 )
             raise TrainingError(
                 f"{fault}; the run ends {where}; continue with run.resume=auto once the cause is removed, or, if it is "
