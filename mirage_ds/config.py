@@ -298,6 +298,18 @@ class Config(Section):
         return not self.model.answer_sees_image or self.data.text_dropout_image > 0
 
     @property
+    def controls(self) -> dict[str, str | float]:
+        """What makes the run an arm of a comparison, by key; nothing of what is as by default."""
+        found: dict[str, str | float] = {}
+        if self.data.helper is not True:
+            found["data.helper"] = self.data.helper
+        if not self.model.answer_sees_image:
+            found["model.answer_sees_image"] = "false"
+        if self.data.text_dropout_image:
+            found["data.text_dropout_image"] = self.data.text_dropout_image
+        return found
+
+    @property
     def several_passes(self) -> bool:
         """Whether the decoder may take several passes over a micro-batch: see model/rollout.py."""
         return self.train.stage == "stage2" or self.hides_images

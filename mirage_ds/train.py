@@ -296,6 +296,7 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
     cut = f"{ranks} ranks x {train.micro_batch_size} x {train.accumulation_steps(ranks)} accumulated"
     if config.data.packing:
         cut = f"rows of at most {config.data.token_budget} tokens on {ranks} ranks"
+    controls = "".join(f", {key}={value}" for key, value in config.controls.items())
     num_samples = start.shards.num_samples
     numel = {True: 0, False: 0}
     for parameter in model.parameters():
@@ -303,7 +304,7 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
     return (
         f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
         f"{train.dtype} on {start.device.type}, attention {backbone.describe_attention()}, "
-        f"latent_size {config.model.latent_size}\n"
+        f"latent_size {config.model.latent_size}{controls}\n"
         f"{num_samples} samples; global batch {size} = {cut}; {start.max_steps} steps = "
         f"{start.max_steps * size / num_samples:.1f} epochs; {start.costs_source}"
     )

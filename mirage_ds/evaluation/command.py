@@ -18,7 +18,7 @@ from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.asked import Asked, Request, check_options
 from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.ranks import Ranks, join
-from mirage_ds.evaluation.scoring import scored
+from mirage_ds.evaluation.scoring import Share, score_share, scored
 from mirage_ds.evaluation.settings import digest_of_helpers, digest_of_rows, model_files, packages
 from mirage_ds.evaluation.tables import summary_of, tables_of, warnings_of
 from mirage_ds.inference.options import (
@@ -36,7 +36,7 @@ from mirage_ds.paths import expanded
 from mirage_ds.wide_console import wide_console
 
 Answers = dict[str, list[Answer]]
-"""Of each arm, by row, then by sample; scored."""
+"""Of each arm, by row, then by sample."""
 
 if TYPE_CHECKING:
     from mirage_ds.evaluation.engine import Engine
@@ -108,18 +108,21 @@ def answer_all(asked: Asked, options: Decoding, ranks: Ranks, finish: "Finish") 
     """Answers what is not answered yet.
 
     Args:
-        finish: writes and prints what came out; called on the first rank, with the answers, the states of their latents
-            and all settings.
+        finish: writes and prints what came out; called on the first rank, with the scored answers, the states of their
+            latents and all settings.
     """
     from mirage_ds.evaluation.engine import Engine
     from mirage_ds.evaluation.latents.replacements import check_targets
-    from mirage_ds.evaluation.parts import Parts, check_settings
+    from mirage_ds.evaluation.parts import Parts, check_left_out, check_settings
 
     request, results, task = asked.request, asked.results, asked.task
-    settings = request.settings() | asdict(options)
+    settings, names = request.settings() | asdict(options), [arm.name for arm in asked.arms]
     with ExitStack() as until_the_end:
         until_the_end.enter_context(name_full_disk(results.output.parent, "free some space; a new start continues"))
         until_the_end.enter_context(signals_as_errors())
+        with ranks.together():  # before the model is loaded
+            if ranks.is_first:
+                check_left_out(results.parts, names)
         with ranks.together():
             decoder, encoder = options.load(announce=ranks.is_first)
             no_targets = check_targets(encoder, asked.rows, asked.arms)
@@ -128,6 +131,7 @@ def answer_all(asked: Asked, options: Decoding, ranks: Ranks, finish: "Finish") 
         with ranks.together():  # one checks before the others write
             if ranks.is_first:
                 until_the_end.enter_context(results)
+                check_left_out(results.parts, names)  # again: another evaluation may have added one since
                 computed = {"latent_size": decoder.latent_size, "computed": decoder.backbone.describe()}
                 settings = settings | computed | digest_of_rows(asked.rows)
                 check_settings(results.parts, settings | packages() | model_files(options.model))
@@ -135,8 +139,6 @@ def answer_all(asked: Asked, options: Decoding, ranks: Ranks, finish: "Finish") 
                     check_settings(results.parts, digest_of_helpers(asked.rows), "oracle.json")
         with ranks.together():
             parts = Parts(results.parts, ranks.rank, decoder.backbone.embed_tokens.embedding_dim)
-            if ranks.is_first:
-                parts.check_arms([arm.name for arm in asked.arms])
         engine = Engine(decoder, encoder, asked.rows, asked.arms, request.batch_size, request.samples, options.seed)
         if ranks.is_first and (kept := sum(map(len, engine.in_order(parts.answers()).values()))):
             typer.echo(f"continues: {kept} of {asked.num_answers} answers are there", err=True)
@@ -144,18 +146,21 @@ def answer_all(asked: Asked, options: Decoding, ranks: Ranks, finish: "Finish") 
         with Progress(console=Console(stderr=True), disable=not decodes) as progress:
             bar = progress.add_task(task.name, total=None)
             engine.run(parts, ranks, lambda done, total: progress.update(bar, completed=done, total=total))
+        answers = engine.in_order(parts.answers())
+        with ranks.together():
+            share = _score_share(answers, parts, asked, ranks)
         parts.close()
-        ranks.wait()  # nobody has a file open in a folder that is deleted
+        shares = ranks.gather(share)  # from now on nobody has a file open in the folder, which is deleted
         with ranks.together():  # a job whose ranks end long before the first one may be killed
             if ranks.is_first:
-                answers = _scored(engine, parts, asked)
-                finish(engine, answers, parts.states(), settings | {"task": task.name, "task_file": task.file_digest})
+                settings |= {"task": task.name, "task_file": task.file_digest}
+                finish(engine, scored(answers, shares), parts.states(), settings)
 
 
-def _scored(engine: "Engine", parts: "Parts", asked: Asked) -> Answers:
-    """All answers, of which each arm's are in the order of the rows."""
+def _score_share(answers: Answers, parts: "Parts", asked: Asked, ranks: Ranks) -> Share:
+    """The scores of this rank's share of all answers."""
     try:
-        return scored(engine.in_order(parts.answers()), asked.rows, asked.task)
+        return score_share(answers, asked.rows, asked.task, ranks)
     except ConfigError as error:
         raise ConfigError(
             f"{error}; then start again: all answers are kept ({parts.folder}), and none is decoded again"

@@ -5,7 +5,7 @@ Files without scores (task `none`) are compared by the texts of their answers.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.finished import read_finished
+from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.rates import (
     differ,
     difference,
@@ -104,9 +105,21 @@ def other_decoding(sides: Sequence[Side]) -> list[str]:
     lines = []
     for side in sides[1:]:
         ours, theirs = ({name: each.settings.get(name) for name in DECODING} for each in (side, first))
-        differ = [f"{name} {ours[name]}, not {theirs[name]}" for name in DECODING if ours[name] != theirs[name]]
+        unused = _unused(side) & _unused(first)
+        differ = [
+            f"{name} {ours[name]}, not {theirs[name]}"
+            for name in DECODING
+            if ours[name] != theirs[name] and name not in unused
+        ]
         lines += [f"{side.name} was decoded otherwise than {first.name}: {'; '.join(differ)}"] if differ else []
     return lines
+
+
+def _unused(side: Side) -> set[str]:
+    """The settings that decide nothing in greedy decoding; other arms than `own` draw what they feed by the seed."""
+    if side.settings.get("temperature") != 0:
+        return set()
+    return {"top_p", "seed"} if side.answers[0].arm == OWN else {"top_p"}
 
 
 def comparison_table(sides: Sequence[Side], by: str | None) -> Table:
@@ -142,11 +155,13 @@ def changed_table(sides: Sequence[Side], number: int) -> Table | None:
     If answers are not scored, rows with another text.
     """
     scored = bool(ways_of(sides[0].answers))
-    find, which = (_changed, "with another score") if scored else (_differing, "that differ")
+    find, what = (_changed, "the ends of their first answers with another score")
+    if not scored:
+        find, what = _differing, "their first answers that differ, long ones from there"
     rows = [row for side in sides[1:] for row in find(sides[0], side)][:number]
     if not rows:
         return None
-    drawn = Table(title=f"rows that changed: the ends of their first answers {which}", show_lines=True)
+    drawn = Table(title=f"rows that changed: {what}", show_lines=True)
     for heading in ("row", "file", "change", f"answer in {sides[0].name}", "answer in the file"):
         drawn.add_column(escape(heading))
     for row in rows:
@@ -162,7 +177,7 @@ def _changed(first: Side, side: Side) -> Iterator[tuple[str, ...]]:
         if number in before and score != before[number]:
             old, new = _first_change(theirs[number], ours[number], way)
             change = f"{'gained' if score > before[number] else 'lost'}, {before[number]:.3g} to {score:.3g}"
-            yield _line(side, change, old, new)
+            yield _line(side, change, old, _end(old.text), _end(new.text))
 
 
 def _differing(first: Side, side: Side) -> Iterator[tuple[str, ...]]:
@@ -170,11 +185,13 @@ def _differing(first: Side, side: Side) -> Iterator[tuple[str, ...]]:
     for new, old in sorted(paired(side.answers, first.answers), key=lambda pair: (pair[0].number, pair[0].sample)):
         if new.number not in seen and differ(new, old):
             seen.add(new.number)
-            yield _line(side, "another text", old, new)
+            texts = _one_line(old.text), _one_line(new.text)
+            change = "another text" if texts[0] != texts[1] else "other white space"
+            yield _line(side, change, old, *_from_difference(*texts))
 
 
-def _line(side: Side, change: str, old: Answer, new: Answer) -> tuple[str, ...]:
-    return Path(old.where).name, side.name, change, _short(old.text), _short(new.text)
+def _line(side: Side, change: str, old: Answer, was: str, becomes: str) -> tuple[str, ...]:
+    return Path(old.where).name, side.name, change, was, becomes
 
 
 def _scored_by_row(answers: Sequence[Answer]) -> dict[int, list[Answer]]:
@@ -192,7 +209,25 @@ def _first_change(before: list[Answer], after: list[Answer], way: str) -> tuple[
     return next((old, new) for old, new in pairs if old.scores[way].success != new.scores[way].success)
 
 
-def _short(text: str) -> str:
-    """The end of an answer, where it says what it comes to; without control characters."""
-    line = "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
+def _one_line(text: str) -> str:
+    """Without control characters."""
+    return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
+
+
+def _end(text: str) -> str:
+    """The end of an answer, where it says what it comes to."""
+    line = _one_line(text)
     return line if len(line) <= SHORT else f"...{line[3 - SHORT :]}"
+
+
+def _from_difference(one: str, other: str) -> tuple[str, str]:
+    """Two lines; if one is too long for a table, from the first place where they differ, and cut at their ends."""
+    if max(len(one), len(other)) <= SHORT:
+        return one, other
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return _beginning(one, same), _beginning(other, same)
+
+
+def _beginning(line: str, start: int) -> str:
+    rest = f"...{line[start:]}" if start else line
+    return rest if len(rest) <= SHORT else f"{rest[: SHORT - 3]}..."

@@ -91,8 +91,8 @@ class Engine:
         if missing := units - parts.units():
             raise DataError(
                 f"{len(missing)} of {len(units)} batches of answers are not seen by this process ({parts.folder}); "
-                "all ranks must see one folder, without delay; write --output to a disk that all nodes share, and "
-                "start again: the answers are kept"
+                "all ranks must see one folder, without delay; write --output, in training run.dir, to a disk that all "
+                "nodes share, and start again"
             )
 
     def share(self, arms: Iterable[Arm], complete: Collection[str], ranks: Ranks) -> list[Unit]:

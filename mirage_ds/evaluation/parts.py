@@ -62,6 +62,25 @@ def check_settings(folder: Path, settings: dict[str, Any], file: str = "settings
             )
 
 
+def check_left_out(folder: Path, names: Collection[str]) -> None:
+    """Refuses to leave out an arm of which answers are there: they would be deleted at the end. Needs no model.
+
+    Args:
+        names: of the arms that are asked for.
+
+    Raises:
+        DataError: some are left out.
+    """
+    lines = [line for path in folder.glob("rank_*.jsonl") for line in path.read_bytes().splitlines(keepends=True)]
+    decoded = {json.loads(line)["unit"].partition("/")[0] for line in lines if line.endswith(b"\n")}
+    if left_out := sorted(decoded.difference(names)):
+        raise DataError(
+            f"an unfinished evaluation has answers of arms that this one leaves out: {', '.join(left_out)} "
+            f"({folder}, --latents, --image); a start that continues it has the same arms, or more; add them, "
+            "or delete the folder, or name another --output"
+        )
+
+
 class Parts:
     """The files of one rank, and reading those of all."""
 
@@ -82,22 +101,6 @@ class Parts:
         row = FLOAT_BYTES * state_size
         self._num_states = states.stat().st_size // row
         self._states.truncate(self._num_states * row)
-
-    def check_arms(self, names: Collection[str]) -> None:
-        """Refuses to leave out an arm of which answers are there: they would be deleted at the end.
-
-        Args:
-            names: of the arms that are asked for.
-
-        Raises:
-            DataError: some are left out.
-        """
-        if left_out := sorted({answer.arm for answer in self.answers()}.difference(names)):
-            raise DataError(
-                f"an unfinished evaluation has answers of arms that this one leaves out: {', '.join(left_out)} "
-                f"({self.folder}, --latents, --image); a start that continues it has the same arms, or more; add them, "
-                "or delete the folder, or name another --output"
-            )
 
     def add(self, unit: str, rows: list[Decoded]) -> None:
         """Writes a complete unit."""

@@ -1,6 +1,6 @@
 """The processes that share an evaluation: each has the whole model, on a GPU of its own if there are GPUs.
 
-They are a process group of gloo, which carries messages of some bytes. torch is imported only where there are several.
+They are a process group of gloo, which carries words and scores. torch is imported only where there are several.
 """
 
 import os

@@ -3,17 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from mirage_ds.data.rows import OUTPUT_IMAGE_TAG, Sample
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.evaluation.answers import Answer, Row
+from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.tasks import choice, exact, own, reasoning, vsp
 from mirage_ds.evaluation.tasks.outcome import Scores
 from mirage_ds.paths import expand
 
 NO_TASK = "none"  # answers are not scored
+Share = list[tuple[Scores, str]]
+"""What one rank scores: of each of its answers the scores, and why it has none."""
 
 
 @dataclass(frozen=True)
@@ -138,24 +142,54 @@ def unscorable(rows: Sequence[Row], task: Task) -> list[tuple[Row, str]]:
     return found
 
 
-def scored(arms: Mapping[str, Sequence[Answer]], rows: Sequence[Row], task: Task) -> dict[str, list[Answer]]:
-    """The answers of each arm with their scores.
+def score_share(
+    arms: Mapping[str, Sequence[Answer]],
+    rows: Sequence[Row],
+    task: Task,
+    ranks: Ranks,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Share:
+    """Scores this rank's share of the answers: a function that asks a judge may take seconds for each.
 
     Args:
-        arms: as decoded, by the arm's name.
+        arms: the answers of each arm as decoded, in the same order on every rank.
         rows: that were asked.
+        progress: called after each answer with the number that this rank has scored, and with that of its share.
 
     Raises:
         ConfigError: the function of a user's own task fails.
     """
     by_number = {row.number: row for row in rows}
-    return {name: [_scored(answer, by_number[answer.number], task) for answer in arm] for name, arm in arms.items()}
+    answers = [answer for arm in arms.values() for answer in arm][ranks.rank :: ranks.size]
+    share: Share = []
+    for answer in answers:
+        share.append(_score(answer, by_number[answer.number], task))
+        progress(len(share), len(answers))
+    return share
 
 
-def _scored(answer: Answer, row: Row, task: Task) -> Answer:
+def scored(arms: Mapping[str, Sequence[Answer]], shares: Sequence[Share]) -> dict[str, list[Answer]]:
+    """The answers of each arm with their scores.
+
+    Args:
+        arms: as given to `score_share`.
+        shares: of all ranks, in their order.
+    """
+    size = len(shares)
+    in_order = (shares[number % size][number // size] for number in count())
+    return {
+        name: [
+            replace(answer, scores=scores, unscored=unscored)
+            for answer, (scores, unscored) in zip(arm, islice(in_order, len(arm)), strict=True)
+        ]
+        for name, arm in arms.items()
+    }
+
+
+def _score(answer: Answer, row: Row, task: Task) -> tuple[Scores, str]:
     try:
-        return replace(answer, scores=task.score(row.sample, answer.text))
+        return task.score(row.sample, answer.text), ""
     except DataError as error:
-        return replace(answer, unscored=str(error))
+        return {}, str(error)
     except ConfigError as error:
         raise ConfigError(f"{row.where}: {error}") from error

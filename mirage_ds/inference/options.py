@@ -67,5 +67,7 @@ class Decoding:
             dtype=DTYPES[self.dtype] if self.dtype else None,
         )
         if announce:
-            typer.echo(f"{self.model}: latent_size {decoder.latent_size}, {decoder.backbone.describe()}", err=True)
+            hidden = "" if decoder.answer_sees_image else ", input images hidden after the first latent block"
+            computed = decoder.backbone.describe()
+            typer.echo(f"{self.model}: latent_size {decoder.latent_size}, {computed}{hidden}", err=True)
         return decoder, encoder

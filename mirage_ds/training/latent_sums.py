@@ -10,7 +10,7 @@ makes at one slot, on all ranks, each in another sample:
     next cosine     mean of cos(s_i, the state of the same block at the next slot)
     target cosine   mean of cos(s_i, its latent target), in stage 1
     effective rank  the number of directions in which the s_i lie, from 1 (alike) to n: see model/effective_rank.py. Of
-                    at most MAX_SAMPLED states: the first ones that each rank makes
+                    at most MAX_SAMPLED states: the first ones that each of the first MAX_SAMPLED ranks makes
 
 The others are sums over the states. Sums and sampled states stay on the device: a micro-batch adds to them, and waits
 for nothing.
@@ -136,15 +136,20 @@ class LatentSums:
             row_cosine=_quotients(squares - count, count * (count - 1)),
             next_cosine=_quotients(next_cosines, num_next),
             target_cosine=_quotients(target_cosines, count * targets),
-            effective_rank=[rank if n else None for rank, n in zip(ranks, count.tolist(), strict=True)],
+            effective_rank=ranks,
         )
 
-    def effective_ranks(self, sampled: torch.Tensor) -> list[float]:
-        """By slot, of sampled states [MAX_SAMPLED, S, D]; zeros where there are fewer. The rest is done on the host."""
+    def effective_ranks(self, sampled: torch.Tensor) -> Figures:
+        """By slot, of sampled states [MAX_SAMPLED, S, D]; zeros where there are fewer. The rest is done on the host.
+
+        A slot may have states and none that is sampled: of more ranks than MAX_SAMPLED, the last ones give none.
+        """
         grams = torch.stack([states @ states.T for slot in sampled.unbind(1) for states in [slot.double()]]).cpu()
-        filled = grams.diagonal(dim1=1, dim2=2).any(dim=0)  # a small batch has small matrices
+        is_state = grams.diagonal(dim1=1, dim2=2) != 0
+        filled = is_state.any(dim=0)  # a small batch has small matrices
         filled[0] = True  # and a step without latents none
-        return effective_rank(grams[:, filled][:, :, filled]).tolist()
+        ranks = effective_rank(grams[:, filled][:, :, filled]).tolist()
+        return [rank if known else None for rank, known in zip(ranks, is_state.any(dim=1).tolist(), strict=True)]
 
 
 def _quotients(sums: torch.Tensor, counts: torch.Tensor) -> Figures:

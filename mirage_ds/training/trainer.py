@@ -86,13 +86,22 @@ class Trainer:
                 raise StallError(f"{fault}; the run ends {where}; start it again, with run.resume=auto")
             if isinstance(fault, EvaluationError):
                 raise EvaluationError(
-                    f"{fault}; the run ends {where}; if steps are left, continue with run.resume=auto, once the task "
-                    "or the rows are corrected, or with evaluation.task=null evaluation.rows=null"
+                    f"{fault}; the run ends {where}, and does not evaluate that step again; to do so, export it and "
+                    f"use mirage evaluate{self.how_to_continue()}"
                 )
             raise TrainingError(
                 f"{fault}; the run ends {where}; continue with run.resume=auto once the cause is removed, or, if it is "
                 "a single sample, with run.resume=auto data.on_fault=skip"
             )
+
+    def how_to_continue(self) -> str:
+        """After an evaluation that failed: nothing after the last step."""
+        if self.state.step == self.max_steps:
+            return ""
+        return (
+            "; continue with run.resume=auto, once the task or the rows are corrected, or with evaluation.task=null "
+            "evaluation.rows=null"
+        )
 
     def train_step(self) -> None:
         """One optimizer step over one global batch."""

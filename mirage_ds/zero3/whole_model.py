@@ -19,9 +19,9 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 def whole_model(module: torch.nn.Module) -> Iterator[None]:
     """Inside it every rank has all weights of `module`, and its modules compute without any collective.
 
-    All ranks enter it together, after an optimizer step and before the next forward: then DeepSpeed has nothing
-    gathered but small weights, which it always keeps, and nothing under way. Leaving it takes no collective, so a rank
-    may leave by an exception.
+    All ranks enter it together, between two optimizer steps or before the first one, with no forward or backward under
+    way: then DeepSpeed has nothing gathered but small weights, which it always keeps. Leaving it takes no collective,
+    so a rank may leave by an exception.
     """
     weights: list[Any] = list(module.parameters())
     if any(weight.ds_status == ZeroParamStatus.INFLIGHT for weight in weights):

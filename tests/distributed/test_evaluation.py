@@ -94,7 +94,7 @@ def wait_for_batches(ranks: Ranks, parts: Path, wanted: int) -> None:
 
 
 def test_a_mistake_is_said_once(ground: Path) -> None:
-    """One of the command line, and one that only the first rank can find."""
+    """One of the command line, one that only the first rank can find, and one in an answer that the second scores."""
     with start(2, ground, ground / "refused", "--task", "nope") as ranks:
         assert ranks.wait(TIMEOUT_S) == 2
     assert ranks.log.read_text().count("unknown task 'nope'") == 1
@@ -106,6 +106,14 @@ def test_a_mistake_is_said_once(ground: Path) -> None:
     log = ranks.log.read_text()
     assert log.count("has limit=None, this one limit=5") == 1
     assert "Traceback" not in log
+    task = ground / "task.py"
+    task.write_text("def score(row, answer):\n    return 1 / (not answer or row['id'] != 3)\n")
+    with start(2, ground, ground / "failed", "--task", f"{task}:score") as ranks:
+        assert ranks.wait(TIMEOUT_S) == 2
+    log = ranks.log.read_text()
+    assert log.count("questions.jsonl:4: the task's function failed: ZeroDivisionError") == 1
+    assert "Traceback" not in log
+    assert num_batches(ground / "failed.parts") == 4 * -(-NUM_ROWS // BATCH_SIZE)
 
 
 @pytest.mark.slow

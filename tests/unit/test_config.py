@@ -264,3 +264,10 @@ def test_learning_rates() -> None:
     assert rates(warmup_from_zero=True) == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
     assert rates() == pytest.approx([5e-4, 1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
     assert rates(lr_decay="constant") == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_a_run_that_is_a_control_arm_says_so() -> None:
+    assert load_config(RECIPE, []).controls == {}
+    arm = load_config(RECIPE, ["data.helper=gray", "data.text_dropout_image=0.25"])
+    assert arm.controls == {"data.helper": "gray", "data.text_dropout_image": 0.25}
+    assert load_config(RECIPE, ["model.answer_sees_image=false"]).controls == {"model.answer_sees_image": "false"}

@@ -64,9 +64,13 @@ def test_inputs_that_are_there(here: Path) -> None:
         ("evaluation.task=task.py:scores", ConfigError, r"no function 'scores' \(.*\); .* are score, other; correct"),
         ("evaluation.task=broken.py:score", ConfigError, r"cannot be imported: SyntaxError: .*\(broken\.py, line 2\)"),
         ("evaluation.latents=own,meen", ConfigError, r"'meen' is unknown \(evaluation\.latents=own,meen\)"),
-        ("evaluation.rows=none", DataError, r"cannot read the rows: No such file .* \(none\)"),
-        ("evaluation.rows=empty.jsonl", DataError, r"no rows \(empty\.jsonl\)"),
-        ("evaluation.rows=model", DataError, r"no manifest\.json.* \(model/manifest\.json\)"),
+        ("evaluation.rows=none", DataError, r"^evaluation\.rows=none: cannot read the rows: No such file .* \(none\)"),
+        ("evaluation.rows=empty.jsonl", DataError, r"^evaluation\.rows=empty\.jsonl: no rows \(empty\.jsonl\)"),
+        (
+            "evaluation.rows=model",
+            DataError,
+            r"^evaluation\.rows=model: .*no manifest\.json.* \(model/manifest\.json\)",
+        ),
     ],
 )
 def test_inputs_that_are_missing(here: Path, override: str, error: type[Exception], words: str) -> None:

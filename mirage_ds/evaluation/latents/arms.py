@@ -52,12 +52,13 @@ def parse_arms(latents: str, image: str = OWN, setting: str = "--latents ") -> l
     return [Arm(OWN), *replacing]
 
 
-def check_arms(arms: Sequence[Arm], rows: Sequence[Row], where: str) -> None:
+def check_arms(arms: Sequence[Arm], rows: Sequence[Row], where: str, setting: str = "--latents ") -> None:
     """Refuses arms for which the rows have nothing to put in place; before anything is loaded.
 
     Args:
         rows: with their helper images, if an arm is `oracle`.
         where: the file of the rows.
+        setting: what names the list of latents, for messages.
 
     Raises:
         DataError: too few rows.
@@ -65,7 +66,7 @@ def check_arms(arms: Sequence[Arm], rows: Sequence[Row], where: str) -> None:
     with_images = sum(bool(row.sample.input_images) for row in rows)
     with_helpers = sum(bool(row.sample.helper_images) for row in rows)
     for arm in arms:
-        option = f"--latents {arm.name}" if arm.image == OWN else f"--image {arm.image}"
+        option = f"{setting}{arm.name}" if arm.image == OWN else f"--image {arm.image}"
         if arm.latents in ("fixed", "shuffled") and len(rows) < 2:
             raise _too_few("rows", len(rows), 2, where, option)
         if arm.latents == "oracle" and not with_helpers:
@@ -119,4 +120,4 @@ def _unknown(name: str, where: str, every: Sequence[str], more: str = "") -> Con
 
 
 def _too_few(what: str, found: int, needed: int, where: str, option: str) -> DataError:
-    return DataError(f"{what}: {found} ({where}, {option}); needed: at least {needed}; add some, or leave out {option}")
+    return DataError(f"{what}: {found} ({where}, {option}); needed: at least {needed}; add some, or leave this arm out")

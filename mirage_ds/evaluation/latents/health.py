@@ -69,13 +69,19 @@ class LatentHealth:
         return asdict(self)
 
     def row_cosine(self) -> float | None:
-        """The mean row cosine over the slots, each by its number of rows."""
-        known = [
-            (cosine, count) for cosine, count in zip(self.row_cosines, self.num_rows, strict=True) if cosine is not None
-        ]
+        """The mean row cosine over the slots, each by its number of rows; a slot of one row has none."""
+        return self._mean_by_rows(self.row_cosines)
+
+    def effective_rank(self) -> float | None:
+        """The mean effective rank over the same slots: one row has a rank of 1, whatever its state."""
+        pairs = zip(self.effective_ranks, self.num_rows, strict=True)
+        return self._mean_by_rows([rank if count > 1 else None for rank, count in pairs])
+
+    def _mean_by_rows(self, values: Sequence[float | None]) -> float | None:
+        known = [(value, count) for value, count in zip(values, self.num_rows, strict=True) if value is not None]
         if not known:
             return None
-        return sum(cosine * count for cosine, count in known) / sum(count for _, count in known)
+        return sum(value * count for value, count in known) / sum(count for _, count in known)
 
     def warning(self) -> str | None:
         """One line if the states of different rows are alike; else None."""

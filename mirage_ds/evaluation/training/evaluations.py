@@ -7,7 +7,7 @@ so answers may differ in length. The files are those of `mirage evaluate`: RUN/e
 import shutil
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mirage_ds.evaluation.latents.arms import OWN
 from mirage_ds.evaluation.parts import Parts, check_settings
 from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.results import Results, parts_of
-from mirage_ds.evaluation.scoring import scored
+from mirage_ds.evaluation.scoring import score_share, scored
 from mirage_ds.evaluation.settings import digest_of_rows
 from mirage_ds.evaluation.tables import summary_of
 from mirage_ds.evaluation.training.figures import numbers, spread_of
@@ -36,6 +36,7 @@ from mirage_ds.evaluation.training.questions import Questions
 from mirage_ds.evaluation.training.together import AskedToEndError, FailedError, Gather, leave_if_asked, together
 from mirage_ds.housekeeping import warn_once
 from mirage_ds.inference.generate import Decoder
+from mirage_ds.inference.sampling import GREEDY
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.after_step import Action
@@ -76,7 +77,7 @@ class InTraining:
             self.warn_of_timeout(seconds)
 
     def rehearse(self) -> None:
-        """Takes the memory of an evaluation before the run's first step, beside that of the optimizer; on every rank.
+        """Takes the memory of decoding before the run's first step, beside that of the optimizer; on every rank.
 
         Raises:
             MemoryFullError: there is too little, maybe on this rank alone.
@@ -109,6 +110,8 @@ class InTraining:
                 forget(output)
                 print(f"no evaluation after step {step}: the run is asked to end", flush=True)
         elif isinstance(fault, MirageError):
+            if distributed.is_main():
+                forget(output)
             self.trainer.agree_on_fault(EvaluationError(f"the evaluation after step {step} failed: {fault}"))
         elif distributed.is_main():
             warn_once(f"no evaluation after step {step} ({output}): {fault}; the run continues; free some space")
@@ -128,8 +131,10 @@ class InTraining:
         with closing(parts), name_full_memory(self.config.evaluation), decoding(module, self.backbone):
             engine = self.engine()
             engine.run(parts, ranks, leave_if_asked)
+            decoded = engine.in_order(parts.answers())
+            shares = ranks.gather(score_share(decoded, engine.rows, self.questions.task, ranks, leave_if_asked))
             if results is not None:
-                answers = scored(engine.in_order(parts.answers()), engine.rows, self.questions.task)
+                answers = scored(decoded, shares)
                 states = parts.states()
                 health = engine.health(states, answers[OWN])
                 evaluated = Evaluated(
@@ -168,9 +173,10 @@ class InTraining:
         """What decided the answers, for the summary."""
         left_out = {"shards", "interval", "max_samples", "rows"}
         evaluation = self.config.evaluation.model_dump(mode="json", exclude=left_out)
+        greedy = asdict(GREEDY) | {"latent_end": Decoder.latent_end, "samples": Engine.samples}
         settings = {"step": step, "latent_size": self.config.model.latent_size, "seed": self.config.run.seed}
         data = {"data": str(self.config.evaluation.rows), **self.digests}
-        return evaluation | settings | data | {"computed": self.backbone.describe()}
+        return evaluation | greedy | settings | data | {"computed": self.backbone.describe()}
 
     @cached_property
     def digests(self) -> dict[str, str | None]:

@@ -7,10 +7,9 @@ from mirage_ds.evaluation.scoring import Task
 
 
 def spread_of(health: LatentHealth) -> dict[str, float]:
-    """How far the states of different rows differ: means over the slots; nothing without states."""
-    row_cosine, ranks = health.row_cosine(), health.effective_ranks
-    figures = {} if row_cosine is None else {"row_cosine": row_cosine}
-    return figures | ({"effective_rank": sum(ranks) / len(ranks)} if ranks else {})
+    """How far the states of different rows differ: means over the slots; nothing where no slot has two rows."""
+    figures = {"row_cosine": health.row_cosine(), "effective_rank": health.effective_rank()}
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def numbers(answers: dict[str, list[Answer]], task: Task) -> dict[str, float]:

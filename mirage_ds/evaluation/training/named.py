@@ -5,6 +5,7 @@ from pathlib import Path
 from mirage_ds.config import EvaluationConfig
 from mirage_ds.data.rows import read_json_lines
 from mirage_ds.data.shards import load_manifest
+from mirage_ds.errors import DataError
 from mirage_ds.evaluation.latents.arms import Arm, parse_arms
 from mirage_ds.evaluation.scoring import check_task
 
@@ -40,10 +41,13 @@ def check_rows(rows: Path) -> None:
     Raises:
         DataError: the file cannot be read or its first row is none, or the folder has no complete shards.
     """
-    if rows.is_dir():
-        load_manifest(rows)
-    else:
-        next(read_json_lines(rows))
+    try:
+        if rows.is_dir():
+            load_manifest(rows)
+        else:
+            next(read_json_lines(rows))
+    except DataError as error:
+        raise DataError(f"evaluation.rows={rows}: {error}") from error
 
 
 def arms_of(evaluation: EvaluationConfig) -> list[Arm]:

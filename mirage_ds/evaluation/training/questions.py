@@ -17,7 +17,7 @@ from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.latents.arms import Arm, check_arms
 from mirage_ds.evaluation.latents.replacements import check_targets
 from mirage_ds.evaluation.scoring import Task, load_task, unscorable
-from mirage_ds.evaluation.training.named import TASK, arms_of
+from mirage_ds.evaluation.training.named import LATENTS, TASK, arms_of
 from mirage_ds.training.start import make_encoder
 from mirage_ds.zero3 import distributed
 
@@ -64,7 +64,7 @@ def read_some(config: EvaluationConfig, arms: Sequence[Arm]) -> list[Row]:
     rows = read(config.rows, config.max_rows)
     for row in rows:
         decode_images(row.sample, row.where)
-    check_arms(arms, rows, f"evaluation.rows={config.rows}")
+    check_arms(arms, rows, f"evaluation.rows={config.rows}", LATENTS)
     return rows
 
 

@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 def leave_if_asked(done: int, total: int) -> None:
-    """Between two batches: a run that is asked to end does not finish its evaluation.
+    """Between two batches or scores: a run that is asked to end does not finish its evaluation.
 
     Raises:
         AskedToEndError: this rank has a signal.

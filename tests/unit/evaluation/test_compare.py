@@ -95,6 +95,20 @@ def test_files_without_scores() -> None:
     assert "rows that changed" not in compare("a.jsonl", "a.jsonl")
 
 
+def test_long_texts_are_shown_from_where_they_differ() -> None:
+    same = "the same words " * 10
+    for name, word, space in (("a.jsonl", "left", " "), ("b.jsonl", "right", "  ")):
+        texts = [f"{same}{word} {same}", f"{same}{word}", f"two{space}words"]
+        write(Path(name), [answer(n, "?", text=text, unscored="") for n, text in enumerate(texts)], task="none")
+    _, _, below = compare("a.jsonl", "b.jsonl").partition("rows that changed")
+    _, _, change, first, second = line_of(below, "test.jsonl:1")
+    assert change == "another text"
+    assert first.startswith("...left the same words ")
+    assert second.startswith("...right the same words ")
+    assert line_of(below, "test.jsonl:2")[3:] == ["...left", "...right"]
+    assert line_of(below, "test.jsonl:3")[2:] == ["other white space", "two words", "two words"]
+
+
 def test_groups() -> None:
     for name, pattern in (("a.jsonl", "xx.."), ("b.jsonl", "xxxx")):
         rows = [answer(number, mark, row={"kind": "ab"[number // 2]}) for number, mark in enumerate(pattern)]
@@ -142,6 +156,17 @@ def test_answers_that_were_decoded_otherwise() -> None:
     assert line_of(printed, "b.jsonl")[4] == "1"
     write(Path("b.jsonl"), answers("x.."), model="two", **how)
     assert "otherwise" not in compare("a.jsonl", "b.jsonl")
+
+
+def test_settings_that_greedy_decoding_does_not_use() -> None:
+    """The seed decides what another arm feeds, and with a temperature both decide the draws."""
+    arms = answers("xx."), answers("x..", arm="noise:1.0")
+    write(Path("a.jsonl"), *arms, temperature=0.0, top_p=1.0, seed=0)
+    write(Path("b.jsonl"), *arms, temperature=0.0, top_p=0.9, seed=42)
+    assert "otherwise" not in compare("a.jsonl", "b.jsonl")
+    assert "than a.jsonl: seed 42, not 0\n" in compare("a.jsonl", "b.jsonl", "--arm", "noise:1.0")
+    write(Path("b.jsonl"), *arms, temperature=0.7, top_p=0.9, seed=42)
+    assert "temperature 0.7, not 0.0; top_p 0.9, not 1.0; seed 42, not 0\n" in compare("a.jsonl", "b.jsonl")
 
 
 def test_a_copy_of_the_data_is_the_same() -> None:

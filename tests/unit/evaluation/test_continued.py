@@ -17,6 +17,7 @@ from mirage_ds.batch import Batch
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.evaluation import settings
 from mirage_ds.inference.generate import Decoder
+from mirage_ds.inference.options import Decoding
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +147,10 @@ def test_an_arm_that_is_there_must_be_asked_for_again(
     words = (
         rf"arms that this one leaves out: image:gray, image:none \({output}.parts, .*; add them, or delete the folder"
     )
-    with pytest.raises(DataError, match=words):
-        decode(model, data, output, "--latents", "mean,zeroed")
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoding, "load", lambda *_, **__: pytest.fail("it loads the model"))
+        with pytest.raises(DataError, match=words):
+            decode(model, data, output, "--latents", "mean,zeroed")
     monkeypatch.setattr(Decoder, "generate", generate)
     assert "continues: 12 of 16 answers are there" in decode(model, data, output, *options, "zeroed")
 

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+from written_answers import answers
 
 from mirage_ds.data.rows import Sample
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.evaluation.answers import Row
-from mirage_ds.evaluation.scoring import TASKS, load_task, unscorable
+from mirage_ds.evaluation.ranks import Ranks
+from mirage_ds.evaluation.scoring import TASKS, load_task, score_share, scored, unscorable
 from mirage_ds.evaluation.tasks.outcome import Outcome
 
 OWN = """
@@ -185,3 +187,30 @@ def test_rows_that_cannot_be_scored_are_found_before_decoding() -> None:
     assert unscorable(rows, load_task("none")) == []
     with pytest.raises(DataError, match=r"no row can be scored as choice; the first, rows.jsonl:1: lists of options"):
         unscorable(rows, load_task("choice"))
+
+
+ASKED = [row(0, words=1), row(1), row(2, words=3), row(3, words=9)]
+DECODED = {arm: answers("????", arm=arm, text="a word", unscored="") for arm in ("own", "mean")}
+
+
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_ranks_share_the_answers(file: Path, size: int) -> None:
+    """Each is scored by one of them, and gets its own scores: |expected words - 2| / 10."""
+    task, told = load_task(f"{file}:score"), []
+    shares = [
+        score_share(DECODED, ASKED, task, Ranks(rank, size), lambda done, total: told.append(done))
+        for rank in range(size)
+    ]
+    assert told == [done for share in shares for done in range(1, len(share) + 1)]
+    assert len(told) == 8
+    for name, arm in scored(DECODED, shares).items():
+        assert [(each.arm, each.number) for each in arm] == [(name, number) for number in range(4)]
+        assert [each.scores["score"].success for each in arm if each.scores] == [0.1, 0.1, 0.7]
+        assert [bool(each.unscored) for each in arm] == [False, True, False, False]
+
+
+def test_an_answer_on_which_a_function_fails_is_named(file: Path) -> None:
+    """On the rank that scores it."""
+    task, empty = load_task(f"{file}:fails"), {"own": answers("??", text="", unscored="")}
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2: .*ZeroDivisionError"):
+        score_share(empty, ASKED, task, Ranks(1, 2))

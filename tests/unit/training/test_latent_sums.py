@@ -134,6 +134,19 @@ def test_the_effective_rank_is_that_of_a_sample_of_all_ranks(monkeypatch: pytest
         assert figures.effective_rank[slot] == pytest.approx(effective_rank(sample), abs=1e-4)
 
 
+def test_ranks_beyond_the_sample_give_sums_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "rank", lambda: 64)
+    monkeypatch.setattr(distributed, "world_size", lambda: 65)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values)
+    sums, part = LatentSums(SLOTS, HIDDEN, torch.device("cpu")), MicroBatch(0)
+    sums.active = True
+    part.add_to(sums)
+    figures = sums.take(targets=True)
+    assert figures.num_rows == [len(part.at(slot)) for slot in range(SLOTS)]
+    assert any(figures.num_rows)
+    assert figures.effective_rank == [None] * SLOTS
+
+
 def size_of(part: MicroBatch, number: int) -> int:
     """K of a latent's block."""
     row, column, place = part.places[number]

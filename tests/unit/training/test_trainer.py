@@ -135,6 +135,10 @@ def test_a_failed_evaluation_is_not_blamed_on_a_sample(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"after step 1, which is saved; .*evaluation\.task=null") as error:
         trainer.train(after_step=[lambda state: trainer.agree_on_fault(fault)])
     assert "on_fault" not in str(error.value)
+    last = make(tmp_path, [1.0])
+    last.max_steps = 1
+    with pytest.raises(EvaluationError, match=r"export it and use mirage evaluate$"):  # no steps are left
+        last.train(after_step=[lambda state: last.agree_on_fault(fault)])
     assert isinstance(error.value, TrainingError)  # for which a save under way is finished
 
 

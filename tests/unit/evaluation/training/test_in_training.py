@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +22,17 @@ from mirage_ds.config import EvaluationConfig
 from mirage_ds.data.rows import read_questions
 from mirage_ds.errors import DataError, EvaluationError, MemoryFullError
 from mirage_ds.evaluation.answers import Answer
+from mirage_ds.evaluation.compare import DECODING
 from mirage_ds.evaluation.latents.arms import parse_arms
+from mirage_ds.evaluation.latents.health import LatentHealth
 from mirage_ds.evaluation.questions import read_questions_of
+from mirage_ds.evaluation.results import parts_of
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.evaluation.settings import digest_of_rows
 from mirage_ds.evaluation.tasks.outcome import Outcome
+from mirage_ds.evaluation.training import evaluations
 from mirage_ds.evaluation.training.evaluations import InTraining, forget
-from mirage_ds.evaluation.training.figures import numbers
+from mirage_ds.evaluation.training.figures import numbers, spread_of
 from mirage_ds.evaluation.training.memory import name_full_memory
 from mirage_ds.evaluation.training.questions import Questions, read_evaluation, read_some
 from mirage_ds.evaluation.training.together import AskedToEndError, FailedError, Gather, leave_if_asked, together
@@ -83,7 +88,7 @@ def test_rows_that_cannot_be_asked_are_refused_before_the_run(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"rows.jsonl:2"):
         read_some(settings(damaged), parse_arms("own"))
     alone = write_jsonl(tmp_path / "one.jsonl", [{"text_input": "Where?", "image_input": []}])
-    with pytest.raises(DataError, match=r"needed: at least 2"):
+    with pytest.raises(DataError, match=r"\(evaluation.rows=.*one.jsonl, evaluation.latents=shuffled\); needed"):
         read_some(settings(alone), parse_arms("own,shuffled"))
 
 
@@ -109,6 +114,14 @@ def test_figures_are_shares_of_the_answers() -> None:
         "cut_off_mean": 0,
         "with_blocks_mean": 1,
     }
+
+
+def test_the_spread_is_a_mean_over_rows() -> None:
+    """A slot of one row says nothing of how rows differ."""
+    lists: dict[str, Any] = {"row_cosines": [0.5, 0.9, None], "effective_ranks": [3.0, 2.0, 1.0]}
+    health = LatentHealth(1.0, slots=["0.0", "0.1", "1.0"], num_rows=[6, 2, 1], **lists)
+    assert spread_of(health) == {"row_cosine": pytest.approx(0.6), "effective_rank": pytest.approx(2.75)}
+    assert spread_of(LatentHealth(1.0, slots=["0.0"], num_rows=[1], row_cosines=[None], effective_ranks=[1.0])) == {}
 
 
 def test_what_an_earlier_start_wrote_of_a_step_is_forgotten(tmp_path: Path) -> None:
@@ -182,6 +195,27 @@ def test_full_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("shapes do not match")
 
 
+def test_a_rehearsal_that_does_not_fit_names_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device lacks memory while the longest questions are decoded: the run ends before its first step."""
+
+    def engine(_: InTraining) -> Any:
+        return SimpleNamespace(rehearse=full)
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(evaluations, "decoding", lambda module, backbone: nullcontext())
+    monkeypatch.setattr(evaluations, "future_moments", lambda engine: [])
+    monkeypatch.setattr(InTraining, "engine", engine)
+    nothing: Any = None
+    trainer: Any = SimpleNamespace(engine=SimpleNamespace(module=None), device=torch.device("cpu"))
+    config: Any = SimpleNamespace(evaluation=settings(Path("rows.jsonl"), batch_size=7, max_new_tokens=99))
+    words = r"rank 1 .*evaluation\.batch_size=7, evaluation\.max_new_tokens=99, .*20 GiB\.; .* set one of these lower"
+    with pytest.raises(MemoryFullError, match=words):
+        InTraining(trainer, nothing, nothing, config).rehearse()
+
+
 def run_of(tmp_path: Path, faults: list[Any], end_s: float | None = None) -> InTraining:
     """Without a model: what it makes of a fault, and of the time that is left."""
     trainer: Any = SimpleNamespace(agree_on_fault=faults.append, early_end=EarlyEnd(end_s, 100), device="cpu")
@@ -203,7 +237,9 @@ def test_what_follows_a_failed_evaluation(
     assert not faults
     said = "".join(capsys.readouterr())
     assert said.count("no evaluation after step 3") == (2 if is_main else 0)
+    parts_of(output).mkdir()
     run.fail(3, output, MemoryFullError("too little"))
+    assert parts_of(output).exists() != is_main  # nothing continues it
     assert [(type(fault), str(fault)) for fault in faults] == [
         (EvaluationError, "the evaluation after step 3 failed: too little")
     ]
@@ -292,3 +328,9 @@ def test_the_rows_of_a_summary_are_those_of_evaluate(tmp_path: Path, shards: boo
     assert found["data"] == str(source)
     assert found["rows"] == digest_of_rows(read_questions_of(path))["rows"]
     assert found["rows"] != digest_of_rows(read_questions_of(path, limit=3))["rows"]
+    assert {name: found[name] for name in ("samples", "latent_end", "temperature")} == {
+        "samples": 1,
+        "latent_end": "fixed",
+        "temperature": 0,
+    }
+    assert set(DECODING) <= set(found), "it would be said to be decoded otherwise"
