@@ -77,8 +77,8 @@ def warnings_of(answers: Mapping[str, Sequence[Answer]]) -> list[str]:
     if outcomes and all(outcome.status == INVALID for outcome in outcomes):
         return [
             f"all {len(outcomes)} scored answers in the arm {OWN} are invalid: there is nothing to lose, so a "
-            "replacement that changes nothing means nothing; see what the answers say, and whether they end "
-            "(--max-new-tokens)"
+            "replacement that changes nothing means nothing; see what they say, and whether the limit of "
+            "new tokens cuts them off"
         ]
     valid = [outcome for outcome in outcomes if outcome.given]
     rows_differ = len({(outcome.expected, outcome.success) for outcome in valid}) > 1

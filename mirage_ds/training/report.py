@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class Evaluated:
     latents: dict[str, float]  # how far those of different rows differ
     looks: list[Look]
     warning: str | None  # if they hardly do
+    cautions: Sequence[str] = ()  # what makes the shares say less than they seem to, a line each
 
 
 class Report:
@@ -158,6 +160,8 @@ class Report:
         ]
         parts += [f"{name.replace('_', ' ')} {value:.2f}" for name, value in evaluated.latents.items()]
         print(f"step {step:>5}/{self.max_steps} | evaluation {' | '.join(parts)} | {duration(seconds)}", flush=True)
+        for caution in evaluated.cautions:
+            print(f"step {step:>5}/{self.max_steps} | {caution}", flush=True)
         if evaluated.warning:
             self.warn_of_latents(step, evaluated.warning)
 

@@ -23,7 +23,7 @@ from mirage_ds.evaluation.ranks import Ranks
 from mirage_ds.evaluation.results import Results, parts_of
 from mirage_ds.evaluation.scoring import score_share, scored
 from mirage_ds.evaluation.settings import digest_of_rows
-from mirage_ds.evaluation.tables import summary_of
+from mirage_ds.evaluation.tables import summary_of, warnings_of
 from mirage_ds.evaluation.training.figures import numbers, spread_of
 from mirage_ds.evaluation.training.looks import looks
 from mirage_ds.evaluation.training.memory import (
@@ -142,6 +142,7 @@ class InTraining:
                     spread_of(health),
                     looks(engine, answers[OWN], states),
                     health.warning(),
+                    warnings_of(answers),
                 )
         ranks.wait()  # nobody has a file open in a folder that is removed
         if results is not None:

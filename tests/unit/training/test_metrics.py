@@ -17,7 +17,7 @@ from mirage_ds.training import step_sums
 from mirage_ds.training.latent_sums import LatentFigures, LatentSums
 from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.planned import Planned
-from mirage_ds.training.report import ALIKE_IN_ROW
+from mirage_ds.training.report import ALIKE_IN_ROW, Evaluated
 from mirage_ds.training.slow_rank import WINDOW_STEPS
 from mirage_ds.training.step_clock import StepTimes
 from mirage_ds.training.step_sums import StepSums
@@ -396,3 +396,19 @@ def test_latent_health_is_written_where_a_step_is_shown(
     }
     lines = [line for line in capsys.readouterr().out.splitlines() if "are alike" in line]
     assert [line.split("/")[0].split()[-1] for line in lines] == [str(2 * (4 + ALIKE_IN_ROW))]
+
+
+def test_an_evaluation_says_what_makes_its_rates_mean_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After each evaluation; that rows' latents are alike once in a start."""
+    metrics = make(tmp_path, "stage2")
+    evaluated = Evaluated({"success": 0.25}, {"row_cosine": 0.99}, [], "the latents are alike", ["all answers are 'C'"])
+    for step in (10, 20):
+        metrics.add_evaluation(step, evaluated, 1.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1][:21] for line in lines] == [
+        "evaluation success 25",
+        "all answers are 'C'",
+        "the latents are alike",
+        "evaluation success 25",
+        "all answers are 'C'",
+    ]

@@ -132,7 +132,7 @@ def test_a_fault_ends_the_run_between_two_steps_after_its_actions(tmp_path: Path
 def test_a_failed_evaluation_is_not_blamed_on_a_sample(tmp_path: Path) -> None:
     trainer = make(tmp_path, [1.0] * 5)
     fault = EvaluationError("the evaluation after step 1 failed: no such field")
-    with pytest.raises(EvaluationError, match=r"after step 1, which is saved; .*evaluation\.task=null") as error:
+    with pytest.raises(EvaluationError, match=r"after step 1, which is saved, .*evaluation\.task=null") as error:
         trainer.train(after_step=[lambda state: trainer.agree_on_fault(fault)])
     assert "on_fault" not in str(error.value)
     last = make(tmp_path, [1.0])
