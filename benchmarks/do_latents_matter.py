@@ -28,29 +28,25 @@ part that was interrupted begins again.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from datetime import date
 from functools import partial
 from itertools import product
 from pathlib import Path
-from threading import Lock
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import typer
 
-from benchmarks.latents_table import OWN, Answers, Replaced, arms_table, latents_table
+from benchmarks.latents_table import OWN, Answers, Replaced, arms_table, latents_table, rates
 from benchmarks.measuring import cpu_name
+from benchmarks.parts_once import Parts
 from launch.demo import FULL, GLOBAL_BATCH_SIZE, LATENT_SIZE, MAPS, RECIPES, Size
 from launch.local import count_gpus
 from mirage_ds import errors, strict_json
-from mirage_ds.errors import ConfigError
 from mirage_ds.evaluation.finished import read_results
 from mirage_ds.evaluation.rates import num_cut_off
 from mirage_ds.paths import expanded
@@ -98,44 +94,6 @@ OVERRIDES = {
 """What an arm with latents sets beyond the recipes."""
 SHORT_ARMS = ("latents",)
 SHORT_LATENTS = "own,none,oracle"
-
-
-class Parts:
-    """The parts that are complete, in a file that outlives the process."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """
-        Raises:
-            ConfigError: the folder has parts that were made with other settings.
-        """
-        self.folder, self.path = folder, folder / "parts.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        made = folder / "settings.json"
-        if not made.exists():
-            made.write_text(json.dumps(settings, indent=1) + "\n")
-        if (found := strict_json.loads(made.read_text())) != json.loads(json.dumps(settings)):
-            raise ConfigError(
-                f"{made} has other settings (--output {folder}): {found}; one folder is for one task in one size; name "
-                "another --output"
-            )
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.done = {part["name"]: part for part in map(strict_json.loads, lines)}
-        self.lock = Lock()  # parts of several arms end at the same time
-
-    def once(self, name: str, outputs: Sequence[Path], action: Callable[[], None]) -> None:
-        """Runs a part that is not complete, without what an interrupted one left of its outputs."""
-        if name in self.done:
-            return
-        for path in outputs:
-            shutil.rmtree(path, ignore_errors=True)
-            path.unlink(missing_ok=True)
-        started_s = time.monotonic()
-        action()
-        seconds = round(time.monotonic() - started_s, 1)
-        today, commit = date.today().isoformat(), versions()["git_commit"]
-        with self.lock, self.path.open("a") as file:
-            self.done[name] = {"name": name, "seconds": seconds, "date": today, "commit": commit}
-            file.write(json.dumps(self.done[name]) + "\n")
 
 
 class Benchmark:
@@ -318,14 +276,6 @@ class Benchmark:
 def stages_of(arm: str) -> tuple[str, ...]:
     """The runs of an arm, one after the other."""
     return ("text",) if arm in TEXT_ARMS else ("stage1", "stage2")
-
-
-def rates(answers: Answers) -> dict[str, dict[str, list[float]]]:
-    """The share of rows that each seed solved."""
-    return {
-        arm: {latents: replaced.values.mean(axis=1).tolist() for latents, replaced in by_latents.items()}
-        for arm, by_latents in answers.items()
-    }
 
 
 @expanded()

@@ -47,6 +47,14 @@ Answers = dict[str, dict[str, Replaced]]
 """{arm: {what was fed at the latents: its answers}}"""
 
 
+def rates(answers: Answers) -> dict[str, dict[str, list[float]]]:
+    """The share of rows that each seed solved."""
+    return {
+        arm: {latents: replaced.values.mean(axis=1).tolist() for latents, replaced in by_latents.items()}
+        for arm, by_latents in answers.items()
+    }
+
+
 def interval(values: np.ndarray) -> tuple[float, float]:
     """The 95% interval of the mean of [seeds, rows] values."""
     random = np.random.default_rng(0)

@@ -6,6 +6,19 @@ from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.tasks.outcome import Outcome
 
 SCORES = {"x": 1.0, ".": 0.0, "h": 0.5}
+ANSWER = Answer(  # with two latents, without scores
+    number=0,
+    where="rows.jsonl:1",
+    arm="own",
+    sample=0,
+    text="go right",
+    num_tokens=9,
+    num_blocks=1,
+    num_latents=2,
+    num_replaced=0,
+    latents_at=[3, 3],
+    complete=True,
+)
 
 
 def answer(number: int, mark: str, **changes: Any) -> Answer:

@@ -12,7 +12,8 @@ import pytest
 from latents_table import Replaced, arms_table, interval
 from latents_table import latents_table as table_of_latents
 
-from benchmarks.do_latents_matter import OVERRIDES, TEXT_ARMS, Benchmark, Parts
+from benchmarks.do_latents_matter import OVERRIDES, TEXT_ARMS, Benchmark
+from benchmarks.parts_once import Parts
 from mirage_ds.errors import ConfigError
 from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.tasks.outcome import Outcome, Scores

@@ -16,6 +16,7 @@ from typing import Any, cast
 import pytest
 import torch
 from generated_rows import write_jsonl, write_rows
+from written_answers import ANSWER
 
 from data_tools.build import build
 from mirage_ds.config import EvaluationConfig
@@ -44,19 +45,6 @@ from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.whole_model import without_hooks
 
 RECIPE = Path(__file__).parents[4] / "launch" / "recipes" / "tiny-stage1.yaml"
-ANSWER = Answer(
-    number=0,
-    where="rows.jsonl:1",
-    arm="own",
-    sample=0,
-    text="go right",
-    num_tokens=9,
-    num_blocks=1,
-    num_latents=2,
-    num_replaced=0,
-    latents_at=[3, 3],
-    complete=True,
-)
 
 
 def settings(rows: Path, **more: Any) -> EvaluationConfig:

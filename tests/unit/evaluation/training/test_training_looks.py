@@ -6,24 +6,10 @@ from pathlib import Path
 import numpy as np
 from generated_rows import write_rows
 from PIL import Image
+from written_answers import ANSWER
 
 from mirage_ds.data.rows import read_questions
-from mirage_ds.evaluation.answers import Answer
 from mirage_ds.evaluation.training.looks import GAP_PX, LATENT_MARK, LINE_PX, TILE_PX, marked, not_shown, picture
-
-ANSWER = Answer(
-    number=0,
-    where="rows.jsonl:1",
-    arm="own",
-    sample=0,
-    text="go right",
-    num_tokens=9,
-    num_blocks=1,
-    num_latents=2,
-    num_replaced=0,
-    latents_at=[3, 3],
-    complete=True,
-)
 
 
 def test_latents_are_marked_in_an_answer() -> None:
