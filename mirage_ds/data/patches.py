@@ -132,12 +132,15 @@ class ImageProcessor:
         ends = np.cumsum([0, *(rows * columns * merge**2 for rows, columns in grids)])
         patches = np.empty((ends[-1], self.patch_bytes), dtype=np.uint8)
         for image, (rows, columns), start, end in zip(images, grids, ends, ends[1:], strict=False):
-            size = (columns * merge * side, rows * merge * side)
-            if image.size != size:
-                image = image.resize(size, self._processor.resample)
-            pixels = np.asarray(image).reshape(rows, merge, side, columns, merge, side * 3)
+            width, height = columns * merge * side, merge * side
+            if image.size != (width, rows * height):
+                image = image.resize((width, rows * height), self._processor.resample)
             own = patches[start:end].reshape(rows, columns, merge, merge, side, side * 3)
-            own[...] = pixels.transpose(0, 3, 1, 4, 2, 5)
+            # A row of merged patches at a time: pixels of a complete image would take memory that the system has to
+            # map anew for every image, which costs more than copying them (docs/results.md).
+            for row in range(rows):
+                pixels = np.asarray(image.crop((0, row * height, width, (row + 1) * height)))
+                own[row] = pixels.reshape(merge, side, columns, merge, side * 3).transpose(2, 0, 3, 1, 4)
         grid_thw = [(1, rows * merge, columns * merge) for rows, columns in grids]
         return torch.from_numpy(patches), torch.tensor(grid_thw, dtype=torch.int64).reshape(-1, 3)
 

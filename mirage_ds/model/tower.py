@@ -39,7 +39,7 @@ class Tower(torch.nn.Module):
         self.head_dim = config.hidden_size // config.num_heads
 
     def forward(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
-        """Values of patches [P, 1176] of images with these grids -> [P / 4, D], images in order, cells in raster order."""
+        """Values [P, 1176] of images with these grids -> [P / 4, D], images in order, cells in raster order."""
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             layout = lay_out(grids, self.window_cells, pixel_values.device)
             hidden = linear(pixel_values, self.visual.patch_embed.proj.weight.flatten(1))

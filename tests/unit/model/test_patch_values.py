@@ -1,4 +1,4 @@
-"""From the bytes of image files to the tower's values and gradients, against transformers' image processor and tower."""
+"""From files of images to the tower's values and gradients, against transformers' image processor and tower."""
 
 import io
 from typing import Any
@@ -22,7 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def random_images(count: int) -> list[Image.Image]:
-    """Of sizes from 8 to 600 pixels a side, some of which are multiples of 28; PNG and JPEG; the first has all bytes."""
+    """Of sizes from 8 to 600 pixels a side, some multiples of 28; PNG and JPEG; the first has all bytes."""
     draw = np.random.default_rng(0)
     images = [Image.fromarray(np.arange(112 * 56, dtype=np.uint8).reshape(56, 112)).convert("RGB")]
     for number in range(count):
