@@ -22,6 +22,7 @@ from mirage_ds.data.pooling import check_pooling, pooling_fault
 from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
 from mirage_ds.data.shards import ShardFolder
+from mirage_ds.data.target_cache import as_tensor
 from mirage_ds.errors import MALFORMED, ConfigError, DataError
 from mirage_ds.tokens import ASSISTANT_MARKER, IGNORE_INDEX, TokenIds
 
@@ -127,6 +128,7 @@ class Encoder:
         self.ids = TokenIds.of(tokenizer)
         self.tokenizer = tokenizer
         self._image_processor = image_processor
+        self.pixel_levels = image_processor.pixel_levels
         self._stage = stage
         self.latent_size = latent_size
         self._system_turn = system_turn
@@ -165,7 +167,7 @@ class Encoder:
             pixel_levels=self.pixel_levels,
             latent_sizes=sizes,
             target_slots=range(0) if is_cached else sample.target_slots,
-            cached_targets=_cached_targets(sample, sum(sizes)),
+            cached_targets=as_tensor(sample.cached_targets, sum(sizes)),
             hides_images=not self._answer_sees_image,
         )
 
@@ -192,8 +194,7 @@ class Encoder:
             num_input_images=len(sample.input_images),
             system_turn=self._system_turn,
         )
-        num_merged = self._image_processor.num_merged(grid_thw)
-        input_ids = expand_pads(self._tokenize(text), num_merged, [], self.ids)
+        input_ids = expand_pads(self._tokenize(text), self._image_processor.num_merged(grid_thw), [], self.ids)
         image_mask = input_ids == self.ids.image_pad
         no_patches, no_grid = self._patches((), "")
         return EncodedSample(
@@ -242,11 +243,6 @@ class Encoder:
                 merged = [self._image_processor.merged_grid_of(*size) for size in entry.helper_sizes]
                 sizes = entry.block_sizes(self.latent_size)
                 check_pooling(merged, sizes, self._compress_strategy, f"{key}.helper")
-
-    @property
-    def pixel_levels(self) -> torch.Tensor:
-        """What the tower takes for each byte of a patch: [3, 256] float32."""
-        return self._image_processor.pixel_levels
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of input images of these sizes (width, height)."""
@@ -323,8 +319,9 @@ class Encoder:
         text = self._train_text(
             sample.text_input, sample.text_output, len(grid_thw), num_helpers, latents=self._stage != "text"
         )
-        num_merged = self._image_processor.num_merged(grid_thw)
-        input_ids = expand_pads(self._tokenize(text), num_merged, latent_sizes, self.ids)
+        input_ids = expand_pads(
+            self._tokenize(text), self._image_processor.num_merged(grid_thw), latent_sizes, self.ids
+        )
         self._check_length(len(input_ids), sample.key)
         prompt_length = find_prompt_length(input_ids, self._marker)
         image_mask = input_ids == self.ids.image_pad
@@ -350,9 +347,3 @@ class Encoder:
 
     def _tokenize(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-
-
-def _cached_targets(sample: Sample, num_latents: int) -> torch.Tensor | None:
-    if sample.cached_targets is None:
-        return None
-    return torch.frombuffer(bytearray(sample.cached_targets), dtype=torch.float32).view(num_latents, -1)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mirage_ds.data.index import load_index
 from mirage_ds.data.shards import ShardFolder
@@ -102,6 +103,13 @@ class TargetCache:
                         os.pwrite(file, CHECKSUM.pack(zlib.crc32(data)) + data, int(self.offsets[slot]))
             finally:
                 os.close(file)
+
+
+def as_tensor(targets: bytes | None, num_latents: int) -> torch.Tensor | None:
+    """What `TargetCache.read` returned of a sample, as [num_latents, D + 1] float32."""
+    if targets is None:
+        return None
+    return torch.frombuffer(bytearray(targets), dtype=torch.float32).view(num_latents, -1)
 
 
 def _sums(numbers: Sequence[int]) -> npt.NDArray[np.int64]:
