@@ -58,10 +58,11 @@ class EncodedSample:
     image_mask: torch.Tensor  # [L] bool: True at image pads
     latent_mask: torch.Tensor  # [L] bool: True at latent pads
     prompt_length: int  # tokens up to and including <|im_start|>assistant
-    pixel_values: torch.Tensor  # [P, 1176] float32: patches of the input images
+    pixel_values: torch.Tensor  # [P, 588] uint8: patches of the input images, see `ImageProcessor`
     image_grid_thw: torch.Tensor  # [N, 3] int64
-    pixel_values_latent: torch.Tensor  # [P, 1176] float32: patches of the helper images
+    pixel_values_latent: torch.Tensor  # [P, 588] uint8: patches of the helper images
     image_grid_thw_latent: torch.Tensor  # [N, 3] int64
+    pixel_levels: torch.Tensor  # [3, 256] float32: red, green, blue: the rescaled and normalized value of each byte
     latent_sizes: list[int]  # K of each latent block
     faults: list[str] = field(default_factory=list)  # of the samples before it that could not be used
     target_slots: range = range(0)  # of the encoded helper images in the run's target cache, if it has one
@@ -164,6 +165,7 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=pixel_values_latent,
             image_grid_thw_latent=grid_thw_latent,
+            pixel_levels=self.pixel_levels,
             latent_sizes=sizes,
             target_slots=range(0) if is_cached else sample.target_slots,
             cached_targets=_cached_targets(sample, sum(sizes)),
@@ -209,6 +211,7 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=no_patches,
             image_grid_thw_latent=no_grid,
+            pixel_levels=self.pixel_levels,
             latent_sizes=[],
         )
 
@@ -216,7 +219,7 @@ class Encoder:
         """Encodes a sample's helper images alone, which `helper_fault` has nothing against.
 
         Returns:
-            Patches [P, 1176] float32; rows and columns of merged patches, and K, of each image.
+            Patches [P, 588] uint8; rows and columns of merged patches, and K, of each image.
         """
         patches, grid_thw = self._patches(sample.helper_images, f"{sample.key}.helper")
         sizes = self._block_sizes(sample.text_output, len(sample.helper_images), sample.latent_sizes)
@@ -253,6 +256,11 @@ class Encoder:
             grids = self._image_processor.merged_grids_of(entry.helper_sizes).tolist()
             key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
             check_pooling(grids, entry.block_sizes(self.latent_size), self._compress_strategy, f"{key}.helper")
+
+    @property
+    def pixel_levels(self) -> torch.Tensor:
+        """What the tower takes for each byte of a patch: [3, 256] float32."""
+        return self._image_processor.pixel_levels
 
     @property
     def image_facts(self) -> dict[str, Any]:
