@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from data_tools.build import facts_of
+from data_tools.facts import facts_of
 from mirage_ds.data.index import IndexEntry, load_index
 from mirage_ds.data.rows import check_sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range

@@ -210,7 +210,10 @@ def test_one_bad_row_too_many_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(?s)unusable rows: 4\n.*rows.jsonl:2.*rows.jsonl:9.*\(now 3\)") as error:
         build(rows, tmp_path / "out" / "shards", maxcount=4, maxsize=10**9, max_rejects=3)
     assert "more\n" not in str(error.value)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["shards.unfinished"]
+    manifest, _ = build(rows, tmp_path / "out" / "shards", maxcount=4, maxsize=10**9, max_rejects=4)
+    assert manifest.num_samples == 6
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["shards"]
 
 
 def test_the_first_few_of_many_are_listed(tmp_path: Path) -> None:
