@@ -78,8 +78,9 @@ def rows_of(rows: Sequence[Path], number: int, count: int, maxcount: int) -> ran
     num_shards = -(-num_rows // maxcount)
     if num_shards < count:
         raise DataError(
-            f"more parts than shards ({', '.join(map(str, rows))}, --maxcount {maxcount}): rows: {num_rows}, "
-            f"shards: {num_shards}, parts: {count}; each part needs at least one shard; use fewer parts, or set a smaller --maxcount"
+            f"more parts than shards ({', '.join(map(str, rows))}, --maxcount {maxcount}): rows: {num_rows}, shards: "
+            f"{num_shards}, parts: {count}; each part needs at least one shard; use fewer parts, or set a smaller "
+            "--maxcount"
         )
     first, last = (each * num_shards // count * maxcount for each in (number, number + 1))
     return range(first, min(last, num_rows))

@@ -66,8 +66,8 @@ def check_can_shuffle(paths: Sequence[Path]) -> None:
     for path in filter(is_parquet, paths):
         raise DataError(
             f"rows in parquet cannot be shuffled ({path}): a row group is read as a whole; allowed with "
-            "--shuffle-seed: JSONL; shuffle the rows where the file is written, or leave the option out: training shuffles samples "
-            "anyway"
+            "--shuffle-seed: JSONL; shuffle the rows where the file is written, or leave the option out: training "
+            "shuffles samples anyway"
         )
 
 

@@ -71,11 +71,11 @@ def _deal(tasks: Iterator[Any], idle: list[Connection]) -> Iterator[tuple[Any, A
             return
         if is_next := waiting[0] in done:
             yield done.pop(waiting.popleft())
-        worker: Any  # wait takes other things, too
-        for worker in wait(list(busy), timeout=0 if is_next else None):
-            its_number, task = busy.pop(worker)
-            done[its_number] = (task, _receive(worker))
-            idle.append(worker)
+        ready: list[Any] = wait(list(busy), timeout=0 if is_next else None)
+        for connection in ready:
+            its_number, task = busy.pop(connection)
+            done[its_number] = (task, _receive(connection))
+            idle.append(connection)
 
 
 def _send(worker: Connection, task: Any) -> None:
