@@ -23,7 +23,7 @@ from data_tools.building.progress import Report
 from data_tools.building.rejects import as_lines, check_rejects, read_rejects, write_rejects
 from data_tools.building.shard_writer import SHARD_PATTERN
 from data_tools.manifest import write_manifest
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.index import Index, check_digests, load_index
 from mirage_ds.data.shards import Manifest, Shard, load_manifest
 from mirage_ds.errors import DataError
 from mirage_ds.output_folder import new_folder
@@ -209,10 +209,11 @@ def merge(folders: list[Path], output: Path, *, max_rejects: int = 0) -> tuple[M
     rejects: list[Rejected] = []
     with new_folder(output) as new:
         shards: list[Shard] = []
-        index: list[IndexEntry] = []
+        parts: list[tuple[int, Index]] = []
         for folder in order_parts(folders):
             part = load_manifest(folder)
-            index += [replace(entry, shard=entry.shard + len(shards)) for entry in load_index(part)]
+            check_digests(part)
+            parts.append((len(shards), load_index(part)))
             for shard in part.manifest.shards:
                 name = SHARD_PATTERN % len(shards)
                 _link(folder / shard.name, new / name)
@@ -220,7 +221,8 @@ def merge(folders: list[Path], output: Path, *, max_rejects: int = 0) -> tuple[M
             rejects += read_rejects(folder)
         check_rejects(rejects, max_rejects)
         write_rejects(new, rejects)
-        return write_manifest(new, shards, index), as_lines(rejects)
+        entries = (replace(entry, shard=entry.shard + first) for first, index in parts for entry in index)
+        return write_manifest(new, shards, entries), as_lines(rejects)
 
 
 def _link(shard: Path, new: Path) -> None:

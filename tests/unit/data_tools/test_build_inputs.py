@@ -228,12 +228,14 @@ def test_too_many_rejects_end_a_build_early(tmp_path: Path, monkeypatch: pytest.
     for number in (10, 20, 30, 100):
         rows[number]["text_input"] = ""
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    read = []
-    messages = []
+    read, messages = [], []
+
+    def note(done: int, fraction: float) -> None:
+        read.append(done)
+
     for workers in (1, 2):
         with pytest.raises(DataError, match=r"unusable rows: 3 of the first 51, where reading ended") as refused:
-            report = lambda done, fraction: read.append(done)  # noqa: E731
-            build(path, tmp_path / "shards", **limits(max_rejects=1), workers=workers, report=report)
+            build(path, tmp_path / "shards", **limits(max_rejects=1), workers=workers, report=note)
         messages.append(str(refused.value))
     assert messages[0] == messages[1]
     assert max(read) < 100
