@@ -1,0 +1,177 @@
+"""`mirage-data stats`: what is in a folder of shards, from its index; no tar is read."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.columns import Columns
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from data_tools.distribution import Distribution, distribution
+from data_tools.model_options import ModelOptions
+from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.shards import ShardFolder, load_manifest
+
+NUM_SIZES = 5  # that are listed
+BAR_COLUMNS = 20
+Numbers = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of every row, or of every image."""
+
+    name: str  # in JSON
+    title: str
+    values: Distribution | None  # None: nothing has it
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What is in a folder of shards."""
+
+    shards: str
+    digest: str
+    num_shards: int
+    num_bytes: int
+    num_rows: int
+    model: str | None
+    tokens: str | None  # how the tokens of texts were found
+    measures: list[Measure]
+    sizes: dict[str, dict[str, int]]  # of input and helper images: "WIDTH x HEIGHT": number, the most frequent first
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs: the measures by their names."""
+        measures = {each.name: asdict(each.values) if each.values else None for each in self.measures}
+        return asdict(self) | {"measures": measures}
+
+
+def stats(path: Path, options: ModelOptions | None = None) -> Stats:
+    """Measures a folder of shards.
+
+    Args:
+        options: also measure tokens, patches and costs for a model.
+    Raises:
+        MirageError: the shards or the model cannot be read.
+    """
+    folder = load_manifest(path)
+    found, sizes = measure_index(load_index(folder))
+    source = None
+    if options is not None:
+        # Imported here, as it imports torch, which takes seconds.
+        from data_tools.lengths import measure_lengths
+
+        lengths = measure_lengths(folder, options)
+        source = lengths.source
+        found["input_patches"] = ("patches of the input images", lengths.input_patches)
+        found["helper_patches"] = ("patches of the helper images", lengths.helper_patches)
+        found["tokens_text"] = ("tokens, stage text", lengths.tokens["text"])
+        found["tokens_latents"] = ("tokens, stages 1 and 2", lengths.tokens["stage1"])
+        for stage, costs in lengths.costs.items():
+            found[f"cost_{stage}"] = (f"cost in patches, stage {stage.removeprefix('stage')}", costs)
+    return Stats(
+        shards=str(path),
+        digest=folder.digest,
+        num_shards=len(folder.manifest.shards),
+        num_bytes=num_bytes_of(folder),
+        num_rows=folder.num_samples,
+        model=options.model if options else None,
+        tokens=source,
+        measures=[Measure(name, title, distribution(values)) for name, (title, values) in found.items()],
+        sizes=sizes,
+    )
+
+
+def num_bytes_of(folder: ShardFolder) -> int:
+    """Of all shards."""
+    return sum(shard.bytes for shard in folder.manifest.shards)
+
+
+def measure_index(
+    index: Sequence[IndexEntry],
+) -> tuple[dict[str, tuple[str, Numbers]], dict[str, dict[str, int]]]:
+    """What the index knows: by name, a title and the value of each row (or image); and the most frequent sizes."""
+
+    def numbers(values: Iterable[int]) -> Numbers:
+        return np.fromiter(values, np.int64)
+
+    inputs = list(chain.from_iterable(entry.input_sizes for entry in index))
+    helpers = list(chain.from_iterable(entry.helper_sizes for entry in index))
+    found = {
+        "question_chars": ("characters of the question", numbers(entry.question_chars for entry in index)),
+        "answer_chars": ("characters of the answer", numbers(entry.answer_chars for entry in index)),
+        "input_images": ("input images", numbers(len(entry.input_sizes) for entry in index)),
+        "helper_images": ("helper images", numbers(len(entry.helper_sizes) for entry in index)),
+        "latent_blocks": ("latent blocks", numbers(entry.latent_blocks for entry in index)),
+        "own_latent_size": (
+            "K, of blocks with their own",
+            numbers(chain.from_iterable(entry.latent_sizes or () for entry in index)),
+        ),
+        "input_pixels": ("pixels of an input image", numbers(width * height for width, height in inputs)),
+        "helper_pixels": ("pixels of a helper image", numbers(width * height for width, height in helpers)),
+        "bytes": ("bytes in the shard", numbers(entry.size for entry in index)),
+    }
+    return found, {"input": _most_frequent(inputs), "helper": _most_frequent(helpers)}
+
+
+def _most_frequent(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
+    found = Counter((width, height) for width, height in sizes)
+    return {f"{width} x {height}": count for (width, height), count in found.most_common(NUM_SIZES)}
+
+
+def describe(found: Stats) -> RenderableType:
+    """For the terminal: a table, and the histograms side by side as far as they fit."""
+    table = Table("", box=None, pad_edge=False, title_justify="left")
+    for heading in ("total", "min", "5%", "median", "95%", "max"):
+        table.add_column(heading, justify="right")
+    for measure in found.measures:
+        if values := measure.values:
+            numbers = (values.total, values.min, values.quantiles["5%"], values.quantiles["50%"])
+            cells = map(_short, (*numbers, values.quantiles["95%"], values.max))
+            table.add_row(measure.title, *cells)
+    # One bar says no more than the table.
+    several = [each for each in found.measures if each.values and len(each.values.histogram) > 1]
+    histograms = [_bars(each.title, each.values) for each in several if each.values]
+    return Group(*_heading(found), "", table, "", Columns(histograms, padding=(1, 3)))
+
+
+def _heading(found: Stats) -> list[str]:
+    lines = [
+        f"{escape(found.shards)}: {found.num_rows} rows, {found.num_shards} shards, {_short(found.num_bytes)}B, "
+        f"digest {found.digest:.12}"
+    ]
+    for kind, sizes in found.sizes.items():
+        listed = ", ".join(f"{size} ({count})" for size, count in sizes.items())
+        lines.append(f"most frequent sizes of {kind} images: {listed or 'there are none'}")
+    if found.model:
+        lines.append(f"tokens of {escape(found.model)}: {found.tokens}")
+    return lines
+
+
+def _bars(title: str, values: Distribution) -> Table:
+    table = Table.grid(padding=(0, 1))
+    most = max(bar.count for bar in values.histogram)
+    for bar in values.histogram:
+        label = str(bar.first) if bar.first == bar.last else f"{_short(bar.first)} to {_short(bar.last)}"
+        # At least one mark where there is a value at all.
+        table.add_row(label, "#" * -(-BAR_COLUMNS * bar.count // most), str(bar.count))
+    table.columns[0].justify = "right"
+    table.title, table.title_justify = title, "left"
+    return table
+
+
+def _short(number: int) -> str:
+    """1234567 -> 1.23 M; exact up to five digits."""
+    if number < 100_000:
+        return str(number)
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number / 1e3:.4g} k"
