@@ -1,7 +1,7 @@
 """Copies rows of a folder of shards into a new one: the bytes of their members, no image is built again."""
 
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from data_tools.build import SHARD_PATTERN
 from data_tools.manifest import describe_shard, write_manifest
-from mirage_ds.data.index import IndexEntry
+from mirage_ds.data.index import Index, IndexEntry, starts
 from mirage_ds.data.shard_samples import read_range
 from mirage_ds.data.shards import Manifest, Shard, ShardFolder
 from mirage_ds.errors import DataError
@@ -21,7 +21,7 @@ _END_BLOCKS = 2  # of zeros, at the end of a tar file
 
 def copy_rows(
     folder: ShardFolder,
-    index: Sequence[IndexEntry],
+    index: Index,
     numbers: Numbers,
     output: Path,
     *,
@@ -38,14 +38,13 @@ def copy_rows(
     Raises:
         DataError: a shard that has one of the rows is damaged, or cannot be read.
     """
-    sizes = np.array([index[number].size for number in numbers.tolist()], np.int64)
+    sizes = index.samples["size"][numbers]
     cuts = cut(sizes, maxcount, maxsize)
     shards, checked = [], set[int]()
     for shard, rows in enumerate(cuts):
         path = output / (SHARD_PATTERN % shard)
         with path.open("wb") as file:
-            for number in numbers[rows].tolist():
-                entry = index[number]
+            for entry in index.take(numbers[rows]):
                 source = folder.manifest.shards[entry.shard]
                 if entry.shard not in checked:
                     check_digest(folder, source)
@@ -59,9 +58,8 @@ def copy_rows(
 
     def entries() -> Iterator[IndexEntry]:
         for shard, rows in enumerate(cuts):
-            offsets = np.cumsum(sizes[rows]) - sizes[rows]
-            for number, offset in zip(numbers[rows].tolist(), offsets.tolist(), strict=True):
-                yield replace(index[number], shard=shard, offset=offset)
+            for entry, offset in zip(index.take(numbers[rows]), starts(sizes[rows]).tolist(), strict=True):
+                yield replace(entry, shard=shard, offset=offset)
 
     return write_manifest(output, shards, entries())
 

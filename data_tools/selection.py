@@ -15,7 +15,7 @@ from data_tools.copy_rows import copy_rows
 from data_tools.model_options import ModelOptions
 from data_tools.sample_rows import read_row
 from mirage_ds import strict_json
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.index import Index, check_digests, load_index
 from mirage_ds.data.shards import Manifest, ShardFolder, load_manifest
 from mirage_ds.errors import DataError
 from mirage_ds.output_folder import check_output, new_folder
@@ -38,8 +38,7 @@ def filter_rows(
         MirageError: a condition names an unknown field, no row meets them, a shard is damaged, or `output` exists.
     """
     check_output(output)
-    folder = load_manifest(path)
-    index = load_index(folder)
+    folder, index = _open(path)
     chosen = np.flatnonzero(meet(folder, index, conditions, options))
     return _copy(folder, index, {output: chosen}, maxcount, maxsize)[0]
 
@@ -69,14 +68,20 @@ def split_rows(
     check_split(outputs, fractions, conditions)
     for output in outputs:
         check_output(output)
-    folder = load_manifest(path)
-    index = load_index(folder)
+    folder, index = _open(path)
     if conditions:
         parts = 1 - meet(folder, index, conditions, options).astype(np.int64)
     else:
         parts = _parts_by_hash(folder, index, fractions, by, seed)
     chosen = {output: np.flatnonzero(parts == number) for number, output in enumerate(outputs)}
     return _copy(folder, index, chosen, maxcount, maxsize)
+
+
+def _open(path: Path) -> tuple[ShardFolder, Index]:
+    """The folder and its index, whose bytes are compared with the manifest: the new index is made from it."""
+    folder = load_manifest(path)
+    check_digests(folder)
+    return folder, load_index(folder)
 
 
 def check_split(outputs: Sequence[Path], fractions: Sequence[float], conditions: Sequence[Condition]) -> None:
@@ -109,7 +114,7 @@ def parse_fractions(text: str) -> list[float]:
 
 
 def meet(
-    folder: ShardFolder, index: Sequence[IndexEntry], conditions: Sequence[Condition], options: ModelOptions | None
+    folder: ShardFolder, index: Index, conditions: Sequence[Condition], options: ModelOptions | None
 ) -> npt.NDArray[np.bool_]:
     """[number of rows]: whether a row meets all conditions.
 
@@ -126,9 +131,7 @@ def meet(
     return met
 
 
-def _parts_by_hash(
-    folder: ShardFolder, index: Sequence[IndexEntry], fractions: Sequence[float], by: str, seed: int
-) -> Numbers:
+def _parts_by_hash(folder: ShardFolder, index: Index, fractions: Sequence[float], by: str, seed: int) -> Numbers:
     """[number of rows]: the part of each row, by the hash of its field `by`."""
     ends = np.cumsum(fractions)[:-1]
     parts, num_with = np.zeros(len(index), np.int64), 0
@@ -149,7 +152,7 @@ def _share(value: Any, seed: int) -> float:
 
 
 def _fields(
-    folder: ShardFolder, index: Sequence[IndexEntry], names: Sequence[str], options: ModelOptions | None
+    folder: ShardFolder, index: Index, names: Sequence[str], options: ModelOptions | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """SHARD/KEY and the fields of each row; those of its JSON only if one of `names` is there."""
     tokens: dict[str, Numbers] = {}
@@ -174,7 +177,7 @@ def _fields(
 
 
 def _copy(
-    folder: ShardFolder, index: Sequence[IndexEntry], chosen: dict[Path, Numbers], maxcount: int, maxsize: int
+    folder: ShardFolder, index: Index, chosen: dict[Path, Numbers], maxcount: int, maxsize: int
 ) -> list[Manifest]:
     """Writes the rows of each output; all outputs are renamed to their places at the end."""
     for output, numbers in chosen.items():
@@ -186,7 +189,7 @@ def _copy(
     manifests = []
     with ExitStack() as folders:
         for output, numbers in chosen.items():
-            needs_bytes = sum(index[number].size for number in numbers.tolist())
+            needs_bytes = int(index.samples["size"][numbers].sum())
             new = folders.enter_context(new_folder(output, needs_bytes=needs_bytes))
             manifests.append(copy_rows(folder, index, numbers, new, maxcount=maxcount, maxsize=maxsize))
     return manifests

@@ -1,9 +1,6 @@
 """`mirage-data stats`: what is in a folder of shards, from its index; no tar is read."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from rich.table import Table
 
 from data_tools.distribution import Distribution, distribution
 from data_tools.model_options import ModelOptions
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.index import Index, load_index
 from mirage_ds.data.shards import ShardFolder, load_manifest
 
 NUM_SIZES = 5  # that are listed
@@ -94,36 +91,36 @@ def num_bytes_of(folder: ShardFolder) -> int:
     return sum(shard.bytes for shard in folder.manifest.shards)
 
 
-def measure_index(
-    index: Sequence[IndexEntry],
-) -> tuple[dict[str, tuple[str, Numbers]], dict[str, dict[str, int]]]:
+def measure_index(index: Index) -> tuple[dict[str, tuple[str, Numbers]], dict[str, dict[str, int]]]:
     """What the index knows: by name, a title and the value of each row (or image); and the most frequent sizes."""
-
-    def numbers(values: Iterable[int]) -> Numbers:
-        return np.fromiter(values, np.int64)
-
-    inputs = list(chain.from_iterable(entry.input_sizes for entry in index))
-    helpers = list(chain.from_iterable(entry.helper_sizes for entry in index))
-    found = {
-        "question_chars": ("characters of the question", numbers(entry.question_chars for entry in index)),
-        "answer_chars": ("characters of the answer", numbers(entry.answer_chars for entry in index)),
-        "input_images": ("input images", numbers(len(entry.input_sizes) for entry in index)),
-        "helper_images": ("helper images", numbers(len(entry.helper_sizes) for entry in index)),
-        "latent_blocks": ("latent blocks", numbers(entry.latent_blocks for entry in index)),
-        "own_latent_size": (
-            "K, of blocks with their own",
-            numbers(chain.from_iterable(entry.latent_sizes or () for entry in index)),
-        ),
-        "input_pixels": ("pixels of an input image", numbers(width * height for width, height in inputs)),
-        "helper_pixels": ("pixels of a helper image", numbers(width * height for width, height in helpers)),
-        "bytes": ("bytes in the shard", numbers(entry.size for entry in index)),
+    rows = index.samples
+    # Of each row the input images come first, then the helper images.
+    numbers = np.stack([rows["input_images"], rows["helper_images"]], axis=1).ravel()
+    is_helper = np.repeat(np.arange(len(numbers)) % 2 == 1, numbers)
+    sizes = {"input": index.images[~is_helper], "helper": index.images[is_helper]}
+    pixels = {name: images.astype(np.int64).prod(axis=1) for name, images in sizes.items()}
+    found: dict[str, tuple[str, Numbers]] = {
+        "question_chars": ("characters of the question", rows["question_chars"]),
+        "answer_chars": ("characters of the answer", rows["answer_chars"]),
+        "input_images": ("input images", rows["input_images"]),
+        "helper_images": ("helper images", rows["helper_images"]),
+        "latent_blocks": ("latent blocks", rows["latent_blocks"]),
+        "own_latent_size": ("K, of blocks with their own", index.latent_sizes),
+        "input_pixels": ("pixels of an input image", pixels["input"]),
+        "helper_pixels": ("pixels of a helper image", pixels["helper"]),
+        "bytes": ("bytes in the shard", rows["size"]),
     }
-    return found, {"input": _most_frequent(inputs), "helper": _most_frequent(helpers)}
+    return found, {name: _most_frequent(images) for name, images in sizes.items()}
 
 
-def _most_frequent(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
-    found = Counter((width, height) for width, height in sizes)
-    return {f"{width} x {height}": count for (width, height), count in found.most_common(NUM_SIZES)}
+def _most_frequent(sizes: npt.NDArray[np.int32]) -> dict[str, int]:
+    """Args: sizes: [images, 2], width and height."""
+    found, counts = np.unique(sizes.astype(np.int64) @ [2**32, 1], return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:NUM_SIZES]
+    return {
+        f"{size >> 32} x {size % 2**32}": count
+        for size, count in zip(found[most].tolist(), counts[most].tolist(), strict=True)
+    }
 
 
 def describe(found: Stats) -> RenderableType:
