@@ -18,6 +18,7 @@ from mirage_ds.data.shards import ShardFolder, load_manifest
 
 NUM_SIZES = 5  # that are listed
 BAR_COLUMNS = 20
+UNITS = {"P": 10**15, "T": 10**12, "G": 10**9, "M": 10**6, "k": 10**3}
 Numbers = npt.NDArray[np.integer]
 
 
@@ -125,14 +126,14 @@ def _most_frequent(sizes: npt.NDArray[np.int32]) -> dict[str, int]:
 
 def describe(found: Stats) -> RenderableType:
     """For the terminal: a table, and the histograms side by side as far as they fit."""
-    table = Table("", box=None, pad_edge=False, title_justify="left")
-    for heading in ("total", "min", "5%", "median", "95%", "max"):
-        table.add_column(heading, justify="right")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("", min_width=12)
+    for heading in ("min", "median", "95%", "max", "total"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for measure in found.measures:
         if values := measure.values:
-            numbers = (values.total, values.min, values.quantiles["5%"], values.quantiles["50%"])
-            cells = map(_short, (*numbers, values.quantiles["95%"], values.max))
-            table.add_row(measure.title, *cells)
+            numbers = (values.min, values.quantiles["50%"], values.quantiles["95%"], values.max, values.total)
+            table.add_row(measure.title, *map(_short, numbers))
     # One bar says no more than the table.
     several = [each for each in found.measures if each.values and len(each.values.histogram) > 1]
     histograms = [_bars(each.title, each.values) for each in several if each.values]
@@ -141,7 +142,7 @@ def describe(found: Stats) -> RenderableType:
 
 def _heading(found: Stats) -> list[str]:
     lines = [
-        f"{escape(found.shards)}: {found.num_rows} rows, {found.num_shards} shards, {_short(found.num_bytes)}B, "
+        f"{escape(found.shards)}: {found.num_rows} rows, {found.num_shards} shards, {_short(found.num_bytes)} bytes, "
         f"digest {found.digest:.12}"
     ]
     for kind, sizes in found.sizes.items():
@@ -165,10 +166,8 @@ def _bars(title: str, values: Distribution) -> Table:
 
 
 def _short(number: int) -> str:
-    """1234567 -> 1.23 M; exact up to five digits."""
+    """1234567 -> 1.23M; exact up to five digits, and never longer."""
     if number < 100_000:
         return str(number)
-    for unit, size in (("G", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return f"{number / 1e3:.4g} k"
+    unit, size = next((unit, size) for unit, size in UNITS.items() if number >= size * 0.9995)
+    return f"{number / size:.3g}{unit}"
