@@ -126,10 +126,10 @@ def _most_frequent(sizes: npt.NDArray[np.int32]) -> dict[str, int]:
 
 def describe(found: Stats) -> RenderableType:
     """For the terminal: a table, and the histograms side by side as far as they fit."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("", min_width=12)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("")
     for heading in ("min", "median", "95%", "max", "total"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", min_width=5, overflow="fold")  # a number is never cut off
     for measure in found.measures:
         if values := measure.values:
             numbers = (values.min, values.quantiles["50%"], values.quantiles["95%"], values.max, values.total)
@@ -142,8 +142,8 @@ def describe(found: Stats) -> RenderableType:
 
 def _heading(found: Stats) -> list[str]:
     lines = [
-        f"{escape(found.shards)}: {found.num_rows} rows, {found.num_shards} shards, {_short(found.num_bytes)} bytes, "
-        f"digest {found.digest:.12}"
+        f"{escape(found.shards)}: rows: {found.num_rows}, shards: {found.num_shards}, bytes: "
+        f"{_short(found.num_bytes)}, digest {found.digest:.12}"
     ]
     for kind, sizes in found.sizes.items():
         listed = ", ".join(f"{size} ({count})" for size, count in sizes.items())
