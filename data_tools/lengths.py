@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from data_tools.model_options import ModelOptions
 from mirage_ds.config import Stage
-from mirage_ds.data.costs import TOKEN_PATCHES, Costs, measure_costs
+from mirage_ds.data.costs import TOKEN_PATCHES, Costs, SampleCosts
 from mirage_ds.data.counts import counts_path, load_counts
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.index import IndexEntry, load_index
@@ -59,7 +59,7 @@ def measure_lengths(folder: ShardFolder, options: ModelOptions) -> Lengths:
 
     def measure(stage: Stage) -> Costs:
         texts = load_counts(path, folder, stage=stage)
-        return measure_costs(index, encoder.image_tokens, stage=stage, latent_size=options.latent_size, texts=texts)
+        return SampleCosts(index, encoder.image_tokens, stage, options.latent_size, texts=texts).all()
 
     costs = {stage: measure(stage) for stage in STAGES}
     patches = {stage: each.costs - TOKEN_PATCHES * each.tokens for stage, each in costs.items()}
@@ -106,4 +106,4 @@ def row_tokens(encoder: Encoder, sample: Sample, entry: IndexEntry, latent_size:
     total = encoder.count_tokens(
         sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images), sample.latent_sizes
     )
-    return RowTokens(total, sum(encoder.image_tokens(entry.input_sizes)), sum(entry.block_sizes(latent_size)))
+    return RowTokens(total, int(encoder.image_tokens(entry.input_sizes).sum()), sum(entry.block_sizes(latent_size)))
