@@ -91,6 +91,12 @@ class DataConfig(Section):
 
     shards: UserPath
     """Folder that `mirage-data build` wrote."""
+    shuffle: Literal["full", "window"] = "full"
+    """`full`: all samples of an epoch are shuffled together; `window`: shards are shuffled, and samples inside windows
+    of `data.shuffle_window` shards, so that a network disk is read mostly in sequence. With either a run resumes
+    exactly, at any position and on any number of ranks; see [data](data.md#the-order-of-samples)."""
+    shuffle_window: PositiveInt = 16
+    """Shards of a window, with `data.shuffle: window`. More mix better; of fewer, more stays in a cache."""
     num_workers: NonNegativeInt = 2
     """Processes per rank that read and encode; 0: the trainer's own process does."""
     min_pixels: PositiveInt | None = None
@@ -126,6 +132,16 @@ class DataConfig(Section):
     on_fault: OnFault = "stop"
     """What a sample does that turns out to be unusable. `stop`: the run saves and ends with an error; `skip`: the next
     sample of the order takes its place too, with a warning, whatever the number of ranks and after every resume."""
+
+    @model_validator(mode="after")
+    def _windows_are_used(self) -> "DataConfig":
+        default = DataConfig.model_fields["shuffle_window"].default
+        if self.shuffle == "full" and self.shuffle_window != default:
+            raise ValueError(
+                f"shuffle_window is {self.shuffle_window}, but all samples are shuffled together (data.shuffle=full); "
+                f"windows are for data.shuffle=window; set that, or data.shuffle_window={default}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _packing_has_a_budget(self) -> "DataConfig":
