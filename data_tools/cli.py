@@ -1,4 +1,4 @@
-"""The `mirage-data` command: `mirage-data make-vsp | make-puzzles | build | merge | upgrade | check | count`."""
+"""The `mirage-data` command: `make-vsp | make-puzzles | build | merge | upgrade | check | count`, and looking.py."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from data_tools import puzzles, vsp
+from data_tools import looking, puzzles, vsp
 from data_tools.build import build as build_shards
 from data_tools.build import val_folder
 from data_tools.building.progress import shown
@@ -23,6 +23,7 @@ from mirage_ds.model_folder import check_model
 from mirage_ds.paths import expanded
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(looking.app)
 
 
 class Style(StrEnum):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mirage_ds.config import Config
-from mirage_ds.data.costs import TOKEN_PATCHES, Costs, measure_costs
+from mirage_ds.data.costs import TOKEN_PATCHES, SampleCosts
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.plan import Plan, order_of
 from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
@@ -33,23 +33,21 @@ class FolderCosts:
     """The order and the costs of a run's samples."""
 
     plan: Plan
-    costs: Costs
+    costs: SampleCosts
 
     def level(self, config: Config, world_size: int) -> Level:
         """Of a run with these samples, on this many ranks."""
         rows, accumulation = config.train.micro_batch_size, config.train.accumulation_steps(world_size)
         share = Share(0, world_size, rows, accumulation)
         budget = config.data.token_budget
-        costs = self.costs
-        if budget is not None:  # lengths are estimated, and a run refuses samples that are longer
-            costs = replace(costs, tokens=np.minimum(costs.tokens, budget))
+        costs = replace(self.costs, most_tokens=budget)  # lengths are estimated
         steps = Steps(self.plan, costs, share, balance=config.data.balance, token_budget=budget)
         size = share.global_batch_size
         starts = range(0, NUM_STEPS * size, size)
         loads = np.concatenate([steps.loads(start, steps.deal(start)) for start in starts])
-        numbers = self.plan.samples(0, NUM_STEPS * size)
+        dealt = costs.of(np.array(self.plan.samples(0, NUM_STEPS * size)))
         waited, computed = world_size * int(loads.max(axis=1).sum()), int(loads.sum())
-        needed, tokens = int(costs.in_rows(rows)[numbers].sum()), int(costs.tokens[numbers].sum())
+        needed, tokens = int(dealt.in_rows(rows).sum()), int(dealt.tokens.sum())
         cells = tokens + (computed - needed) // TOKEN_PATCHES
         return Level(len(loads) / NUM_STEPS, waited / computed, 1 - tokens / cells, waited / needed)
 
@@ -71,7 +69,7 @@ def folder_costs(config: Config) -> FolderCosts | None:
     if not (config.data.shards / MANIFEST_NAME).is_file():
         return None
     shards = read_manifest(config.data.shards)
-    costs = measure_costs(
+    costs = SampleCosts(
         Helpers.of(config).index(shards),
         image_processor(config).image_tokens,
         stage=config.train.stage,

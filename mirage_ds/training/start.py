@@ -12,12 +12,12 @@ from mirage_ds.checkpoint.facts import describe_run
 from mirage_ds.checkpoint.find import find_damage, newest_complete, refuse_damaged, require_latest
 from mirage_ds.checkpoint.load import check_start
 from mirage_ds.config import Config, Stage
-from mirage_ds.data.costs import Costs
+from mirage_ds.data.costs import SampleCosts
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.index import check_digests
-from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.shards import ShardFolder, load_manifest
+from mirage_ds.data.unusable import check_usable
 from mirage_ds.errors import is_first_of_node
 from mirage_ds.model.backbone import check_config
 from mirage_ds.model.latent_settings import check_latent_size
@@ -26,7 +26,7 @@ from mirage_ds.sizing import micro_batch
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.workload import workload
 from mirage_ds.training.run_folder import find_start
-from mirage_ds.training.sample_costs import measure_samples, require_same
+from mirage_ds.training.sample_costs import cost_facts, measure_samples, require_same
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import choose_gather
@@ -48,7 +48,7 @@ class Start:
     facts: dict[str, Any]  # what its checkpoints say of it
     tags: list[Path]  # all checkpoints that are there
     checkpoint: Path | None
-    costs: Costs  # of every sample, the same on all ranks
+    costs: SampleCosts  # the same on all ranks
     costs_source: str  # whether tokens were counted
 
     @property
@@ -75,7 +75,7 @@ def prepare(config: Config) -> Start:
         config = choose_micro_batch(config, deepspeed_config, device)
         deepspeed_config = resolve_deepspeed_config(config)
     costs, source = measure_samples(config, encoder, shards)
-    require_same(costs, source, shards)
+    require_same(costs, source, shards, cost_facts(config, encoder))
     pooling = describe_path(device)
     max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
     check_init_from(config)
@@ -118,8 +118,7 @@ def open_encoder(config: Config) -> Encoder:
             # A wrong number would deal other samples to the ranks of this node. They wait for it before they deal.
             if is_first_of_node():
                 check_digests(shards)
-            encoder.check_index(shards, helpers)
-            check_lengths(encoder, shards, helpers)
+            check_usable(encoder, shards, helpers)
     return encoder
 
 
