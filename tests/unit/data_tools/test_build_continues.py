@@ -99,7 +99,9 @@ def test_killed_at_random_moments_it_continues_to_the_same_bytes(rows: Path, tmp
             if "the output already exists" in said:  # killed after its last step
                 code = 0
             assert code in (0, -signal.SIGKILL), said
-        assert file_bytes(output.parent) == expected
+        # Killed between the last shard's move and its end it leaves hidden files beside the outputs.
+        found = file_bytes(output.parent)
+        assert {name: data for name, data in found.items() if not name.startswith(".")} == expected
     assert sum(after > before for before, after in kills) >= 5, "kills fell between shards"
 
 
