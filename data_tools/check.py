@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from data_tools.build import facts_of
+from data_tools.facts import facts_of
 from data_tools.manifest import sha256
 from mirage_ds.data.index import Index, IndexEntry, check_digests, load_index
 from mirage_ds.data.rows import check_sample

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.build import SHARD_PATTERN
+from data_tools.building.shard_writer import SHARD_PATTERN
 from data_tools.manifest import describe_shard, write_manifest
 from mirage_ds.data.index import Index, IndexEntry, starts
 from mirage_ds.data.shard_samples import read_range

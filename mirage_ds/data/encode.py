@@ -22,6 +22,7 @@ from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.pooling import check_pooling, pooling_fault
 from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
+from mirage_ds.data.target_cache import as_tensor
 from mirage_ds.errors import MALFORMED, ConfigError, DataError
 from mirage_ds.tokens import ASSISTANT_MARKER, IGNORE_INDEX, TokenIds
 
@@ -55,10 +56,11 @@ class EncodedSample:
     image_mask: torch.Tensor  # [L] bool: True at image pads
     latent_mask: torch.Tensor  # [L] bool: True at latent pads
     prompt_length: int  # tokens up to and including <|im_start|>assistant
-    pixel_values: torch.Tensor  # [P, 1176] float32: patches of the input images
+    pixel_values: torch.Tensor  # [P, 588] uint8: patches of the input images, see `ImageProcessor`
     image_grid_thw: torch.Tensor  # [N, 3] int64
-    pixel_values_latent: torch.Tensor  # [P, 1176] float32: patches of the helper images
+    pixel_values_latent: torch.Tensor  # [P, 588] uint8: patches of the helper images
     image_grid_thw_latent: torch.Tensor  # [N, 3] int64
+    pixel_levels: torch.Tensor  # [3, 256] float32: red, green, blue: the rescaled and normalized value of each byte
     latent_sizes: list[int]  # K of each latent block
     faults: list[str] = field(default_factory=list)  # of the samples before it that could not be used
     target_slots: range = range(0)  # of the encoded helper images in the run's target cache, if it has one
@@ -126,6 +128,7 @@ class Encoder:
         self.ids = TokenIds.of(tokenizer)
         self.tokenizer = tokenizer
         self._image_processor = image_processor
+        self.pixel_levels = image_processor.pixel_levels
         self.stage = stage
         self.latent_size = latent_size
         self.system_turn = system_turn
@@ -161,9 +164,10 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=pixel_values_latent,
             image_grid_thw_latent=grid_thw_latent,
+            pixel_levels=self.pixel_levels,
             latent_sizes=sizes,
             target_slots=range(0) if is_cached else sample.target_slots,
-            cached_targets=_cached_targets(sample, sum(sizes)),
+            cached_targets=as_tensor(sample.cached_targets, sum(sizes)),
             hides_images=not self._answer_sees_image,
         )
 
@@ -206,6 +210,7 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=no_patches,
             image_grid_thw_latent=no_grid,
+            pixel_levels=self.pixel_levels,
             latent_sizes=[],
         )
 
@@ -213,7 +218,7 @@ class Encoder:
         """Encodes a sample's helper images alone, which `helper_fault` has nothing against.
 
         Returns:
-            Patches [P, 1176] float32; rows and columns of merged patches, and K, of each image.
+            Patches [P, 588] uint8; rows and columns of merged patches, and K, of each image.
         """
         patches, grid_thw = self._patches(sample.helper_images, f"{sample.key}.helper")
         sizes = self._block_sizes(sample.text_output, len(sample.helper_images), sample.latent_sizes)
@@ -338,9 +343,3 @@ class Encoder:
 
     def _tokenize(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-
-
-def _cached_targets(sample: Sample, num_latents: int) -> torch.Tensor | None:
-    if sample.cached_targets is None:
-        return None
-    return torch.frombuffer(bytearray(sample.cached_targets), dtype=torch.float32).view(num_latents, -1)

@@ -1,6 +1,7 @@
 """The training benchmark: what it compares is equal, and every line that a GPU will run has run on the CPU."""
 
 import json
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import batching
 import cost_table
+import data_stream
+import launching
 import measuring
 import numpy as np
 import plain_loop
@@ -122,6 +125,32 @@ def test_the_ways_to_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     assert (table.count("\n| stage1 |"), table.count("\n| stage2 |")) == (3, 2)
 
 
+def test_the_cost_of_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "images.json"
+    monkeypatch.setattr(sys, "argv", ["data_stream.py", "--small", "--runs", "1", "--json", str(path)])
+    data_stream.main()
+    results = json.loads(path.read_text())["results"]
+    assert [each["kind"] for each in results] == list(data_stream.KINDS)
+    for each in results:
+        assert each["smaller"] == 8
+        assert each["ratios"]["worker / decode"] == each["ms"]["worker"] / each["ms"]["decode"]
+        assert ("cost" in each["missed"]) == (each["ms"]["worker"] > 3 * each["ms"]["decode"])
+        assert ("rate" in each["missed"]) == (each["ms"]["processor"] < 3 * each["ms"]["worker"])
+    assert capsys.readouterr().out.count("| 1/8 |") == len(results)
+
+
+def test_the_cost_of_images_compares_equal_values() -> None:
+    """A value that differs by a rounding is noticed."""
+    patches, levels = torch.arange(588).view(1, -1).byte(), torch.randn(3, 256)
+    values = torch.stack([levels[place % 3][patches[0, place].long()] for place in range(588)])
+    theirs = {"pixel_values": values.view(1, 1, 196, 3).expand(-1, 2, -1, -1).permute(0, 3, 1, 2).flatten(1).clone()}
+    ways = {"worker": lambda: (patches, None), "processor": lambda: theirs}
+    assert data_stream.compare(ways, levels) == 8
+    theirs["pixel_values"][0, -1] *= 1 + 2e-7
+    with pytest.raises(AssertionError, match="other values"):
+        data_stream.compare(ways, levels)
+
+
 def test_batching_compares_equal_losses() -> None:
     with pytest.raises(AssertionError, match=r"packed: loss 1\.0001"):
         batching.check_equal({"in order": 1.0, "balanced": 1.0, "packed": 1.0001})
@@ -161,3 +190,15 @@ def test_calls_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (spent.calls, spent.seconds) == (2, 0.75)
     Path(looking_cost.__file__).read_text()
     assert spent.calls == 2
+
+
+def test_builds_are_measured(tmp_path: Path) -> None:
+    """All processes of a build count: with two, those of the workers too."""
+    script = Path(looking_cost.__file__).with_name("build.py")
+    words = ["--rows", "40", "--pixels", "300", "--repeats", "1", "--folder", str(tmp_path)]
+    command = [sys.executable, str(script), *words, "--json", str(tmp_path / "build.json")]
+    subprocess.run(command, check=True, env=launching.environment())
+    medians = json.loads((tmp_path / "build.json").read_text())["medians"]
+    assert medians["2"]["processor_s"] > 0.9 * medians["1"]["processor_s"] > 0.01
+    assert medians["2"]["at_most"] == pytest.approx(2 * medians["1"]["processor_s"] / medians["2"]["processor_s"])
+    assert [path.name for path in tmp_path.iterdir()] == ["build.json"]

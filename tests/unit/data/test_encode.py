@@ -122,11 +122,11 @@ def test_a_stage_takes_what_it_needs(
 ) -> None:
     encoded = Encoder(tiny_tokenizer, image_processor, stage=stage, latent_size=K)(make_sample())
     assert encoded.image_grid_thw.tolist() == [[1, 4, 6], [1, 8, 10]]
-    assert (encoded.pixel_values.shape, encoded.pixel_values.dtype) == ((24 + 80, 1176), torch.float32)
+    assert (encoded.pixel_values.shape, encoded.pixel_values.dtype) == ((24 + 80, 588), torch.uint8)
     helpers = {"stage1": [[1, 6, 4]]}.get(stage, [])
     assert encoded.image_grid_thw_latent.tolist() == helpers
     assert encoded.image_grid_thw_latent.shape[1] == 3
-    assert encoded.pixel_values_latent.shape == (24 * len(helpers), 1176)
+    assert encoded.pixel_values_latent.shape == (24 * len(helpers), 588)
     assert encoded.latent_mask.sum() == (0 if stage == "text" else K)
     assert (encoded.key, encoded.latent_sizes) == ("shard/k", [] if stage == "text" else [K])
 
