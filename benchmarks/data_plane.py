@@ -117,10 +117,10 @@ def opened(folder: Path) -> dict[str, float]:
     """Seconds and bytes of this process."""
     from mirage_ds.data.costs import SampleCosts
     from mirage_ds.data.index import load_index
-    from mirage_ds.data.patches import smart_grids
     from mirage_ds.data.plan import Plan
     from mirage_ds.data.shards import load_manifest
     from mirage_ds.data.steps import Share, Steps
+    from mirage_ds.patch_grid import smart_grids
 
     def image_tokens(sizes: Any) -> Any:
         return smart_grids(np.asarray(sizes, np.int64), 28, 3136, 12_845_056).prod(axis=1)

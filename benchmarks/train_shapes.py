@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from mirage_ds.batch import MERGE_SIZE, Batch, Grid
+from mirage_ds.batch import Batch
 from mirage_ds.config import Config, DataConfig, Dtype, ModelConfig, RunConfig, Stage, TrainConfig
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.model.mirage import MirageModel
+from mirage_ds.patch_grid import MERGE_SIZE, Grid
 from mirage_ds.sizing.model_sizes import PUBLISHED, TOWER, text_section
 from mirage_ds.tokens import IGNORE_INDEX
 

@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-MERGE_SIZE = 2  # the tower merges 2 x 2 patches, which follow each other, into one embedding
-CELL_PATCHES = MERGE_SIZE**2
-Grid = tuple[int, int]  # rows and columns of an image's merged patches
+from mirage_ds.patch_grid import Grid
 
 
 @dataclass

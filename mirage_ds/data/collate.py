@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from mirage_ds.batch import CELL_PATCHES, MERGE_SIZE, Batch, Grid
+from mirage_ds.batch import Batch
 from mirage_ds.data.alignment import cheapest_columns, columns_from_left, hide_column, num_columns
 from mirage_ds.data.encode import EncodedSample
+from mirage_ds.patch_grid import CELL_PATCHES, MERGE_SIZE, Grid
 from mirage_ds.tokens import IGNORE_INDEX
 
 # A micro-batch without any image still enters the tower, with one black merged patch that is not used.

@@ -1,4 +1,5 @@
 """The size of rows of a folder of shards, from its index: no sample is read. What the deal levels by.
+Needs no torch.
 
 It is computed for the samples of a global batch at a time, from the mapped index, so that no process holds what
 millions of samples cost.
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mirage_ds.batch import CELL_PATCHES
 from mirage_ds.config import Stage
 from mirage_ds.data.index import Entries, Index, parts_of
 from mirage_ds.data.ragged import Numbers, sums
+from mirage_ds.patch_grid import CELL_PATCHES
 
 CHARS_PER_TOKEN = 3  # a cautious assumption: English prose has about 4, numbers and markup fewer
 TEMPLATE_TOKENS = 30  # of the chat template: a system turn, start and end of two turns

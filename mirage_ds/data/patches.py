@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from mirage_ds.errors import MALFORMED, ConfigError
+from mirage_ds.patch_grid import smart_grids
 
 # Names in preprocessor_config.json -> in config.json's vision_config, and what Qwen2.5-VL has where it is left out.
 TOWER_ENTRIES = {
@@ -181,17 +182,3 @@ class ImageProcessor:
     def merged_grids(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
         """Rows and columns of merged patches of each image, from grids [N, 3] in patches."""
         return [(rows, columns) for _, rows, columns in (grid_thw // self.merge_size).tolist()]
-
-
-def smart_grids(sizes: npt.NDArray[np.int64], side: int, min_pixels: int, max_pixels: int) -> npt.NDArray[np.int64]:
-    """[N, 2]: what transformers' `smart_resize` gives for each of [N, 2] sizes, in units of `side`.
-
-    The same operations on float64 in the same order, so that the results are equal. Unlike there, sizes of any aspect
-    ratio are accepted: images are checked where they are built into shards.
-    """
-    pixels = sizes.prod(axis=1, keepdims=True)
-    grids = np.round(sizes / side)  # half to even, as Python's
-    resized = grids.prod(axis=1, keepdims=True) * side**2
-    smaller = np.maximum(1, np.floor(sizes / np.sqrt(pixels / max_pixels) / side))
-    larger = np.ceil(sizes * np.sqrt(min_pixels / pixels) / side)
-    return np.where(resized > max_pixels, smaller, np.where(resized < min_pixels, larger, grids)).astype(np.int64)

@@ -11,8 +11,9 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mirage_ds.batch import CELL_PATCHES, Batch, Grid
+from mirage_ds.batch import Batch
 from mirage_ds.model.windows import Sequences, lay_out
+from mirage_ds.patch_grid import CELL_PATCHES, Grid
 
 ROPE_THETA = 10_000.0  # of every Qwen2.5-VL; older transformers have it in their code, not in the configuration
 

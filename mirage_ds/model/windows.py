@@ -13,7 +13,7 @@ from itertools import accumulate, groupby, pairwise
 import numpy as np
 import torch
 
-from mirage_ds.batch import CELL_PATCHES, MERGE_SIZE, Grid
+from mirage_ds.patch_grid import CELL_PATCHES, MERGE_SIZE, Grid
 
 # Images of one data set often have few sizes. A grid of 36 x 36 cells takes about 0.1 MB.
 MAX_KEPT_GRIDS = 256

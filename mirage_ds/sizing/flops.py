@@ -5,9 +5,10 @@ The planner counts them for its mean row, the trainer for its batches.
 
 from dataclasses import dataclass
 
-from mirage_ds.batch import CELL_PATCHES, MERGE_SIZE, Batch, Grid
+from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.model.losses import LOGIT_BLOCK_ELEMENTS
+from mirage_ds.patch_grid import CELL_PATCHES, MERGE_SIZE, Grid
 from mirage_ds.sizing.model_sizes import ModelSizes
 from mirage_ds.sizing.workload import Row
 

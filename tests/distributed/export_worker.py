@@ -13,7 +13,7 @@ import plain_loop
 import torch
 from dealt import in_order
 
-from mirage_ds.batch import MERGE_SIZE, Batch
+from mirage_ds.batch import Batch
 from mirage_ds.checkpoint.facts import describe_run
 from mirage_ds.checkpoint.save import Saves
 from mirage_ds.config import Config
@@ -23,6 +23,7 @@ from mirage_ds.data.rows import read_rows
 from mirage_ds.data.steps import Share
 from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.model.mirage import MirageModel, hf_name
+from mirage_ds.patch_grid import MERGE_SIZE
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.early_end import EarlyEnd
 from mirage_ds.training.metrics import Metrics

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ GROUND = (
         "model_folder",
         "output_folder",
         "owner",
+        "patch_grid",
         "paths",
         "programs",
         "recipe",
@@ -130,6 +133,16 @@ def test_data_tools_import_only_formats_and_rules() -> None:
                 assert len(parts) == 1 or parts[1] == "tasks" or in_page, path
             else:
                 assert parts[0] in allowed, path
+
+
+def test_what_says_that_it_needs_no_torch_loads_none() -> None:
+    """Also by way of what it imports."""
+    texts = {path: ast.get_docstring(ast.parse(path.read_text())) or "" for path in SOURCES}
+    names = [path.relative_to(ROOT).with_suffix("") for path, text in texts.items() if "needs no torch" in text.lower()]
+    modules = [".".join(name.parts) for name in names]
+    assert {f"mirage_ds.data.{name}" for name in ("index", "plan", "costs", "steps")} <= set(modules)
+    code = f"import sys, {', '.join(modules)}\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_tasks_need_only_errors() -> None:

@@ -5,7 +5,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from mirage_ds.data.costs import SampleCosts
 from mirage_ds.data.index import Index, IndexEntry
-from mirage_ds.data.patches import ImageProcessor, smart_grids
+from mirage_ds.data.patches import ImageProcessor
+from mirage_ds.patch_grid import smart_grids
 
 
 def test_grids_of_many_sizes_are_those_of_transformers() -> None:

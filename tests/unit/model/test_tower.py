@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mirage_ds.batch import CELL_PATCHES, Grid
 from mirage_ds.model.tower import Tower
 from mirage_ds.model.windows import image_windows
+from mirage_ds.patch_grid import CELL_PATCHES, Grid
 from mirage_ds.self_check import noise, tiny_backbone
 
 PATCH_VALUES = 1176
