@@ -4,7 +4,7 @@ python benchmarks/data_plane.py make --output FOLDER [--samples 10000000] [--sha
 python benchmarks/data_plane.py open FOLDER [--processes 8]
 python benchmarks/data_plane.py start FOLDER --model MODEL
 
-make    writes manifest and index of made-up samples as a build does, beside empty (sparse) files of the tars' sizes
+make    writes manifest and index of made-up samples, equal to a build's, beside empty (sparse) files of the tars' sizes
 open    in fresh processes, all at a time: reads the manifest, maps the index, makes the order, and then, for global
         batches at random positions, finds their samples, what they cost and how they are dealt; prints the slowest
 start   `prepare` of training/start.py, in a process of its own: all checks of a run's start but the model's. Another
@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 GLOBAL_BATCH, WORLD_SIZE, NUM_BATCHES = 1024, 64, 20
+KEY_DIGITS = 9
 MB = 2**20
 
 
@@ -70,19 +71,28 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def made_up(num_samples: int, num_shards: int, ends: list[int]) -> Iterator[Any]:
-    """Entries of samples with one image and one helper image of random sizes; `ends` gets the size of each shard."""
-    from mirage_ds.data.index import IndexEntry
+    """The columns of each shard: samples with one image and one helper image of random sizes.
 
-    draw, number = np.random.default_rng(0), 0
-    for shard, part in enumerate(np.array_split(np.arange(num_samples), num_shards)):
-        offset = 0
-        facts = draw.integers([224, 224, 224, 224, 50, 100], [1400, 1400, 1000, 1000, 900, 4000], (len(part), 6))
-        for width, height, helper_width, helper_height, question, answer in facts.tolist():
-            size = 512 * (4 + (width * height + helper_width * helper_height) // 2000)
-            images = [(width, height)], [(helper_width, helper_height)]
-            yield IndexEntry(f"{number:09d}", shard, offset, size, *images, question, answer, 1, 1)
-            offset, number = offset + size, number + 1
-        ends.append(offset)
+    `ends` gets the size of each shard.
+    """
+    from mirage_ds.data.index import NOT_GIVEN, SAMPLE, Index
+
+    draw = np.random.default_rng(0)
+    for shard, numbers in enumerate(np.array_split(np.arange(num_samples), num_shards)):
+        facts = draw.integers([224, 224, 224, 224, 50, 100], [1400, 1400, 1000, 1000, 900, 4000], (len(numbers), 6))
+        samples = np.zeros(len(numbers), SAMPLE)
+        samples["size"] = 512 * (4 + (facts[:, 0] * facts[:, 1] + facts[:, 2] * facts[:, 3]) // 2000)
+        samples["offset"] = np.cumsum(samples["size"]) - samples["size"]
+        samples["shard"], samples["key_bytes"], samples["first_latent_size"] = shard, KEY_DIGITS, NOT_GIVEN
+        samples["first_key_byte"] = KEY_DIGITS * np.arange(len(numbers))
+        samples["first_image"] = 2 * np.arange(len(numbers))
+        samples["question_chars"], samples["answer_chars"] = facts[:, 4], facts[:, 5]
+        for name in ("input_images", "helper_images", "image_blocks", "latent_blocks"):
+            samples[name] = 1
+        digits = numbers[:, None] // 10 ** np.arange(KEY_DIGITS)[::-1] % 10
+        keys = (ord("0") + digits).astype(np.uint8).reshape(-1)
+        ends.append(int(samples["size"].sum()))
+        yield Index(samples, facts[:, :4].reshape(-1, 2).astype(np.int32), np.zeros(0, np.int32), keys)
 
 
 def make(output: Path, num_samples: int, num_shards: int, version: int) -> None:
@@ -91,17 +101,16 @@ def make(output: Path, num_samples: int, num_shards: int, version: int) -> None:
 
     output.mkdir(parents=True)
     ends: list[int] = []
-    entries = made_up(num_samples, num_shards, ends)
+    parts = made_up(num_samples, num_shards, ends)
     manifest: dict[str, Any] = {"format_version": version, "num_samples": num_samples}
-    with Peak() as peak:
-        started = time.perf_counter()
-        if version == FORMAT_VERSION:
-            manifest["index"] = [asdict(file) for file in write_index(output, entries)]
-        else:
-            with (output / "index.jsonl").open("w") as file:
-                file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
-            manifest["index_sha256"] = sha256(output / "index.jsonl")
-        seconds = time.perf_counter() - started
+    started, cpu = time.perf_counter(), time.process_time()
+    if version == FORMAT_VERSION:
+        manifest["index"] = [asdict(file) for file in write_index(output, parts)]
+    else:
+        with (output / "index.jsonl").open("w") as file:
+            file.writelines(json.dumps(asdict(entry)) + "\n" for part in parts for entry in part.entries())
+        manifest["index_sha256"] = sha256(output / "index.jsonl")
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     counts = [len(part) for part in np.array_split(np.arange(num_samples), num_shards)]
     manifest["shards"] = []
     for number, (samples, size) in enumerate(zip(counts, ends, strict=True)):
@@ -110,7 +119,7 @@ def make(output: Path, num_samples: int, num_shards: int, version: int) -> None:
             file.truncate(size)
         manifest["shards"].append({"name": name, "samples": samples, "bytes": size, "sha256": ""})
     (output / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    print(f"{num_samples} entries in {seconds:.1f} s, peak PSS {peak.pss / MB:.0f} MB")
+    print(f"{num_samples} entries in {seconds:.1f} s, processor {cpu:.1f} s")
 
 
 def opened(folder: Path) -> dict[str, float]:

@@ -9,7 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from mirage_ds.data.index import COLUMNS, INDEX_FOLDER, IndexEntry, column_file, column_header, consecutive
+from mirage_ds.data.index import (
+    COLUMNS,
+    INDEX_FOLDER,
+    Index,
+    IndexEntry,
+    column_file,
+    column_header,
+    columns_of,
+    consecutive,
+)
 from mirage_ds.data.shards import FORMAT_VERSION, MANIFEST_NAME, IndexFile, Manifest, Shard
 
 
@@ -27,7 +36,7 @@ def write_manifest(
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         num_samples=sum(shard.samples for shard in shards),
-        index=write_index(folder, entries),
+        index=write_index(folder, columns_of(entries)),
         shards=tuple(shards),
         upgraded_from=upgraded_from,
     )
@@ -40,8 +49,8 @@ def write_manifest(
     return manifest
 
 
-def write_index(folder: Path, entries: Iterable[IndexEntry]) -> tuple[IndexFile, ...]:
-    """Writes the columns of these entries, in place of any that are there."""
+def write_index(folder: Path, parts: Iterable[Index]) -> tuple[IndexFile, ...]:
+    """Writes these columns one behind the other, in place of any that are there; each part is of its samples alone."""
     (folder / INDEX_FOLDER).mkdir(exist_ok=True)
     paths = {name: folder / column_file(name) for name in COLUMNS}
     lengths = dict.fromkeys(COLUMNS, 0)
@@ -49,7 +58,7 @@ def write_index(folder: Path, entries: Iterable[IndexEntry]) -> tuple[IndexFile,
         files = {name: until_the_end.enter_context(path.open("wb")) for name, path in paths.items()}
         for name, file in files.items():
             file.write(column_header(name, 0))
-        for part in consecutive(entries):
+        for part in consecutive(parts):
             for name, file in files.items():
                 values = getattr(part, name)
                 file.write(values.tobytes())

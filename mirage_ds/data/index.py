@@ -224,12 +224,17 @@ def parts_of(num_samples: int, size: int = PART) -> Iterator[Numbers]:
     return (np.arange(start, min(start + size, num_samples)) for start in range(0, num_samples, size))
 
 
-def consecutive(entries: Iterable[IndexEntry]) -> Iterator[Index]:
-    """The columns of these entries in parts: one behind the other they are those of all."""
-    keys = images = latent_sizes = 0
+def columns_of(entries: Iterable[IndexEntry]) -> Iterator[Index]:
+    """The columns of so many entries at a time, each part by itself."""
     remaining = iter(entries)
     while part := list(islice(remaining, PART)):
-        index = Index.of(part)
+        yield Index.of(part)
+
+
+def consecutive(parts: Iterable[Index]) -> Iterator[Index]:
+    """Numbers what these parts have, in place, so that one behind the other they are the columns of all."""
+    keys = images = latent_sizes = 0
+    for index in parts:
         index.samples["first_key_byte"] += keys
         index.samples["first_image"] += images
         index.samples["first_latent_size"][index.samples["first_latent_size"] != NOT_GIVEN] += latent_sizes
@@ -317,7 +322,7 @@ def _load_lines(folder: ShardFolder) -> Index:
     if hashlib.sha256(data).hexdigest() != folder.manifest.index[0].sha256:
         raise _other_build(path)
     # The digest matches, so the contents need no further checks.
-    parts = list(consecutive(IndexEntry(**json.loads(line)) for line in io.BytesIO(data)))
+    parts = list(consecutive(columns_of(IndexEntry(**json.loads(line)) for line in io.BytesIO(data))))
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
     return Index(**columns, where=str(path))
 

@@ -7,7 +7,7 @@ FOLDER/KEY.targets  one slot for each helper image of the shards, in the order o
 A slot counts only if its checksum is right: one that was never written, was cut off, or is being written is not there.
 So any number of ranks, data workers and runs share a file, through the page cache, without a lock. It is read and
 written by calls instead of mapped into memory: a full disk and a file that was cut off would kill a process that maps
-it. The file is sparse: it takes the space of the slots that were written. Needs no torch.
+it. The file is sparse: it takes the space of the slots that were written.
 """
 
 import hashlib
