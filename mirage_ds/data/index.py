@@ -14,6 +14,7 @@ Format 1 has a line of JSON for each sample, SHARDS/index.jsonl, from which the 
 import hashlib
 import io
 import json
+import mmap
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ class Index(Entries):
     latent_sizes: npt.NDArray[np.int32]  # [K that are given]
     keys: npt.NDArray[np.uint8]  # [bytes]
     where: str = "in memory"  # for messages
+    mappings: tuple[mmap.mmap, ...] = ()  # of mapped files
 
     @classmethod
     def of(cls, entries: Sequence[IndexEntry]) -> "Index":
@@ -153,6 +155,19 @@ class Index(Entries):
         return len(self.samples)
 
     def take(self, numbers: Numbers) -> "Index":
+        # The system reads far ahead for neighbours, and for samples of a shuffled order only their own pages. What was
+        # read stays in its cache, but no longer counts as this process's memory.
+        alone = len(numbers) < 2 or numbers[-1] - numbers[0] >= len(numbers)
+        self._advise(mmap.MADV_RANDOM if alone else mmap.MADV_SEQUENTIAL)
+        taken = self._copy(numbers)
+        self._advise(mmap.MADV_DONTNEED)
+        return taken
+
+    def _advise(self, advice: int) -> None:
+        for mapping in self.mappings:
+            mapping.madvise(advice)
+
+    def _copy(self, numbers: Numbers) -> "Index":
         samples = self.samples[numbers]
         given = samples["first_latent_size"] != NOT_GIVEN
         images = samples["input_images"].astype(np.int64) + samples["helper_images"]
@@ -252,13 +267,17 @@ def load_index(folder: ShardFolder) -> Index:
     """
     if folder.manifest.format_version == 1:
         return _load_lines(folder)
-    columns = {name: _map_column(folder, name) for name in COLUMNS}
+    mappings = {name: _map_column(folder, name) for name in COLUMNS}
+    columns = {
+        name: np.frombuffer(mapping, COLUMNS[name][0], offset=HEADER_BYTES).reshape(-1, *COLUMNS[name][1])
+        for name, mapping in mappings.items()
+    }
     if len(columns["samples"]) != folder.num_samples:
         raise DataError(
             f"samples in the index: {len(columns['samples'])} ({folder.path / INDEX_FOLDER}); the manifest says "
             f"{folder.num_samples}; both must come from one build; copy them again, or build again"
         )
-    return Index(**columns, where=str(folder.path / INDEX_FOLDER))
+    return Index(**columns, where=str(folder.path / INDEX_FOLDER), mappings=tuple(mappings.values()))
 
 
 def check_digests(folder: ShardFolder) -> None:
@@ -291,7 +310,7 @@ def column_header(name: str, length: int) -> bytes:
     return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.encode("ascii")
 
 
-def _map_column(folder: ShardFolder, name: str) -> npt.NDArray[Any]:
+def _map_column(folder: ShardFolder, name: str) -> mmap.mmap:
     """Trusts nothing that the file's header says: it must be the one that this length and this type have."""
     file = next((file for file in folder.manifest.index if file.name == column_file(name)), None)
     if file is None:
@@ -304,13 +323,13 @@ def _map_column(folder: ShardFolder, name: str) -> npt.NDArray[Any]:
     length, rest = divmod(path.stat().st_size - HEADER_BYTES, dtype.itemsize * int(np.prod(shape, dtype=int)))
     with path.open("rb") as opened:
         header = opened.read(HEADER_BYTES)
+        mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     if length < 0 or rest or header != column_header(name, length):
         raise DataError(
             f"the header of the index file is not that of {name} ({path}); expected what `mirage-data build` wrote; "
             "copy the folder of shards again, or build again"
         )
-    # As a plain array: a subclass would cost each slice.
-    return np.asarray(np.memmap(path, dtype, "r", HEADER_BYTES, (length, *shape)))
+    return mapping
 
 
 def _load_lines(folder: ShardFolder) -> Index:

@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from mirage_ds.checkpoint.save import ADAM_BYTES
 from mirage_ds.config import Config
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.model.losses import LOGIT_BLOCK_ELEMENTS
 from mirage_ds.sizing.model_sizes import ModelSizes
-from mirage_ds.sizing.workload import Row, masks_samples
+from mirage_ds.sizing.workload import Row, Size, masks_samples
 from mirage_ds.zero3.engine import choose_gather
 
 REDUCTION_BYTES = {"fp32": 4, "bf16": 2}
@@ -84,7 +86,7 @@ def estimate_memory(
         optimizer=0 if offloaded["optimizer"] else shard * ADAM_BYTES,
         gradients=gradient_bytes(shard, deepspeed_config, offloaded=offloaded["optimizer"]),
         gathered=gathered * e,
-        activations=rows * activation_bytes(sizes, config, row, e),
+        activations=rows * int(activation_bytes(sizes, config, row, e)),
         logits=logit_bytes(sizes, rows * row.targets, e),
         gathering=gathering * e,
         full_gradients=waiting_gradients(sizes, config) * e,
@@ -175,17 +177,20 @@ def reduced_elements(sizes: ModelSizes, zero: dict[str, Any]) -> int:
     return max(min(bucket, sum(sizes.language)), *sizes.language)
 
 
-def activation_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
-    """Bytes that one row takes in the tower and the decoder; a frozen tower's are freed before the decoder's exist."""
+def activation_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Size:
+    """Bytes that one row takes in the tower and the decoder; a frozen tower's are freed before the decoder's exist.
+
+    Like all that it is made of also of n rows at once, [n].
+    """
     kept = kept_bytes(sizes, config, row, e)
     if config.model.activation_checkpointing == "full":
         # The recomputed activations and their gradients, of one pass at a time, which attends to at most all columns.
-        kept += 2 * layer_bytes(sizes, replace(row, attended=min(row.attended, row.tokens)), e)
+        kept += 2 * layer_bytes(sizes, replace(row, attended=np.minimum(row.attended, row.tokens)), e)
     tower = row.patches * tower_bytes(sizes, config, e)
-    return kept + tower if config.model.train_tower else max(kept, tower)
+    return kept + tower if config.model.train_tower else np.maximum(kept, tower)
 
 
-def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
+def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Size:
     """Bytes that forward stores of one row.
 
     With activation checkpointing, in each layer of each pass: the layer's input, D e per column; in stage 2 also the
@@ -205,7 +210,7 @@ def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
     return sizes.num_layers * layer + once + mask
 
 
-def layer_bytes(sizes: ModelSizes, row: Row, e: int) -> int:
+def layer_bytes(sizes: ModelSizes, row: Row, e: int) -> Size:
     """Bytes that autograd stores of one decoder layer and row; per column:
 
     - each of two norms: its input in float32, the normalized input and its output: D (4 + 2 e)
@@ -215,7 +220,7 @@ def layer_bytes(sizes: ModelSizes, row: Row, e: int) -> int:
     each pass for which SDPA has a mask: those over several columns (the first one only if a row is padded on the left),
     and all if a row is padded on the left. So are those of a packed row.
     """
-    kept = row.past if row.blocks else row.tokens
+    kept = np.where(row.blocks, row.past, row.tokens)
     repeated = row.attended * 2 * sizes.hidden * e
     return row.tokens * column_bytes(sizes, e) + kept * key_value_bytes(sizes, e) + repeated
 

@@ -6,8 +6,11 @@ A run that lacks memory ends in its first minute instead of at the hour in which
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import cycle, zip_longest
+from itertools import cycle
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -16,6 +19,7 @@ from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.packing import collate_packed
+from mirage_ds.data.ragged import Numbers
 from mirage_ds.data.stream import SampleReader, first_usable
 from mirage_ds.errors import MemoryFullError
 from mirage_ds.model.backbone import DTYPES
@@ -23,12 +27,13 @@ from mirage_ds.sizing.memory import activation_bytes, estimate_memory
 from mirage_ds.sizing.micro_batch import candidates, setting_of
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.savings import savings
-from mirage_ds.sizing.workload import Row, Workload, aligned, workload
+from mirage_ds.sizing.workload import Row, Shape, Workload, aligned, workload
 from mirage_ds.training.start import Start
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import GIB, forget_gradients, future_moments
 
+HELD = 4096  # samples: far more than a micro-batch takes, in case that some cannot be used
 # What torch, its allocators, cuBLAS and NCCL say, where the type alone does not tell.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
@@ -46,13 +51,17 @@ def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
         sizes, config, start.deepspeed_config, rows.largest_of(config.rows_per_micro_batch), world_size
     )
 
-    def cost(row: Row) -> int:
+    def cost(row: Row) -> Numbers:
         return activation_bytes(sizes, config, row, e)
 
     if config.data.token_budget is not None:
-        lengths: list[int] = start.costs.all().tokens.tolist()
         most = config.train.samples_per_step(world_size) - world_size + 1  # no rank is without a sample
-        numbers = costliest_row([cost(row) for row in rows.rows], lengths, config.data.token_budget, most)
+        samples, per_token = costliest(
+            rows.shapes, lambda shape: cost(shape.row()) / start.costs.of(shape.numbers).tokens
+        )
+        lengths = start.costs.of(np.array(samples)).tokens
+        places = costliest_row((per_token * lengths).tolist(), lengths.tolist(), config.data.token_budget, most)
+        numbers = [samples[place] for place in places]
         size = len(numbers)
     else:
         numbers, size = costliest_first(rows, cost, config), config.train.micro_batch_size
@@ -69,29 +78,53 @@ def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
     get_accelerator().reset_peak_memory_stats()
 
 
-def costliest_first(rows: Workload, cost: Callable[[Row], int], config: Config) -> list[int]:
+Values = npt.NDArray[Any]
+
+
+def costliest(shapes: Iterable[Shape], value: Callable[[Shape], Values]) -> tuple[list[int], Values]:
+    """Numbers of the samples with the highest values, the highest first, and these; no more than HELD."""
+    numbers, values = np.zeros(0, np.int64), np.zeros(0)
+    for shape in shapes:
+        numbers, values = np.append(numbers, shape.numbers), np.append(values, value(shape))
+        order = np.lexsort((numbers, -values))[:HELD]
+        numbers, values = numbers[order], values[order]
+    return numbers.tolist(), values
+
+
+def costliest_first(rows: Workload, cost: Callable[[Row], Numbers], config: Config) -> list[int]:
     """Sample numbers by their costs. Where rows are aligned at their latent blocks, each is padded to all others, and
     those come first that make this row the costliest: for each place, the one with the largest block or the longest
     stretch there. As there may be more of them than a micro-batch has rows, those that matter least are the last."""
-    by_cost = sorted(range(len(rows.rows)), key=lambda number: cost(rows.rows[number]), reverse=True)
+    by_cost, _ = costliest(rows.shapes, lambda shape: cost(shape.row()))
     if config.train.stage != "stage2" or config.train.micro_batch_size == 1:
         return by_cost
-    parts = [
-        [shape.latent_sizes for shape in rows.shapes],
-        [shape.stretches[:-1] for shape in rows.shapes],
-        [shape.stretches[-1:] for shape in rows.shapes],
-    ]
-    places = [place for part in parts for place in zip_longest(*part, fillvalue=0)]
-    largest = list(dict.fromkeys(max(by_cost, key=place.__getitem__) for place in places))
+    found = longest(rows.shapes, cost)
+    largest = list(found)
     least: list[int] = []
     while len(largest) > 1:
         without = {number: [each for each in largest if each != number] for number in largest}
-        following = max(
-            largest, key=lambda number: cost(aligned([rows.shapes[each] for each in without[number]]).row())
-        )
+        following = max(largest, key=lambda number: int(cost(aligned([found[each] for each in without[number]]).row())))
         largest = without[following]
         least.append(following)
     return list(dict.fromkeys([*largest, *reversed(least), *by_cost]))
+
+
+def longest(shapes: Iterable[Shape], cost: Callable[[Row], Numbers]) -> dict[int, Shape]:
+    """By their numbers, of each place the row with the largest block or the longest stretch, of equals the costliest:
+    first of the blocks, then of the stretches before each, then of those at the end."""
+    best: dict[tuple[int, int], tuple[tuple[int, int, int], Shape]] = {}
+    for shape in shapes:
+        count = np.size(shape.numbers)
+        costs, numbers = (np.broadcast_to(values, count) for values in (cost(shape.row()), shape.numbers))
+        columns = {(0, ordinal): sizes for ordinal, sizes in enumerate(shape.latent_sizes)}
+        columns |= {(1, ordinal): stretch for ordinal, stretch in enumerate(shape.stretches[:-1])}
+        for place, column in (columns | {(2, 0): shape.stretches[-1]}).items():
+            values = np.broadcast_to(column, count)
+            at = int(np.lexsort((-numbers, costs, values))[-1])
+            key = (int(values[at]), int(costs[at]), -int(numbers[at]))
+            if place not in best or key > best[place][0]:
+                best[place] = (key, shape.at(at))
+    return {-key[-1]: shape for _, (key, shape) in sorted(best.items(), key=lambda each: each[0])}
 
 
 def costliest_row(costs: list[int], lengths: Sequence[int], budget: int, most: int) -> list[int]:

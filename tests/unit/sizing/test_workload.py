@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise, product
 
+import numpy as np
 import pytest
 from random_samples import random_sample
 from row_shapes import shape_of
@@ -107,7 +108,8 @@ def measured(stage: str, each: IndexEntry, max_length: int | None = None, *, see
             "train": {"stage": stage, "max_steps": 1, "warmup_steps": 0},
         }
     )
-    return measure(Index.of([each]), config, ImageProcessor(Qwen2VLImageProcessorPil()))[0]
+    (shape,) = measure(Index.of([each]), np.zeros(1, np.int64), config, ImageProcessor(Qwen2VLImageProcessorPil()))
+    return shape.at(0)
 
 
 def test_each_stage_has_the_columns_of_its_latents() -> None:

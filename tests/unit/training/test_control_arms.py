@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from generated_rows import image_bytes, make_row, write_jsonl, write_rows
@@ -287,7 +288,10 @@ def test_memory_and_time_are_estimated_for_the_arm(
     read = SampleReader(shards, helpers=Helpers.of(config))
     encoded = [encoder(read(number)) for number in range(NUM_ROWS)]
     patches = [len(sample.pixel_values) + len(sample.pixel_values_latent) for sample in encoded]
-    assert [row.patches for row in workload(config).rows] == patches
+    planned_patches = np.zeros(NUM_ROWS, np.int64)
+    for shape in workload(config).shapes:
+        planned_patches[shape.numbers] = shape.patches
+    assert planned_patches.tolist() == patches
     planned = folder_costs(config)
     assert planned is not None
     assert (planned.costs.costs - TOKEN_PATCHES * planned.costs.tokens).tolist() == patches

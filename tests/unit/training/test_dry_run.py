@@ -87,7 +87,8 @@ def test_the_costliest_micro_batch_has_the_most_passes() -> None:
 
 def rows_of(columns: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Workload:
     """Of these stretches and latent blocks."""
-    return Workload([Shape(*each, targets=0, patches=0) for each in columns], len(columns), "")
+    shapes = [Shape(*each, targets=0, patches=0, numbers=number) for number, each in enumerate(columns)]
+    return Workload(shapes, len(columns), "")
 
 
 PACKING = ["data.packing=true", "data.token_budget=100"]
