@@ -43,7 +43,10 @@ def memory(pid: int | str = "self") -> dict[str, int]:
 
 
 class Peak:
-    """The highest anonymous memory and PSS of this process while something runs."""
+    """The highest anonymous memory and PSS of some processes together, while something runs."""
+
+    def __init__(self, *pids: int | str) -> None:
+        self.pids = pids
 
     def __enter__(self) -> "Peak":
         self.anonymous, self.pss, self.over = 0, 0, threading.Event()
@@ -56,8 +59,9 @@ class Peak:
             self._look()
 
     def _look(self) -> None:
-        now = memory()
-        self.anonymous, self.pss = max(self.anonymous, now["Anonymous"]), max(self.pss, now["Pss"])
+        now = [memory(pid) for pid in self.pids]
+        self.anonymous = max(self.anonymous, sum(each["Anonymous"] for each in now))
+        self.pss = max(self.pss, sum(each["Pss"] for each in now))
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
@@ -135,7 +139,7 @@ def opened(folder: Path) -> dict[str, float]:
         return smart_grids(np.asarray(sizes, np.int64), 28, 3136, 12_845_056).prod(axis=1)
 
     before = memory()
-    with Peak() as peak:
+    with Peak("self") as peak:
         started, cpu = time.perf_counter(), time.process_time()
         shards = load_manifest(folder)
         manifest_s = time.perf_counter() - started
@@ -165,15 +169,15 @@ def open_all(folder: Path, processes: int) -> None:
     running = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
     ]
-    found = [json.loads(process.stdout.readline()) for process in running]  # type: ignore[union-attr]
-    together = sum(memory(process.pid)["Pss"] for process in running)
+    with Peak(*(process.pid for process in running)) as peak:
+        found = [json.loads(process.stdout.readline()) for process in running]  # type: ignore[union-attr]
     for process in running:
         process.communicate("over")
     worst = {name: max(each[name] for each in found) for name in found[0]}
     print(f"{processes} at a time, the slowest and largest; memory above the imports")
     for name, value in worst.items():
         print(f"  {name:12} {value:.3f}" if name.endswith("_s") else f"  {name:12} {value / MB:.0f} MB")
-    print(f"  PSS of all, with imports {together / MB:.0f} MB")
+    print(f"  PSS of all, with imports {peak.pss / MB:.0f} MB")
 
 
 def start(folder: Path, model: Path) -> None:
@@ -197,7 +201,7 @@ def start(folder: Path, model: Path) -> None:
         }
     )
     before, cpu = memory(), time.process_time()
-    with Peak() as peak:
+    with Peak("self") as peak:
         prepared, seconds = timed(lambda: prepare(config))
         steps = run_data.deal_steps(config, prepared, 0)
         _, first_s = timed(lambda: steps.at(0))

@@ -155,17 +155,10 @@ class Index(Entries):
         return len(self.samples)
 
     def take(self, numbers: Numbers) -> "Index":
-        # The system reads far ahead for neighbours, and for samples of a shuffled order only their own pages. What was
-        # read stays in its cache, but no longer counts as this process's memory.
-        alone = len(numbers) < 2 or numbers[-1] - numbers[0] >= len(numbers)
-        self._advise(mmap.MADV_RANDOM if alone else mmap.MADV_SEQUENTIAL)
         taken = self._copy(numbers)
-        self._advise(mmap.MADV_DONTNEED)
+        for mapping in self.mappings:  # stays in the page cache, but is no longer this process's memory
+            mapping.madvise(mmap.MADV_DONTNEED)
         return taken
-
-    def _advise(self, advice: int) -> None:
-        for mapping in self.mappings:
-            mapping.madvise(advice)
 
     def _copy(self, numbers: Numbers) -> "Index":
         samples = self.samples[numbers]
@@ -267,17 +260,15 @@ def load_index(folder: ShardFolder) -> Index:
     """
     if folder.manifest.format_version == 1:
         return _load_lines(folder)
-    mappings = {name: _map_column(folder, name) for name in COLUMNS}
-    columns = {
-        name: np.frombuffer(mapping, COLUMNS[name][0], offset=HEADER_BYTES).reshape(-1, *COLUMNS[name][1])
-        for name, mapping in mappings.items()
-    }
+    mapped = {name: _map_column(folder, name) for name in COLUMNS}
+    columns = {name: column for name, (column, _) in mapped.items()}
+    mappings = tuple(mapping for _, mapping in mapped.values())
     if len(columns["samples"]) != folder.num_samples:
         raise DataError(
             f"samples in the index: {len(columns['samples'])} ({folder.path / INDEX_FOLDER}); the manifest says "
             f"{folder.num_samples}; both must come from one build; copy them again, or build again"
         )
-    return Index(**columns, where=str(folder.path / INDEX_FOLDER), mappings=tuple(mappings.values()))
+    return Index(**columns, where=str(folder.path / INDEX_FOLDER), mappings=mappings)
 
 
 def check_digests(folder: ShardFolder) -> None:
@@ -310,7 +301,7 @@ def column_header(name: str, length: int) -> bytes:
     return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.encode("ascii")
 
 
-def _map_column(folder: ShardFolder, name: str) -> mmap.mmap:
+def _map_column(folder: ShardFolder, name: str) -> tuple[npt.NDArray[Any], mmap.mmap]:
     """Trusts nothing that the file's header says: it must be the one that this length and this type have."""
     file = next((file for file in folder.manifest.index if file.name == column_file(name)), None)
     if file is None:
@@ -329,7 +320,7 @@ def _map_column(folder: ShardFolder, name: str) -> mmap.mmap:
             f"the header of the index file is not that of {name} ({path}); expected what `mirage-data build` wrote; "
             "copy the folder of shards again, or build again"
         )
-    return mapping
+    return np.frombuffer(mapping, dtype, offset=HEADER_BYTES).reshape(-1, *shape), mapping
 
 
 def _load_lines(folder: ShardFolder) -> Index:

@@ -9,6 +9,7 @@ from typing import Any
 
 import batching
 import cost_table
+import data_plane
 import data_stream
 import launching
 import measuring
@@ -21,6 +22,8 @@ import train_step
 from reference_step import reference_loss
 
 from benchmarks import looking_cost
+from mirage_ds.data.index import check_digests, load_index
+from mirage_ds.data.shards import load_manifest
 
 CPU = torch.device("cpu")
 VOCAB = 320
@@ -202,3 +205,14 @@ def test_builds_are_measured(tmp_path: Path) -> None:
     assert medians["2"]["processor_s"] > 0.9 * medians["1"]["processor_s"] > 0.01
     assert medians["2"]["at_most"] == pytest.approx(2 * medians["1"]["processor_s"] / medians["2"]["processor_s"])
     assert [path.name for path in tmp_path.iterdir()] == ["build.json"]
+
+
+def test_the_data_plane_opens_the_folder_that_it_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder is one that a run takes, digests included."""
+    data_plane.make(tmp_path / "shards", 3000, 3, 2)
+    folder = load_manifest(tmp_path / "shards")
+    check_digests(folder)
+    entry = load_index(folder)[1234]
+    assert (entry.key, entry.shard, len(entry.input_sizes), len(entry.helper_sizes)) == ("000001234", 1, 1, 1)
+    data_plane.open_all(tmp_path / "shards", 1)
+    assert "PSS of all" in capsys.readouterr().out
