@@ -262,13 +262,14 @@ def load_index(folder: ShardFolder) -> Index:
         return _load_lines(folder)
     mapped = {name: _map_column(folder, name) for name in COLUMNS}
     columns = {name: column for name, (column, _) in mapped.items()}
-    mappings = tuple(mapping for _, mapping in mapped.values())
     if len(columns["samples"]) != folder.num_samples:
         raise DataError(
             f"samples in the index: {len(columns['samples'])} ({folder.path / INDEX_FOLDER}); the manifest says "
             f"{folder.num_samples}; both must come from one build; copy them again, or build again"
         )
-    return Index(**columns, where=str(folder.path / INDEX_FOLDER), mappings=mappings)
+    return Index(
+        **columns, where=str(folder.path / INDEX_FOLDER), mappings=tuple(mapping for _, mapping in mapped.values())
+    )
 
 
 def check_digests(folder: ShardFolder) -> None:
