@@ -4,25 +4,26 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 from data_tools.build import facts_of
 from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.places import Place
 from mirage_ds.data.rows import check_sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
 from mirage_ds.data.shards import Shard, check_shard_size, read_manifest
 from mirage_ds.errors import DataError
+from mirage_ds.paths import Location
 
 
-def check(path: Path) -> Iterator[str]:
+def check(location: Location) -> Iterator[str]:
     """Yields each fault in a folder of shards as a message with the shard and, if it is in a sample, the key.
 
     Raises:
         DataError: it is not a folder of shards: the manifest is missing or cannot be read.
     """
-    folder = read_manifest(path)
+    folder = read_manifest(location)
     for shard in folder.manifest.shards:
-        yield from _check_shard(path, shard)
+        yield from _check_shard(folder.place, shard)
     try:
         index = load_index(folder)
     except DataError as error:
@@ -30,22 +31,31 @@ def check(path: Path) -> Iterator[str]:
         return
     yield from _check_ranges(index, folder.manifest.shards)
     # A missing shard has been reported; its samples are not reported again.
-    names = {number: shard.name for number, shard in enumerate(folder.manifest.shards) if (path / shard.name).is_file()}
+    there = {number for number, shard in enumerate(folder.manifest.shards) if _is_there(folder.place, shard)}
     for entry in index:
-        if entry.shard in names:
-            yield from _check_sample(path, names[entry.shard], entry)
+        if entry.shard in there:
+            yield from _check_sample(folder.place, folder.manifest.shards[entry.shard], entry)
 
 
-def _check_shard(folder: Path, shard: Shard) -> Iterator[str]:
+def _check_shard(place: Place, shard: Shard) -> Iterator[str]:
+    digest = hashlib.sha256()
     try:
-        check_shard_size(folder, shard)
-    except DataError as error:
+        check_shard_size(place, shard)
+        for piece in place.pieces(shard.name):
+            digest.update(piece)
+    except (DataError, OSError) as error:
         yield str(error)
         return
-    with (folder / shard.name).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != shard.sha256:
-        yield f"the shard has sha256 {digest} ({shard.name}); the manifest says {shard.sha256}; copy it again"
+    if (found := digest.hexdigest()) != shard.sha256:
+        yield f"the shard has sha256 {found} ({shard.name}); the manifest says {shard.sha256}; copy it again"
+
+
+def _is_there(place: Place, shard: Shard) -> bool:
+    try:
+        place.size(shard.name)
+    except OSError:
+        return False
+    return True
 
 
 def _check_ranges(index: list[IndexEntry], shards: tuple[Shard, ...]) -> Iterator[str]:
@@ -65,11 +75,11 @@ def _check_ranges(index: list[IndexEntry], shards: tuple[Shard, ...]) -> Iterato
             yield f"samples in the index: {count} ({shard.name}); the manifest says {shard.samples}; build again"
 
 
-def _check_sample(folder: Path, shard: str, entry: IndexEntry) -> Iterator[str]:
+def _check_sample(place: Place, shard: Shard, entry: IndexEntry) -> Iterator[str]:
     """Reads a sample as the trainer does, decodes its images, and compares it with its index entry."""
-    where = f"{shard}/{entry.key}"
+    where = f"{shard.name}/{entry.key}"
     try:
-        data = read_range(folder / shard, entry.offset, entry.size, where)
+        data = read_range(place, shard, entry.offset, entry.size, where)
         sample = from_members(where, parse_members(data, entry.key, where))
         check_sample(sample, where)
         facts = json.loads(json.dumps(facts_of(sample, where)))  # lists instead of tuples, as in the index

@@ -15,6 +15,7 @@ from mirage_ds.config_values import (
     NonNegativeInt,
     PositiveInt,
     Section,
+    UserLocation,
     UserName,
     UserPath,
 )
@@ -89,8 +90,16 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The training data, and the processes that read it."""
 
-    shards: UserPath
-    """Folder that `mirage-data build` wrote."""
+    shards: UserLocation
+    """Folder that `mirage-data build` wrote, or its URL: see [data](data.md#shards-on-a-server)."""
+    cache_dir: UserPath | None = None
+    """Folder on a disk of each node that keeps what was read from the URLs of shards, for all runs there; unset:
+    `mirage_ds-cache-UID` in TMPDIR. Not used for shards on a disk."""
+    cache_gib: float = Field(default=64, gt=0)
+    """Largest size of `data.cache_dir`; what was not used for the longest time is removed."""
+    read_timeout_s: float = Field(default=60, gt=0, le=MAX_SECONDS)
+    """Seconds that one read from a URL may take; it is tried six times, with longer and longer waits, half a minute in
+    all, before `data.on_fault` decides."""
     num_workers: NonNegativeInt = 2
     """Processes per rank that read and encode; 0: the trainer's own process does."""
     min_pixels: PositiveInt | None = None
@@ -181,8 +190,8 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     """Validation loss, and answers to questions, on samples that are not used for training."""
 
-    shards: UserPath | None = None
-    """Folder that `mirage-data build` wrote; unset: no validation."""
+    shards: UserLocation | None = None
+    """Folder that `mirage-data build` wrote, or its URL; unset: no validation."""
     interval: PositiveInt = 100
     """Steps between two validations or evaluations; there is one more after the last step."""
     max_samples: PositiveInt = 256

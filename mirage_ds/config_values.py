@@ -15,9 +15,13 @@ from pydantic import (
     WrapValidator,
 )
 
-from mirage_ds.paths import expand
+from mirage_ds.paths import Location, expand, to_location
 
 Item = TypeVar("Item")
+
+
+def _to_location(value: Any) -> Any:
+    return to_location(value) if isinstance(value, str) and value else _to_path(value)
 
 
 def _to_path(value: Any) -> Any:
@@ -28,6 +32,8 @@ def _to_path(value: Any) -> Any:
 
 UserPath = Annotated[Path, BeforeValidator(_to_path)]
 """A path with `~` and `$VARIABLES` expanded."""
+UserLocation = Annotated[Location, BeforeValidator(_to_location)]
+"""A path or a URL, with `~` and `$VARIABLES` expanded."""
 UserName = Annotated[str, AfterValidator(expand)]
 """A path or another name, expanded alike."""
 Pair = Annotated[tuple[Item, Item], Strict(False)]

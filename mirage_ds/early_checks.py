@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mirage_ds.checkpoint import complete
 from mirage_ds.config import Config
+from mirage_ds.data.places import Reading
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import DataError, MirageError, leave
 from mirage_ds.evaluation.training.named import check_named
@@ -44,9 +45,10 @@ def check_inputs(config: Config) -> None:
     """
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:
-            load_manifest(folder)
+            load_manifest(folder, Reading.of(config.data))
     check_named(config.evaluation)
-    if config.data.packing and not any(config.data.shards.glob("tokens-*.npz")):
+    shards = config.data.shards
+    if config.data.packing and isinstance(shards, Path) and not any(shards.glob("tokens-*.npz")):
         raise not_counted(config)  # for another tokenizer: found as soon as that can be loaded
     check_model(config.model.path, f"model.path={config.model.path}", config.model.cache_dir)
     if config.data.num_workers:

@@ -8,6 +8,7 @@ from deepspeed.accelerator import get_accelerator
 from launch.doctor.findings import Row, failure
 from mirage_ds.config import Config
 from mirage_ds.data.index import load_index
+from mirage_ds.data.places import Reading
 from mirage_ds.data.shard_samples import parse_members, read_range
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.errors import ConfigError, DataError
@@ -54,7 +55,7 @@ def check_model(config: Config) -> Row:
 def check_samples(config: Config) -> Row:
     """What the index says of each sample, and its length if there is a limit, against the model."""
     try:
-        measure_samples(config, open_encoder(config), load_manifest(config.data.shards))
+        measure_samples(config, open_encoder(config), load_manifest(config.data.shards, Reading.of(config.data)))
     except (ConfigError, DataError) as error:
         return failure("data.shards: samples", error)
     limits = {"max_length": config.data.max_length, "token_budget": config.data.token_budget}
@@ -68,7 +69,7 @@ def check_shards(config: Config) -> Iterator[Row]:
         if folder is None:
             continue
         try:
-            shards = load_manifest(folder)
+            shards = load_manifest(folder, Reading.of(config.data))
             num_bytes = read_some(shards)
         except DataError as error:
             yield failure(what, error)
@@ -77,7 +78,7 @@ def check_shards(config: Config) -> Iterator[Row]:
         yield Row(
             what,
             f"{num_samples} {'sample' if num_samples == 1 else 'samples'} in {num_shards} "
-            f"{'shard' if num_shards == 1 else 'shards'} ({folder}), digest {shards.digest:.12}; read a few, "
+            f"{'shard' if num_shards == 1 else 'shards'} ({shards.place}), digest {shards.digest:.12}; read a few, "
             f"{num_bytes} bytes",
         )
 
@@ -108,7 +109,7 @@ def read_some(shards: ShardFolder) -> int:
     index = load_index(shards)
     some = index[:: -(-len(index) // SAMPLES_READ)]
     for entry in some:
-        name = shards.manifest.shards[entry.shard].name
-        where = f"{name}/{entry.key}"
-        parse_members(read_range(shards.path / name, entry.offset, entry.size, where), entry.key, where)
+        shard = shards.manifest.shards[entry.shard]
+        where = f"{shard.name}/{entry.key}"
+        parse_members(read_range(shards.place, shard, entry.offset, entry.size, where), entry.key, where)
     return sum(entry.size for entry in some)

@@ -10,8 +10,9 @@ import numpy as np
 from mirage_ds.config import Config
 from mirage_ds.data.costs import TOKEN_PATCHES, Costs, measure_costs
 from mirage_ds.data.helpers import Helpers
+from mirage_ds.data.places import Reading
 from mirage_ds.data.plan import Plan
-from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
+from mirage_ds.data.shards import find_manifest
 from mirage_ds.data.steps import Share, Steps
 from mirage_ds.sizing.workload import image_processor
 
@@ -68,9 +69,9 @@ def folder_costs(config: Config) -> FolderCosts | None:
     Raises:
         DataError: the manifest or the index is damaged.
     """
-    if not (config.data.shards / MANIFEST_NAME).is_file():
+    shards = find_manifest(config.data.shards, Reading.of(config.data))
+    if shards is None:
         return None
-    shards = read_manifest(config.data.shards)
     costs = measure_costs(
         Helpers.of(config).index(shards),
         image_processor(config).image_tokens,

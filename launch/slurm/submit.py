@@ -29,6 +29,7 @@ from launch.slurm.script import (
     submission_environment,
 )
 from mirage_ds.config import Config
+from mirage_ds.data.places import Reading
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.early_checks import check_inputs
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
@@ -170,7 +171,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
         from mirage_ds.training.sample_costs import measure_samples
         from mirage_ds.training.start import open_encoder
 
-        measure_samples(config, open_encoder(config), load_manifest(config.data.shards))
+        measure_samples(config, open_encoder(config), load_manifest(config.data.shards, Reading.of(config.data)))
     if cluster.gpus_per_node and cluster.gpu:
         # Imported here: torch and transformers take seconds to import, and only this check needs them.
         from launch.planner.estimate import check_fits

@@ -132,7 +132,7 @@ class Helpers:
         with_helpers = [entry for entry in index if entry.helper_sizes]
         if self.images == "shuffled" and len(with_helpers) < 2:
             raise DataError(
-                f"rows with helper images: {len(with_helpers)} ({folder.path}); data.helper=shuffled gives each the "
+                f"rows with helper images: {len(with_helpers)} ({folder.place}); data.helper=shuffled gives each the "
                 "images of another row, and needs at least 2; use other shards, or another data.helper"
             )
         without = [entry for entry in with_helpers if not entry.input_sizes]
@@ -140,7 +140,7 @@ class Helpers:
             names = [f"{folder.manifest.shards[entry.shard].name}/{entry.key}" for entry in without[:NUM_LISTED]]
             more = f" and {len(without) - NUM_LISTED} more" if len(without) > NUM_LISTED else ""
             raise DataError(
-                f"rows with a helper image but no input image: {len(without)} ({folder.path}): {', '.join(names)}"
+                f"rows with a helper image but no input image: {len(without)} ({folder.place}): {', '.join(names)}"
                 f"{more}; data.helper=input puts the input image in place of the helper image, so each of these rows "
                 "needs one; build the shards without these rows, or use another data.helper"
             )

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from mirage_ds.data.shards import ShardFolder
+from mirage_ds.data.shards import ShardFolder, error_of
 from mirage_ds.errors import DataError
 
 INDEX_NAME = "index.jsonl"
@@ -37,11 +37,11 @@ def load_index(folder: ShardFolder) -> list[IndexEntry]:
     Raises:
         DataError: it is missing, or does not match the manifest.
     """
-    path = folder.path / INDEX_NAME
+    path = folder.place.where(INDEX_NAME)
     try:
-        data = path.read_bytes()
+        data = folder.place.file(INDEX_NAME, folder.manifest.index_sha256).read_bytes()
     except OSError as error:
-        raise DataError(
+        raise error_of(error)(
             f"{INDEX_NAME} cannot be read: {error.strerror} ({path}); a folder of shards has one; copy it again, or "
             "build again"
         ) from error

@@ -63,7 +63,7 @@ def too_long_error(too_long: dict[str, int], limit: str, folder: ShardFolder) ->
     listed = ", ".join(f"{key} with {length}" for key, length in list(too_long.items())[:NUM_LISTED])
     more = f" and {len(too_long) - NUM_LISTED} more" if len(too_long) > NUM_LISTED else ""
     return DataError(
-        f"samples with more tokens than {limit}: {len(too_long)} ({folder.path}): {listed}{more}; samples are never "
+        f"samples with more tokens than {limit}: {len(too_long)} ({folder.place}): {listed}{more}; samples are never "
         f"truncated; raise {limit.partition('=')[0]} to at least {max(too_long.values())}, make the images smaller "
         "with data.max_pixels, or build the shards without these rows"
     )

@@ -1,6 +1,7 @@
 """Reads a folder of shards: tar files and manifest.json, which data_tools writes. Needs no torch.
 
-manifest.json lists the shards with their sha256. Its own sha256, the digest, identifies the data set.
+The folder is on a disk or on a server (places.py). manifest.json lists the shards with their sha256. Its own sha256,
+the digest, identifies the data set.
 """
 
 import hashlib
@@ -9,20 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.errors import DataError
+from mirage_ds.data.places import DEFAULT, LocalPlace, Place, Reading, open_place
+from mirage_ds.data.remote import NotReadable
+from mirage_ds.data.shard import Shard as Shard
+from mirage_ds.errors import DataError, StallError
+from mirage_ds.paths import Location
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -39,45 +34,71 @@ class Manifest:
 class ShardFolder:
     """A folder of shards with its manifest."""
 
-    path: Path
+    place: Place
     manifest: Manifest
     digest: str  # sha256 of manifest.json
+
+    @property
+    def path(self) -> Path:
+        """The folder on a disk, for what can only be done there.
+
+        Raises:
+            DataError: it is on a server.
+        """
+        if not isinstance(self.place, LocalPlace):
+            raise DataError(
+                f"the shards are on a server ({self.place}); this needs a folder on a disk of this machine; copy them "
+                "to one"
+            )
+        return self.place.folder
 
     @property
     def num_samples(self) -> int:
         return self.manifest.num_samples
 
 
-def load_manifest(folder: Path) -> ShardFolder:
-    """Reads manifest.json and checks that all shards exist with their full size.
+def load_manifest(location: Location, reading: Reading = DEFAULT) -> ShardFolder:
+    """Reads manifest.json and checks that all shards exist with their full size; of those on a server, some.
 
     Raises:
         DataError: there is no manifest, or it has another version, or a shard is missing or of another size.
     """
-    shards = read_manifest(folder)
-    for shard in shards.manifest.shards:
-        check_shard_size(folder, shard)
+    shards = read_manifest(location, reading)
+    for shard in shards.place.checked(shards.manifest.shards):
+        check_shard_size(shards.place, shard)
     return shards
 
 
-def read_manifest(folder: Path) -> ShardFolder:
+def find_manifest(location: Location, reading: Reading = DEFAULT) -> ShardFolder | None:
+    """As `read_manifest`, but None if there is no manifest."""
+    try:
+        return read_manifest(location, reading)
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def read_manifest(location: Location, reading: Reading = DEFAULT) -> ShardFolder:
     """Reads manifest.json alone.
 
     Raises:
         DataError: there is no manifest, or it is damaged or has another version.
+        StallError: likewise: its server does not answer.
     """
-    path = folder / MANIFEST_NAME
+    place = open_place(location, reading)
+    where = place.where(MANIFEST_NAME)
     try:
-        data = path.read_bytes()
+        data = place.read_all(MANIFEST_NAME)
     except OSError as error:
-        raise DataError(
-            f"no {MANIFEST_NAME}: {error.strerror} ({path}); expected a folder that `mirage-data build` wrote; name "
+        raise error_of(error)(
+            f"no {MANIFEST_NAME}: {error.strerror} ({where}); expected a folder that `mirage-data build` wrote; name "
             "such a folder, or build one"
         ) from error
-    return ShardFolder(folder, _parse_manifest(data, path), hashlib.sha256(data).hexdigest())
+    return ShardFolder(place, _parse_manifest(data, where), hashlib.sha256(data).hexdigest())
 
 
-def _parse_manifest(data: bytes, path: Path) -> Manifest:
+def _parse_manifest(data: bytes, path: str) -> Manifest:
     try:
         fields: dict[str, Any] = json.loads(data)
         version = fields["format_version"]
@@ -100,22 +121,31 @@ def _parse_manifest(data: bytes, path: Path) -> Manifest:
     return manifest
 
 
-def check_shard_size(folder: Path, shard: Shard) -> None:
+def check_shard_size(place: Place, shard: Shard) -> None:
     """Refuses a shard that was not copied completely.
 
     Raises:
         DataError: it is missing, or its size differs from the manifest.
     """
-    path = folder / shard.name
+    where = place.where(shard.name)
     try:
-        size = path.stat().st_size
-        problem = f"has size {size}"
+        size = place.size(shard.name)
+    except FileNotFoundError:
+        problem = "is missing"
     except OSError as error:
-        size, problem = (
-            None,
-            "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}",
-        )
-    if size != shard.bytes:
-        raise DataError(
-            f"the shard {problem} ({path}); the manifest says {shard.bytes} bytes; copy it again, or build again"
-        )
+        raise error_of(error)(
+            f"the shard cannot be read: {error.strerror} ({where}); the manifest says {shard.bytes} bytes; copy it "
+            "again, or build again"
+        ) from error
+    else:
+        if size == shard.bytes:
+            return
+        problem = f"has size {size}"
+    raise DataError(
+        f"the shard {problem} ({where}); the manifest says {shard.bytes} bytes; copy it again, or build again"
+    )
+
+
+def error_of(error: OSError) -> type[DataError]:
+    """The kind of error for what could not be read: a server that does not answer may do so at another start."""
+    return StallError if isinstance(error, NotReadable) else DataError

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +24,7 @@ from mirage_ds.errors import DataError, StallError
 
 T = TypeVar("T")
 MAX_FAULTS_IN_ROW = 100  # then it is not single samples
+MAX_STALLS_IN_ROW = 3  # then it is the server; each has taken all tries
 
 
 class SampleReader:
@@ -33,32 +35,42 @@ class SampleReader:
         self._targets = targets
         self._helpers = helpers
         index = load_index(folder)
-        self._paths = [folder.path / shard.name for shard in folder.manifest.shards]
+        self._place, self._shards = folder.place, folder.manifest.shards
         # Arrays instead of objects: forked workers share their memory, as no reference counts are written.
         self._locations = np.array([(entry.shard, entry.offset, entry.size) for entry in index], dtype=np.int64)
         self._keys = np.array([entry.key for entry in index])
         self._donors = helpers.donors(index, folder.digest)
 
-    def __call__(self, number: int) -> Sample:
+    def __call__(self, number: int, *, again: bool = False) -> Sample:
         """Reads and parses one sample; its key becomes SHARD/KEY, so that every later message has both.
 
         Where the cache has its targets, its helper images stay as they are: they are not encoded.
 
+        Args:
+            again: what was read before cannot be used, so from the server if there is one.
+
         Raises:
             DataError: the bytes cannot be read or are not this sample, or `Helpers.sample` raises.
         """
-        sample = self._read(number)
+        sample = self._read(number, again)
         slots = range(0) if self._targets is None else self._targets.slots(number)
         cached = None if self._targets is None else self._targets.read(slots)
         if cached is None:
-            sample = self._helpers.sample(sample, lambda: self._read(int(self._donors[number])))
+            sample = self._helpers.sample(sample, lambda: self._read(int(self._donors[number]), again))
         return replace(sample, target_slots=slots, cached_targets=cached)
 
-    def _read(self, number: int) -> Sample:
-        shard, offset, size = self._locations[number].tolist()
-        path, key = self._paths[shard], str(self._keys[number])
-        where = f"{path.name}/{key}"
-        return from_members(where, parse_members(read_range(path, offset, size, where), key, where))
+    def _read(self, number: int, again: bool) -> Sample:
+        """One that cannot be parsed is read once more: what a server sent, or what is kept of it, may be damaged."""
+        shard_number, offset, size = self._locations[number].tolist()
+        shard, key = self._shards[shard_number], str(self._keys[number])
+        where = f"{shard.name}/{key}"
+        data = read_range(self._place, shard, offset, size, where, again=again)
+        try:
+            return from_members(where, parse_members(data, key, where))
+        except DataError:
+            if again:
+                raise
+            return self._read(number, again=True)
 
 
 class MicroBatches(IterableDataset[T | DataError], Generic[T]):
@@ -72,7 +84,7 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
 
     def __init__(
         self,
-        reader: Callable[[int], Sample],
+        reader: SampleReader,
         steps: Steps,
         encoder: Callable[[Sample], EncodedSample],
         collate: Callable[[list[EncodedSample]], T],
@@ -99,10 +111,23 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
 
     def _sample(self, position: int) -> EncodedSample:
         numbers = self._steps.candidates(position)
-        sample = first_usable(lambda number: self._encoder(self._reader(number)), numbers, self._on_fault)
+        sample = first_usable(partial(encode_read, self._encoder, self._reader), numbers, self._on_fault)
         if self._drops_image is not None and self._drops_image(position):
             return replace(sample, hides_images=True)
         return sample
+
+
+def encode_read(encoder: Callable[[Sample], EncodedSample], reader: SampleReader, number: int) -> EncodedSample:
+    """One sample of the folder, encoded; one whose images cannot be used is read once more, as in `SampleReader`.
+
+    Raises:
+        DataError: it cannot be used.
+    """
+    sample = reader(number)
+    try:
+        return encoder(sample)
+    except DataError:
+        return encoder(reader(number, again=True))
 
 
 def first_usable(encode: Callable[[int], EncodedSample], numbers: Iterable[int], on_fault: OnFault) -> EncodedSample:
@@ -115,14 +140,17 @@ def first_usable(encode: Callable[[int], EncodedSample], numbers: Iterable[int],
 
     Raises:
         DataError: it cannot be used, or with `skip` none of MAX_FAULTS_IN_ROW.
+        StallError: likewise: its server does not answer, or with `skip` for MAX_STALLS_IN_ROW.
     """
     faults: list[str] = []
+    stalls = 0
     for number in numbers:
         try:
             sample = encode(number)
         except DataError as error:
             faults.append(str(error))
-            if on_fault == "stop":
+            stalls = stalls + 1 if isinstance(error, StallError) else 0
+            if on_fault == "stop" or stalls == MAX_STALLS_IN_ROW:
                 raise
             if len(faults) == MAX_FAULTS_IN_ROW:
                 break

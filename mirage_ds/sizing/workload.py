@@ -19,7 +19,9 @@ from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, row_size
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.index import IndexEntry
 from mirage_ds.data.patches import ImageProcessor
-from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
+from mirage_ds.data.places import Reading
+from mirage_ds.data.shards import find_manifest
+from mirage_ds.paths import without_secrets
 
 PIXEL_LIMITS = (3136, 12_845_056)  # preprocessor_config.json of Qwen2.5-VL-Instruct: 4 and 16384 merged patches
 ASSUMED = IndexEntry(
@@ -167,15 +169,16 @@ def workload(config: Config) -> Workload:
         DataError: the shards' manifest or index is damaged.
     """
     processor, helpers, num_samples = image_processor(config), Helpers.of(config), None
-    if (config.data.shards / MANIFEST_NAME).is_file():
-        shapes = [measure(entry, config, processor) for entry in helpers.index(read_manifest(config.data.shards))]
+    shards = find_manifest(config.data.shards, Reading.of(config.data))
+    if shards is not None:
+        shapes = [measure(entry, config, processor) for entry in helpers.index(shards)]
         num_samples = len(shapes)
-        source = f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token"
+        source = f"image sizes from {shards.place}, text at {CHARS_PER_TOKEN} characters per token"
     else:
         shapes = [measure(helpers.entry(ASSUMED, ASSUMED), config, processor)]
         source = (
-            f"no shards at {config.data.shards}; assumed: an image and a helper image of 512 x 512 pixels, "
-            f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
+            f"no shards at {without_secrets(str(config.data.shards))}; assumed: an image and a helper image of 512 x "
+            f"512 pixels, {ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
         )
     return Workload(shapes, num_samples, source, config.data.token_budget, masks_samples(config))
 

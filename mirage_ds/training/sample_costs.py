@@ -5,7 +5,7 @@ import socket
 
 from mirage_ds.config import Config
 from mirage_ds.data.costs import Costs, measure_costs
-from mirage_ds.data.counts import counts_path, load_counts
+from mirage_ds.data.counts import counts_name, load_counts
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.lengths import check_budget
@@ -24,9 +24,9 @@ def measure_samples(config: Config, encoder: Encoder, shards: ShardFolder) -> tu
         DataError: rows are packed, and the tokens were not counted, or samples are longer than the budget; or the
             counts cannot be used.
     """
-    path = counts_path(shards, encoder.tokenizer, system_turn=config.data.system_turn)
+    name = counts_name(encoder.tokenizer, system_turn=config.data.system_turn)
     helpers = Helpers.of(config)
-    counts = load_counts(path, shards, stage="text" if helpers.images == "none" else config.train.stage)
+    counts = load_counts(name, shards, stage="text" if helpers.images == "none" else config.train.stage)
     if config.data.packing and counts is None:
         raise not_counted(config)
     costs = measure_costs(
@@ -39,7 +39,8 @@ def measure_samples(config: Config, encoder: Encoder, shards: ShardFolder) -> tu
     )
     if config.data.token_budget is not None:
         check_budget(shards, costs.tokens, config.data.token_budget)
-    source = f"estimated from characters (no {path})" if counts is None else f"counted ({path})"
+    where = shards.place.where(name)
+    source = f"estimated from characters (no {where})" if counts is None else f"counted ({where})"
     return costs, f"tokens {source}"
 
 
@@ -61,7 +62,7 @@ def require_same(costs: Costs, source: str, shards: ShardFolder) -> None:
             f"{', '.join(sorted(names))}: {source}, digest {digest:.12}" for (source, digest), names in hosts.items()
         )
         raise DataError(
-            f"the ranks have other costs of the samples and would deal differently (data.shards={shards.path}): "
+            f"the ranks have other costs of the samples and would deal differently (data.shards={shards.place}): "
             f"{kinds}; expected the same shards, and the same file of `mirage-data count` or none, on every host; copy "
             "the folder of shards to all hosts again, and start again"
         )

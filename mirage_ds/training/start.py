@@ -16,6 +16,7 @@ from mirage_ds.data.costs import Costs
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.lengths import check_lengths
+from mirage_ds.data.places import Reading
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.model.backbone import check_config
 from mirage_ds.model.latent_settings import check_latent_size
@@ -63,7 +64,7 @@ def prepare(config: Config) -> Start:
     """
     began = time.time()
     deepspeed_config = resolve_deepspeed_config(config)
-    shards = load_manifest(config.data.shards)
+    shards = load_manifest(config.data.shards, Reading.of(config.data))
     check_config(config.model.path, config.model.cache_dir)
     if config.run.init_from is None:  # else its weights replace the model's, and check_init_from compares
         check_latent_size(config.model)
@@ -112,7 +113,7 @@ def open_encoder(config: Config) -> Encoder:
     encoder, helpers = make_encoder(config, config.train.stage), Helpers.of(config)
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:
-            shards = load_manifest(folder)
+            shards = load_manifest(folder, Reading.of(config.data))
             encoder.check_index(shards, helpers)
             check_lengths(encoder, shards, helpers)
     return encoder

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mirage_ds.data.costs import TOKEN_PATCHES, Costs
+from mirage_ds.data.places import LocalPlace
 from mirage_ds.data.shards import Manifest, ShardFolder
 from mirage_ds.errors import DataError
 from mirage_ds.training.sample_costs import require_same
@@ -19,7 +20,7 @@ def on_host(
     name: str, *, last: int = 9, patches: int = 0, source: str = "tokens counted (F)", digest: str = "d"
 ) -> Rank:
     tokens = np.array([5, 7, last])
-    folder = ShardFolder(Path("shards"), Manifest(1, 3, "", ()), digest)
+    folder = ShardFolder(LocalPlace(Path("shards")), Manifest(1, 3, "", ()), digest)
     return name, Costs(tokens, TOKEN_PATCHES * tokens + patches), source, folder
 
 
