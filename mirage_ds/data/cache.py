@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,6 +32,7 @@ RECORD = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u8")])
 LOOK_AFTER = 1 / 1000  # of the limit: so many bytes a process adds before it looks for files to remove
 REMEDY = "free some space, or set data.cache_dir to a folder on a disk of this machine where you may write"
 FILLED = 0.95  # of the limit: what is left after removing
+FILES_STAY_S = 3600  # so long whole files stay after their last use: a process may be about to open them
 
 
 class WrongContent(OSError):
@@ -174,15 +176,17 @@ class Cache:
         self._added = 0
         found = []
         for entry in os.scandir(self._folder):
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):  # another process has removed it
                 facts = entry.stat()
                 found.append((facts.st_mtime_ns, facts.st_blocks * 512, entry.path))
         total = sum(used for _, used, _ in found) + size
         if total <= self._limit:
             return
-        for _, used, path in sorted(found):
+        for used_ns, used, path in sorted(found):
             if total <= self._limit * FILLED:
                 return
+            if not path.endswith(".shard") and used_ns > (time.time() - FILES_STAY_S) * 1e9:
+                continue
             with suppress(FileNotFoundError):
                 os.unlink(path)
             total -= used

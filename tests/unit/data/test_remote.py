@@ -1,11 +1,7 @@
 """Shards on a server: the same samples as from a disk, whatever the server does for a while; what it does for ever is
 named. The server is a real one, on loopback."""
 
-import hashlib
 import itertools
-import os
-import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from mirage_ds.data import remote
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.places import Reading
 from mirage_ds.data.rows import Sample
