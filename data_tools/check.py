@@ -1,16 +1,15 @@
 """Checks a folder of shards against its manifest and index, and that every sample can be used. Reads everything."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
 from data_tools.build import facts_of
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.index import Index, IndexEntry, check_digests, load_index
 from mirage_ds.data.places import Place
 from mirage_ds.data.rows import check_sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
-from mirage_ds.data.shards import Shard, check_shard_size, read_manifest
+from mirage_ds.data.shards import Shard, check_file_size, read_manifest
 from mirage_ds.errors import DataError
 from mirage_ds.paths import Location
 
@@ -25,6 +24,7 @@ def check(location: Location) -> Iterator[str]:
     for shard in folder.manifest.shards:
         yield from _check_shard(folder.place, shard)
     try:
+        check_digests(folder)
         index = load_index(folder)
     except DataError as error:
         yield str(error)
@@ -40,7 +40,7 @@ def check(location: Location) -> Iterator[str]:
 def _check_shard(place: Place, shard: Shard) -> Iterator[str]:
     digest = hashlib.sha256()
     try:
-        check_shard_size(place, shard)
+        check_file_size(place, shard, "shard")
         for piece in place.pieces(shard.name):
             digest.update(piece)
     except (DataError, OSError) as error:
@@ -58,11 +58,11 @@ def _is_there(place: Place, shard: Shard) -> bool:
     return True
 
 
-def _check_ranges(index: list[IndexEntry], shards: tuple[Shard, ...]) -> Iterator[str]:
+def _check_ranges(index: Index, shards: tuple[Shard, ...]) -> Iterator[str]:
     """The samples of a shard must follow each other from its first byte, and be as many as the manifest says."""
     ends, counts = [0] * len(shards), [0] * len(shards)
     for entry in index:
-        if entry.shard >= len(shards):
+        if not 0 <= entry.shard < len(shards):
             yield f"the index refers to shard {entry.shard} ({entry.key}); number of shards: {len(shards)}; build again"
             continue
         where = f"{shards[entry.shard].name}/{entry.key}"
@@ -82,7 +82,7 @@ def _check_sample(place: Place, shard: Shard, entry: IndexEntry) -> Iterator[str
         data = read_range(place, shard, entry.offset, entry.size, where)
         sample = from_members(where, parse_members(data, entry.key, where))
         check_sample(sample, where)
-        facts = json.loads(json.dumps(facts_of(sample, where)))  # lists instead of tuples, as in the index
+        facts = facts_of(sample, where)
     except DataError as error:
         yield str(error)
         return

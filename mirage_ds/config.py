@@ -92,6 +92,12 @@ class DataConfig(Section):
 
     shards: UserLocation
     """Folder that `mirage-data build` wrote, or its URL: see [data](data.md#shards-on-a-server)."""
+    shuffle: Literal["full", "window"] = "full"
+    """`full`: all samples of an epoch are shuffled together; `window`: shards are shuffled, and samples inside windows
+    of `data.shuffle_window` shards, so that a network disk is read mostly in sequence. With either a run resumes
+    exactly, at any position and on any number of ranks; see [data](data.md#the-order-of-samples)."""
+    shuffle_window: PositiveInt = 16
+    """Shards of a window, with `data.shuffle: window`. More mix better; of fewer, more stays in a cache."""
     cache_dir: UserPath | None = None
     """Folder on a disk of each node that keeps what was read from the URLs of shards, for all runs there; unset:
     `mirage_ds-cache-UID` in TMPDIR. Not used for shards on a disk."""
@@ -135,6 +141,16 @@ class DataConfig(Section):
     on_fault: OnFault = "stop"
     """What a sample does that turns out to be unusable. `stop`: the run saves and ends with an error; `skip`: the next
     sample of the order takes its place too, with a warning, whatever the number of ranks and after every resume."""
+
+    @model_validator(mode="after")
+    def _windows_are_used(self) -> "DataConfig":
+        default = DataConfig.model_fields["shuffle_window"].default
+        if self.shuffle == "full" and self.shuffle_window != default:
+            raise ValueError(
+                f"shuffle_window is {self.shuffle_window}, but all samples are shuffled together (data.shuffle=full); "
+                f"windows are for data.shuffle=window; set that, or data.shuffle_window={default}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _packing_has_a_budget(self) -> "DataConfig":

@@ -11,7 +11,7 @@ from mirage_ds.config import Config
 from mirage_ds.data.costs import TOKEN_PATCHES, Costs, measure_costs
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.places import Reading
-from mirage_ds.data.plan import Plan
+from mirage_ds.data.plan import Plan, order_of
 from mirage_ds.data.shards import find_manifest
 from mirage_ds.data.steps import Share, Steps
 from mirage_ds.sizing.workload import image_processor
@@ -79,4 +79,4 @@ def folder_costs(config: Config) -> FolderCosts | None:
         latent_size=config.model.latent_size,
         keeps_targets=config.model.cache_targets is not None,
     )
-    return FolderCosts(Plan(shards.num_samples, shards.digest, config.run.seed), costs)
+    return FolderCosts(order_of(config, shards), costs)

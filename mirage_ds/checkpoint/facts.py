@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_ds.config import Config
+from mirage_ds.data.plan import ORDER
 from mirage_ds.errors import CheckpointError
 from mirage_ds.zero3 import distributed
 
@@ -21,6 +22,7 @@ def describe_run(
         "global_batch_size": config.train.samples_per_step(world_size),
         "max_steps": max_steps,
         "manifest_digest": manifest_digest,
+        "order": ORDER,
         "deepspeed": deepspeed_config,
         "config": config.model_dump(mode="json"),
     }

@@ -17,7 +17,7 @@ from PIL import Image
 from mirage_ds.config import Config, HelperImages
 from mirage_ds.data.images import open_image
 from mirage_ds.data.index import IndexEntry, load_index
-from mirage_ds.data.plan import epoch_order
+from mirage_ds.data.plan import ORDER, epoch_order
 from mirage_ds.data.rows import OUTPUT_IMAGE_TAG, Sample, check_sample
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import DataError
@@ -49,9 +49,9 @@ class Helpers:
         """What decides, beside the shards, which image is encoded for a helper image; nothing if it is the row's own,
         so that targets that were kept before there were controls stay valid."""
         facts: dict[str, Any] = {} if self.images is True else {"helper": self.images}
-        return facts | ({"helper_seed": self.seed} if self.images == "shuffled" else {})
+        return facts | ({"helper_seed": self.seed, "helper_order": ORDER} if self.images == "shuffled" else {})
 
-    def index(self, folder: ShardFolder) -> list[IndexEntry]:
+    def index(self, folder: ShardFolder) -> Sequence[IndexEntry]:
         """The folder's index with the sizes of the images that take the place of helper images.
 
         Raises:

@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from mirage_ds.config import DataConfig
 from mirage_ds.data.cache import Cache
 from mirage_ds.data.remote import PIECE_BYTES, RemotePlace
 from mirage_ds.data.shard import Shard
 from mirage_ds.paths import Location
+
+T = TypeVar("T")
 
 
 class LocalPlace:
@@ -55,9 +58,9 @@ class LocalPlace:
         """A file as it lies there; its contents are not compared."""
         return self.folder / name
 
-    def checked(self, shards: Sequence[Shard]) -> Sequence[Shard]:
+    def checked(self, files: Sequence[T]) -> Sequence[T]:
         """Those whose sizes are compared at the start of a run: all."""
-        return shards
+        return files
 
     def size(self, name: str) -> int:
         """Of a file, in bytes.

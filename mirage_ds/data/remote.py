@@ -84,9 +84,9 @@ class RemotePlace:
         except WrongContent:  # which may be on the way only
             return self._cache.file(sha256, lambda: self.pieces(name))
 
-    def checked(self, shards: Sequence[Shard]) -> Sequence[Shard]:
-        """Those whose sizes are worth a request at the start of a run: some, evenly spread."""
-        return [shards[number] for number in spread(len(shards), SIZES_CHECKED)]
+    def checked(self, files: Sequence[T]) -> Sequence[T]:
+        """Those whose sizes are worth requests at the start of a run: some, evenly spread."""
+        return [files[number] for number in spread(len(files), SIZES_CHECKED)]
 
     def size(self, name: str) -> int:
         """Of a file, in bytes.

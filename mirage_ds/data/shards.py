@@ -1,7 +1,8 @@
 """Reads a folder of shards: tar files and manifest.json, which data_tools writes. Needs no torch.
 
-The folder is on a disk or on a server (places.py). manifest.json lists the shards with their sha256. Its own sha256,
-the digest, identifies the data set.
+The folder is on a disk or on a server (places.py). manifest.json lists the shards and the files of the index with
+their sha256. Its own sha256, the digest, identifies the data set. Where `mirage-data upgrade` wrote it, the digest
+stays that of the manifest before: it is the same data set.
 """
 
 import hashlib
@@ -16,8 +17,17 @@ from mirage_ds.data.shard import Shard as Shard
 from mirage_ds.errors import DataError, StallError
 from mirage_ds.paths import Location
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # that is written; 1 is read too
 MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """One file of the index, see index.py."""
+
+    name: str  # its path in the folder of shards
+    bytes: int | None  # None: format 1 does not say; its digest is compared whenever it is read
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,9 @@ class Manifest:
 
     format_version: int
     num_samples: int
-    index_sha256: str
+    index: tuple[IndexFile, ...]
     shards: tuple[Shard, ...]
+    upgraded_from: str | None = None  # digest of the folder before `mirage-data upgrade`
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class ShardFolder:
 
     place: Place
     manifest: Manifest
-    digest: str  # sha256 of manifest.json
+    digest: str  # sha256 of manifest.json, or of the one that was upgraded
 
     @property
     def path(self) -> Path:
@@ -58,14 +69,17 @@ class ShardFolder:
 
 
 def load_manifest(location: Location, reading: Reading = DEFAULT) -> ShardFolder:
-    """Reads manifest.json and checks that all shards exist with their full size; of those on a server, some.
+    """Reads manifest.json and checks that all shards and the index exist with their full size; on a server, some.
 
     Raises:
-        DataError: there is no manifest, or it has another version, or a shard is missing or of another size.
+        DataError: there is no manifest, or it has another version, or a file is missing or of another size.
     """
     shards = read_manifest(location, reading)
     for shard in shards.place.checked(shards.manifest.shards):
-        check_shard_size(shards.place, shard)
+        check_file_size(shards.place, shard, "shard")
+    if shards.manifest.format_version > 1:
+        for file in shards.place.checked(shards.manifest.index):
+            check_file_size(shards.place, file, "index file")
     return shards
 
 
@@ -95,19 +109,25 @@ def read_manifest(location: Location, reading: Reading = DEFAULT) -> ShardFolder
             f"no {MANIFEST_NAME}: {error.strerror} ({where}); expected a folder that `mirage-data build` wrote; name "
             "such a folder, or build one"
         ) from error
-    return ShardFolder(place, _parse_manifest(data, where), hashlib.sha256(data).hexdigest())
+    manifest = _parse_manifest(data, where)
+    return ShardFolder(place, manifest, manifest.upgraded_from or hashlib.sha256(data).hexdigest())
 
 
 def _parse_manifest(data: bytes, path: str) -> Manifest:
     try:
         fields: dict[str, Any] = json.loads(data)
         version = fields["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise DataError(
-                f"format version {version!r:.80} ({path}); this version reads {FORMAT_VERSION}; build the shards again"
+                f"format version {version!r:.80} ({path}); this version reads 1 and {FORMAT_VERSION}; build the shards "
+                "again"
             )
         shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
-        manifest = Manifest(**fields, shards=shards)
+        if version == 1:
+            index: tuple[IndexFile, ...] = (IndexFile("index.jsonl", None, fields.pop("index_sha256")),)
+        else:
+            index = tuple(IndexFile(**file) for file in fields.pop("index"))
+        manifest = Manifest(**fields, index=index, shards=shards)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"damaged manifest: {error!r} ({path}); expected what `mirage-data build` writes; build the shards again"
@@ -121,28 +141,30 @@ def _parse_manifest(data: bytes, path: str) -> Manifest:
     return manifest
 
 
-def check_shard_size(place: Place, shard: Shard) -> None:
-    """Refuses a shard that was not copied completely.
+def check_file_size(place: Place, file: Shard | IndexFile, what: str) -> None:
+    """Refuses a file that was not copied completely.
 
+    Args:
+        what: the file in words.
     Raises:
         DataError: it is missing, or its size differs from the manifest.
     """
-    where = place.where(shard.name)
+    where = place.where(file.name)
     try:
-        size = place.size(shard.name)
+        size = place.size(file.name)
     except FileNotFoundError:
         problem = "is missing"
     except OSError as error:
         raise error_of(error)(
-            f"the shard cannot be read: {error.strerror} ({where}); the manifest says {shard.bytes} bytes; copy it "
+            f"the {what} cannot be read: {error.strerror} ({where}); the manifest says {file.bytes} bytes; copy it "
             "again, or build again"
         ) from error
     else:
-        if size == shard.bytes:
+        if size == file.bytes:
             return
         problem = f"has size {size}"
     raise DataError(
-        f"the shard {problem} ({where}); the manifest says {shard.bytes} bytes; copy it again, or build again"
+        f"the {what} {problem} ({where}); the manifest says {file.bytes} bytes; copy it again, or build again"
     )
 
 

@@ -9,7 +9,7 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.image_dropout import drops_image
 from mirage_ds.data.packing import collate_packed
-from mirage_ds.data.plan import Plan
+from mirage_ds.data.plan import order_of
 from mirage_ds.data.steps import Share, Steps
 from mirage_ds.data.stream import make_loader
 from mirage_ds.data.target_cache import TargetCache
@@ -26,7 +26,7 @@ def deal_steps(config: Config, start: Start, position: int) -> Steps:
         gradient_accumulation_steps=config.train.accumulation_steps(distributed.world_size()),
         start=position,
     )
-    plan = Plan(start.shards.num_samples, start.shards.digest, config.run.seed)
+    plan = order_of(config, start.shards)
     return Steps(plan, start.costs, share, balance=config.data.balance, token_budget=config.data.token_budget)
 
 

@@ -68,6 +68,8 @@ MEANT_BEFORE = {
     "data.exif_orientation": False,
     "data.balance": False,
     "data.helper": True,
+    "data.shuffle": "full",
+    "data.shuffle_window": 16,
     "data.packing": False,
     "data.text_dropout_image": 0.0,
     "model.answer_sees_image": True,
@@ -204,6 +206,7 @@ def check_same_run(file: Path, facts: dict[str, Any], *, may_extend: bool = Fals
     patterns = HARMLESS + (LENGTH if longer else ())
     harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in patterns)]
     harmful = [text for text in changes.values() if text not in harmless]
+    _check_order(file, before, facts)
     if before["world_size"] != facts["world_size"]:
         harmless.append(f"ranks: {before['world_size']} -> {facts['world_size']}")
     for key in ("global_batch_size", "manifest_digest", "max_steps"):
@@ -223,6 +226,18 @@ def check_same_run(file: Path, facts: dict[str, Any], *, may_extend: bool = Fals
             "to start from these weights); a longer run alone is possible with run.resume=extend"
         )
     return harmless
+
+
+def _check_order(file: Path, before: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raises: CheckpointError: the samples that are left would come in another order than the first ones did."""
+    old, new = before.get("order", 1), facts["order"]
+    if old != new and 0 < before["step"] < facts["max_steps"]:
+        raise CheckpointError(
+            f"the run was started by a version that orders samples otherwise (in {file.parent}): order {old}, at "
+            f"sample {before['position']}; this version has order {new}, in which other samples would be left; finish "
+            "the run with the version that started it (its commit is in versions.json of the run), or start a new run "
+            "from its weights, with run.init_from and a run.dir of its own"
+        )
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

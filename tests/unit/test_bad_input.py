@@ -24,6 +24,7 @@ from zero3_files import complete_by_hand
 import ds_configs
 from data_tools import cli
 from data_tools.build import build
+from mirage_ds.data.plan import ORDER
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.model.backbone import load_backbone
@@ -106,6 +107,7 @@ def run_of(**changes: Any) -> Callable[[Path], None]:
             "global_batch_size": 2,
             "max_steps": 20,
             "manifest_digest": load_manifest(folder / "shards").digest,
+            "order": ORDER,
             "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"},
             "config": load_config(RECIPE, overrides).model_dump(mode="json"),
         }

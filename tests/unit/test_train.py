@@ -18,6 +18,7 @@ from zero3_files import complete_by_hand
 
 from data_tools.build import build
 from mirage_ds.checkpoint.save import Saves
+from mirage_ds.data.plan import ORDER
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import CheckpointError, TrainingError
 from mirage_ds.hf.preset import write_tiny
@@ -73,6 +74,7 @@ def write_finished_run(folder: Path, overrides: list[str]) -> Path:
         "global_batch_size": 2,
         "max_steps": 20,
         "manifest_digest": load_manifest(folder / "shards").digest,
+        "order": ORDER,
         "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"},
         "config": load_config(RECIPE, overrides).model_dump(mode="json"),
     }

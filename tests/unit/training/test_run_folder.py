@@ -43,6 +43,7 @@ def facts() -> dict[str, Any]:
         "global_batch_size": 4,
         "max_steps": 20,
         "manifest_digest": "abc",
+        "order": 2,
         "deepspeed": {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}},
         "config": load_config(RECIPE).model_dump(mode="json"),
     }
@@ -94,6 +95,8 @@ def test_harmless_changes_pass_and_are_named(checkpoint: Path, facts: dict[str, 
         ("config.model.path", "another"),
         ("config.run.seed", 7),
         ("config.data.helper", "gray"),
+        ("config.data.shuffle", "window"),
+        ("config.data.shuffle_window", 4),
         ("deepspeed.communication_data_type", "bf16"),
     ],
 )
@@ -122,6 +125,20 @@ def test_a_checkpoint_of_an_older_version_lacks_new_keys(checkpoint: Path, facts
         check_same_run(checkpoint, facts)
     with pytest.raises(CheckpointError, match=r"data\.helper: True -> 'none'"):
         check_same_run(checkpoint, changed(facts, "config.data.helper", "none"))
+
+
+def test_a_run_of_another_order_is_not_continued(checkpoint: Path, facts: dict[str, Any]) -> None:
+    """Unless none or all of its samples were taken."""
+    before = json.loads(checkpoint.read_text())
+    del before["order"]  # of a version whose checkpoints did not say
+    checkpoint.write_text(json.dumps(before))
+    with pytest.raises(CheckpointError, match=r"order 1, at sample 16; .* order 2, .*run\.init_from and a run\.dir"):
+        check_same_run(checkpoint, facts)
+    for taken in ({"step": 0, "position": 0}, {"step": 20, "position": 80}):
+        checkpoint.write_text(json.dumps(before | taken))
+        assert check_same_run(checkpoint, facts) == []
+    with pytest.raises(CheckpointError, match="order 1, at sample 80"):
+        check_same_run(checkpoint, changed(facts, "max_steps", 30) | {}, may_extend=True)
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 30, "epochs": None}, {"max_steps": None, "epochs": 3.0}])
