@@ -1,6 +1,7 @@
 """A web server for the tests, on loopback, with ranges of bytes, that misbehaves as it is told."""
 
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -97,3 +98,7 @@ def serving(folder: Path, port: int = 0) -> Iterator[Server]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":  # in a process of its own, which can be killed
+    Server(Path(sys.argv[1]), int(sys.argv[2])).serve_forever()
