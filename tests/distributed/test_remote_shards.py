@@ -1,6 +1,8 @@
 """Training from a web server is training from a disk, bit for bit, also where the server is away for a while."""
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -41,7 +43,12 @@ def command(ground: Path, name: str, shards: Path | str) -> list[str]:
 
 
 def serve(ground: Path, port: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(FILE_SERVER), str(ground / "shards"), str(port)])
+    server = subprocess.Popen([sys.executable, str(FILE_SERVER), str(ground / "shards"), str(port)])
+    while server.poll() is None:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.02)
+    return server
 
 
 def losses(run: Path) -> list[dict[str, float]]:

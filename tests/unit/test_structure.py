@@ -115,7 +115,7 @@ def test_data_tools_import_only_formats_and_rules() -> None:
     """
     allowed = {"config", "errors", "model_folder", "output_folder", "paths", "programs", "strict_json", "tokens"}
     for path in (ROOT / "data_tools").rglob("*.py"):
-        formats = {"rows", "images", "shard_samples", "shards", "index"}
+        formats = {"rows", "images", "shard_samples", "shards", "index", "places"}
         formats |= {"costs", "counts", "encode"} if path.name == "count.py" else set()
         modules = {module for module in imports(path) if module.startswith("mirage_ds.")}
         for parts in (module.split(".")[1:] for module in modules):

@@ -2,6 +2,7 @@
 named. The server is a real one, on loopback."""
 
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from dealt import in_order
 from file_server import FAULTS, Server, serving
 from transformers import PreTrainedTokenizerBase
 
-from mirage_ds.data import remote
+from data_tools.check import check
+from launch.doctor.recipe_checks import check_shards
+from mirage_ds.config import Config
+from mirage_ds.data import cache, remote
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.places import Reading
@@ -18,7 +22,11 @@ from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.data.steps import Share
 from mirage_ds.data.stream import MAX_STALLS_IN_ROW, SampleReader, encode_read, make_loader
+from mirage_ds.early_checks import check_inputs
 from mirage_ds.errors import DataError, StallError
+from mirage_ds.recipe import load_config
+
+RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 
 
 @pytest.fixture
@@ -183,3 +191,39 @@ def test_in_memory(shards: ShardFolder, reading: Reading) -> None:
 
     filesystem("memory").put(str(shards.path), "/some/shards", recursive=True)
     assert samples(load_manifest("memory://some/shards", reading)) == samples(shards)
+
+
+def configuration(url: str, cache: Path, *overrides: str) -> Config:
+    return load_config(RECIPE, [f"data.shards={url}", f"data.cache_dir={cache}", "run.dir=unused", *overrides])
+
+
+def test_a_recipe_names_a_url(shards: ShardFolder, server: Server, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PLACE", "some/place")
+    config = configuration("s3://$PLACE/shards/", tmp_path, f"evaluation.shards=file://{shards.path}")
+    assert config.data.shards == "s3://some/place/shards/"
+    assert config.evaluation.shards == shards.path
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_the_checks_before_a_run_read_it(server: Server, tmp_path: Path) -> None:
+    config = configuration(server.url, tmp_path / "cache", "model.path=some/model")
+    check_inputs(config)
+    (row,) = check_shards(config)
+    assert row.state == "ok"
+    assert f"10 samples in 3 shards ({server.url})" in row.found
+    with pytest.raises(DataError, match=r"no manifest.json: .*\(http.*/other/manifest.json\)"):
+        check_inputs(configuration(f"{server.url}/other", tmp_path / "cache", "model.path=some/model"))
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(DataError, match=r"gs:// cannot be read \(gs://a\): .*install gcsfs"):
+        check_inputs(configuration("gs://a", tmp_path / "cache"))
+
+
+def test_a_folder_on_a_server_is_checked(shards: ShardFolder, server: Server, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(cache, "own_folder", lambda: tmp_path / "cache")
+    assert list(check(server.url)) == []
+    path = shards.path / "shard-000001.tar"
+    path.write_bytes(path.read_bytes().replace(b"text_input", b"text_inpux", 1))
+    assert any("the shard has sha256" in fault and "shard-000001.tar" in fault for fault in check(server.url))
