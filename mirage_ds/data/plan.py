@@ -56,6 +56,11 @@ class Plan:
         # Of the last two epochs that were asked for: a global batch that lies in both is not read in order.
         self._window_orders: dict[int, _WindowOrder] = {}
 
+    @property
+    def num_positions(self) -> int:
+        """Of an epoch."""
+        return self.num_samples
+
     def samples(self, start: int, count: int) -> list[int]:
         """Sample numbers at positions [start, start + count); they may cross into the next epochs."""
         return self.at(np.arange(start, start + count, dtype=np.int64)).tolist()

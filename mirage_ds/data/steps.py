@@ -8,6 +8,7 @@ import numpy as np
 
 from mirage_ds.data.costs import TOKEN_PATCHES, Costs
 from mirage_ds.data.deal import Dealt, Numbers, deal, deal_in_order, deal_packed, imbalance, loads, padding
+from mirage_ds.data.mixture import Mixture
 from mirage_ds.data.plan import Plan
 from mirage_ds.errors import ConfigError
 
@@ -52,7 +53,7 @@ class Steps:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | Mixture,
         costs: Costs,
         share: Share,
         *,
@@ -106,7 +107,7 @@ class Steps:
         if self._token_budget is None:
             return numbers
         room = self._tokens[self.plan.samples(position, 1)[0]]
-        return (number for number in islice(numbers, self.plan.num_samples) if self._tokens[number] <= room)
+        return (number for number in islice(numbers, self.plan.num_positions) if self._tokens[number] <= room)
 
     def micro_batches(self) -> Iterator[list[int]]:
         """Positions of the samples of each micro-batch, from the share's start on, without end."""
