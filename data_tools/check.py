@@ -1,16 +1,15 @@
 """Checks a folder of shards against its manifest and index, and that every sample can be used. Reads everything."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from data_tools.build import facts_of
-from mirage_ds.data.index import IndexEntry, load_index
+from data_tools.manifest import sha256
+from mirage_ds.data.index import Index, IndexEntry, check_digests, load_index
 from mirage_ds.data.rows import check_sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
-from mirage_ds.data.shards import Shard, check_shard_size, read_manifest
+from mirage_ds.data.shards import Shard, check_file_size, read_manifest
 from mirage_ds.errors import DataError
 
 
@@ -24,6 +23,7 @@ def check(path: Path) -> Iterator[str]:
     for shard in folder.manifest.shards:
         yield from _check_shard(path, shard)
     try:
+        check_digests(folder)
         index = load_index(folder)
     except DataError as error:
         yield str(error)
@@ -38,21 +38,20 @@ def check(path: Path) -> Iterator[str]:
 
 def _check_shard(folder: Path, shard: Shard) -> Iterator[str]:
     try:
-        check_shard_size(folder, shard)
+        check_file_size(folder, shard, "shard")
     except DataError as error:
         yield str(error)
         return
-    with (folder / shard.name).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(folder / shard.name)
     if digest != shard.sha256:
         yield f"the shard has sha256 {digest} ({shard.name}); the manifest says {shard.sha256}; copy it again"
 
 
-def _check_ranges(index: list[IndexEntry], shards: tuple[Shard, ...]) -> Iterator[str]:
+def _check_ranges(index: Index, shards: tuple[Shard, ...]) -> Iterator[str]:
     """The samples of a shard must follow each other from its first byte, and be as many as the manifest says."""
     ends, counts = [0] * len(shards), [0] * len(shards)
     for entry in index:
-        if entry.shard >= len(shards):
+        if not 0 <= entry.shard < len(shards):
             yield f"the index refers to shard {entry.shard} ({entry.key}); number of shards: {len(shards)}; build again"
             continue
         where = f"{shards[entry.shard].name}/{entry.key}"
@@ -72,7 +71,7 @@ def _check_sample(folder: Path, shard: str, entry: IndexEntry) -> Iterator[str]:
         data = read_range(folder / shard, entry.offset, entry.size, where)
         sample = from_members(where, parse_members(data, entry.key, where))
         check_sample(sample, where)
-        facts = json.loads(json.dumps(facts_of(sample, where)))  # lists instead of tuples, as in the index
+        facts = facts_of(sample, where)
     except DataError as error:
         yield str(error)
         return

@@ -1,4 +1,4 @@
-"""The `mirage-data` command: `mirage-data make-vsp | make-puzzles | build | merge | check | count`."""
+"""The `mirage-data` command: `mirage-data make-vsp | make-puzzles | build | merge | upgrade | check | count`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +13,7 @@ from data_tools.build import build as build_shards
 from data_tools.check import check as check_shards
 from data_tools.parts import build_part, parse_part
 from data_tools.parts import merge as merge_parts
+from data_tools.upgrade import upgrade as upgrade_folder
 from mirage_ds import errors
 from mirage_ds.data.shards import Manifest, load_manifest
 from mirage_ds.model_folder import check_model
@@ -129,6 +130,17 @@ def merge(
     with Console(stderr=True).status("merging parts"):
         manifest, rejects = merge_parts(parts, output, max_rejects=max_rejects)
     report(output, manifest, rejects)
+
+
+@app.command()
+@expanded()
+def upgrade(
+    shards: Annotated[Path, typer.Argument(help="A folder of shards of format 1.")],
+) -> None:
+    """Gives a folder of format 1 the index of format 2, which opens at once. Its digest and its shards stay."""
+    with Console(stderr=True).status("upgrading the index"):
+        manifest = upgrade_folder(shards)
+    typer.echo(f"{shards} has format {manifest.format_version}: {counted(manifest.num_samples, 'sample')}")
 
 
 def report(output: Path, manifest: Manifest, rejects: list[dict[str, Any]]) -> None:

@@ -1,14 +1,17 @@
-"""Writes manifest.json and index.jsonl of finished shards; mirage_ds/data/shards.py and index.py read them."""
+"""Writes manifest.json and the index of finished shards; mirage_ds/data/shards.py and index.py read them."""
 
 import hashlib
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO, Any
 
-from mirage_ds.data.index import INDEX_NAME, IndexEntry
-from mirage_ds.data.shards import FORMAT_VERSION, MANIFEST_NAME, Manifest, Shard
+from mirage_ds.data.index import COLUMNS, INDEX_FOLDER, IndexEntry, column_file, column_header, consecutive
+from mirage_ds.data.shards import FORMAT_VERSION, MANIFEST_NAME, IndexFile, Manifest, Shard
 
 _TAR_BLOCK = 512  # bytes; a member's data is padded to a multiple
 
@@ -28,24 +31,66 @@ def scan_shard(path: Path) -> list[tuple[str, int, int]]:
     return positions
 
 
-def write_manifest(folder: Path, shards: Sequence[Shard], index: Iterable[IndexEntry]) -> Manifest:
-    """Writes index.jsonl and manifest.json to a folder of finished shards; equal contents give equal bytes."""
-    # Without what is None: rows without a latent_size give the index, and so the digest, that they always gave.
-    facts = ({name: value for name, value in asdict(entry).items() if value is not None} for entry in index)
-    lines = "".join(json.dumps(fact) + "\n" for fact in facts).encode("ascii")
-    (folder / INDEX_NAME).write_bytes(lines)
+def write_manifest(
+    folder: Path, shards: Sequence[Shard], entries: Iterable[IndexEntry], *, upgraded_from: str | None = None
+) -> Manifest:
+    """Writes the index and manifest.json to a folder of finished shards; equal contents give equal bytes.
+
+    The manifest comes last, and at once: a folder has the one from before, or all that this one names.
+
+    Args:
+        entries: of all samples, in their order; they are written as they come, so that any number needs little memory.
+        upgraded_from: see Manifest.
+    """
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         num_samples=sum(shard.samples for shard in shards),
-        index_sha256=hashlib.sha256(lines).hexdigest(),
+        index=write_index(folder, entries),
         shards=tuple(shards),
+        upgraded_from=upgraded_from,
     )
-    (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="ascii")
+    fields = {name: value for name, value in asdict(manifest).items() if value is not None}
+    part = folder / f".{MANIFEST_NAME}.tmp"
+    with part.open("w", encoding="ascii") as file:
+        file.write(json.dumps(fields, indent=1) + "\n")
+        _sync(file)
+    part.replace(folder / MANIFEST_NAME)
     return manifest
+
+
+def write_index(folder: Path, entries: Iterable[IndexEntry]) -> tuple[IndexFile, ...]:
+    """Writes the columns of these entries, in place of any that are there."""
+    (folder / INDEX_FOLDER).mkdir(exist_ok=True)
+    paths = {name: folder / column_file(name) for name in COLUMNS}
+    lengths = dict.fromkeys(COLUMNS, 0)
+    with ExitStack() as until_the_end:
+        files = {name: until_the_end.enter_context(path.open("wb")) for name, path in paths.items()}
+        for name, file in files.items():
+            file.write(column_header(name, 0))
+        for part in consecutive(entries):
+            for name, file in files.items():
+                values = getattr(part, name)
+                file.write(values.tobytes())
+                lengths[name] += len(values)
+        for name, file in files.items():
+            file.seek(0)
+            file.write(column_header(name, lengths[name]))
+            _sync(file)
+    return tuple(IndexFile(column_file(name), path.stat().st_size, sha256(path)) for name, path in paths.items())
+
+
+def _sync(file: IO[Any]) -> None:
+    """On disk before the manifest names it, also if the machine stops."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_shard(path: Path, num_samples: int) -> Shard:
     """The manifest entry of a finished shard."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(name=path.name, samples=num_samples, bytes=path.stat().st_size, sha256=digest)
+    return Shard(name=path.name, samples=num_samples, bytes=path.stat().st_size, sha256=sha256(path))

@@ -18,7 +18,7 @@ from typing import Any
 from data_tools.build import REJECTS_NAME, SHARD_PATTERN, Rejects
 from data_tools.build import build as build_shards
 from data_tools.manifest import write_manifest
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.index import Index, check_digests, load_index
 from mirage_ds.data.rows import count_rows
 from mirage_ds.data.shards import Manifest, Shard, load_manifest
 from mirage_ds.errors import DataError
@@ -184,10 +184,11 @@ def merge(folders: list[Path], output: Path, *, max_rejects: int = 0) -> tuple[M
     rejects = Rejects()
     with new_folder(output) as new:
         shards: list[Shard] = []
-        index: list[IndexEntry] = []
+        parts: list[tuple[int, Index]] = []
         for folder in order_parts(folders):
             part = load_manifest(folder)
-            index += [replace(entry, shard=entry.shard + len(shards)) for entry in load_index(part)]
+            check_digests(part)
+            parts.append((len(shards), load_index(part)))
             for shard in part.manifest.shards:
                 name = SHARD_PATTERN % len(shards)
                 _link(folder / shard.name, new / name)
@@ -195,7 +196,8 @@ def merge(folders: list[Path], output: Path, *, max_rejects: int = 0) -> tuple[M
             rejects.lines += read_rejects(folder)
         rejects.check(max_rejects)
         rejects.write(new)
-        return write_manifest(new, shards, index), rejects.lines
+        entries = (replace(entry, shard=entry.shard + first) for first, index in parts for entry in index)
+        return write_manifest(new, shards, entries), rejects.lines
 
 
 def read_rejects(folder: Path) -> list[dict[str, Any]]:

@@ -122,11 +122,15 @@ def leave(error: MirageError, *, every_rank: bool = False) -> NoReturn:
         every_rank: this rank may be the only one with the error, so it prints. Otherwise the first rank of each node
             prints for all ranks there: a folder may be missing on one node only.
     """
-    local_rank = next((os.environ[name] for name in LOCAL_RANK_NAMES if os.environ.get(name)), "0")
-    if every_rank or local_rank == "0":
+    if every_rank or is_first_of_node():
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(error.exit_code)
+
+
+def is_first_of_node() -> bool:
+    """Whether this process is its node's first rank, or no rank. Known before the ranks join each other."""
+    return next((os.environ[name] for name in LOCAL_RANK_NAMES if os.environ.get(name)), "0") == "0"
 
 
 def run(app: Callable[[], object]) -> None:

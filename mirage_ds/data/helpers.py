@@ -51,7 +51,7 @@ class Helpers:
         facts: dict[str, Any] = {} if self.images is True else {"helper": self.images}
         return facts | ({"helper_seed": self.seed, "helper_order": ORDER} if self.images == "shuffled" else {})
 
-    def index(self, folder: ShardFolder) -> list[IndexEntry]:
+    def index(self, folder: ShardFolder) -> Sequence[IndexEntry]:
         """The folder's index with the sizes of the images that take the place of helper images.
 
         Raises:

@@ -1,13 +1,63 @@
-"""index.jsonl of a folder of shards: each sample's location and model-independent facts. Needs no torch."""
+"""The index of a folder of shards: each sample's location and model-independent facts. Needs no torch.
+
+Format 2 has it in four flat files, SHARDS/index/NAME.npy. They are mapped into memory, so that all processes of a node
+share them through the page cache, and nothing is read but what is asked for:
+
+samples       the numbers of each sample, see SAMPLE
+images        width, height of every image, as in the user's file: of each sample the input, then the helper images
+latent_sizes  K of each latent block, of samples whose row has `latent_size`
+keys          the bytes of all keys, one after the other
+
+Format 1 has a line of JSON for each sample, SHARDS/index.jsonl, from which the same arrays are made in memory.
+"""
 
 import hashlib
+import io
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
 
-from mirage_ds.data.shards import ShardFolder
+import numpy as np
+import numpy.typing as npt
+
+from mirage_ds.data.shards import ShardFolder, check_file_size
 from mirage_ds.errors import DataError
 
-INDEX_NAME = "index.jsonl"
+Numbers = npt.NDArray[np.int64]
+
+INDEX_FOLDER = "index"
+INDEX_NAME = "index.jsonl"  # of format 1
+HEADER_BYTES = 512  # of a .npy file: always as many, so that it can be written after the values
+PART = 2**14  # samples that a check of all of them holds at a time: 2 MB, or 10 MB of entries
+NOT_GIVEN = -1  # the `first_latent_size` of a sample whose blocks all have the configured K
+
+SAMPLE = np.dtype(
+    [
+        ("offset", "<i8"),  # as in IndexEntry
+        ("size", "<i8"),
+        ("first_key_byte", "<i8"),  # in `keys`
+        ("first_image", "<i8"),  # in `images`
+        ("first_latent_size", "<i8"),  # in `latent_sizes`, which has one for each of its latent blocks; or NOT_GIVEN
+        ("shard", "<i4"),
+        ("key_bytes", "<i4"),
+        ("input_images", "<i4"),
+        ("helper_images", "<i4"),
+        ("question_chars", "<i4"),
+        ("answer_chars", "<i4"),
+        ("image_blocks", "<i4"),
+        ("latent_blocks", "<i4"),
+    ]
+)
+COLUMNS: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+    "samples": (SAMPLE, ()),
+    "images": (np.dtype("<i4"), (2,)),
+    "latent_sizes": (np.dtype("<i4"), ()),
+    "keys": (np.dtype("u1"), ()),
+}
+"""Of each file: the type of its values, and the shape of one of its lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +81,236 @@ class IndexEntry:
         return self.latent_sizes or [latent_size] * self.latent_blocks
 
 
-def load_index(folder: ShardFolder) -> list[IndexEntry]:
-    """Reads index.jsonl: one entry per sample, in the order of their keys.
+@dataclass(frozen=True, eq=False)
+class Index(Sequence[IndexEntry]):
+    """The entries of N samples, by number, and their columns: `index.samples["question_chars"]` is [N].
+
+    The entries of mapped files are trusted as far as their digests were compared: see `check_digests`.
+    """
+
+    samples: npt.NDArray[np.void]  # [N] SAMPLE
+    images: npt.NDArray[np.int32]  # [images, 2]: width, height
+    latent_sizes: npt.NDArray[np.int32]  # [K that are given]
+    keys: npt.NDArray[np.uint8]  # [bytes]
+    where: str = "in memory"  # for messages
+
+    @classmethod
+    def of(cls, entries: Sequence[IndexEntry]) -> "Index":
+        """The columns of these entries."""
+        images = [size for entry in entries for size in (*entry.input_sizes, *entry.helper_sizes)]
+        keys = [entry.key.encode() for entry in entries]
+        given = [len(entry.latent_sizes or ()) for entry in entries]
+        samples = np.zeros(len(entries), SAMPLE)
+        for name in ("offset", "size", "shard", "question_chars", "answer_chars", "image_blocks", "latent_blocks"):
+            samples[name] = [getattr(entry, name) for entry in entries]
+        samples["key_bytes"] = [len(key) for key in keys]
+        samples["input_images"] = [len(entry.input_sizes) for entry in entries]
+        samples["helper_images"] = [len(entry.helper_sizes) for entry in entries]
+        samples["first_key_byte"] = starts(samples["key_bytes"])
+        samples["first_image"] = starts(samples["input_images"] + samples["helper_images"])
+        samples["first_latent_size"] = np.where(given, starts(np.array(given, np.int64)), NOT_GIVEN)
+        assert not np.any(given != np.where(given, samples["latent_blocks"], 0)), "a K for each latent block, or none"
+        return cls(
+            samples,
+            np.array(images, np.int32).reshape(-1, 2),
+            np.array([size for entry in entries for size in entry.latent_sizes or ()], np.int32),
+            np.frombuffer(b"".join(keys), np.uint8),
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, number: int) -> IndexEntry: ...
+    @overload
+    def __getitem__(self, number: slice) -> "Index": ...
+    def __getitem__(self, number: int | slice) -> "IndexEntry | Index":
+        if isinstance(number, slice):
+            return self.take(np.arange(len(self))[number])
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        place = range(len(self))[number]
+        return next(iter(self.take(np.array([place]))._entries()))
+
+    def __iter__(self) -> Iterator[IndexEntry]:
+        for part in self.parts():
+            yield from part._entries()
+
+    def parts(self, size: int = PART) -> Iterator["Index"]:
+        """All samples, in order, so many at a time: what a check of all of them holds in memory."""
+        for start in range(0, len(self), size):
+            yield self.take(np.arange(start, min(start + size, len(self))))
+
+    def take(self, numbers: Numbers) -> "Index":
+        """Copies the entries of these samples; a sample may be named more than once.
+
+        Raises:
+            DataError: what one of them says is not in the other columns.
+        """
+        samples = self.samples[numbers]
+        given = samples["first_latent_size"] != NOT_GIVEN
+        images = samples["input_images"].astype(np.int64) + samples["helper_images"]
+        values, latent_sizes, keys = (
+            self._values(column, samples[first], counts)
+            for column, first, counts in (
+                (self.images, "first_image", images),
+                (self.latent_sizes, "first_latent_size", np.where(given, samples["latent_blocks"], 0)),
+                (self.keys, "first_key_byte", samples["key_bytes"]),
+            )
+        )
+        samples["first_image"] = starts(images)
+        samples["first_latent_size"] = np.where(given, starts(np.where(given, samples["latent_blocks"], 0)), NOT_GIVEN)
+        samples["first_key_byte"] = starts(samples["key_bytes"])
+        return Index(samples, values, latent_sizes, keys, self.where)
+
+    def _values(self, column: npt.NDArray[Any], first: Numbers, counts: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What samples have in a column, one behind the other."""
+        if np.any((counts < 0) | (counts > 0) & ((first < 0) | (first + counts > len(column)))):
+            raise DataError(
+                f"the index contradicts itself ({self.where}): a sample has more than its files; expected what "
+                "`mirage-data build` wrote; copy the folder of shards again, or build again"
+            )
+        return column[places(first, counts)]
+
+    def _entries(self) -> Iterator[IndexEntry]:
+        """Of all samples at once."""
+        images: list[tuple[int, int]] = [(width, height) for width, height in self.images.tolist()]
+        latent_sizes, keys = self.latent_sizes.tolist(), self.keys.tobytes()
+        for sample in self.samples.tolist():
+            offset, size, key, image, latent, shard, length, inputs, helpers, *facts = sample
+            question, answer, blocks, latents = facts
+            yield IndexEntry(
+                key=keys[key : key + length].decode(errors="backslashreplace"),
+                shard=shard,
+                offset=offset,
+                size=size,
+                input_sizes=images[image : image + inputs],
+                helper_sizes=images[image + inputs : image + inputs + helpers],
+                question_chars=question,
+                answer_chars=answer,
+                image_blocks=blocks,
+                latent_blocks=latents,
+                latent_sizes=None if latent == NOT_GIVEN else latent_sizes[latent : latent + latents],
+            )
+
+
+def starts(counts: npt.NDArray[Any]) -> Numbers:
+    """[n]: the sum of all counts before each."""
+    return np.cumsum(counts, dtype=np.int64) - counts
+
+
+def places(first: Numbers, counts: Numbers) -> Numbers:
+    """Of each of n runs of numbers, all of them: first, first + 1, ..., first + count - 1."""
+    return np.repeat(first - starts(counts), counts) + np.arange(counts.sum())
+
+
+def consecutive(entries: Iterable[IndexEntry]) -> Iterator[Index]:
+    """The columns of these entries in parts: one behind the other they are those of all."""
+    keys = images = latent_sizes = 0
+    remaining = iter(entries)
+    while part := list(islice(remaining, PART)):
+        index = Index.of(part)
+        index.samples["first_key_byte"] += keys
+        index.samples["first_image"] += images
+        index.samples["first_latent_size"][index.samples["first_latent_size"] != NOT_GIVEN] += latent_sizes
+        yield index
+        keys, images = keys + len(index.keys), images + len(index.images)
+        latent_sizes += len(index.latent_sizes)
+
+
+def load_index(folder: ShardFolder) -> Index:
+    """The entries of all samples, in the order of their keys. Of format 2 no more than four headers is read.
 
     Raises:
-        DataError: it is missing, or does not match the manifest.
+        DataError: a file is missing, or does not match the manifest: of format 2 in its size, type or length, of format
+            1 in its digest.
     """
+    if folder.manifest.format_version == 1:
+        return _load_lines(folder)
+    columns = {name: _map_column(folder, name) for name in COLUMNS}
+    if len(columns["samples"]) != folder.num_samples:
+        raise DataError(
+            f"samples in the index: {len(columns['samples'])} ({folder.path / INDEX_FOLDER}); the manifest says "
+            f"{folder.num_samples}; both must come from one build; copy them again, or build again"
+        )
+    return Index(**columns, where=str(folder.path / INDEX_FOLDER))
+
+
+def check_digests(folder: ShardFolder) -> None:
+    """Reads the files of the index once and compares their digests with the manifest: a second per GB.
+
+    Raises:
+        DataError: one is missing or differs.
+    """
+    for file in folder.manifest.index:
+        path = folder.path / file.name
+        try:
+            with path.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if digest != file.sha256:
+            raise _other_build(path)
+
+
+def column_file(name: str) -> str:
+    """A column's path in the folder of shards."""
+    return f"{INDEX_FOLDER}/{name}.npy"
+
+
+def column_header(name: str, length: int) -> bytes:
+    """The header of a column's .npy file. By its own hand, so that equal columns are equal bytes with every numpy."""
+    dtype, shape = COLUMNS[name]
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length, *shape)}
+    text = f"{described!r}".ljust(HEADER_BYTES - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.encode("ascii")
+
+
+def _map_column(folder: ShardFolder, name: str) -> npt.NDArray[Any]:
+    """Trusts nothing that the file's header says: it must be the one that this length and this type have."""
+    file = next((file for file in folder.manifest.index if file.name == column_file(name)), None)
+    if file is None:
+        raise DataError(
+            f"the manifest names no {column_file(name)} ({folder.path}); an index of format 2 has it; copy the folder "
+            "of shards again, or build again"
+        )
+    check_file_size(folder.path, file, "index file")
+    path, (dtype, shape) = folder.path / file.name, COLUMNS[name]
+    length, rest = divmod(path.stat().st_size - HEADER_BYTES, dtype.itemsize * int(np.prod(shape, dtype=int)))
+    with path.open("rb") as opened:
+        header = opened.read(HEADER_BYTES)
+    if length < 0 or rest or header != column_header(name, length):
+        raise DataError(
+            f"the header of the index file is not that of {name} ({path}); expected what `mirage-data build` wrote; "
+            "copy the folder of shards again, or build again"
+        )
+    # As a plain array: a subclass would cost each slice.
+    return np.asarray(np.memmap(path, dtype, "r", HEADER_BYTES, (length, *shape)))
+
+
+def _load_lines(folder: ShardFolder) -> Index:
     path = folder.path / INDEX_NAME
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{INDEX_NAME} cannot be read: {error.strerror} ({path}); a folder of shards has one; copy it again, or "
-            "build again"
-        ) from error
-    if hashlib.sha256(data).hexdigest() != folder.manifest.index_sha256:
-        raise DataError(
-            f"{INDEX_NAME} does not match the manifest ({path}); both must come from one build; copy it "
-            "again, or build again"
-        )
+        raise _unreadable(path, error) from error
+    if hashlib.sha256(data).hexdigest() != folder.manifest.index[0].sha256:
+        raise _other_build(path)
     # The digest matches, so the contents need no further checks.
-    return [IndexEntry(**json.loads(line)) for line in data.splitlines()]
+    parts = list(consecutive(IndexEntry(**json.loads(line)) for line in io.BytesIO(data)))
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
+    return Index(**columns, where=str(path))
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path.name} cannot be read: {error.strerror} ({path}); a folder of shards has one; copy it again, or build "
+        "again"
+    )
+
+
+def _other_build(path: Path) -> DataError:
+    return DataError(
+        f"{path.name} does not match the manifest ({path}); both must come from one build; copy it again, or build "
+        "again"
+    )

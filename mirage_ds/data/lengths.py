@@ -51,8 +51,8 @@ def check_budget(folder: ShardFolder, lengths: npt.NDArray[np.int64], budget: in
     Raises:
         DataError: some are longer; as `check_lengths`.
     """
-    over = np.flatnonzero(lengths > budget)
-    if len(over):
+    over = np.flatnonzero(lengths > budget).tolist()
+    if over:
         index, names = load_index(folder), [shard.name for shard in folder.manifest.shards]
         too_long = {f"{names[index[number].shard]}/{index[number].key}": int(lengths[number]) for number in over}
         raise too_long_error(too_long, f"data.token_budget={budget}", folder)

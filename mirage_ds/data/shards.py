@@ -1,6 +1,7 @@
 """Reads a folder of shards: tar files and manifest.json, which data_tools writes. Needs no torch.
 
-manifest.json lists the shards with their sha256. Its own sha256, the digest, identifies the data set.
+manifest.json lists the shards and the files of the index with their sha256. Its own sha256, the digest, identifies the
+data set. Where `mirage-data upgrade` wrote it, the digest stays that of the manifest before: it is the same data set.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from typing import Any
 
 from mirage_ds.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # that is written; 1 is read too
 MANIFEST_NAME = "manifest.json"
 
 
@@ -26,13 +27,23 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class IndexFile:
+    """One file of the index, see index.py."""
+
+    name: str  # its path in the folder of shards
+    bytes: int | None  # None: format 1 does not say; its digest is compared whenever it is read
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json."""
 
     format_version: int
     num_samples: int
-    index_sha256: str
+    index: tuple[IndexFile, ...]
     shards: tuple[Shard, ...]
+    upgraded_from: str | None = None  # digest of the folder before `mirage-data upgrade`
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class ShardFolder:
 
     path: Path
     manifest: Manifest
-    digest: str  # sha256 of manifest.json
+    digest: str  # sha256 of manifest.json, or of the one that was upgraded
 
     @property
     def num_samples(self) -> int:
@@ -49,14 +60,17 @@ class ShardFolder:
 
 
 def load_manifest(folder: Path) -> ShardFolder:
-    """Reads manifest.json and checks that all shards exist with their full size.
+    """Reads manifest.json and checks that all shards and the index exist with their full size.
 
     Raises:
-        DataError: there is no manifest, or it has another version, or a shard is missing or of another size.
+        DataError: there is no manifest, or it has another version, or a file is missing or of another size.
     """
     shards = read_manifest(folder)
     for shard in shards.manifest.shards:
-        check_shard_size(folder, shard)
+        check_file_size(folder, shard, "shard")
+    if shards.manifest.format_version > 1:
+        for file in shards.manifest.index:
+            check_file_size(folder, file, "index file")
     return shards
 
 
@@ -74,19 +88,25 @@ def read_manifest(folder: Path) -> ShardFolder:
             f"no {MANIFEST_NAME}: {error.strerror} ({path}); expected a folder that `mirage-data build` wrote; name "
             "such a folder, or build one"
         ) from error
-    return ShardFolder(folder, _parse_manifest(data, path), hashlib.sha256(data).hexdigest())
+    manifest = _parse_manifest(data, path)
+    return ShardFolder(folder, manifest, manifest.upgraded_from or hashlib.sha256(data).hexdigest())
 
 
 def _parse_manifest(data: bytes, path: Path) -> Manifest:
     try:
         fields: dict[str, Any] = json.loads(data)
         version = fields["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise DataError(
-                f"format version {version!r:.80} ({path}); this version reads {FORMAT_VERSION}; build the shards again"
+                f"format version {version!r:.80} ({path}); this version reads 1 and {FORMAT_VERSION}; build the shards "
+                "again"
             )
         shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
-        manifest = Manifest(**fields, shards=shards)
+        if version == 1:
+            index: tuple[IndexFile, ...] = (IndexFile("index.jsonl", None, fields.pop("index_sha256")),)
+        else:
+            index = tuple(IndexFile(**file) for file in fields.pop("index"))
+        manifest = Manifest(**fields, index=index, shards=shards)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"damaged manifest: {error!r} ({path}); expected what `mirage-data build` writes; build the shards again"
@@ -100,13 +120,15 @@ def _parse_manifest(data: bytes, path: Path) -> Manifest:
     return manifest
 
 
-def check_shard_size(folder: Path, shard: Shard) -> None:
-    """Refuses a shard that was not copied completely.
+def check_file_size(folder: Path, file: Shard | IndexFile, what: str) -> None:
+    """Refuses a file that was not copied completely.
 
+    Args:
+        what: the file in words.
     Raises:
         DataError: it is missing, or its size differs from the manifest.
     """
-    path = folder / shard.name
+    path = folder / file.name
     try:
         size = path.stat().st_size
         problem = f"has size {size}"
@@ -115,7 +137,7 @@ def check_shard_size(folder: Path, shard: Shard) -> None:
             None,
             "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}",
         )
-    if size != shard.bytes:
+    if size != file.bytes:
         raise DataError(
-            f"the shard {problem} ({path}); the manifest says {shard.bytes} bytes; copy it again, or build again"
+            f"the {what} {problem} ({path}); the manifest says {file.bytes} bytes; copy it again, or build again"
         )

@@ -15,8 +15,10 @@ from mirage_ds.config import Config, Stage
 from mirage_ds.data.costs import Costs
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.helpers import Helpers
+from mirage_ds.data.index import check_digests
 from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.shards import ShardFolder, load_manifest
+from mirage_ds.errors import is_first_of_node
 from mirage_ds.model.backbone import check_config
 from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
@@ -113,6 +115,9 @@ def open_encoder(config: Config) -> Encoder:
     for folder in (config.data.shards, config.evaluation.shards):
         if folder is not None:
             shards = load_manifest(folder)
+            # A wrong number would deal other samples to the ranks of this node. They wait for it before they deal.
+            if is_first_of_node():
+                check_digests(shards)
             encoder.check_index(shards, helpers)
             check_lengths(encoder, shards, helpers)
     return encoder

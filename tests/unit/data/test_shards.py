@@ -42,9 +42,11 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
             r"damaged manifest: JSONDecodeError.*manifest\.json",
         ),
         (lambda folder: (folder / "manifest.json").write_text("[]"), r"damaged manifest: TypeError.*manifest\.json"),
-        (edit(lambda manifest: manifest.update(format_version=2)), r"format version 2 .*reads 1"),
+        (edit(lambda manifest: manifest.update(format_version=3)), r"format version 3 .*reads 1 and 2"),
         (edit(lambda manifest: manifest.pop("format_version")), "damaged manifest: KeyError"),
         (edit(lambda manifest: manifest.update(more=1)), "damaged manifest: TypeError"),
+        (edit(lambda manifest: manifest.pop("index")), "damaged manifest: KeyError"),
+        (lambda folder: (folder / "index" / "keys.npy").unlink(), r"the index file is missing .*index/keys\.npy"),
         (
             edit(lambda manifest: manifest.update(num_samples=11)),
             "num_samples is 11, the samples of the shards add up to 10",
@@ -61,15 +63,6 @@ def test_a_damaged_folder_is_named(shards: ShardFolder, damage: Callable[[Path],
     damage(shards.path)
     with pytest.raises(DataError, match=message):
         load_manifest(shards.path)
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda path: path.unlink(), lambda path: path.write_text(path.read_text().replace("0", "1", 1))]
-)
-def test_an_index_of_another_build_is_refused(shards: ShardFolder, damage: Callable[[Path], Any]) -> None:
-    damage(shards.path / "index.jsonl")
-    with pytest.raises(DataError, match=r"(No such file|does not match the manifest) .*index\.jsonl"):
-        load_index(shards)
 
 
 def test_a_new_folder_appears_at_the_end(tmp_path: Path) -> None:

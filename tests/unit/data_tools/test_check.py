@@ -1,19 +1,20 @@
 """`mirage-data check`: every kind of damage is found, with shard and key, and an intact folder has none."""
 
-import hashlib
-import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from generated_rows import image_bytes, write_rows
+from index_formats import rewrite
 
 from data_tools import cli
 from data_tools.build import build
 from data_tools.check import check
+from mirage_ds.data.index import IndexEntry
 from mirage_ds.errors import DataError
 
 
@@ -31,37 +32,24 @@ def change_bytes(path: Path, old: bytes, new: bytes) -> None:
     path.write_bytes(data.replace(old, new, 1))
 
 
-def update_digests(folder: Path) -> None:
-    """Updates the digests in the manifest, as if the build itself had written the fault."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["index_sha256"] = hashlib.sha256((folder / "index.jsonl").read_bytes()).hexdigest()
-    for shard in manifest["shards"]:
-        shard["sha256"] = hashlib.sha256((folder / shard["name"]).read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 def change_index(folder: Path, number: int, **changes: Any) -> None:
-    lines = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
-    lines[number].update(changes)
-    (folder / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    update_digests(folder)
+    def change(entries: list[IndexEntry]) -> list[IndexEntry]:
+        entries[number] = replace(entries[number], **changes)
+        return entries
 
-
-def drop_from_index(folder: Path) -> None:
-    (folder / "index.jsonl").write_text("".join((folder / "index.jsonl").read_text().splitlines(True)[:-1]))
-    update_digests(folder)
+    rewrite(folder, change)
 
 
 def spoil_image(folder: Path) -> None:
     """A wrong byte in the pixels of one PNG."""
     image = image_bytes((112, 84), seed=8)  # 4_0.png: the first sample of the second shard
     change_bytes(folder / "shard-000001.tar", image, image[:60] + bytes([image[60] ^ 255]) + image[61:])
-    update_digests(folder)
+    rewrite(folder)
 
 
 def spoil_slots(folder: Path) -> None:
     change_bytes(folder / "shard-000002.tar", b"Here is the map: <image>", b"Here <image> ... <image>")
-    update_digests(folder)
+    rewrite(folder)
 
 
 def test_an_intact_folder_has_no_faults(folder: Path) -> None:
@@ -77,7 +65,7 @@ def test_an_intact_folder_has_no_faults(folder: Path) -> None:
             lambda f: (f / "shard-000002.tar").write_bytes((f / "shard-000002.tar").read_bytes()[:700]),
             ["the shard has size 700 .*shard-000002.tar", "shard-000002.tar/000000008", "shard-000002.tar/000000009"],
         ),
-        (lambda f: (f / "index.jsonl").write_text(""), ["index.jsonl does not match the manifest"]),
+        (lambda f: (f / "index" / "keys.npy").write_bytes(b""), [r"keys.npy does not match the manifest"]),
         (spoil_image, [r"cannot be decoded.*shard-000001.tar/000000004, image_input 0"]),
         (spoil_slots, [r"image slots in text_input: 2, input images: 1 .shard-000002.tar/000000008."]),
         (
@@ -93,10 +81,13 @@ def test_an_intact_folder_has_no_faults(folder: Path) -> None:
             lambda f: change_index(f, 9, shard=3),
             ["refers to shard 3 .000000009.; .*: 3;", "index: 1 .shard-000002.tar.; the manifest says 2"],
         ),
-        (drop_from_index, ["in the index: 1 .shard-000002.tar.; the manifest says 2"]),
         (
-            lambda f: change_index(f, 2, helper_sizes=[[1, 2]], question_chars=7),
-            [r"helper_sizes is \[\[140, 91\]\] .shard-000000.tar/000000002", "question_chars is .*/000000002"],
+            lambda f: rewrite(f, lambda entries: entries[:-1]),
+            ["samples in the index: 9 .*/index.; the manifest says 10"],
+        ),
+        (
+            lambda f: change_index(f, 2, helper_sizes=[(1, 2)], question_chars=7),
+            [r"helper_sizes is \[\(140, 91\)\] .shard-000000.tar/000000002", "question_chars is .*/000000002"],
         ),
     ],
     ids=["byte", "missing", "short", "index", "image", "slots", "offset", "key", "shard", "fewer", "facts"],

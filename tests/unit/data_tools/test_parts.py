@@ -18,7 +18,7 @@ LARGE = 10**9
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def build_parts(rows: Path, output: Path, count: int, *, maxcount: int, maxsize: int = LARGE, max_rejects: int = 0):
