@@ -1,8 +1,8 @@
 """Several data sets in one order, each with its share of every epoch, in closed form. Needs no torch.
 
-An epoch of the mixture has n_i = max(1, round(w_i * N_i)) positions of set i, which has N_i samples and weight w_i. They
-are spread evenly: positions are split between the first set and the rest, those of the rest between the second set and
-the sets after it, and so forth. Of T positions of which n are the first set's, the first p have
+An epoch of the mixture has n_i = max(1, round(w_i * N_i)) positions of set i, of N_i samples and weight w_i. They are
+spread evenly: positions are split between the first set and the rest, those of the rest between the second set and the
+sets after it, and so forth. Of T positions of which n are the first set's, the first p have
 
     floor((p * n + floor(T / 2)) / T)
 

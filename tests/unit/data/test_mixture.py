@@ -11,9 +11,8 @@ from mirage_ds.data.mixture import Mixture, Part
 from mirage_ds.data.plan import Plan, Windows
 from mirage_ds.data.steps import Share, Steps
 
-SETS = st.lists(
-    st.tuples(st.integers(1, 40), st.sampled_from([0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.25])), min_size=1, max_size=5
-)
+SIZES_AND_WEIGHTS = st.tuples(st.integers(1, 40), st.sampled_from([0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.25]))
+SETS = st.lists(SIZES_AND_WEIGHTS, min_size=1, max_size=5)
 
 
 def mixture_of(sets: list[tuple[int, float]], seed: int = 0) -> Mixture:
@@ -41,13 +40,13 @@ def one_after_the_other(sets: list[tuple[int, float]], count: int, seed: int = 0
         done = [0] * len(sets)
         for _ in range(mixture.num_positions):
             # The first set that lags behind its share of what is left to it and the sets after it.
-            for number, part in enumerate(mixture.parts):
+            for number in range(len(sets)):
                 quotas = [each.positions for each in mixture.parts[number:]]
                 place = sum(done[number:])
                 if ((place + 1) * quotas[0] + sum(quotas) // 2) // sum(quotas) > done[number]:
                     break
             done[number] += 1
-            found.append((number, part.plan.samples(taken[number], 1)[0]))
+            found.append((number, mixture.parts[number].plan.samples(taken[number], 1)[0]))
             taken[number] += 1
     return found[:count]
 
