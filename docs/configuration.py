@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Strict, WrapValidator
 from pydantic.fields import FieldInfo
 
 from mirage_ds.config import Config
-from mirage_ds.config_values import LARGEST, Section
+from mirage_ds.config_values import LARGEST, Section, WeightedShards
 
 PAGE = Path(__file__).with_suffix(".md")
 INTRODUCTION = r"""
@@ -87,6 +87,8 @@ def _meanings(section: type[Section]) -> dict[str, str]:
 
 def _values(annotation: Any, limits: Any = ()) -> str:
     """A type and its limits in words: `PositiveInt | None` -> integer > 0. The default shows what may be unset."""
+    if annotation == tuple[WeightedShards, ...]:
+        return "list of paths and of `{path, weight}`"
     if get_origin(annotation) is Annotated:
         kind, *more = get_args(annotation)
         return _values(kind, [*limits, *more])

@@ -48,6 +48,7 @@ class Batch:
     num_grounded_samples: int  # rows with a latent loss: those with helper images or cached targets
     sample_tokens: list[int]  # [S] tokens of each sample
     keys: list[str]  # [S] each sample's key, for messages
+    sample_sets: torch.Tensor  # [S] int64: the number of each sample's set, of the run's folders of shards
     faults: list[str] = field(default_factory=list)  # of samples that could not be used, and whose places others took
     sample_ends: torch.Tensor | None = None  # [S] int32: flat positions where packed samples end; None: not packed
     hidden_from: torch.Tensor | None = None  # [B] int64: nothing from this column on attends to the row's images

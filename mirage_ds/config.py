@@ -15,8 +15,10 @@ from mirage_ds.config_values import (
     NonNegativeInt,
     PositiveInt,
     Section,
+    ShardPaths,
     UserName,
     UserPath,
+    WeightedShards,
 )
 from mirage_ds.errors import ConfigError
 
@@ -89,8 +91,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The training data, and the processes that read it."""
 
-    shards: UserPath
-    """Folder that `mirage-data build` wrote."""
+    shards: ShardPaths
+    """Folder that `mirage-data build` wrote; or a list of such folders, each a path or `{path: FOLDER, weight: W}`: an
+    epoch then has W passes over this one (1 by default; 0.5: the next half each time), evenly mixed; see
+    [data](data.md#several-data-sets)."""
     shuffle: Literal["full", "window"] = "full"
     """`full`: all samples of an epoch are shuffled together; `window`: shards are shuffled, and samples inside windows
     of `data.shuffle_window` shards, so that a network disk is read mostly in sequence. With either a run resumes
@@ -132,6 +136,11 @@ class DataConfig(Section):
     on_fault: OnFault = "stop"
     """What a sample does that turns out to be unusable. `stop`: the run saves and ends with an error; `skip`: the next
     sample of the order takes its place too, with a warning, whatever the number of ranks and after every resume."""
+
+    @property
+    def sets(self) -> tuple[WeightedShards, ...]:
+        """The folders of `shards` with their weights."""
+        return self.shards if isinstance(self.shards, tuple) else (WeightedShards(path=self.shards),)
 
     @model_validator(mode="after")
     def _windows_are_used(self) -> "DataConfig":

@@ -34,7 +34,7 @@ from mirage_ds.checkpoint.load import load_weights, resume
 from mirage_ds.checkpoint.save import Saves, check_room, own_bytes
 from mirage_ds.checkpoint.writer import Writer, with_memory
 from mirage_ds.config import Config
-from mirage_ds.data.target_cache import TargetCache
+from mirage_ds.data.target_cache import TargetCaches
 from mirage_ds.errors import (
     CheckpointError,
     DataError,
@@ -135,7 +135,7 @@ def make_trainer(
     start: Start,
     state: TrainState,
     saves: Saves,
-    targets: TargetCache | None,
+    targets: TargetCaches | None,
 ) -> Trainer:
     """The training loop from `state` on, with this rank's data and the run's metrics."""
     latents = None

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mirage_ds.config import Config
-from mirage_ds.data.costs import TOKEN_PATCHES, Costs, measure_costs
+from mirage_ds.data.costs import TOKEN_PATCHES, Costs, joined, measure_costs
+from mirage_ds.data.folders import find_folders
 from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.plan import Plan, order_of
-from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
+from mirage_ds.data.mixture import Mixture, order_of
 from mirage_ds.data.steps import Share, Steps
 from mirage_ds.sizing.workload import image_processor
 
@@ -32,7 +32,7 @@ class Level:
 class FolderCosts:
     """The order and the costs of a run's samples."""
 
-    plan: Plan
+    plan: Mixture
     costs: Costs
 
     def level(self, config: Config, world_size: int) -> Level:
@@ -68,14 +68,18 @@ def folder_costs(config: Config) -> FolderCosts | None:
     Raises:
         DataError: the manifest or the index is damaged.
     """
-    if not (config.data.shards / MANIFEST_NAME).is_file():
+    shards = find_folders(config.data)
+    if shards is None:
         return None
-    shards = read_manifest(config.data.shards)
-    costs = measure_costs(
-        Helpers.of(config).index(shards),
-        image_processor(config).image_tokens,
-        stage=config.train.stage,
-        latent_size=config.model.latent_size,
-        keeps_targets=config.model.cache_targets is not None,
-    )
-    return FolderCosts(order_of(config, shards), costs)
+    helpers, image_tokens = Helpers.of(config), image_processor(config).image_tokens
+    costs = [
+        measure_costs(
+            helpers.index(folder),
+            image_tokens,
+            stage=config.train.stage,
+            latent_size=config.model.latent_size,
+            keeps_targets=config.model.cache_targets is not None,
+        )
+        for folder in shards.folders
+    ]
+    return FolderCosts(order_of(config, shards), joined(costs))

@@ -104,3 +104,11 @@ def measure_costs(
     measured = np.array([numbers(*each) for each in enumerate(entries)], dtype=np.int64)
     tokens, patches, passes = measured.T.copy()
     return Costs(tokens, TOKEN_PATCHES * tokens + patches, passes)
+
+
+def joined(parts: Sequence[Costs]) -> Costs:
+    """Of the samples of several folders, numbered one folder after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens, costs = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "costs"))
+    return Costs(tokens, costs, np.concatenate([np.broadcast_to(part.passes, len(part.tokens)) for part in parts]))

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mirage_ds.data.plan import Numbers, Plan
+from mirage_ds.config import Config
+from mirage_ds.data.folders import ShardFolders
+from mirage_ds.data.plan import Numbers, Plan, Windows
+from mirage_ds.errors import DataError
 
 # Positions of an epoch. The product of two of them must not overflow 63 bits.
 MAX_POSITIONS = 3 * 10**9
@@ -41,9 +44,17 @@ class Mixture:
     """The endless sequence of sample numbers of several sets, numbered one set after the other."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
+        """
+        Raises:
+            DataError: an epoch has too many positions.
+        """
         self.parts = tuple(parts)
         self.num_positions = sum(part.positions for part in parts)
-        assert self.num_positions <= MAX_POSITIONS, self.num_positions
+        if self.num_positions > MAX_POSITIONS:
+            raise DataError(
+                f"an epoch has {self.num_positions} samples (data.shards, with its weights); allowed: {MAX_POSITIONS}; "
+                "use smaller weights"
+            )
 
     def samples(self, start: int, count: int) -> list[int]:
         """Sample numbers at positions [start, start + count); they may cross into the next epochs."""
@@ -64,6 +75,19 @@ class Mixture:
             left -= part.positions
             first_number += part.plan.num_samples
         return numbers
+
+
+def order_of(config: Config, shards: ShardFolders) -> Mixture:
+    """The order in which a run takes the samples of its folders."""
+
+    def plan(number: int) -> Plan:
+        folder, windows = shards.folders[number], None
+        if config.data.shuffle == "window":
+            samples = tuple(shard.samples for shard in folder.manifest.shards)
+            windows = Windows(samples, config.data.shuffle_window)
+        return Plan(folder.num_samples, folder.digest, config.run.seed, windows)
+
+    return Mixture([Part(plan(number), weight) for number, weight in enumerate(shards.weights)])
 
 
 def _split(places: Numbers, num_first: int, total: int) -> tuple[Numbers, npt.NDArray[np.bool_]]:

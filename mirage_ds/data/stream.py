@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mirage_ds.config import OnFault
 from mirage_ds.data.encode import EncodedSample
+from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.index import load_index
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.steps import Steps
-from mirage_ds.data.target_cache import TargetCache
+from mirage_ds.data.target_cache import TargetCache, TargetCaches
 from mirage_ds.errors import DataError, StallError
 
 T = TypeVar("T")
@@ -29,7 +30,14 @@ class SampleReader:
     """Reads samples of a shard folder by their number, with the helper images of the run's control arm, or what a
     target cache has for them."""
 
-    def __init__(self, folder: ShardFolder, targets: TargetCache | None = None, helpers: Helpers = OWN) -> None:
+    def __init__(
+        self, folder: ShardFolder, targets: TargetCache | None = None, helpers: Helpers = OWN, name: str = ""
+    ) -> None:
+        """
+        Args:
+            name: what the keys of samples begin with.
+        """
+        self._name = name
         self._targets = targets
         self._helpers = helpers
         index = load_index(folder)
@@ -57,8 +65,38 @@ class SampleReader:
     def _read(self, number: int) -> Sample:
         shard, offset, size = self._locations[number].tolist()
         path, key = self._paths[shard], str(self._keys[number])
-        where = f"{path.name}/{key}"
+        where = f"{self._name}{path.name}/{key}"
         return from_members(where, parse_members(read_range(path, offset, size, where), key, where))
+
+
+class FoldersReader:
+    """Reads samples of a run's folders of shards by their number in all of them."""
+
+    def __init__(self, shards: ShardFolders, targets: TargetCaches | None = None, helpers: Helpers = OWN) -> None:
+        """
+        Args:
+            helpers: with `shuffled`, rows get the images of other rows of their own folder.
+        """
+        self._shards = shards
+        self._targets = targets
+        caches = [None] * len(shards.folders) if targets is None else targets.caches
+        names = [f"{name}/" for name in shards.names] if len(shards.folders) > 1 else [""]
+        self._readers = [
+            SampleReader(folder, cache, helpers, name)
+            for folder, cache, name in zip(shards.folders, caches, names, strict=True)
+        ]
+
+    def __call__(self, number: int) -> Sample:
+        """One sample, with the number of its set; its key becomes SET/SHARD/KEY where there are several sets.
+
+        Raises:
+            DataError: see SampleReader.
+        """
+        which, own_number = self._shards.locate(number)
+        sample = self._readers[which](own_number)
+        if self._targets is not None:
+            sample = replace(sample, target_slots=self._targets.slots(which, sample.target_slots))
+        return replace(sample, set_number=which)
 
 
 class MicroBatches(IterableDataset[T | DataError], Generic[T]):
@@ -158,7 +196,7 @@ class Loader(DataLoader[Any], Generic[T]):
 
 
 def make_loader(
-    folder: ShardFolder,
+    reader: Callable[[int], Sample],
     encoder: Callable[[Sample], EncodedSample],
     collate: Callable[[list[EncodedSample]], T],
     steps: Steps,
@@ -168,27 +206,24 @@ def make_loader(
     pin_memory: bool = False,
     on_fault: OnFault = "stop",
     timeout_s: int | None = None,
-    targets: TargetCache | None = None,
-    helpers: Helpers = OWN,
     drops_image: Callable[[int], bool] | None = None,
 ) -> Loader[T]:
     """The micro-batches of one rank's steps, from its start on, without end.
 
     Args:
+        reader: gives the sample of a number, see FoldersReader.
         num_workers: processes that read and encode, each with one thread (torch's DataLoader sets it); 0: in this
             process.
         prefetch_factor: micro-batches that each worker prepares ahead.
         timeout_s: longest wait for a batch; None: no limit.
         on_fault: what becomes of a sample that cannot be used, see `first_usable`.
         pin_memory: calls pin_memory() of each batch, for asynchronous copies to a GPU.
-        targets: helper images whose latent targets are there are not encoded.
-        helpers: what the helper images are.
         drops_image: whether the images of the sample at a position of the order are hidden, see `image_dropout.py`.
     Raises:
-        DataError: the index does not match the manifest; while iterating: a sample cannot be used.
+        DataError: while iterating: a sample cannot be used.
     """
     loader: Loader[T] = Loader(
-        MicroBatches(SampleReader(folder, targets, helpers), steps, encoder, collate, on_fault, drops_image),
+        MicroBatches(reader, steps, encoder, collate, on_fault, drops_image),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,

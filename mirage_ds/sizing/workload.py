@@ -16,10 +16,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mirage_ds.config import Config
 from mirage_ds.data.alignment import PASS_TOKENS
 from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, row_size
+from mirage_ds.data.folders import find_folders
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.index import IndexEntry
+from mirage_ds.data.mixture import order_of
 from mirage_ds.data.patches import ImageProcessor
-from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
 
 PIXEL_LIMITS = (3136, 12_845_056)  # preprocessor_config.json of Qwen2.5-VL-Instruct: 4 and 16384 merged patches
 ASSUMED = IndexEntry(
@@ -93,7 +94,7 @@ class Workload:
     """The rows of a run. Memory depends on the largest, time on the mean."""
 
     shapes: Sequence[Shape]  # of every sample, in the order of their numbers; without shards, of an assumed one
-    num_samples: int | None  # None: unknown
+    num_samples: int | None  # of an epoch; None: unknown
     source: str
     token_budget: int | None = None  # of packed rows
     masked: bool = False  # see `masks_samples`
@@ -167,14 +168,16 @@ def workload(config: Config) -> Workload:
         DataError: the shards' manifest or index is damaged.
     """
     processor, helpers, num_samples = image_processor(config), Helpers.of(config), None
-    if (config.data.shards / MANIFEST_NAME).is_file():
-        shapes = [measure(entry, config, processor) for entry in helpers.index(read_manifest(config.data.shards))]
-        num_samples = len(shapes)
-        source = f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token"
+    where, shards = ", ".join(str(each.path) for each in config.data.sets), find_folders(config.data)
+    if shards is not None:
+        entries = (entry for folder in shards.folders for entry in helpers.index(folder))
+        shapes = [measure(entry, config, processor) for entry in entries]
+        num_samples = order_of(config, shards).num_positions
+        source = f"image sizes from {where}, text at {CHARS_PER_TOKEN} characters per token"
     else:
         shapes = [measure(helpers.entry(ASSUMED, ASSUMED), config, processor)]
         source = (
-            f"no shards at {config.data.shards}; assumed: an image and a helper image of 512 x 512 pixels, "
+            f"no shards at {where}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
         )
     return Workload(shapes, num_samples, source, config.data.token_budget, masks_samples(config))

@@ -16,7 +16,7 @@ from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.packing import collate_packed
-from mirage_ds.data.stream import SampleReader, first_usable
+from mirage_ds.data.stream import FoldersReader, first_usable
 from mirage_ds.errors import MemoryFullError
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.memory import activation_bytes, estimate_memory
@@ -109,7 +109,7 @@ def take(config: Config, start: Start, numbers: Iterable[int], size: int) -> Bat
 
     A sample that cannot be used is left for the run to meet, which may never read it; the next one takes its place.
     """
-    read, following = SampleReader(start.shards, helpers=Helpers.of(config)), cycle(numbers)
+    read, following = FoldersReader(start.shards, helpers=Helpers.of(config)), cycle(numbers)
     samples = [first_usable(lambda number: start.encoder(read(number)), following, "skip") for _ in range(size)]
     if config.hides_images:  # any of them may be drawn, which takes more memory
         samples = [replace(sample, hides_images=True) for sample in samples]

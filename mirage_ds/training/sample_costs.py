@@ -4,9 +4,10 @@ import hashlib
 import socket
 
 from mirage_ds.config import Config
-from mirage_ds.data.costs import Costs, measure_costs
+from mirage_ds.data.costs import Costs, joined, measure_costs
 from mirage_ds.data.counts import counts_path, load_counts
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.lengths import check_budget
 from mirage_ds.data.shards import ShardFolder
@@ -28,7 +29,7 @@ def measure_samples(config: Config, encoder: Encoder, shards: ShardFolder) -> tu
     helpers = Helpers.of(config)
     counts = load_counts(path, shards, stage="text" if helpers.images == "none" else config.train.stage)
     if config.data.packing and counts is None:
-        raise not_counted(config)
+        raise not_counted(config, shards.path)
     costs = measure_costs(
         helpers.index(shards),
         encoder.image_tokens,
@@ -43,7 +44,13 @@ def measure_samples(config: Config, encoder: Encoder, shards: ShardFolder) -> tu
     return costs, f"tokens {source}"
 
 
-def require_same(costs: Costs, source: str, shards: ShardFolder) -> None:
+def measure_folders(config: Config, encoder: Encoder, shards: ShardFolders) -> tuple[Costs, str]:
+    """As `measure_samples`, of all folders of a run."""
+    measured = [measure_samples(config, encoder, folder) for folder in shards.folders]
+    return joined([costs for costs, _ in measured]), "; ".join(source for _, source in measured)
+
+
+def require_same(costs: Costs, source: str, shards: ShardFolders) -> None:
     """Ranks that dealt by other costs would compute samples twice, or never, or wait for each other without end.
 
     Args:
@@ -61,7 +68,7 @@ def require_same(costs: Costs, source: str, shards: ShardFolder) -> None:
             f"{', '.join(sorted(names))}: {source}, digest {digest:.12}" for (source, digest), names in hosts.items()
         )
         raise DataError(
-            f"the ranks have other costs of the samples and would deal differently (data.shards={shards.path}): "
+            f"the ranks have other costs of the samples and would deal differently (data.shards={shards.where}): "
             f"{kinds}; expected the same shards, and the same file of `mirage-data count` or none, on every host; copy "
             "the folder of shards to all hosts again, and start again"
         )

@@ -91,7 +91,9 @@ def make_model(ground: Path, cache: TargetCache | None = None, dtype: torch.dtyp
 def batches(shards: ShardFolder, encoder: Encoder, size: int, cache: TargetCache | None = None) -> Iterator[Batch]:
     """Read in this process, each when it is due, so that a batch sees what those before it have kept."""
     align = partial(collate, align_latents=False)
-    return iter(make_loader(shards, encoder, align, in_order(Share(0, 1, size), shards), num_workers=0, targets=cache))
+    return iter(
+        make_loader(SampleReader(shards, cache), encoder, align, in_order(Share(0, 1, size), shards), num_workers=0)
+    )
 
 
 class Outcome:
@@ -274,7 +276,9 @@ def test_workers_do_not_need_images_that_are_kept(
     monkeypatch.setattr(encode, "decode", decode)
     align = partial(collate, align_latents=False)
     for targets in (cache, None):
-        loader = make_loader(shards, encoder, align, in_order(Share(0, 1, 2), shards), num_workers=1, targets=targets)
+        loader = make_loader(
+            SampleReader(shards, targets), encoder, align, in_order(Share(0, 1, 2), shards), num_workers=1
+        )
         if targets is None:
             with pytest.raises(DataError, match="decoded"):
                 next(iter(loader))
