@@ -23,7 +23,7 @@ INTRODUCTION = r"""
 # Configuration
 
 Every key of a recipe: which values it may have, its default, and what it does. This page is generated from
-[`mirage_ds/config.py`](../mirage_ds/config.py) and
+[`mirage_ds/config.py`](../mirage_ds/config.py), [`config_data.py`](../mirage_ds/config_data.py) and
 [`config_train.py`](../mirage_ds/config_train.py) by `make docs`; change the docstrings there, not this page.
 
 A recipe is a YAML file with the sections below; [`launch/recipes/`](../launch/recipes) has some to start from. It is

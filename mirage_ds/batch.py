@@ -70,6 +70,12 @@ class Batch:
         """Columns of all rows, padding among them."""
         return self.input_ids.numel()
 
+    def samples_at(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n] int64: the number of the sample, in this batch, at each of [n] flat positions."""
+        if self.sample_ends is None:
+            return rows // self.input_ids.shape[1]
+        return torch.searchsorted(self.sample_ends, rows.to(self.sample_ends.dtype), right=True)
+
     def to(self, device: torch.device | str) -> "Batch":
         """Moves every tensor; copies from pinned memory are asynchronous."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))

@@ -43,10 +43,8 @@ class EncodedText(NamedTuple):
 
 @dataclass
 class EncodedSample:
-    """A sample as the model takes it, before padding.
-
-    Helper images are only encoded in stage 1, and not where a target cache has their targets.
-    """
+    """A sample as the model takes it, before padding. Helper images are only encoded in stage 1, and not where a target
+    cache has their targets."""
 
     key: str
     input_ids: torch.Tensor  # [L] int64

@@ -19,6 +19,7 @@ from mirage_ds.batch import Batch
 from mirage_ds.data import encode
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.data.steps import Share
 from mirage_ds.data.stream import SampleReader, make_loader
@@ -222,8 +223,8 @@ def test_whatever_decides_the_targets_has_a_file_of_its_own(
     def name(*overrides: str, **images: Any) -> str:
         config = load_config(RECIPE, [*settings, *overrides])
         encoder = load_encoder(str(ground / "model"), stage="stage1", latent_size=LATENT_SIZE, **images)
-        start = SimpleNamespace(encoder=encoder, shards=shards, device=torch.device("cpu"))
-        return open_target_cache(SimpleNamespace(module=model), config, start).path.name
+        start = SimpleNamespace(encoder=encoder, shards=ShardFolders((shards,), (1.0,)), device=torch.device("cpu"))
+        return open_target_cache(SimpleNamespace(module=model), config, start).caches[0].path.name
 
     names = [name(), name(max_pixels=56 * 56), name(exif_orientation=False), name(compress_strategy="grid")]
     names += [name(f"data.helper={arm}") for arm in ("gray", "input", "shuffled")]

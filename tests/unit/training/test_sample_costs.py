@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from mirage_ds.data.costs import TOKEN_PATCHES, Costs
+from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.shards import Manifest, ShardFolder
 from mirage_ds.errors import DataError
 from mirage_ds.training.sample_costs import require_same
 from mirage_ds.zero3 import distributed
 
-Rank = tuple[str, Costs, str, ShardFolder]
+Rank = tuple[str, Costs, str, ShardFolders]
 
 
 def on_host(
@@ -20,7 +21,7 @@ def on_host(
 ) -> Rank:
     tokens = np.array([5, 7, last])
     folder = ShardFolder(Path("shards"), Manifest(1, 3, "", ()), digest)
-    return name, Costs(tokens, TOKEN_PATCHES * tokens + patches), source, folder
+    return name, Costs(tokens, TOKEN_PATCHES * tokens + patches), source, ShardFolders((folder,), (1.0,))
 
 
 def refusals(monkeypatch: pytest.MonkeyPatch, ranks: list[Rank]) -> list[str]:
