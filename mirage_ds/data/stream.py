@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mirage_ds.config import OnFault
@@ -40,12 +39,9 @@ class SampleReader:
         self._name = name
         self._targets = targets
         self._helpers = helpers
-        index = load_index(folder)
+        self._index = load_index(folder)
         self._paths = [folder.path / shard.name for shard in folder.manifest.shards]
-        # Arrays instead of objects: forked workers share their memory, as no reference counts are written.
-        self._locations = np.array([(entry.shard, entry.offset, entry.size) for entry in index], dtype=np.int64)
-        self._keys = np.array([entry.key for entry in index])
-        self._donors = helpers.donors(index, folder.digest)
+        self._donors = helpers.donors(self._index, folder.digest)
 
     def __call__(self, number: int) -> Sample:
         """Reads and parses one sample; its key becomes SHARD/KEY, so that every later message has both.
@@ -59,14 +55,18 @@ class SampleReader:
         slots = range(0) if self._targets is None else self._targets.slots(number)
         cached = None if self._targets is None else self._targets.read(slots)
         if cached is None:
-            sample = self._helpers.sample(sample, lambda: self._read(int(self._donors[number])))
+            sample = self._helpers.sample(sample, lambda: self._read_donor(number))
         return replace(sample, target_slots=slots, cached_targets=cached)
 
     def _read(self, number: int) -> Sample:
-        shard, offset, size = self._locations[number].tolist()
-        path, key = self._paths[shard], str(self._keys[number])
-        where = f"{self._name}{path.name}/{key}"
-        return from_members(where, parse_members(read_range(path, offset, size, where), key, where))
+        entry = self._index[number]
+        path = self._paths[entry.shard]
+        where = f"{self._name}{path.name}/{entry.key}"
+        return from_members(where, parse_members(read_range(path, entry.offset, entry.size, where), entry.key, where))
+
+    def _read_donor(self, number: int) -> Sample:
+        assert self._donors is not None, "only `shuffled` asks"
+        return self._read(int(self._donors[number]))
 
 
 class FoldersReader:

@@ -70,9 +70,9 @@ class TargetCache:
         with name_unwritable(directory, "set model.cache_targets to a folder where you may write"):
             directory.mkdir(parents=True, exist_ok=True)
             (directory / f"{key}.json").write_text(description)
-        latent_sizes = [entry.block_sizes(latent_size) for entry in load_index(shards)]
-        first_slots = _sums([len(sizes) for sizes in latent_sizes])
-        offsets = _sums([CHECKSUM.size + 4 * values * size for sizes in latent_sizes for size in sizes])
+        index = load_index(shards)
+        first_slots = _sums(index.samples["latent_blocks"])
+        offsets = _sums(CHECKSUM.size + 4 * values * index.block_sizes(latent_size))
         num_slots = int(np.searchsorted(offsets, limit_bytes, side="right")) - 1
         return cls(directory / f"{key}.targets", first_slots, offsets, num_slots)
 
@@ -114,7 +114,7 @@ class TargetCaches:
     @cached_property
     def first_slots(self) -> npt.NDArray[np.int64]:
         """[caches]: the number of each one's first slot."""
-        return _sums([int(cache.first_slots[-1]) for cache in self.caches])[:-1]
+        return _sums(np.array([cache.first_slots[-1] for cache in self.caches]))[:-1]
 
     def slots(self, which: int, own: range) -> range:
         """The numbers of a cache's own slots."""
@@ -130,6 +130,6 @@ class TargetCaches:
             self.caches[which].write(own_slots.tolist(), [values[place] for place in chosen])
 
 
-def _sums(numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+def _sums(numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
     """[n + 1]: the sum of all numbers before each."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(numbers, dtype=np.int64)])

@@ -50,7 +50,7 @@ def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
         return activation_bytes(sizes, config, row, e)
 
     if config.data.token_budget is not None:
-        lengths: list[int] = start.costs.tokens.tolist()
+        lengths: list[int] = start.costs.all().tokens.tolist()
         most = config.train.samples_per_step(world_size) - world_size + 1  # no rank is without a sample
         numbers = costliest_row([cost(row) for row in rows.rows], lengths, config.data.token_budget, most)
         size = len(numbers)

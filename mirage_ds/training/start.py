@@ -12,7 +12,7 @@ from mirage_ds.checkpoint.facts import describe_run
 from mirage_ds.checkpoint.find import find_damage, newest_complete, refuse_damaged, require_latest
 from mirage_ds.checkpoint.load import check_start
 from mirage_ds.config import Config, Stage
-from mirage_ds.data.costs import Costs
+from mirage_ds.data.costs import SetCosts
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.folders import ShardFolders, load_folders
 from mirage_ds.data.helpers import Helpers
@@ -28,7 +28,7 @@ from mirage_ds.sizing import micro_batch
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.workload import workload
 from mirage_ds.training.run_folder import find_start
-from mirage_ds.training.sample_costs import measure_folders, require_same
+from mirage_ds.training.sample_costs import cost_facts, measure_folders, require_same
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import choose_gather
@@ -50,7 +50,7 @@ class Start:
     facts: dict[str, Any]  # what its checkpoints say of it
     tags: list[Path]  # all checkpoints that are there
     checkpoint: Path | None
-    costs: Costs  # of every sample, the same on all ranks
+    costs: SetCosts  # the same on all ranks
     costs_source: str  # whether tokens were counted
 
     @property
@@ -77,7 +77,7 @@ def prepare(config: Config) -> Start:
         config = choose_micro_batch(config, deepspeed_config, device)
         deepspeed_config = resolve_deepspeed_config(config)
     costs, source = measure_folders(config, encoder, shards)
-    require_same(costs, source, shards)
+    require_same(costs, source, shards, cost_facts(config, encoder))
     pooling = describe_path(device)
     max_steps = config.train.num_steps(order_of(config, shards).num_positions, distributed.world_size())
     check_init_from(config)

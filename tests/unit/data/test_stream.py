@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from mirage_ds.data.costs import measure_costs
+from mirage_ds.data.costs import SampleCosts
 from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
@@ -116,7 +116,7 @@ def test_many_faults_in_a_row_are_not_skipped(shards: ShardFolder) -> None:
 @pytest.fixture(params=[{"balance": False}, {"balance": True}, {"token_budget": 160}], ids=str)
 def dealt(request: pytest.FixtureRequest, shards: ShardFolder, encoder: Encoder) -> Callable[[Share], Steps]:
     """The steps of a share, dealt in each way."""
-    costs = measure_costs(load_index(shards), encoder.image_tokens, stage="stage1", latent_size=2)
+    costs = SampleCosts(load_index(shards), encoder.image_tokens, "stage1", 2)
     plan = Plan(shards.num_samples, shards.digest, 3)
     return lambda share: Steps(plan, costs, share, **request.param)
 
@@ -154,7 +154,7 @@ def test_however_dealt_a_step_has_the_samples_of_the_order(
 def test_what_replaces_a_sample_fits_into_its_packed_row(
     shards: ShardFolder, encoder: Encoder, spoiled: list[str], dealt: Callable[[Share], Steps]
 ) -> None:
-    lengths = measure_costs(load_index(shards), encoder.image_tokens, stage="stage1", latent_size=2).tokens
+    lengths = SampleCosts(load_index(shards), encoder.image_tokens, "stage1", 2).all().tokens
     steps = steps_with_faults(shards, encoder, dealt)
     rows = [[sample.key.partition("/")[2] for sample in batch] for step in steps for batch in step]
     assert sum(map(len, rows)) == 18

@@ -270,7 +270,7 @@ def test_counted_lengths_are_those_of_the_encoded_samples(
         config = configuration(ground, f"data.helper={images}", f"train.stage={stage}")
         read = SampleReader(folder, helpers=Helpers.of(config))
         lengths = [len(encoder(read(number)).input_ids) for number in range(NUM_ROWS)]
-        assert measure_samples(config, encoder, folder)[0].tokens.tolist() == lengths
+        assert measure_samples(config, encoder, folder)[0].all().tokens.tolist() == lengths
 
 
 @pytest.mark.parametrize("stage", ["text", "stage2"])
