@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from mirage_ds.config import Stage
-from mirage_ds.data.costs import measure_costs
+from mirage_ds.data.costs import SampleCosts
 from mirage_ds.data.counts import count_texts, save_counts
 from mirage_ds.data.encode import load_encoder
-from mirage_ds.data.index import load_index
-from mirage_ds.data.shards import load_manifest
+from mirage_ds.data.index import Index, Numbers, load_index
+from mirage_ds.data.shards import ShardFolder, load_manifest
 
 NUM_LISTED = 5
 
@@ -46,19 +45,17 @@ def count(
     counts = count_texts(folder, encoder.tokenizer, system_turn=system_turn)
     lines = [f"wrote {save_counts(folder, encoder.tokenizer, counts, system_turn=system_turn)}"]
     index = load_index(folder)
-    keys = [f"{folder.manifest.shards[entry.shard].name}/{entry.key}" for entry in index]
     groups: dict[str, tuple[Stage, str]] = {
         "text": ("text", "without_latents"),
         "stage1 and stage2": ("stage1", "with_latents"),
     }
     for stages, (stage, name) in groups.items():
-        texts = counts[name]
-        costs = measure_costs(index, encoder.image_tokens, stage=stage, latent_size=latent_size, texts=texts)
-        lines.append(describe(stages, costs.tokens, keys, max_length))
+        costs = SampleCosts(index, encoder.image_tokens, stage, latent_size, texts=counts[name])
+        lines.append(describe(stages, costs.all().tokens, folder, index, max_length))
     return lines
 
 
-def describe(stages: str, lengths: npt.NDArray[np.int64], keys: list[str], max_length: int | None) -> str:
+def describe(stages: str, lengths: Numbers, folder: ShardFolder, index: Index, max_length: int | None) -> str:
     """One line: the distribution of the lengths, and which of them are over the limit."""
     least, middle, most = lengths.min(), np.median(lengths), lengths.max()
     line = (
@@ -68,6 +65,9 @@ def describe(stages: str, lengths: npt.NDArray[np.int64], keys: list[str], max_l
     if max_length is None:
         return line
     over = np.flatnonzero(lengths > max_length)
-    listed = ", ".join(f"{keys[number]} with {lengths[number]}" for number in over[:NUM_LISTED])
+    some = zip(index.take(over[:NUM_LISTED]).entries(), lengths[over[:NUM_LISTED]].tolist(), strict=True)
+    listed = ", ".join(
+        f"{folder.manifest.shards[entry.shard].name}/{entry.key} with {length}" for entry, length in some
+    )
     more = ", ..." if len(over) > NUM_LISTED else ""
     return f"{line}; over {max_length}: {len(over)}" + (f" ({listed}{more})" if len(over) else "")

@@ -7,6 +7,7 @@ from deepspeed.accelerator import get_accelerator
 
 from launch.doctor.findings import Row, failure
 from mirage_ds.config import Config
+from mirage_ds.data.folders import load_folders
 from mirage_ds.data.index import load_index
 from mirage_ds.data.places import Reading
 from mirage_ds.data.shard_samples import parse_members, read_range
@@ -17,7 +18,7 @@ from mirage_ds.model.attention import choose_attention
 from mirage_ds.model.backbone import DTYPES, check_config
 from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
-from mirage_ds.training.sample_costs import measure_samples
+from mirage_ds.training.sample_costs import measure_folders
 from mirage_ds.training.start import open_encoder
 
 SAMPLES_READ = 8  # per folder of shards, spread evenly over its index
@@ -55,7 +56,7 @@ def check_model(config: Config) -> Row:
 def check_samples(config: Config) -> Row:
     """What the index says of each sample, and its length if there is a limit, against the model."""
     try:
-        measure_samples(config, open_encoder(config), load_manifest(config.data.shards, Reading.of(config.data)))
+        measure_folders(config, open_encoder(config), load_folders(config.data))
     except (ConfigError, DataError) as error:
         return failure("data.shards: samples", error)
     limits = {"max_length": config.data.max_length, "token_budget": config.data.token_budget}
@@ -65,9 +66,10 @@ def check_samples(config: Config) -> Row:
 
 def check_shards(config: Config) -> Iterator[Row]:
     """The manifest, the size of every shard, and a few samples, read completely."""
-    for what, folder in (("data.shards", config.data.shards), ("evaluation.shards", config.evaluation.shards)):
-        if folder is None:
-            continue
+    folders = [("data.shards", each.path) for each in config.data.sets]
+    if config.evaluation.shards is not None:
+        folders.append(("evaluation.shards", config.evaluation.shards))
+    for what, folder in folders:
         try:
             shards = load_manifest(folder, Reading.of(config.data))
             num_bytes = read_some(shards)

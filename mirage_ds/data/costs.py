@@ -1,10 +1,13 @@
-"""The size of every row of a folder of shards, from its index: no sample is read. What the deal levels by.
+"""The size of rows of a folder of shards, from its index: no sample is read. What the deal levels by.
+
+It is computed for the samples of a global batch at a time, from the mapped index, so that no process holds what
+millions of samples cost.
 
 Image tokens and latents are exact: the index has the size of every image, from which the processor's rule gives the
 patches. Text is estimated from its number of characters.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +15,7 @@ import numpy.typing as npt
 
 from mirage_ds.batch import CELL_PATCHES
 from mirage_ds.config import Stage
-from mirage_ds.data.index import IndexEntry
+from mirage_ds.data.index import Entries, Index, Numbers, parts_of, sums
 
 CHARS_PER_TOKEN = 3  # a cautious assumption: English prose has about 4, numbers and markup fewer
 TEMPLATE_TOKENS = 30  # of the chat template: a system turn, start and end of two turns
@@ -25,82 +28,134 @@ forward, recomputation and twice in backward, a patch of the frozen tower throug
 # tokens at 400 TFLOP/s, whatever the number of weights. Estimated from an H100's rates, not measured.
 PASS_TOKENS = 96
 
-ImageTokens = Callable[[Sequence[tuple[int, int]]], list[int]]
-"""Tokens of images of these sizes (width, height): `ImageProcessor.image_tokens`."""
+ImageTokens = Callable[[npt.ArrayLike], Numbers]
+"""Tokens [N] of images of these sizes (width, height) [N, 2]: `ImageProcessor.image_tokens`."""
 
 
 @dataclass(frozen=True)
-class RowSize:
-    """The size of one row in a stage."""
+class RowSizes:
+    """The sizes of n rows in a stage; arrays [n]."""
 
-    question: int  # tokens, with the chat template, images and their markers
-    answer: int  # tokens of the answer's text
-    latent_sizes: tuple[int, ...]  # K of each latent block
-    pads: int  # of all these, image and latent pads
-    input_patches: int
-    helper_patches: int  # stage 1 only
+    question: Numbers  # tokens, with the chat template, images and their markers
+    answer: Numbers  # tokens of the answer's text
+    blocks: Numbers  # latent blocks
+    latents: Numbers  # in all blocks of a row
+    latent_sizes: Numbers  # [all blocks]: K of each, row by row
+    image_pads: Numbers
+    input_patches: Numbers
+    helper_patches: Numbers  # stage 1 only
 
     @property
-    def tokens(self) -> int:
-        return self.question + self.answer + sum(self.latent_sizes) + MARKERS * len(self.latent_sizes)
+    def pads(self) -> Numbers:
+        """Image and latent pads."""
+        return self.image_pads + self.latents
+
+    @property
+    def tokens(self) -> Numbers:
+        return self.question + self.answer + self.latents + MARKERS * self.blocks
 
 
-def row_size(entry: IndexEntry, image_tokens: ImageTokens, stage: Stage, latent_size: int) -> RowSize:
+def row_sizes(index: Index, image_tokens: ImageTokens, stage: Stage, latent_size: int) -> RowSizes:
     """tokens = template + characters / CHARS_PER_TOKEN + merged patches of the input images + K per latent block.
 
     Helper images enter the tower in stage 1 only.
     """
-    images = image_tokens(entry.input_sizes)
-    helpers = image_tokens(entry.helper_sizes) if stage == "stage1" else []
-    latent_sizes = [] if stage == "text" else entry.block_sizes(latent_size)
-    return RowSize(
-        question=TEMPLATE_TOKENS - (-entry.question_chars // CHARS_PER_TOKEN) + sum(images) + MARKERS * len(images),
-        answer=-(-entry.answer_chars // CHARS_PER_TOKEN),
-        latent_sizes=tuple(latent_sizes),
-        pads=sum(images) + sum(latent_sizes),
-        input_patches=CELL_PATCHES * sum(images),
-        helper_patches=CELL_PATCHES * sum(helpers),
+    samples = index.samples
+    inputs, helpers = (samples[f"{kind}_images"].astype(np.int64) for kind in ("input", "helper"))
+    tokens = image_tokens(index.images)
+    counts = np.stack([inputs, helpers], axis=1).reshape(-1)
+    image_pads, helper_tokens = sums(tokens, counts).reshape(-1, 2).T
+    has_latents, encodes_helpers = int(stage != "text"), int(stage == "stage1")
+    blocks = has_latents * samples["latent_blocks"].astype(np.int64)
+    latent_sizes = index.block_sizes(latent_size) if has_latents else np.zeros(0, np.int64)
+    question, answer = (samples[f"{text}_chars"].astype(np.int64) for text in ("question", "answer"))
+    return RowSizes(
+        question=TEMPLATE_TOKENS - (-question // CHARS_PER_TOKEN) + image_pads + MARKERS * inputs,
+        answer=-(-answer // CHARS_PER_TOKEN),
+        blocks=blocks,
+        latents=sums(latent_sizes, blocks),
+        latent_sizes=latent_sizes,
+        image_pads=image_pads,
+        input_patches=CELL_PATCHES * image_pads,
+        helper_patches=encodes_helpers * CELL_PATCHES * helper_tokens,
     )
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the samples of a folder cost, in the order of their numbers: arrays, which forked workers share."""
+    """What n samples cost: arrays [n]."""
 
-    tokens: npt.NDArray[np.int64]  # [num_samples]
-    costs: npt.NDArray[np.int64]  # [num_samples], in patches: TOKEN_PATCHES per token; without passes
-    passes: npt.NDArray[np.int64] | int = 0  # [num_samples]: latents that are fed back, each in a pass; 0: none are
+    tokens: Numbers
+    costs: Numbers  # in patches: TOKEN_PATCHES per token; without passes
+    passes: Numbers | int = 0  # latents that are fed back, each in a pass; 0: none are
 
-    def in_rows(self, rows: int) -> npt.NDArray[np.int64]:
-        """[num_samples], in patches: what samples cost in micro-batches of so many rows."""
+    def of(self, numbers: Numbers) -> "Costs":
+        """Those of some of them."""
+        passes = self.passes if isinstance(self.passes, int) else self.passes[numbers]
+        return Costs(self.tokens[numbers], self.costs[numbers], passes)
+
+    def in_rows(self, rows: int) -> Numbers:
+        """In patches: what samples cost in micro-batches of so many rows."""
         # Rows of a micro-batch share their passes, so that no share of them is a sample's own before the rows are
         # dealt. A row that is alone makes its own.
         return self.costs + TOKEN_PATCHES * PASS_TOKENS * self.passes if rows == 1 else self.costs
 
 
-def measure_costs(
-    entries: Iterable[IndexEntry],
-    image_tokens: ImageTokens,
-    *,
-    stage: Stage,
-    latent_size: int,
-    keeps_targets: bool = False,
-    texts: npt.NDArray[np.int32] | None = None,
-) -> Costs:
-    """Tokens, tower and passes of every sample.
+@dataclass(frozen=True)
+class SampleCosts:
+    """What the samples of a folder cost, measured for those that are asked for: tokens, tower and passes."""
 
-    Args:
-        entries: a folder's index.
-        texts: counted tokens of each sample without its pads; None: estimated from the characters.
-        keeps_targets: helper images are encoded in the first epoch only (`model.cache_targets`), so they count nothing.
-    """
+    index: Entries
+    image_tokens: ImageTokens
+    stage: Stage
+    latent_size: int
+    # Helper images are encoded in the first epoch only (`model.cache_targets`), so they count nothing.
+    keeps_targets: bool = False
+    # [num_samples]: counted tokens of each without its pads; None: estimated from the characters.
+    texts: npt.NDArray[np.int32] | None = None
+    most_tokens: int | None = None  # no sample has more: of a planner, as a run refuses samples that are longer
 
-    def numbers(number: int, entry: IndexEntry) -> tuple[int, int, int]:
-        size = row_size(entry, image_tokens, stage, latent_size)
-        tokens = size.tokens if texts is None else size.pads + int(texts[number])
-        passes = sum(size.latent_sizes) if stage == "stage2" else 0
-        return tokens, size.input_patches + (0 if keeps_targets else size.helper_patches), passes
+    def of(self, numbers: Numbers) -> Costs:
+        """Of these samples."""
+        sizes = row_sizes(self.index.take(numbers), self.image_tokens, self.stage, self.latent_size)
+        tokens = sizes.tokens if self.texts is None else sizes.pads + self.texts[numbers]
+        if self.most_tokens is not None:
+            tokens = np.minimum(tokens, self.most_tokens)
+        patches = sizes.input_patches + (0 if self.keeps_targets else sizes.helper_patches)
+        passes = sizes.latents if self.stage == "stage2" else np.zeros_like(tokens)
+        return Costs(tokens, TOKEN_PATCHES * tokens + patches, passes)
 
-    measured = np.array([numbers(*each) for each in enumerate(entries)], dtype=np.int64)
-    tokens, patches, passes = measured.T.copy()
-    return Costs(tokens, TOKEN_PATCHES * tokens + patches, passes)
+    def all(self) -> Costs:
+        """Of every sample, in the order of their numbers."""
+        return concatenated([self.of(numbers) for numbers in parts_of(len(self.index))])
+
+
+def concatenated(parts: Sequence[Costs]) -> Costs:
+    """The costs of the samples of each part, one part behind the other."""
+    return Costs(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "costs", "passes")))
+
+
+@dataclass(frozen=True)
+class SetCosts:
+    """What the samples of several folders cost, numbered one folder after the other."""
+
+    parts: tuple[SampleCosts, ...]
+
+    def __len__(self) -> int:
+        return sum(len(part.index) for part in self.parts)
+
+    def of(self, numbers: Numbers) -> Costs:
+        """Of these samples."""
+        found = np.zeros((3, len(numbers)), np.int64)
+        first = 0
+        for part in self.parts:
+            chosen = np.flatnonzero((numbers >= first) & (numbers < first + len(part.index)))
+            if len(chosen):
+                costs = part.of(numbers[chosen] - first)
+                found[:, chosen] = costs.tokens, costs.costs, costs.passes
+            first += len(part.index)
+        return Costs(*found)
+
+    def all(self) -> Costs:
+        """Of every sample, in the order of their numbers."""
+        return concatenated([part.all() for part in self.parts])

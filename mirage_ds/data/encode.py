@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +19,7 @@ from mirage_ds.data.conversation import IMAGE_BLOCK, LATENT_BLOCK, load_tokenize
 from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.ids import expand_pads, find_prompt_length, supervised_labels
 from mirage_ds.data.images import decode, header_size
+from mirage_ds.data.index import Index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.pooling import check_pooling, pooling_fault
 from mirage_ds.data.positions import mrope_positions
@@ -43,10 +46,8 @@ class EncodedText(NamedTuple):
 
 @dataclass
 class EncodedSample:
-    """A sample as the model takes it, before padding.
-
-    Helper images are only encoded in stage 1, and not where a target cache has their targets.
-    """
+    """A sample as the model takes it, before padding. Helper images are only encoded in stage 1, and not where a target
+    cache has their targets."""
 
     key: str
     input_ids: torch.Tensor  # [L] int64
@@ -63,6 +64,7 @@ class EncodedSample:
     faults: list[str] = field(default_factory=list)  # of the samples before it that could not be used
     target_slots: range = range(0)  # of the encoded helper images in the run's target cache, if it has one
     cached_targets: torch.Tensor | None = None  # [all latents, D + 1] float32: targets and their inverse norms
+    set_number: int = 0  # of the run's folders of shards, the one that it is from
     hides_images: bool = False  # nothing after the first latent block attends to the input images
 
 
@@ -163,6 +165,7 @@ class Encoder:
             image_grid_thw_latent=grid_thw_latent,
             latent_sizes=sizes,
             target_slots=range(0) if is_cached else sample.target_slots,
+            set_number=sample.set_number,
             cached_targets=_cached_targets(sample, sum(sizes)),
             hides_images=not self._answer_sees_image,
         )
@@ -233,15 +236,31 @@ class Encoder:
         Raises:
             DataError: a sample would be refused; the message names its shard and key.
         """
-        for entry in helpers.index(folder):
-            key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
-            if self._stage == "stage1":
-                merged = [self._image_processor.merged_grid_of(*size) for size in entry.helper_sizes]
-                sizes = entry.block_sizes(self.latent_size)
-                check_pooling(merged, sizes, self._compress_strategy, f"{key}.helper")
+        if self._stage != "stage1":
+            return
+        known: set[tuple[int, ...]] = set()  # rows, columns and K that fit: data sets have few
+        for part in helpers.index(folder).parts():
+            sizes, latent_sizes = part.helper_images(self.latent_size)
+            pooled = np.column_stack([self._image_processor.merged_grids_of(sizes), latent_sizes])
+            new = set(map(tuple, pooled.tolist())) - known
+            if any(pooling_fault([(rows, columns)], [size], self._compress_strategy) for rows, columns, size in new):
+                self._refuse(part, folder)
+            known |= new
 
-    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of input images of these sizes (width, height)."""
+    def _refuse(self, index: Index, folder: ShardFolder) -> None:
+        """Raises: DataError: it names the first of these samples that cannot be pooled."""
+        for entry in index:
+            grids = self._image_processor.merged_grids_of(entry.helper_sizes).tolist()
+            key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
+            check_pooling(grids, entry.block_sizes(self.latent_size), self._compress_strategy, f"{key}.helper")
+
+    @property
+    def image_facts(self) -> dict[str, Any]:
+        """What decides the patches, and so the tokens, of an image."""
+        return self._image_processor.facts()
+
+    def image_tokens(self, sizes: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """[N]: tokens of input images of these sizes (width, height) [N, 2]."""
         return self._image_processor.image_tokens(sizes)
 
     def count_tokens(
@@ -255,7 +274,7 @@ class Encoder:
         """The length of a sample with input images of these sizes, as `__call__` would encode it."""
         text = self._train_text(question, answer, len(sizes), num_helpers, latents=self._stage != "text")
         latents = self._block_sizes(answer, num_helpers, latent_sizes)
-        return len(expand_pads(self._tokenize(text), self.image_tokens(sizes), latents, self.ids))
+        return len(expand_pads(self._tokenize(text), self.image_tokens(sizes).tolist(), latents, self.ids))
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of emitted ids, without special tokens."""

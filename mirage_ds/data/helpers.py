@@ -11,12 +11,11 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from mirage_ds.config import Config, HelperImages
 from mirage_ds.data.images import open_image
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.index import Entries, Index, IndexEntry, Numbers, load_index
 from mirage_ds.data.plan import ORDER, epoch_order
 from mirage_ds.data.rows import OUTPUT_IMAGE_TAG, Sample, check_sample
 from mirage_ds.data.shards import ShardFolder
@@ -51,7 +50,7 @@ class Helpers:
         facts: dict[str, Any] = {} if self.images is True else {"helper": self.images}
         return facts | ({"helper_seed": self.seed, "helper_order": ORDER} if self.images == "shuffled" else {})
 
-    def index(self, folder: ShardFolder) -> Sequence[IndexEntry]:
+    def index(self, folder: ShardFolder) -> Entries:
         """The folder's index with the sizes of the images that take the place of helper images.
 
         Raises:
@@ -61,20 +60,20 @@ class Helpers:
         if self.images is True or self.images == "gray":  # of the same size
             return index
         self._check(index, folder)
-        donors = self.donors(index, folder.digest).tolist()
-        return [self.entry(entry, index[donor]) for entry, donor in zip(index, donors, strict=True)]
+        return Replaced(index, self, self.donors(index, folder.digest))
 
-    def donors(self, index: Sequence[IndexEntry], digest: str) -> npt.NDArray[np.int64]:
-        """[num_samples]: the number of the row whose helper images each row gets: its own, or with `shuffled` another.
+    def donors(self, index: Index, digest: str) -> Numbers | None:
+        """[num_samples]: the number of the row whose helper images each row gets; None: its own, unless `shuffled`.
 
         All rows with helper images stand in one circle, in an order by seed and the folder's digest, and each gets
         those of the next: no row its own, and none is left out.
         """
+        if self.images != "shuffled":
+            return None
         donors = np.arange(len(index))
-        if self.images == "shuffled":
-            rows = np.flatnonzero([bool(entry.helper_sizes) for entry in index])
-            circle = rows[epoch_order(len(rows), f"{digest}/helpers", self.seed, epoch=0)]
-            donors[circle] = np.roll(circle, -1)
+        rows = np.flatnonzero(index.samples["helper_images"])
+        circle = rows[epoch_order(len(rows), f"{digest}/helpers", self.seed, epoch=0)]
+        donors[circle] = np.roll(circle, -1)
         return donors
 
     def entry(self, entry: IndexEntry, donor: IndexEntry) -> IndexEntry:
@@ -127,23 +126,41 @@ class Helpers:
         images = zip(sample.helper_images, names, strict=True)
         return [gray_png(*open_image(*each, exif_orientation=self.exif_orientation).size) for each in images]
 
-    def _check(self, index: Sequence[IndexEntry], folder: ShardFolder) -> None:
+    def _check(self, index: Index, folder: ShardFolder) -> None:
         """Raises: DataError: rows have no image for their places."""
-        with_helpers = [entry for entry in index if entry.helper_sizes]
-        if self.images == "shuffled" and len(with_helpers) < 2:
+        has_helper = index.samples["helper_images"] > 0
+        if self.images == "shuffled" and has_helper.sum() < 2:
             raise DataError(
-                f"rows with helper images: {len(with_helpers)} ({folder.place}); data.helper=shuffled gives each the "
+                f"rows with helper images: {has_helper.sum()} ({folder.place}); data.helper=shuffled gives each the "
                 "images of another row, and needs at least 2; use other shards, or another data.helper"
             )
-        without = [entry for entry in with_helpers if not entry.input_sizes]
-        if self.images == "input" and without:
-            names = [f"{folder.manifest.shards[entry.shard].name}/{entry.key}" for entry in without[:NUM_LISTED]]
+        without = np.flatnonzero(has_helper & (index.samples["input_images"] == 0))
+        if self.images == "input" and without.size:
+            listed = index.take(without[:NUM_LISTED]).entries()
+            names = [f"{folder.manifest.shards[entry.shard].name}/{entry.key}" for entry in listed]
             more = f" and {len(without) - NUM_LISTED} more" if len(without) > NUM_LISTED else ""
             raise DataError(
                 f"rows with a helper image but no input image: {len(without)} ({folder.place}): {', '.join(names)}"
                 f"{more}; data.helper=input puts the input image in place of the helper image, so each of these rows "
                 "needs one; build the shards without these rows, or use another data.helper"
             )
+
+
+@dataclass(frozen=True)
+class Replaced(Entries):
+    """The entries of a folder after the replacement."""
+
+    own: Index
+    helpers: Helpers
+    donors: Numbers | None  # see `Helpers.donors`
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def take(self, numbers: Numbers) -> Index:
+        own = self.own.take(numbers)
+        donors = own if self.donors is None else self.own.take(self.donors[numbers])
+        return Index.of([self.helpers.entry(*pair) for pair in zip(own.entries(), donors.entries(), strict=True)])
 
 
 OWN = Helpers()

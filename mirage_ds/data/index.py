@@ -81,11 +81,43 @@ class IndexEntry:
         return self.latent_sizes or [latent_size] * self.latent_blocks
 
 
-@dataclass(frozen=True, eq=False)
-class Index(Sequence[IndexEntry]):
-    """The entries of N samples, by number, and their columns: `index.samples["question_chars"]` is [N].
+class Entries(Sequence[IndexEntry]):
+    """Entries of samples by number, or as columns of those that are asked for."""
 
-    The entries of mapped files are trusted as far as their digests were compared: see `check_digests`.
+    def take(self, numbers: Numbers) -> "Index":
+        """Copies the entries of these samples; a sample may be named more than once.
+
+        Raises:
+            DataError: what one of them says is not in the other columns.
+        """
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, number: int) -> IndexEntry: ...
+    @overload
+    def __getitem__(self, number: slice) -> "Index": ...
+    def __getitem__(self, number: int | slice) -> "IndexEntry | Index":
+        if isinstance(number, slice):
+            return self.take(np.arange(len(self))[number])
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        return self.take(np.array([range(len(self))[number]])).entries()[0]
+
+    def __iter__(self) -> Iterator[IndexEntry]:
+        for part in self.parts():
+            yield from part.entries()
+
+    def parts(self, size: int | None = None) -> Iterator["Index"]:
+        """All samples, in order, PART or `size` at a time: what a check of all of them holds in memory."""
+        return map(self.take, parts_of(len(self), size or PART))
+
+
+@dataclass(frozen=True, eq=False)
+class Index(Entries):
+    """The columns of N samples: `index.samples["question_chars"]` is [N].
+
+    What each sample has in the other three files follows on what the one before it has. The entries of mapped files are
+    trusted as far as their digests were compared: see `check_digests`.
     """
 
     samples: npt.NDArray[np.void]  # [N] SAMPLE
@@ -120,33 +152,7 @@ class Index(Sequence[IndexEntry]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    @overload
-    def __getitem__(self, number: int) -> IndexEntry: ...
-    @overload
-    def __getitem__(self, number: slice) -> "Index": ...
-    def __getitem__(self, number: int | slice) -> "IndexEntry | Index":
-        if isinstance(number, slice):
-            return self.take(np.arange(len(self))[number])
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        place = range(len(self))[number]
-        return next(iter(self.take(np.array([place]))._entries()))
-
-    def __iter__(self) -> Iterator[IndexEntry]:
-        for part in self.parts():
-            yield from part._entries()
-
-    def parts(self, size: int = PART) -> Iterator["Index"]:
-        """All samples, in order, so many at a time: what a check of all of them holds in memory."""
-        for start in range(0, len(self), size):
-            yield self.take(np.arange(start, min(start + size, len(self))))
-
     def take(self, numbers: Numbers) -> "Index":
-        """Copies the entries of these samples; a sample may be named more than once.
-
-        Raises:
-            DataError: what one of them says is not in the other columns.
-        """
         samples = self.samples[numbers]
         given = samples["first_latent_size"] != NOT_GIVEN
         images = samples["input_images"].astype(np.int64) + samples["helper_images"]
@@ -172,14 +178,31 @@ class Index(Sequence[IndexEntry]):
             )
         return column[places(first, counts)]
 
-    def _entries(self) -> Iterator[IndexEntry]:
+    def block_sizes(self, latent_size: int) -> Numbers:
+        """[latent blocks of all samples]: K of each, if the configured one is `latent_size`."""
+        blocks = self.samples["latent_blocks"]
+        sizes = np.full(blocks.sum(dtype=np.int64), latent_size, np.int64)
+        sizes[np.repeat(self.samples["first_latent_size"] != NOT_GIVEN, blocks)] = self.latent_sizes
+        return sizes
+
+    def helper_images(self, latent_size: int) -> tuple[npt.NDArray[np.int32], Numbers]:
+        """[N, 2], [N]: width, height and K of the helper images of all samples that have a latent block."""
+        helpers, blocks = self.samples["helper_images"], self.samples["latent_blocks"]
+        sizes = self.images[places(self.samples["first_image"] + self.samples["input_images"], helpers)]
+        ordinals = places(np.zeros(len(self), np.int64), helpers)
+        first_blocks = np.repeat(starts(blocks), helpers)
+        pooled = ordinals < np.repeat(blocks, helpers)
+        return sizes[pooled], self.block_sizes(latent_size)[(first_blocks + ordinals)[pooled]]
+
+    def entries(self) -> list[IndexEntry]:
         """Of all samples at once."""
         images: list[tuple[int, int]] = [(width, height) for width, height in self.images.tolist()]
         latent_sizes, keys = self.latent_sizes.tolist(), self.keys.tobytes()
+        entries = []
         for sample in self.samples.tolist():
             offset, size, key, image, latent, shard, length, inputs, helpers, *facts = sample
             question, answer, blocks, latents = facts
-            yield IndexEntry(
+            entry = IndexEntry(
                 key=keys[key : key + length].decode(errors="backslashreplace"),
                 shard=shard,
                 offset=offset,
@@ -192,11 +215,25 @@ class Index(Sequence[IndexEntry]):
                 latent_blocks=latents,
                 latent_sizes=None if latent == NOT_GIVEN else latent_sizes[latent : latent + latents],
             )
+            entries.append(entry)
+        return entries
+
+
+def parts_of(num_samples: int, size: int = PART) -> Iterator[Numbers]:
+    """All numbers of samples, in order, so many at a time."""
+    return (np.arange(start, min(start + size, num_samples)) for start in range(0, num_samples, size))
 
 
 def starts(counts: npt.NDArray[Any]) -> Numbers:
     """[n]: the sum of all counts before each."""
     return np.cumsum(counts, dtype=np.int64) - counts
+
+
+def sums(values: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Numbers:
+    """[n]: the sums of the first counts[0] values, of the counts[1] after them, and so forth."""
+    up_to = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
+    ends = np.cumsum(counts, dtype=np.int64)
+    return up_to[ends] - up_to[ends - counts]
 
 
 def places(first: Numbers, counts: Numbers) -> Numbers:

@@ -4,12 +4,11 @@ The index bounds the length of each sample; only texts that may be too long are 
 """
 
 import numpy as np
-import numpy.typing as npt
 
-from mirage_ds.data.costs import MARKERS
+from mirage_ds.data.costs import MARKERS, SampleCosts, row_sizes
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.helpers import OWN, Helpers
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.index import Index, Numbers, parts_of
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import DataError
@@ -28,33 +27,34 @@ def check_lengths(encoder: Encoder, folder: ShardFolder, helpers: Helpers = OWN)
         return
     reader = SampleReader(folder, helpers=helpers.of_texts())
     template = encoder.count_tokens("", "", [], 0)
+    index = helpers.of_texts().index(folder)
     too_long: dict[str, int] = {}
-    for number, entry in enumerate(helpers.of_texts().index(folder)):
-        if template + _most_tokens(encoder, entry) <= encoder.max_length:
-            continue
-        sample = reader(number)
-        length = encoder.count_tokens(
-            sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images), sample.latent_sizes
-        )
-        if length > encoder.max_length:
-            too_long[sample.key] = length
+    for numbers in parts_of(len(index)):
+        part = index.take(numbers)
+        for place in np.flatnonzero(template + _most_tokens(encoder, part) > encoder.max_length).tolist():
+            entry, sample = part[place], reader(int(numbers[place]))
+            length = encoder.count_tokens(
+                sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images), sample.latent_sizes
+            )
+            if length > encoder.max_length:
+                too_long[sample.key] = length
     if too_long:
         raise too_long_error(too_long, f"data.max_length={encoder.max_length}", folder)
 
 
-def check_budget(folder: ShardFolder, lengths: npt.NDArray[np.int64], budget: int) -> None:
+def check_budget(folder: ShardFolder, costs: SampleCosts, budget: int) -> None:
     """Compares every sample with the tokens that a packed row may have.
-
-    Args:
-        lengths: tokens of each sample, in the order of the index.
 
     Raises:
         DataError: some are longer; as `check_lengths`.
     """
-    over = np.flatnonzero(lengths > budget).tolist()
-    if over:
-        index, names = load_index(folder), [shard.name for shard in folder.manifest.shards]
-        too_long = {f"{names[index[number].shard]}/{index[number].key}": int(lengths[number]) for number in over}
+    too_long: dict[str, int] = {}
+    for numbers in parts_of(len(costs.index)):
+        lengths = costs.of(numbers).tokens
+        over = np.flatnonzero(lengths > budget)
+        for entry, length in zip(costs.index.take(numbers[over]).entries(), lengths[over].tolist(), strict=True):
+            too_long[f"{folder.manifest.shards[entry.shard].name}/{entry.key}"] = length
+    if too_long:
         raise too_long_error(too_long, f"data.token_budget={budget}", folder)
 
 
@@ -69,8 +69,10 @@ def too_long_error(too_long: dict[str, int], limit: str, folder: ShardFolder) ->
     )
 
 
-def _most_tokens(encoder: Encoder, entry: IndexEntry) -> int:
-    """No sample with this index entry has more tokens, without those of the template."""
-    text = MAX_UTF8_BYTES * (entry.question_chars + entry.answer_chars)
-    latents = sum(entry.block_sizes(encoder.latent_size)) + MARKERS * entry.latent_blocks
-    return text + sum(encoder.image_tokens(entry.input_sizes)) + MARKERS * entry.image_blocks + latents
+def _most_tokens(encoder: Encoder, index: Index) -> Numbers:
+    """[n]: none of these samples has more tokens, without those of the template."""
+    samples = index.samples
+    sizes = row_sizes(index, encoder.image_tokens, "stage1", encoder.latent_size)
+    text = MAX_UTF8_BYTES * (samples["question_chars"].astype(np.int64) + samples["answer_chars"])
+    markers = MARKERS * (samples["image_blocks"].astype(np.int64) + samples["latent_blocks"])
+    return text + sizes.pads + markers

@@ -153,10 +153,15 @@ class ImageProcessor:
         rows, columns = smart_resize(height, width, side, limits["shortest_edge"], limits["longest_edge"])
         return rows // side, columns // side
 
-    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Language-model tokens of images whose files have these sizes (width, height)."""
-        grids = [self.merged_grid_of(*size) for size in sizes]
-        return [rows * columns for rows, columns in grids]
+    def merged_grids_of(self, sizes: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """[N, 2]: rows and columns, as `merged_grid_of`, of images of these sizes (width, height) [N, 2]."""
+        heights_widths = np.asarray(sizes, np.int64).reshape(-1, 2)[:, ::-1]
+        side, limits = self._processor.patch_size * self.merge_size, self._processor.size
+        return smart_grids(heights_widths, side, limits["shortest_edge"], limits["longest_edge"])
+
+    def image_tokens(self, sizes: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """[N]: language-model tokens of images whose files have these sizes (width, height) [N, 2]."""
+        return self.merged_grids_of(sizes).prod(axis=1)
 
     def facts(self) -> dict[str, Any]:
         """What decides the patches of an image."""
@@ -177,3 +182,17 @@ class ImageProcessor:
     def merged_grids(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
         """Rows and columns of merged patches of each image, from grids [N, 3] in patches."""
         return [(rows, columns) for _, rows, columns in (grid_thw // self.merge_size).tolist()]
+
+
+def smart_grids(sizes: npt.NDArray[np.int64], side: int, min_pixels: int, max_pixels: int) -> npt.NDArray[np.int64]:
+    """[N, 2]: what transformers' `smart_resize` gives for each of [N, 2] sizes, in units of `side`.
+
+    The same operations on float64 in the same order, so that the results are equal. Unlike there, sizes of any aspect
+    ratio are accepted: images are checked where they are built into shards.
+    """
+    pixels = sizes.prod(axis=1, keepdims=True)
+    grids = np.round(sizes / side)  # half to even, as Python's
+    resized = grids.prod(axis=1, keepdims=True) * side**2
+    smaller = np.maximum(1, np.floor(sizes / np.sqrt(pixels / max_pixels) / side))
+    larger = np.ceil(sizes * np.sqrt(min_pixels / pixels) / side)
+    return np.where(resized > max_pixels, smaller, np.where(resized < min_pixels, larger, grids)).astype(np.int64)

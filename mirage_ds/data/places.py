@@ -24,6 +24,11 @@ class LocalPlace:
     def __str__(self) -> str:
         return str(self.folder)
 
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.folder.resolve().name
+
     def where(self, name: str) -> str:
         """The path of a file, for messages."""
         return str(self.folder / name)

@@ -46,6 +46,11 @@ class RemotePlace:
     def __str__(self) -> str:
         return without_secrets(self._url)
 
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return str(self).rstrip("/").rpartition("/")[2]
+
     def where(self, name: str) -> str:
         """The URL of a file, for messages."""
         return without_secrets(_join(self._url, name, self._url))

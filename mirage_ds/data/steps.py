@@ -6,8 +6,9 @@ from itertools import count, islice
 
 import numpy as np
 
-from mirage_ds.data.costs import TOKEN_PATCHES, Costs
+from mirage_ds.data.costs import TOKEN_PATCHES, Costs, SampleCosts, SetCosts
 from mirage_ds.data.deal import Dealt, Numbers, deal, deal_in_order, deal_packed, imbalance, loads, padding
+from mirage_ds.data.mixture import Mixture
 from mirage_ds.data.plan import Plan
 from mirage_ds.errors import ConfigError
 
@@ -52,8 +53,8 @@ class Steps:
 
     def __init__(
         self,
-        plan: Plan,
-        costs: Costs,
+        plan: Plan | Mixture,
+        costs: Costs | SampleCosts | SetCosts,
         share: Share,
         *,
         balance: bool = True,
@@ -66,7 +67,7 @@ class Steps:
                 number of micro-steps differs from step to step; None: micro-batches of `share.micro_batch_size`.
         """
         self.plan, self.share = plan, share
-        self._tokens, self._costs = costs.tokens, costs.in_rows(share.micro_batch_size)
+        self._costs = costs
         self._balance, self._token_budget = balance, token_budget
 
     def at(self, start: int) -> Step:
@@ -76,23 +77,29 @@ class Steps:
 
     def deal(self, start: int) -> Dealt:
         """What each rank gets of the global batch that begins at position `start`."""
-        share, numbers = self.share, self._numbers(start)
+        share = self.share
+        if self._token_budget is None and not self._balance:
+            return deal_in_order(share.global_batch_size, share.world_size, share.micro_batch_size)
+        samples = self._costs_at(start)
+        costs = samples.in_rows(share.micro_batch_size)
         if self._token_budget is not None:
-            return deal_packed(self._tokens[numbers], self._costs[numbers], share.world_size, self._token_budget)
-        if self._balance:
-            return deal(self._costs[numbers], share.world_size, share.micro_batch_size)
-        return deal_in_order(len(numbers), share.world_size, share.micro_batch_size)
+            return deal_packed(samples.tokens, costs, share.world_size, self._token_budget)
+        return deal(costs, share.world_size, share.micro_batch_size)
 
     def loads(self, start: int, dealt: Dealt) -> Numbers:
         """[M, W]: what each micro-batch of this deal costs, its padding included, in patches."""
-        numbers = self._numbers(start)
-        needed = loads(dealt, self._costs[numbers])
+        samples = self._costs_at(start)
+        needed = loads(dealt, samples.in_rows(self.share.micro_batch_size))
         if self._token_budget is not None:
             return needed
-        return needed + TOKEN_PATCHES * padding(dealt, self._tokens[numbers])
+        return needed + TOKEN_PATCHES * padding(dealt, samples.tokens)
 
-    def _numbers(self, start: int) -> Numbers:
-        return np.array(self.plan.samples(start, self.share.global_batch_size))
+    def _costs_at(self, start: int) -> Costs:
+        """Of the global batch that begins at position `start`."""
+        return self._costs.of(np.array(self.plan.samples(start, self.share.global_batch_size)))
+
+    def _tokens(self, number: int) -> int:
+        return int(self._costs.of(np.array([number])).tokens[0])
 
     def _own(self, start: int, dealt: Dealt) -> list[list[int]]:
         return [[start + place for place in ranks[self.share.rank]] for ranks in dealt]
@@ -105,8 +112,8 @@ class Steps:
         numbers = (self.plan.samples(later, 1)[0] for later in count(position))
         if self._token_budget is None:
             return numbers
-        room = self._tokens[self.plan.samples(position, 1)[0]]
-        return (number for number in islice(numbers, self.plan.num_samples) if self._tokens[number] <= room)
+        room = self._tokens(self.plan.samples(position, 1)[0])
+        return (number for number in islice(numbers, self.plan.num_positions) if self._tokens(number) <= room)
 
     def micro_batches(self) -> Iterator[list[int]]:
         """Positions of the samples of each micro-batch, from the share's start on, without end."""

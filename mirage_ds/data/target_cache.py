@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,9 @@ class TargetCache:
         with name_unwritable(directory, "set model.cache_targets to a folder where you may write"):
             directory.mkdir(parents=True, exist_ok=True)
             (directory / f"{key}.json").write_text(description)
-        latent_sizes = [entry.block_sizes(latent_size) for entry in load_index(shards)]
-        first_slots = _sums([len(sizes) for sizes in latent_sizes])
-        offsets = _sums([CHECKSUM.size + 4 * values * size for sizes in latent_sizes for size in sizes])
+        index = load_index(shards)
+        first_slots = _sums(index.samples["latent_blocks"])
+        offsets = _sums(CHECKSUM.size + 4 * values * index.block_sizes(latent_size))
         num_slots = int(np.searchsorted(offsets, limit_bytes, side="right")) - 1
         return cls(directory / f"{key}.targets", first_slots, offsets, num_slots)
 
@@ -104,6 +105,31 @@ class TargetCache:
                 os.close(file)
 
 
-def _sums(numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+@dataclass(frozen=True)
+class TargetCaches:
+    """The targets of a run's folders of shards: one cache each, whose slots are numbered one cache after the other."""
+
+    caches: tuple[TargetCache, ...]
+
+    @cached_property
+    def first_slots(self) -> npt.NDArray[np.int64]:
+        """[caches]: the number of each one's first slot."""
+        return _sums(np.array([cache.first_slots[-1] for cache in self.caches]))[:-1]
+
+    def slots(self, which: int, own: range) -> range:
+        """The numbers of a cache's own slots."""
+        first = int(self.first_slots[which])
+        return range(first + own.start, first + own.stop)
+
+    def write(self, slots: Sequence[int], values: Sequence[bytes]) -> None:
+        """As `TargetCache.write`."""
+        of_slot = np.searchsorted(self.first_slots, slots, side="right") - 1
+        for which in np.unique(of_slot).tolist():
+            chosen = np.flatnonzero(of_slot == which).tolist()
+            own_slots = np.array(slots)[chosen] - self.first_slots[which]
+            self.caches[which].write(own_slots.tolist(), [values[place] for place in chosen])
+
+
+def _sums(numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
     """[n + 1]: the sum of all numbers before each."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(numbers, dtype=np.int64)])

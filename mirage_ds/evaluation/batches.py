@@ -16,7 +16,7 @@ Batch = tuple[Row, ...]
 
 def question_tokens(sample: Sample, image_tokens: ImageTokens) -> int:
     """The length of a question: image tokens from the sizes in the images' headers, text estimated as in training."""
-    images = image_tokens([header_size(image) for image in sample.input_images])
+    images = image_tokens([header_size(image) for image in sample.input_images]).tolist()
     text = -(-len(sample.text_input) // CHARS_PER_TOKEN)
     return TEMPLATE_TOKENS + text + sum(images) + MARKERS * len(images)
 

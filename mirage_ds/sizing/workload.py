@@ -15,12 +15,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mirage_ds.config import Config
 from mirage_ds.data.alignment import PASS_TOKENS
-from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, row_size
+from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, row_sizes
+from mirage_ds.data.folders import find_folders
 from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.index import IndexEntry
+from mirage_ds.data.index import Index, IndexEntry
+from mirage_ds.data.mixture import order_of
 from mirage_ds.data.patches import ImageProcessor
-from mirage_ds.data.places import Reading
-from mirage_ds.data.shards import find_manifest
 from mirage_ds.paths import without_secrets
 
 PIXEL_LIMITS = (3136, 12_845_056)  # preprocessor_config.json of Qwen2.5-VL-Instruct: 4 and 16384 merged patches
@@ -95,7 +95,7 @@ class Workload:
     """The rows of a run. Memory depends on the largest, time on the mean."""
 
     shapes: Sequence[Shape]  # of every sample, in the order of their numbers; without shards, of an assumed one
-    num_samples: int | None  # None: unknown
+    num_samples: int | None  # of an epoch; None: unknown
     source: str
     token_budget: int | None = None  # of packed rows
     masked: bool = False  # see `masks_samples`
@@ -169,22 +169,36 @@ def workload(config: Config) -> Workload:
         DataError: the shards' manifest or index is damaged.
     """
     processor, helpers, num_samples = image_processor(config), Helpers.of(config), None
-    shards = find_manifest(config.data.shards, Reading.of(config.data))
+    where, shards = ", ".join(without_secrets(str(each.path)) for each in config.data.sets), find_folders(config.data)
     if shards is not None:
-        shapes = [measure(entry, config, processor) for entry in helpers.index(shards)]
-        num_samples = len(shapes)
-        source = f"image sizes from {shards.place}, text at {CHARS_PER_TOKEN} characters per token"
+        parts = (part for folder in shards.folders for part in helpers.index(folder).parts())
+        shapes = [shape for part in parts for shape in measure(part, config, processor)]
+        num_samples = order_of(config, shards).num_positions
+        source = f"image sizes from {where}, text at {CHARS_PER_TOKEN} characters per token"
     else:
-        shapes = [measure(helpers.entry(ASSUMED, ASSUMED), config, processor)]
+        shapes = measure(Index.of([helpers.entry(ASSUMED, ASSUMED)]), config, processor)
         source = (
-            f"no shards at {without_secrets(str(config.data.shards))}; assumed: an image and a helper image of 512 x "
-            f"512 pixels, {ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
+            f"no shards at {where}; assumed: an image and a helper image of 512 x 512 pixels, "
+            f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
         )
     return Workload(shapes, num_samples, source, config.data.token_budget, masks_samples(config))
 
 
-def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Shape:
-    """A row by data/costs.py. Latents are fed back in stage 2 only.
+def measure(index: Index, config: Config, processor: ImageProcessor) -> list[Shape]:
+    """Rows by data/costs.py."""
+    sizes = row_sizes(index, processor.image_tokens, config.train.stage, config.model.latent_size)
+    latent_sizes, starts = sizes.latent_sizes.tolist(), np.cumsum(sizes.blocks) - sizes.blocks
+    columns = (starts, sizes.blocks, sizes.question, sizes.answer, sizes.input_patches + sizes.helper_patches)
+    return [
+        shape_of(config, question, answer, latent_sizes[start : start + blocks], patches)
+        for start, blocks, question, answer, patches in zip(*(each.tolist() for each in columns), strict=True)
+    ]
+
+
+def shape_of(config: Config, question: int, answer: int, sizes: Sequence[int], patches: int) -> Shape:
+    """A row of so many tokens of question and text of the answer, with latent blocks of these K.
+
+    Latents are fed back in stage 2 only.
 
     The positions of the blocks in the answer are not in the index: they are assumed to cut its text into equal parts.
 
@@ -192,10 +206,9 @@ def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Sha
     in stage 1.
     """
     stage = config.train.stage
-    size = row_size(entry, processor.image_tokens, stage, config.model.latent_size)
-    sizes, question, answer = size.latent_sizes, size.question, size.answer + MARKERS * len(size.latent_sizes)
+    answer += MARKERS * len(sizes)
     if config.data.max_length is not None:  # longer rows are refused, so that their text has fewer tokens than assumed
-        over = max(0, size.tokens - config.data.max_length)
+        over = max(0, question + answer + sum(sizes) - config.data.max_length)
         answer, question = max(0, answer - over), question - max(0, over - answer)
     cuts = [answer * part // (len(sizes) + 1) for part in range(len(sizes) + 2)]
     before, *after = [end - start for start, end in pairwise(cuts)]
@@ -212,7 +225,7 @@ def measure(entry: IndexEntry, config: Config, processor: ImageProcessor) -> Sha
         stretches=stretches,
         latent_sizes=fed_back,
         targets=answer,
-        patches=size.input_patches + size.helper_patches,
+        patches=patches,
     )
 
 

@@ -17,7 +17,7 @@ from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.packing import collate_packed
-from mirage_ds.data.stream import SampleReader, encode_read, first_usable
+from mirage_ds.data.stream import FoldersReader, encode_read, first_usable
 from mirage_ds.errors import MemoryFullError
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.memory import activation_bytes, estimate_memory
@@ -51,7 +51,7 @@ def dry_run(trainer: Trainer, config: Config, start: Start) -> None:
         return activation_bytes(sizes, config, row, e)
 
     if config.data.token_budget is not None:
-        lengths: list[int] = start.costs.tokens.tolist()
+        lengths: list[int] = start.costs.all().tokens.tolist()
         most = config.train.samples_per_step(world_size) - world_size + 1  # no rank is without a sample
         numbers = costliest_row([cost(row) for row in rows.rows], lengths, config.data.token_budget, most)
         size = len(numbers)
@@ -110,7 +110,7 @@ def take(config: Config, start: Start, numbers: Iterable[int], size: int) -> Bat
 
     A sample that cannot be used is left for the run to meet, which may never read it; the next one takes its place.
     """
-    read, following = SampleReader(start.shards, helpers=Helpers.of(config)), cycle(numbers)
+    read, following = FoldersReader(start.shards, helpers=Helpers.of(config)), cycle(numbers)
     samples = [first_usable(partial(encode_read, start.encoder, read), following, "skip") for _ in range(size)]
     if config.hides_images:  # any of them may be drawn, which takes more memory
         samples = [replace(sample, hides_images=True) for sample in samples]

@@ -11,7 +11,17 @@ PACKAGE = ROOT / "mirage_ds"
 SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for path in (ROOT / folder).rglob("*.py"))
 
 GROUND = (
-    *("batch", "config", "config_train", "config_values", "console", "errors", "housekeeping", "launcher"),
+    *(
+        "batch",
+        "config",
+        "config_data",
+        "config_train",
+        "config_values",
+        "console",
+        "errors",
+        "housekeeping",
+        "launcher",
+    ),
     *(
         "library_noise",
         "model_folder",

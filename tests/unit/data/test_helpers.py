@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from data_tools.build import build
 from mirage_ds.config import HelperImages, Stage
-from mirage_ds.data.costs import row_size
+from mirage_ds.data.costs import row_sizes
 from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.index import Index, IndexEntry, load_index
 from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.plan import Plan
@@ -66,7 +66,7 @@ def entry(helpers: int) -> IndexEntry:
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(0, 2**31 - 1))
 def test_shuffled_is_a_derangement_of_the_rows_with_helper_images(helpers: list[int], seed: int) -> None:
-    donors = Helpers("shuffled", seed).donors([entry(count) for count in helpers], "digest").tolist()
+    donors = Helpers("shuffled", seed).donors(Index.of([entry(count) for count in helpers]), "digest").tolist()
     rows = [number for number, count in enumerate(helpers) if count]
     assert sorted(donors) == list(range(len(helpers)))
     assert all(donors[number] in rows for number in rows)
@@ -78,7 +78,7 @@ def test_who_gets_whose_images_depends_on_seed_and_folder() -> None:
     """The numbers are fixed: a run that resumes with a newer version has the same."""
 
     def donors(seed: int, digest: str) -> list[int]:
-        return Helpers("shuffled", seed).donors([entry(1)] * 8, digest).tolist()
+        return Helpers("shuffled", seed).donors(Index.of([entry(1)] * 8), digest).tolist()
 
     assert donors(3, "a") == [1, 3, 4, 7, 0, 2, 5, 6]
     assert len({tuple(donors(*each)) for each in itertools.product((3, 4), ("a", "b"))}) == 4
@@ -94,12 +94,11 @@ def test_every_rank_worker_and_start_shuffles_alike(mixed: ShardFolder) -> None:
         shares = [Share(rank, world_size, 4 // world_size, start=start) for rank in range(world_size)]
         streams = [
             make_loader(
-                mixed,
+                SampleReader(mixed, helpers=Helpers("shuffled", 3)),
                 lambda sample: sample,
                 list,
                 in_order(share, mixed, seed=3),
                 num_workers=num_workers,
-                helpers=Helpers("shuffled", 3),
             )
             for share in shares
         ]
@@ -137,7 +136,7 @@ def test_the_index_has_the_sizes_of_what_is_encoded(
     helpers, encoder = Helpers(images, 1), make_encoder("stage1")
     read = SampleReader(mixed, helpers=helpers)
     for number, each in enumerate(helpers.index(mixed)):
-        encoded, size = encoder(read(number)), row_size(each, encoder.image_tokens, "stage1", 3)
+        encoded, size = encoder(read(number)), row_sizes(Index.of([each]), encoder.image_tokens, "stage1", 3)
         assert size.helper_patches == len(encoded.pixel_values_latent)
         assert list(size.latent_sizes) == encoded.latent_sizes
         assert size.pads == int((encoded.latent_mask | encoded.image_mask).sum())
@@ -231,12 +230,15 @@ def test_a_row_whose_donor_cannot_be_read_is_a_fault_of_its_own(shards: ShardFol
         read(6)
     with pytest.raises(DataError, match=rf"for shard-.*/{receiver:09d} \(data\.helper=shuffled\): .*\({key}\)"):
         read(receiver)
-    undecodable = replace(SampleReader(shards, helpers=helpers)(0), helper_images=(b"GIF8",))
-    names = rf"\(shard-000000\.tar/000000000 with shard-00000\d\.tar/{donors[0]:09d}\.helper_0\)"
+    row = next(number for number in range(4) if number not in (6, receiver))
+    undecodable = replace(read(row), helper_images=(b"GIF8",))
+    names = rf"\(shard-000000\.tar/{row:09d} with shard-00000\d\.tar/{donors[row]:09d}\.helper_0\)"
     with pytest.raises(DataError, match=rf"cannot be decoded: .* {names}"):
         make_encoder("stage1")(undecodable)
     in_turn = in_order(Share(0, 1, 10), shards, seed=3)
-    stream = make_loader(shards, make_encoder("stage1"), list, in_turn, num_workers=0, on_fault="skip", helpers=helpers)
+    stream = make_loader(
+        SampleReader(shards, helpers=helpers), make_encoder("stage1"), list, in_turn, num_workers=0, on_fault="skip"
+    )
     order = Plan(10, shards.digest, 3).samples(0, 20)
     for place, sample in enumerate(next(iter(stream))):
         following = [number for number in order[place:] if number not in (6, receiver)]

@@ -75,8 +75,8 @@ def test_workers_that_are_forked_read(shards: ShardFolder, server: Server, readi
     folder = load_manifest(server.url, reading)
     order = in_order(Share(0, 1, 2), shards, seed=3)
     server.faults += ["500", "cut", "short"]
-    got = make_loader(folder, as_is, list, order, num_workers=num_workers)
-    expected = make_loader(shards, as_is, list, order, num_workers=0)
+    got = make_loader(SampleReader(folder), as_is, list, order, num_workers=num_workers)
+    expected = make_loader(SampleReader(shards), as_is, list, order, num_workers=0)
     assert keys(iter(got), 10) == keys(iter(expected), 10)
 
 
@@ -154,7 +154,7 @@ def test_a_sample_that_is_skipped_is_counted_and_a_dead_server_is_not(
     """Not every sample of the folder is skipped while a server is away."""
     folder, order = load_manifest(server.url, reading), in_order(Share(0, 1, 2), shards, seed=3)
     encoder = Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=2)
-    loader = iter(make_loader(folder, encoder, list, order, num_workers=0, on_fault="skip"))
+    loader = iter(make_loader(SampleReader(folder), encoder, list, order, num_workers=0, on_fault="skip"))
     server.faults += ["500"] * remote.TRIES
     assert [len(sample.faults) for sample in next(loader)] == [1, 0]
     server.always = "500"

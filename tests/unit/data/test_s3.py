@@ -17,7 +17,7 @@ from mirage_ds.data.places import Reading
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.data.steps import Share
-from mirage_ds.data.stream import make_loader
+from mirage_ds.data.stream import SampleReader, make_loader
 from mirage_ds.errors import DataError, StallError
 
 
@@ -58,8 +58,8 @@ def test_a_stream_from_s3_is_that_from_a_disk(
     s3.put(str(shards.path), "data/some/shards", recursive=True)
     folder = load_manifest("s3://data/some/shards", Reading(tmp_path / "cache"))
     order = in_order(Share(0, 1, 2), shards, seed=3)
-    got = make_loader(folder, as_is, list, order, num_workers=2)
-    expected = make_loader(shards, as_is, list, order, num_workers=0)
+    got = make_loader(SampleReader(folder), as_is, list, order, num_workers=2)
+    expected = make_loader(SampleReader(shards), as_is, list, order, num_workers=0)
     assert list(itertools.islice(got, 10)) == list(itertools.islice(expected, 10))
 
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)

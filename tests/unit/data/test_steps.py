@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from mirage_ds.data.costs import CHARS_PER_TOKEN, PASS_TOKENS, TOKEN_PATCHES, Costs, measure_costs
+from mirage_ds.data.costs import CHARS_PER_TOKEN, PASS_TOKENS, TOKEN_PATCHES, Costs, SampleCosts
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.index import load_index
+from mirage_ds.data.index import Index, load_index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.shards import ShardFolder
@@ -108,16 +109,19 @@ def test_costs_are_those_of_the_encoded_samples(
     pads = [int((sample.image_mask | sample.latent_mask).sum()) for sample in samples]
     inputs, helpers = ([len(getattr(each, f"pixel_values{kind}")) for each in samples] for kind in ("", "_latent"))
     texts = np.array(tokens, dtype=np.int32) - np.array(pads, dtype=np.int32)
-    index, facts = load_index(shards), {"stage": stage, "latent_size": 2}
+    index = load_index(shards)
 
-    exact = measure_costs(index, encoder.image_tokens, texts=texts, **facts)
+    def costs(entries: Index, **more: Any) -> Costs:
+        return SampleCosts(entries, encoder.image_tokens, stage, 2, **more).all()
+
+    exact = costs(index, texts=texts)
     assert exact.tokens.tolist() == tokens
     assert exact.costs.tolist() == (TOKEN_PATCHES * exact.tokens + np.array(inputs) + np.array(helpers)).tolist()
     latents = [sum(sample.latent_sizes) if stage == "stage2" else 0 for sample in samples]
     assert exact.passes.tolist() == latents
-    kept = measure_costs(index, encoder.image_tokens, texts=texts, keeps_targets=True, **facts)
+    kept = costs(index, texts=texts, keeps_targets=True)
     assert kept.costs.tolist() == (TOKEN_PATCHES * exact.tokens + np.array(inputs)).tolist()
-    longer = [replace(entry, answer_chars=entry.answer_chars + 30) for entry in index]
-    estimated, more = (measure_costs(entries, encoder.image_tokens, **facts).tokens for entries in (index, longer))
+    longer = Index.of([replace(entry, answer_chars=entry.answer_chars + 30) for entry in index])
+    estimated, more = costs(index).tokens, costs(longer).tokens
     assert (more - estimated).tolist() == [30 // CHARS_PER_TOKEN] * len(index)
     assert (estimated > np.array(pads)).all()

@@ -14,7 +14,7 @@ from data_tools import cli
 from data_tools.build import build
 from mirage_ds.data import counts as counts_file
 from mirage_ds.data import images
-from mirage_ds.data.costs import measure_costs
+from mirage_ds.data.costs import SampleCosts
 from mirage_ds.data.counts import Counts, count_texts, counts_name, load_counts, save_counts
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.index import load_index
@@ -67,8 +67,8 @@ def load(encoder: Encoder, folder: ShardFolder, stage: str, *, system_turn: bool
 def lengths_by_counts(folder: ShardFolder, encoder: Encoder, stage: str, *, system_turn: bool = True) -> list[int]:
     counts = load(encoder, folder, stage, system_turn=system_turn)
     assert counts is not None
-    costs = measure_costs(load_index(folder), encoder.image_tokens, stage=stage, latent_size=K, texts=counts)
-    return costs.tokens.tolist()
+    costs = SampleCosts(load_index(folder), encoder.image_tokens, stage, K, texts=counts)
+    return costs.all().tokens.tolist()
 
 
 @pytest.mark.parametrize("system_turn", [True, False])
@@ -128,7 +128,7 @@ def test_packing_needs_counts_and_room_for_every_sample(place: Path, folder: Sha
         packing = ["data.packing=true", f"data.token_budget={budget}"] if budget else []
         paths = [f"data.shards={folder.path}", f"model.path={place / 'model'}", f"model.latent_size={K}"]
         costs, source = measure_samples(load_config(RECIPE, [*paths, *packing]), encoder, folder)
-        return costs.tokens.tolist(), source
+        return costs.all().tokens.tolist(), source
 
     encoder = open_encoder(place, "stage1")
     path = folder.path / counts_name(encoder.tokenizer, system_turn=True)

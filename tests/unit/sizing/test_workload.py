@@ -12,7 +12,7 @@ from mirage_ds.config import Config
 from mirage_ds.data.alignment import aligned_columns, num_columns
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
-from mirage_ds.data.index import IndexEntry
+from mirage_ds.data.index import Index, IndexEntry
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.sizing.workload import Shape, Workload, aligned, measure
 
@@ -107,7 +107,7 @@ def measured(stage: str, each: IndexEntry, max_length: int | None = None, *, see
             "train": {"stage": stage, "max_steps": 1, "warmup_steps": 0},
         }
     )
-    return measure(each, config, ImageProcessor(Qwen2VLImageProcessorPil()))
+    return measure(Index.of([each]), config, ImageProcessor(Qwen2VLImageProcessorPil()))[0]
 
 
 def test_each_stage_has_the_columns_of_its_latents() -> None:

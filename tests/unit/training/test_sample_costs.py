@@ -6,22 +6,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mirage_ds.data.costs import TOKEN_PATCHES, Costs
+from mirage_ds.data.costs import SampleCosts, SetCosts
+from mirage_ds.data.folders import ShardFolders
+from mirage_ds.data.index import Index, IndexEntry
 from mirage_ds.data.places import LocalPlace
-from mirage_ds.data.shards import Manifest, ShardFolder
+from mirage_ds.data.shards import IndexFile, Manifest, ShardFolder
 from mirage_ds.errors import DataError
 from mirage_ds.training.sample_costs import require_same
 from mirage_ds.zero3 import distributed
 
-Rank = tuple[str, Costs, str, ShardFolder]
+Rank = tuple[str, SetCosts, str, ShardFolders, dict[str, int]]
 
 
 def on_host(
-    name: str, *, last: int = 9, patches: int = 0, source: str = "tokens counted (F)", digest: str = "d"
+    name: str,
+    *,
+    last: int = 9,
+    image: int = 12,
+    source: str = "tokens counted (F)",
+    digest: str = "d",
+    index: str = "i",
+    latent_size: int = 4,
 ) -> Rank:
-    tokens = np.array([5, 7, last])
-    folder = ShardFolder(LocalPlace(Path("shards")), Manifest(1, 3, "", ()), digest)
-    return name, Costs(tokens, TOKEN_PATCHES * tokens + patches), source, folder
+    """A rank with three samples, the last of which has `last` counted tokens, and whose images have `image` tokens."""
+    entry = IndexEntry("key", 0, 0, 0, [(9, 9)], [], 1, 1, 1, 1)
+    counts = np.array([5, 7, last], np.int32)
+    costs = SampleCosts(Index.of(3 * [entry]), lambda sizes: np.full(len(sizes), image), "stage1", 4, texts=counts)
+    manifest = Manifest(2, 3, (IndexFile("index/keys.npy", 0, index),), ())
+    folder = ShardFolder(LocalPlace(Path("shards")), manifest, digest)
+    return name, SetCosts((costs,)), source, ShardFolders((folder,), (1.0,)), {"latent_size": latent_size}
 
 
 def refusals(monkeypatch: pytest.MonkeyPatch, ranks: list[Rank]) -> list[str]:
@@ -52,11 +65,13 @@ def test_ranks_with_the_same_costs_start(monkeypatch: pytest.MonkeyPatch) -> Non
     "other",
     [
         on_host("node-b", last=8),
-        on_host("node-b", patches=1),
+        on_host("node-b", image=13),
         on_host("node-b", digest="e"),
+        on_host("node-b", index="j"),
+        on_host("node-b", latent_size=5),
         on_host("node-b", last=8, source="tokens estimated from characters (no F)"),
     ],
-    ids=["tokens", "patches", "shards", "not counted"],
+    ids=["tokens", "patches", "shards", "index", "settings", "not counted"],
 )
 def test_a_rank_with_other_costs_is_refused(monkeypatch: pytest.MonkeyPatch, other: Rank) -> None:
     found = refusals(monkeypatch, [on_host("node-a"), on_host("node-c"), other])
