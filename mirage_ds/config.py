@@ -76,7 +76,7 @@ class ModelConfig(Section):
     """Stage 1: folder that keeps the latent targets of helper images, so that later epochs do not encode them again;
     see [training](training.md#keep-latent-targets). Unset: every epoch encodes them."""
     cache_targets_gib: float = Field(default=64, gt=0)
-    """Largest size of the file in `model.cache_targets`; helper images beyond it are encoded in every epoch."""
+    """Largest size of the run's files in `model.cache_targets`; helper images beyond it are encoded in every epoch."""
 
     @model_validator(mode="after")
     def _cached_targets_stay_valid(self) -> "ModelConfig":

@@ -10,6 +10,8 @@ import yaml
 from generated_rows import write_rows
 
 from data_tools.build import build
+from launch.doctor.all_checks import facts
+from launch.doctor.recipe_checks import check_shards
 from launch.planner.level import folder_costs
 from mirage_ds.config import Config
 from mirage_ds.data.costs import SampleCosts, SetCosts
@@ -209,3 +211,11 @@ def test_the_planner_sees_all_folders(ground: Path) -> None:
     assert len(planned.costs) == 19
     assert planned.level(config, 2).imbalance >= 1
     assert folder_costs(configuration(ground.parent, "model.path=Qwen/Qwen2.5-VL-3B-Instruct")) is None
+
+
+def test_the_doctor_reads_all_folders(ground: Path, mixed: ShardFolders) -> None:
+    config = configuration(ground)
+    rows = list(check_shards(config))
+    assert [(row.what, row.state) for row in rows] == [("data.shards", "ok")] * 3
+    assert all(f"({ground / name})" in row.found for row, name in zip(rows, SIZES, strict=True))
+    assert facts(config)["data.shards"] == mixed.digest

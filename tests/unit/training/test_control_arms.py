@@ -293,7 +293,8 @@ def test_memory_and_time_are_estimated_for_the_arm(
     assert [row.patches for row in workload(config).rows] == patches
     planned = folder_costs(config)
     assert planned is not None
-    assert (planned.costs.costs - TOKEN_PATCHES * planned.costs.tokens).tolist() == patches
+    costs = planned.costs.all()
+    assert (costs.costs - TOKEN_PATCHES * costs.tokens).tolist() == patches
     nowhere = f"data.shards={ground / 'nowhere'}"
     arms = ("data.helper=true", f"data.helper={images}")
     own, found = (workload(configuration(ground, nowhere, arm)).largest for arm in arms)
