@@ -53,15 +53,24 @@ def reference_loss(hf: Any, row: EncodedSample, stage: Stage, text_weight: float
 def input_embeds(hf: Any, row: EncodedSample) -> torch.Tensor:
     """[1, L, D]: embeddings of the tokens, and of the image in its places."""
     embeds = hf.model.language_model.embed_tokens(row.input_ids[None])
-    image = encode_images(hf.model.visual, row.pixel_values, row.image_grid_thw)
+    values = patch_values(row.pixel_values, row.pixel_levels)
+    image = encode_images(hf.model.visual, values, row.image_grid_thw)
     return embeds.masked_scatter(row.image_mask[None, :, None].expand_as(embeds), image.to(embeds.dtype))
 
 
 def pooled_helper(hf: Any, row: EncodedSample) -> torch.Tensor:
     """[K, D]: the means of K runs of the helper image's embeddings, the remainder dropped."""
-    patches = encode_images(hf.model.visual, row.pixel_values_latent, row.image_grid_thw_latent)
+    values = patch_values(row.pixel_values_latent, row.pixel_levels)
+    patches = encode_images(hf.model.visual, values, row.image_grid_thw_latent)
     (size,) = row.latent_sizes
     return patches[: len(patches) // size * size].unflatten(0, (size, -1)).mean(dim=1)
+
+
+def patch_values(pixel_values: torch.Tensor, pixel_levels: torch.Tensor) -> torch.Tensor:
+    """Bytes [P, pixels and colors] and their values [3, 256] -> patches [P, 1176] of two equal frames."""
+    colors = pixel_values.view(len(pixel_values), -1, 3).transpose(1, 2).long()
+    values = pixel_levels.expand(len(colors), -1, -1).gather(2, colors)
+    return torch.stack([values, values], dim=2).flatten(1)
 
 
 def encode_images(visual: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:

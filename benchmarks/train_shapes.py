@@ -22,7 +22,7 @@ from mirage_ds.model.mirage import MirageModel
 from mirage_ds.sizing.model_sizes import PUBLISHED, TOWER, text_section
 from mirage_ds.tokens import IGNORE_INDEX
 
-PATCH_VALUES = 1176
+PATCH_BYTES = 588
 LEAD_TARGETS = 20  # supervised tokens before the latents, at most
 
 
@@ -141,10 +141,11 @@ def make_row(seed: int, shape: RowShape, vocab: int, stage: Stage) -> EncodedSam
         image_mask=(columns >= 1) & (columns <= shape.cells),
         latent_mask=latent_mask,
         prompt_length=prompt,
-        pixel_values=torch.randn(patches, PATCH_VALUES, generator=draw),
+        pixel_values=torch.randint(256, (patches, PATCH_BYTES), dtype=torch.uint8, generator=draw),
         image_grid_thw=grid_thw,
-        pixel_values_latent=torch.randn(helpers * patches, PATCH_VALUES, generator=draw),
+        pixel_values_latent=torch.randint(256, (helpers * patches, PATCH_BYTES), dtype=torch.uint8, generator=draw),
         image_grid_thw_latent=grid_thw[:helpers],
+        pixel_levels=torch.linspace(-2, 2, 256).expand(3, -1),
         latent_sizes=[latents] if latents else [],
     )
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from data_tools.build import facts_of
+from data_tools.facts import facts_of
 from mirage_ds.data.index import Index, IndexEntry, check_digests, load_index
 from mirage_ds.data.places import Place
 from mirage_ds.data.rows import check_sample

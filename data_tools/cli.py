@@ -1,4 +1,4 @@
-"""The `mirage-data` command: `mirage-data make-vsp | make-puzzles | build | merge | upgrade | check | count`."""
+"""The `mirage-data` command: `make-vsp | make-puzzles | build | merge | upgrade | check | count`, and looking.py."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,9 +7,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from data_tools import puzzles, vsp
-from data_tools.build import REJECTS_NAME
+from data_tools import looking, puzzles, vsp
 from data_tools.build import build as build_shards
+from data_tools.build import val_folder
+from data_tools.building.progress import shown
+from data_tools.building.rejects import REJECTS_NAME
+from data_tools.building.workers import all_cores
 from data_tools.check import check as check_shards
 from data_tools.parts import build_part, parse_part
 from data_tools.parts import merge as merge_parts
@@ -20,6 +23,7 @@ from mirage_ds.model_folder import check_model
 from mirage_ds.paths import expanded, to_location, without_secrets
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(looking.app)
 
 
 class Style(StrEnum):
@@ -94,29 +98,44 @@ def make_puzzles(
 @app.command()
 @expanded()
 def build(
-    rows: Annotated[Path, typer.Option("--input", help="JSONL rows; image paths are relative to this file.")],
+    rows: Annotated[
+        list[Path],
+        typer.Option("--input", help="JSONL or parquet rows; several are read in turn. Images are relative to them."),
+    ],
     output: Annotated[Path, typer.Option(help="New folder for shards, manifest and index.")],
     maxcount: Annotated[int, typer.Option(min=1, help="Maximum samples per shard.")] = 10_000,
     maxsize: Annotated[int, typer.Option(min=1, help="Bytes after which a new shard starts.")] = 1_000_000_000,
     max_rejects: Annotated[int, typer.Option(min=0, help="Number of unusable rows to tolerate.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default.")] = None,
+    shuffle_seed: Annotated[int | None, typer.Option(help="Shuffle the rows of JSONL files first.")] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="Part of the rows that goes to OUTPUT-val, by the hash of their keys.")
+    ] = None,
     part: Annotated[str | None, typer.Option(help="I/N: build only this part, in OUTPUT.part-I-of-N.")] = None,
 ) -> None:
-    """Builds tar shards from rows and images; plain webdataset can read them."""
-    with Console(stderr=True).status("building shards"):
+    """Builds tar shards from rows and images; plain webdataset can read them. Ended early, it continues."""
+    limits: dict[str, Any] = {"maxcount": maxcount, "maxsize": maxsize, "max_rejects": max_rejects}
+    limits |= {"workers": workers or all_cores(), "shuffle_seed": shuffle_seed}
+    if part is not None and val_fraction is not None:
+        raise errors.ConfigError(
+            f"--val-fraction {val_fraction} with --part {part}: a part has one output; allowed: one of "
+            "them; leave one out"
+        )
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise errors.ConfigError(
+            f"--val-fraction {val_fraction} is no part of the rows; allowed: more than 0 and less than 1; correct it"
+        )
+    with shown("building shards") as progress:
         if part is None:
-            manifest, rejects = build_shards(rows, output, maxcount=maxcount, maxsize=maxsize, max_rejects=max_rejects)
+            manifest, rejects = build_shards(rows, output, val_fraction=val_fraction, report=progress, **limits)
         else:
             number, count = parse_part(part)
-            output, manifest, rejects = build_part(
-                rows,
-                output,
-                number=number,
-                count=count,
-                maxcount=maxcount,
-                maxsize=maxsize,
-                max_rejects=max_rejects,
-            )
+            output, manifest, rejects = build_part(rows, output, number=number, count=count, report=progress, **limits)
     report(output, manifest, rejects)
+    if val_fraction is not None and val_folder(output).exists():
+        report(val_folder(output), load_manifest(val_folder(output)).manifest, [])
+    elif val_fraction is not None:
+        typer.echo(f"no row is in the part of {val_fraction} for {val_folder(output)}: there is no such folder")
 
 
 @app.command()

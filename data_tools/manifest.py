@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -12,23 +11,6 @@ from typing import IO, Any
 
 from mirage_ds.data.index import COLUMNS, INDEX_FOLDER, IndexEntry, column_file, column_header, consecutive
 from mirage_ds.data.shards import FORMAT_VERSION, MANIFEST_NAME, IndexFile, Manifest, Shard
-
-_TAR_BLOCK = 512  # bytes; a member's data is padded to a multiple
-
-
-def scan_shard(path: Path) -> list[tuple[str, int, int]]:
-    """Returns (key, offset, size in bytes) of each sample of a tar file, in the order of the file.
-
-    A sample extends from the header of its first member (the pax header, if any) to the padding of its last member.
-    """
-    positions: list[tuple[str, int, int]] = []
-    with tarfile.open(path, mode="r:") as tar:
-        for info in tar:
-            key = info.name.partition(".")[0]
-            end = info.offset_data + -(-info.size // _TAR_BLOCK) * _TAR_BLOCK
-            start = positions.pop()[1] if positions and positions[-1][0] == key else info.offset
-            positions.append((key, start, end - start))
-    return positions
 
 
 def write_manifest(

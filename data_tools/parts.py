@@ -11,15 +11,19 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.build import REJECTS_NAME, SHARD_PATTERN, Rejects
 from data_tools.build import build as build_shards
+from data_tools.building.encoding import Rejected
+from data_tools.building.inputs import count_all_rows
+from data_tools.building.progress import Report
+from data_tools.building.rejects import as_lines, check_rejects, read_rejects, write_rejects
+from data_tools.building.shard_writer import SHARD_PATTERN
 from data_tools.manifest import write_manifest
 from mirage_ds.data.index import Index, check_digests, load_index
-from mirage_ds.data.rows import count_rows
 from mirage_ds.data.shards import Manifest, Shard, load_manifest
 from mirage_ds.errors import DataError
 from mirage_ds.output_folder import new_folder
@@ -33,9 +37,10 @@ class Part:
 
     number: int
     count: int
-    rows_sha256: str
+    rows_sha256: str  # of the one input, or of the digests of several
     maxcount: int
     maxsize: int
+    shuffle_seed: int | None = None
 
     @property
     def build(self) -> "Part":
@@ -63,28 +68,34 @@ def folder_of(output: Path, number: int, count: int) -> Path:
     return output.absolute().parent / f"{output.name}.part-{number:05d}-of-{count:05d}"
 
 
-def rows_of(rows: Path, number: int, count: int, maxcount: int) -> range:
+def rows_of(rows: Sequence[Path], number: int, count: int, maxcount: int) -> range:
     """The row numbers of a part: complete shards of `maxcount` rows, distributed as evenly as possible.
 
     Raises:
         DataError: the rows cannot be read, or are too few for this number of parts.
     """
-    num_rows = count_rows(rows)
+    num_rows = count_all_rows(rows)
     num_shards = -(-num_rows // maxcount)
     if num_shards < count:
         raise DataError(
-            f"more parts than shards ({rows}, --maxcount {maxcount}): rows: {num_rows}, shards: {num_shards}, parts: "
-            f"{count}; each part needs at least one shard; use fewer parts, or set a smaller --maxcount"
+            f"more parts than shards ({', '.join(map(str, rows))}, --maxcount {maxcount}): rows: {num_rows}, shards: "
+            f"{num_shards}, parts: {count}; each part needs at least one shard; use fewer parts, or set a smaller "
+            "--maxcount"
         )
     first, last = (each * num_shards // count * maxcount for each in (number, number + 1))
     return range(first, min(last, num_rows))
 
 
-def describe_part(rows: Path, number: int, count: int, maxcount: int, maxsize: int) -> Part:
+def describe_part(
+    rows: Sequence[Path], number: int, count: int, maxcount: int, maxsize: int, shuffle_seed: int | None = None
+) -> Part:
     """A part of the rows as they are now."""
-    with rows.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Part(number, count, digest, maxcount, maxsize)
+    digests = []
+    for path in rows:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return Part(number, count, digest, maxcount, maxsize, shuffle_seed)
 
 
 def check_no_other_parts(output: Path, part: Part) -> None:
@@ -102,7 +113,17 @@ def check_no_other_parts(output: Path, part: Part) -> None:
 
 
 def build_part(
-    rows: Path, output: Path, *, number: int, count: int, maxcount: int, maxsize: int, max_rejects: int = 0
+    rows: Path | Sequence[Path],
+    output: Path,
+    *,
+    number: int,
+    count: int,
+    maxcount: int,
+    maxsize: int,
+    max_rejects: int = 0,
+    workers: int = 1,
+    shuffle_seed: int | None = None,
+    report: Report = lambda rows, fraction: None,
 ) -> tuple[Path, Manifest, list[dict[str, Any]]]:
     """Builds one part in its own folder next to `output`, completely or not at all; an existing part is kept.
 
@@ -111,19 +132,23 @@ def build_part(
     Raises:
         DataError: as `build`, or `rows_of`.
     """
-    numbers = rows_of(rows, number, count, maxcount)
-    part = describe_part(rows, number, count, maxcount, maxsize)
+    paths = [rows] if isinstance(rows, Path) else list(rows)
+    numbers = rows_of(paths, number, count, maxcount)
+    part = describe_part(paths, number, count, maxcount, maxsize, shuffle_seed)
     folder = folder_of(output, number, count)
     if folder.exists() and read_part(folder) == part:  # built by an earlier start of the job
-        return folder, load_manifest(folder).manifest, read_rejects(folder)
+        return folder, load_manifest(folder).manifest, as_lines(read_rejects(folder))
     manifest, rejects = build_shards(
-        rows,
+        paths,
         folder,
         maxcount=maxcount,
         maxsize=maxsize,
         max_rejects=max_rejects,
+        workers=workers,
+        shuffle_seed=shuffle_seed,
         numbers=numbers,
         notes={PART_NAME: json.dumps(asdict(part)) + "\n"},
+        report=report,
     )
     return folder, manifest, rejects
 
@@ -181,7 +206,7 @@ def merge(folders: list[Path], output: Path, *, max_rejects: int = 0) -> tuple[M
     Raises:
         DataError: parts of different builds, an incomplete shard or index, too many rejects, or an existing output.
     """
-    rejects = Rejects()
+    rejects: list[Rejected] = []
     with new_folder(output) as new:
         shards: list[Shard] = []
         parts: list[tuple[int, Index]] = []
@@ -193,17 +218,11 @@ def merge(folders: list[Path], output: Path, *, max_rejects: int = 0) -> tuple[M
                 name = SHARD_PATTERN % len(shards)
                 _link(folder / shard.name, new / name)
                 shards.append(replace(shard, name=name))
-            rejects.lines += read_rejects(folder)
-        rejects.check(max_rejects)
-        rejects.write(new)
+            rejects += read_rejects(folder)
+        check_rejects(rejects, max_rejects)
+        write_rejects(new, rejects)
         entries = (replace(entry, shard=entry.shard + first) for first, index in parts for entry in index)
-        return write_manifest(new, shards, entries), rejects.lines
-
-
-def read_rejects(folder: Path) -> list[dict[str, Any]]:
-    """The rejected rows of a part."""
-    path = folder / REJECTS_NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return write_manifest(new, shards, entries), as_lines(rejects)
 
 
 def _link(shard: Path, new: Path) -> None:

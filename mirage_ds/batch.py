@@ -38,7 +38,8 @@ class Batch:
     target_rows: torch.Tensor  # [T] int64: flat positions whose output predicts a supervised token; T >= 1
     target_ids: torch.Tensor  # [T] int64: that token
     target_weights: torch.Tensor  # [T] float32: 1 / (supervised tokens of the sample); 0 for a dummy
-    pixel_values: torch.Tensor  # [P, 1176] float32: patches of all input images, then of all helper images; P >= 4
+    pixel_values: torch.Tensor  # [P, 588] uint8: patches of all input images, then of all helper images; P >= 4
+    pixel_levels: torch.Tensor  # [3, 256] float32: what the tower takes for each byte of a color, see `EncodedSample`
     image_grids: list[Grid]  # [N], input images first
     helper_grids: list[Grid]  # of the helper images (stage 1), else empty
     latent_sizes: list[int]  # K of each of the helper images

@@ -10,9 +10,10 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 Sample = dict[str, Any]
-"""input_ids, labels [L]; latent_mask, image_mask [L] bool; pixel_values [P, 1176]; image_grid_thw [n, 3];
-pixel_values_latent, image_grid_thw_latent: of the helper images, or empty; latent_sizes: K of each latent block;
-hides_images: whether nothing after the first latent block attends to the images."""
+"""input_ids, labels [L]; latent_mask, image_mask [L] bool; pixel_values [P, 588] bytes (pixel, color), and
+pixel_levels [3, 256], the value of each byte; image_grid_thw [n, 3]; pixel_values_latent, image_grid_thw_latent: of the
+helper images, or empty; latent_sizes: K of each latent block; hides_images: whether nothing after the first latent
+block attends to the images."""
 
 
 def positions(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
@@ -22,17 +23,28 @@ def positions(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
     return model.model.get_rope_index(sample["input_ids"][None], types, grids)[0]
 
 
-def images(model: torch.nn.Module, pixel_values: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-    """[merged patches, D]; empty without an image."""
+def normalized(sample: Sample, kind: str = "") -> torch.Tensor:
+    """A sample's patches as transformers has them [P, 1176]: for each color the pixels of two equal frames."""
+    colors = [
+        levels[sample[f"pixel_values{kind}"][:, color::3].long()]
+        for color, levels in enumerate(sample["pixel_levels"].to(sample["pixel_values"].device))
+    ]
+    return torch.cat([frame for color in colors for frame in (color, color)], dim=1)
+
+
+def images(model: torch.nn.Module, sample: Sample, kind: str = "") -> torch.Tensor:
+    """[merged patches, D] of the input images or, with `_latent`, of the helper images; empty without an image."""
+    grids = sample[f"image_grid_thw{kind}"]
     if not len(grids):
         return torch.zeros(0, model.config.text_config.hidden_size)
-    return model.model.visual(pixel_values, grid_thw=grids).pooler_output
+    patches = normalized(sample, kind).to(next(model.parameters()).dtype)
+    return model.model.visual(patches, grid_thw=grids).pooler_output
 
 
 def targets(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
     """Of each helper image, the means of K equal runs of patches, the remainder dropped: [latents of all blocks, D]."""
     grids = sample["image_grid_thw_latent"]
-    helpers = images(model, sample["pixel_values_latent"], grids).split((grids.prod(dim=1) // 4).tolist())
+    helpers = images(model, sample, "_latent").split((grids.prod(dim=1) // 4).tolist())
     means = []
     for patches, size in zip(helpers, sample["latent_sizes"], strict=True):
         group = len(patches) // size
@@ -70,7 +82,7 @@ def sample_losses(model: torch.nn.Module, sample: Sample, stage: str) -> tuple[t
     """Cross-entropy and latent loss of one sample, each its own mean; 0 where there is nothing to average."""
     position_ids, mask = positions(model, sample), attention_mask(sample)
     text = model.get_input_embeddings()(sample["input_ids"])
-    image_rows = iter(images(model, sample["pixel_values"], sample["image_grid_thw"]))
+    image_rows = iter(images(model, sample))
     latents = sample["latent_mask"].nonzero().flatten().tolist()
     rows = [next(image_rows) if is_image else row for row, is_image in zip(text, sample["image_mask"], strict=True)]
     pooled = targets(model, sample) if stage == "stage1" and latents else torch.zeros(0, text.shape[1])

@@ -8,7 +8,9 @@ from mirage_ds.data.encode import EncodedSample
 from mirage_ds.tokens import IGNORE_INDEX
 
 VOCAB, IMAGE, PAD, START, END = 900, 5, 997, 998, 999
-PATCH_VALUES = 1176
+PATCH_BYTES = 588
+PIXEL_LEVELS = torch.tensor([[0.4814], [0.4578], [0.4082]]).neg().add(torch.arange(256) / 255).div(0.27)
+"""About those of Qwen2.5-VL: another mean for each color."""
 
 
 def random_sample(
@@ -55,12 +57,18 @@ def random_sample(
         image_mask=image_mask,
         latent_mask=latent_mask,
         prompt_length=len(prompt),
-        pixel_values=torch.randn(sum(h * w for _, h, w in grids), PATCH_VALUES, generator=draw),
+        pixel_values=patches(grids, draw),
         image_grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
-        pixel_values_latent=torch.randn(sum(h * w for _, h, w in helper_grid), PATCH_VALUES, generator=draw),
+        pixel_values_latent=patches(helper_grid, draw),
         image_grid_thw_latent=torch.tensor(helper_grid, dtype=torch.int64).reshape(-1, 3),
+        pixel_levels=PIXEL_LEVELS,
         latent_sizes=sizes,
     )
+
+
+def patches(grids: list[list[int]], draw: torch.Generator) -> torch.Tensor:
+    count = sum(height * width for _, height, width in grids)
+    return torch.randint(256, (count, PATCH_BYTES), dtype=torch.uint8, generator=draw)
 
 
 def positions(prompt: list[int], grids: list[list[int]], length: int) -> torch.Tensor:

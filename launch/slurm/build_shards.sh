@@ -9,5 +9,5 @@
 set -euo pipefail
 rows=@@{rows_quoted}
 output=@@{output}
-# A part is written completely or not at all; a part of an earlier start is kept.
-@@{command} build --input "$rows" --output "$output" --part "$SLURM_ARRAY_TASK_ID/@@{tasks}" @@{limits}
+# A complete part of an earlier start is kept, and an unfinished one continues.
+@@{command} build --input "$rows" --output "$output" --part "$SLURM_ARRAY_TASK_ID/@@{tasks}" --workers 1 @@{limits}

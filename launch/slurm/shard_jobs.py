@@ -43,10 +43,10 @@ def command(
     tree = settings.model_dump(exclude_unset=True) | {name: value for name, value in given.items() if value is not None}
     settings = parse_settings(tree | {"sbatch": (*settings.sbatch, *(sbatch or []))}, "the cluster file")
     rows, output = rows.absolute(), output.absolute()
-    rows_of(rows, 0, tasks, maxcount)  # refuses more tasks than there are shards
+    rows_of([rows], 0, tasks, maxcount)  # refuses more tasks than there are shards
     if output.exists():
         raise DataError(f"the output already exists ({output}); allowed: a new folder; choose another or remove it")
-    check_no_other_parts(output, describe_part(rows, 0, tasks, maxcount, maxsize))
+    check_no_other_parts(output, describe_part([rows], 0, tasks, maxcount, maxsize))
     jobs = output.parent / f"{output.name}.jobs"
     limits = ["--maxcount", str(maxcount), "--maxsize", str(maxsize), "--max-rejects", str(max_rejects)]
     logs = str(jobs).replace("%", "%%")  # sbatch replaces %j, %s, ...
@@ -82,7 +82,7 @@ def submit(script: Path, cluster: Cluster, *options: str) -> str:
 
 
 def render(template: str, rows: Path, output: Path, cluster: Cluster, tasks: int, log: str, **more: str) -> str:
-    """A batch script. One core per task is enough: a build processes one sample at a time."""
+    """A batch script. Each task has one core and one worker: more of them make more of the work at a time."""
     options = {
         "job-name": output.name,
         "partition": cluster.partition,

@@ -10,7 +10,7 @@ from mirage_ds.data.alignment import cheapest_columns, columns_from_left, hide_c
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.tokens import IGNORE_INDEX
 
-# A micro-batch without any image still enters the tower, with one all-zero merged patch that is not used.
+# A micro-batch without any image still enters the tower, with one black merged patch that is not used.
 DUMMY_GRID = (1, 1)
 
 
@@ -91,6 +91,7 @@ def lay_out(samples: Sequence[EncodedSample], places: Sequence[torch.Tensor], sh
         target_ids=target_ids,
         target_weights=target_weights,
         pixel_values=pixel_values,
+        pixel_levels=samples[0].pixel_levels,  # of one encoder, as in all samples
         image_grids=image_grids,
         helper_grids=helper_grids,
         latent_sizes=[size for sample in samples if len(sample.image_grid_thw_latent) for size in sample.latent_sizes],

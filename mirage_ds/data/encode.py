@@ -16,15 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from mirage_ds.config import CompressStrategy, Stage
 from mirage_ds.data.conversation import IMAGE_BLOCK, LATENT_BLOCK, load_tokenizer, prompt_text, train_text
-from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.ids import expand_pads, find_prompt_length, supervised_labels
 from mirage_ds.data.images import decode, header_size
-from mirage_ds.data.index import Index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.pooling import check_pooling, pooling_fault
 from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
-from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import MALFORMED, ConfigError, DataError
 from mirage_ds.tokens import ASSISTANT_MARKER, IGNORE_INDEX, TokenIds
 
@@ -56,10 +53,11 @@ class EncodedSample:
     image_mask: torch.Tensor  # [L] bool: True at image pads
     latent_mask: torch.Tensor  # [L] bool: True at latent pads
     prompt_length: int  # tokens up to and including <|im_start|>assistant
-    pixel_values: torch.Tensor  # [P, 1176] float32: patches of the input images
+    pixel_values: torch.Tensor  # [P, 588] uint8: patches of the input images, see `ImageProcessor`
     image_grid_thw: torch.Tensor  # [N, 3] int64
-    pixel_values_latent: torch.Tensor  # [P, 1176] float32: patches of the helper images
+    pixel_values_latent: torch.Tensor  # [P, 588] uint8: patches of the helper images
     image_grid_thw_latent: torch.Tensor  # [N, 3] int64
+    pixel_levels: torch.Tensor  # [3, 256] float32: red, green, blue: the rescaled and normalized value of each byte
     latent_sizes: list[int]  # K of each latent block
     faults: list[str] = field(default_factory=list)  # of the samples before it that could not be used
     target_slots: range = range(0)  # of the encoded helper images in the run's target cache, if it has one
@@ -128,11 +126,11 @@ class Encoder:
         self.ids = TokenIds.of(tokenizer)
         self.tokenizer = tokenizer
         self._image_processor = image_processor
-        self._stage = stage
+        self.stage = stage
         self.latent_size = latent_size
-        self._system_turn = system_turn
+        self.system_turn = system_turn
         self.max_length = max_length
-        self._compress_strategy = compress_strategy
+        self.compress_strategy = compress_strategy
         self._exif_orientation = exif_orientation
         self._answer_sees_image = answer_sees_image
         self._marker = self._tokenize(ASSISTANT_MARKER)
@@ -150,11 +148,11 @@ class Encoder:
         sizes = self._block_sizes(sample.text_output, len(sample.helper_images), sample.latent_sizes)
         pixel_values, grid_thw = self._patches(sample.input_images, f"{sample.key}.input")
         is_cached = sample.cached_targets is not None
-        helper_images = sample.helper_images if self._stage == "stage1" and not is_cached else ()
+        helper_images = sample.helper_images if self.stage == "stage1" and not is_cached else ()
         helper_name = sample.helper_name or f"{sample.key}.helper"
         pixel_values_latent, grid_thw_latent = self._patches(helper_images, helper_name)
         helper_grids = self._image_processor.merged_grids(grid_thw_latent)
-        check_pooling(helper_grids, sizes, self._compress_strategy, helper_name)
+        check_pooling(helper_grids, sizes, self.compress_strategy, helper_name)
         text = self._text(sample, grid_thw, sizes)
         return EncodedSample(
             key=sample.key,
@@ -163,6 +161,7 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=pixel_values_latent,
             image_grid_thw_latent=grid_thw_latent,
+            pixel_levels=self.pixel_levels,
             latent_sizes=sizes,
             target_slots=range(0) if is_cached else sample.target_slots,
             set_number=sample.set_number,
@@ -176,7 +175,7 @@ class Encoder:
             "image_processor": self._image_processor.facts(),
             "exif_orientation": self._exif_orientation,
             "latent_size": self.latent_size,
-            "compress_strategy": self._compress_strategy,
+            "compress_strategy": self.compress_strategy,
         }
 
     def prompt(self, sample: Sample) -> EncodedSample:
@@ -191,7 +190,7 @@ class Encoder:
             self.tokenizer,
             sample.text_input,
             num_input_images=len(sample.input_images),
-            system_turn=self._system_turn,
+            system_turn=self.system_turn,
         )
         num_merged = self._image_processor.num_merged(grid_thw)
         input_ids = expand_pads(self._tokenize(text), num_merged, [], self.ids)
@@ -209,6 +208,7 @@ class Encoder:
             image_grid_thw=grid_thw,
             pixel_values_latent=no_patches,
             image_grid_thw_latent=no_grid,
+            pixel_levels=self.pixel_levels,
             latent_sizes=[],
         )
 
@@ -216,7 +216,7 @@ class Encoder:
         """Encodes a sample's helper images alone, which `helper_fault` has nothing against.
 
         Returns:
-            Patches [P, 1176] float32; rows and columns of merged patches, and K, of each image.
+            Patches [P, 588] uint8; rows and columns of merged patches, and K, of each image.
         """
         patches, grid_thw = self._patches(sample.helper_images, f"{sample.key}.helper")
         sizes = self._block_sizes(sample.text_output, len(sample.helper_images), sample.latent_sizes)
@@ -227,32 +227,17 @@ class Encoder:
         # Not turned as EXIF says: an image can be pooled to K if its transpose can.
         grids = [self._image_processor.merged_grid_of(*header_size(image)) for image in sample.helper_images]
         sizes = self._block_sizes(sample.text_output, len(grids), sample.latent_sizes)
-        fault = pooling_fault(grids, sizes, self._compress_strategy)
+        fault = pooling_fault(grids, sizes, self.compress_strategy)
         return None if fault is None else fault[1]
 
-    def check_index(self, folder: ShardFolder, helpers: Helpers = OWN) -> None:
-        """Checks before a run, from the index alone, what `__call__` would refuse in this stage.
+    def merged_grids(self, sizes: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """[N, 2]: rows and columns of merged patches of images of these sizes (width, height) [N, 2]."""
+        return self._image_processor.merged_grids_of(sizes)
 
-        Raises:
-            DataError: a sample would be refused; the message names its shard and key.
-        """
-        if self._stage != "stage1":
-            return
-        known: set[tuple[int, ...]] = set()  # rows, columns and K that fit: data sets have few
-        for part in helpers.index(folder).parts():
-            sizes, latent_sizes = part.helper_images(self.latent_size)
-            pooled = np.column_stack([self._image_processor.merged_grids_of(sizes), latent_sizes])
-            new = set(map(tuple, pooled.tolist())) - known
-            if any(pooling_fault([(rows, columns)], [size], self._compress_strategy) for rows, columns, size in new):
-                self._refuse(part, folder)
-            known |= new
-
-    def _refuse(self, index: Index, folder: ShardFolder) -> None:
-        """Raises: DataError: it names the first of these samples that cannot be pooled."""
-        for entry in index:
-            grids = self._image_processor.merged_grids_of(entry.helper_sizes).tolist()
-            key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
-            check_pooling(grids, entry.block_sizes(self.latent_size), self._compress_strategy, f"{key}.helper")
+    @property
+    def pixel_levels(self) -> torch.Tensor:
+        """What the tower takes for each byte of a patch: [3, 256] float32."""
+        return self._image_processor.pixel_levels
 
     @property
     def image_facts(self) -> dict[str, Any]:
@@ -272,7 +257,7 @@ class Encoder:
         latent_sizes: Sequence[int] = (),
     ) -> int:
         """The length of a sample with input images of these sizes, as `__call__` would encode it."""
-        text = self._train_text(question, answer, len(sizes), num_helpers, latents=self._stage != "text")
+        text = self._train_text(question, answer, len(sizes), num_helpers, latents=self.stage != "text")
         latents = self._block_sizes(answer, num_helpers, latent_sizes)
         return len(expand_pads(self._tokenize(text), self.image_tokens(sizes).tolist(), latents, self.ids))
 
@@ -298,7 +283,7 @@ class Encoder:
 
     def _block_sizes(self, answer: str, num_helpers: int, own: Sequence[int]) -> list[int]:
         """K of each latent block of an encoded answer, whose row may have its `own`."""
-        if self._stage == "text":
+        if self.stage == "text":
             return []
         return list(own) or [self.latent_size] * num_latent_blocks(answer, num_helpers)
 
@@ -332,7 +317,7 @@ class Encoder:
         self, sample: Sample, num_helpers: int, grid_thw: torch.Tensor, latent_sizes: list[int]
     ) -> EncodedText:
         text = self._train_text(
-            sample.text_input, sample.text_output, len(grid_thw), num_helpers, latents=self._stage != "text"
+            sample.text_input, sample.text_output, len(grid_thw), num_helpers, latents=self.stage != "text"
         )
         num_merged = self._image_processor.num_merged(grid_thw)
         input_ids = expand_pads(self._tokenize(text), num_merged, latent_sizes, self.ids)
@@ -356,7 +341,7 @@ class Encoder:
             num_input_images=num_inputs,
             num_helper_images=num_helpers,
             latents=latents,
-            system_turn=self._system_turn,
+            system_turn=self.system_turn,
         )
 
     def _tokenize(self, text: str) -> torch.Tensor:

@@ -29,7 +29,7 @@ def decode(data: bytes, where: str, *, exif_orientation: bool = True) -> Image.I
         if image.mode.startswith("I"):
             return _from_16_bits(image).convert("RGB")
         if not image.has_transparency_data:
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
         background = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
 

@@ -1,72 +1,92 @@
 """Finds samples that are longer than `data.max_length` or `data.token_budget` before a run, without decoding an image.
 
-The index bounds the length of each sample; only texts that may be too long are read and tokenized.
+Counted tokens (`mirage-data count`) give each length. Without them the index bounds it, and only texts that may be too
+long are read and tokenized.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 
 from mirage_ds.data.costs import MARKERS, SampleCosts, row_sizes
+from mirage_ds.data.counts import counts_name, load_counts
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.helpers import OWN, Helpers
-from mirage_ds.data.index import Index, Numbers, parts_of
+from mirage_ds.data.helpers import Helpers
+from mirage_ds.data.index import Entries, Index, Numbers, parts_of
+from mirage_ds.data.reasons import Reason
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import DataError
 
 MAX_UTF8_BYTES = 4  # of a character; a token of byte-level BPE has at least one byte
-NUM_LISTED = 5
 
 
-def check_lengths(encoder: Encoder, folder: ShardFolder, helpers: Helpers = OWN) -> None:
-    """Compares every sample with the encoder's limit, if it has one.
+def too_long(encoder: Encoder, folder: ShardFolder, helpers: Helpers) -> Reason:
+    """The samples with more tokens than the encoder's limit, if it has one.
 
     Raises:
-        DataError: some are longer; the message has how many, and the first few with their lengths.
+        DataError: a sample, or the counted tokens, cannot be read.
     """
-    if encoder.max_length is None:
-        return
-    reader = SampleReader(folder, helpers=helpers.of_texts())
-    template = encoder.count_tokens("", "", [], 0)
-    index = helpers.of_texts().index(folder)
-    too_long: dict[str, int] = {}
-    for numbers in parts_of(len(index)):
-        part = index.take(numbers)
-        for place in np.flatnonzero(template + _most_tokens(encoder, part) > encoder.max_length).tolist():
-            entry, sample = part[place], reader(int(numbers[place]))
-            length = encoder.count_tokens(
-                sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images), sample.latent_sizes
-            )
-            if length > encoder.max_length:
-                too_long[sample.key] = length
-    if too_long:
-        raise too_long_error(too_long, f"data.max_length={encoder.max_length}", folder)
+    limit, helpers = encoder.max_length, helpers.of_texts()
+    if limit is None:
+        return Reason("", "")
+    index = helpers.index(folder)
+    name = counts_name(encoder.tokenizer, system_turn=encoder.system_turn)
+    counts = load_counts(name, folder, stage="text" if helpers.images == "none" else encoder.stage)
+    if counts is None:
+        lengths = _read_lengths(encoder, folder, helpers, index, limit)
+    else:
+        costs = SampleCosts(index, encoder.image_tokens, encoder.stage, encoder.latent_size, texts=counts)
+        lengths = ((numbers, costs.of(numbers).tokens) for numbers in parts_of(len(index)))
+    return _longer(lengths, index, folder, "data.max_length", limit)
 
 
 def check_budget(folder: ShardFolder, costs: SampleCosts, budget: int) -> None:
     """Compares every sample with the tokens that a packed row may have.
 
     Raises:
-        DataError: some are longer; as `check_lengths`.
+        DataError: some are longer; the message has how many, and the first few with their lengths.
     """
-    too_long: dict[str, int] = {}
-    for numbers in parts_of(len(costs.index)):
-        lengths = costs.of(numbers).tokens
-        over = np.flatnonzero(lengths > budget)
-        for entry, length in zip(costs.index.take(numbers[over]).entries(), lengths[over].tolist(), strict=True):
-            too_long[f"{folder.manifest.shards[entry.shard].name}/{entry.key}"] = length
-    if too_long:
-        raise too_long_error(too_long, f"data.token_budget={budget}", folder)
+    lengths = ((numbers, costs.of(numbers).tokens) for numbers in parts_of(len(costs.index)))
+    if reason := _longer(lengths, costs.index, folder, "data.token_budget", budget):
+        raise DataError(f"the run cannot use samples ({folder.place}, samples: {folder.num_samples}):\n  - {reason}")
 
 
-def too_long_error(too_long: dict[str, int], limit: str, folder: ShardFolder) -> DataError:
-    """Names samples with their numbers of tokens, and the key and value of the limit."""
-    listed = ", ".join(f"{key} with {length}" for key, length in list(too_long.items())[:NUM_LISTED])
-    more = f" and {len(too_long) - NUM_LISTED} more" if len(too_long) > NUM_LISTED else ""
-    return DataError(
-        f"samples with more tokens than {limit}: {len(too_long)} ({folder.place}): {listed}{more}; samples are never "
-        f"truncated; raise {limit.partition('=')[0]} to at least {max(too_long.values())}, make the images smaller "
-        "with data.max_pixels, or build the shards without these rows"
+def _longer(
+    lengths: Iterator[tuple[Numbers, Numbers]], index: Entries, folder: ShardFolder, key: str, limit: int
+) -> Reason:
+    """Args: lengths: numbers of samples, and the tokens of each; key: of the recipe, which has the limit."""
+    reason, longest = Reason(f"more tokens than {key}={limit}", ""), 0
+    for numbers, tokens in lengths:
+        over = np.flatnonzero(tokens > limit)
+        listed = over[: reason.num_missing]
+        for entry, length in zip(index.take(numbers[listed]).entries(), tokens[listed].tolist(), strict=True):
+            reason.examples.append(f"{folder.manifest.shards[entry.shard].name}/{entry.key} with {length}")
+        reason.count += len(over)
+        longest = max(longest, int(tokens[over].max(initial=0)))
+    reason.remedy = (
+        f"samples are never truncated; raise {key} to at least {longest}, make the images smaller with "
+        "data.max_pixels, or leave these rows out with `mirage-data filter`"
     )
+    return reason
+
+
+def _read_lengths(
+    encoder: Encoder, folder: ShardFolder, helpers: Helpers, index: Entries, limit: int
+) -> Iterator[tuple[Numbers, Numbers]]:
+    """Numbers and tokens of the samples that may have more than `limit`."""
+    reader = SampleReader(folder, helpers=helpers)
+    template = encoder.count_tokens("", "", [], 0)
+    for numbers in parts_of(len(index)):
+        part = index.take(numbers)
+        near = np.flatnonzero(template + _most_tokens(encoder, part) > limit)
+        tokens = [
+            encoder.count_tokens(
+                sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images), sample.latent_sizes
+            )
+            for entry, sample in zip(part.take(near).entries(), map(reader, numbers[near].tolist()), strict=True)
+        ]
+        yield numbers[near], np.array(tokens, np.int64)
 
 
 def _most_tokens(encoder: Encoder, index: Index) -> Numbers:

@@ -6,6 +6,12 @@ from mirage_ds.config import CompressStrategy
 from mirage_ds.errors import DataError
 from mirage_ds.ops.segments import image_segments
 
+POOLING_REMEDY = (
+    "the row's latent_size, else model.latent_size <= merged patches, and with model.compress_strategy=grid a product "
+    "of two factors that fit into their rows and columns; use a larger image or data.min_pixels, or set another "
+    "model.latent_size, or another latent_size in the row"
+)
+
 
 def pooling_fault(
     grids: Sequence[tuple[int, int]], latent_sizes: Sequence[int], strategy: CompressStrategy
@@ -33,8 +39,4 @@ def check_pooling(
     """
     if fault := pooling_fault(grids, latent_sizes, strategy):
         number, reason = fault
-        raise DataError(
-            f"{reason} ({name}_{number}); expected the row's latent_size, else model.latent_size <= merged patches, "
-            "and with model.compress_strategy=grid a product of two factors that fit into their rows and columns; use "
-            "a larger image or data.min_pixels, or set another model.latent_size, or another latent_size in the row"
-        )
+        raise DataError(f"{reason} ({name}_{number}); expected {POOLING_REMEDY}")

@@ -1,18 +1,19 @@
 """Reads rows of JSONL files as samples: a question with images, an answer with helper images. Needs no torch.
 
-{"text_input": str, "text_output": str, "image_input": path or list, "image_output": path or list,
- "latent_size": int or list, ...}
+{"text_input": str, "text_output": str, "image_input": image or list, "image_output": image or list,
+ "latent_size": int or list, ...}; what an image may be is in row_images.py
 """
 
 import codecs
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mirage_ds import strict_json, tokens
 from mirage_ds.data.images import open_image
-from mirage_ds.errors import DataError, reason_of
+from mirage_ds.data.row_images import read_images
+from mirage_ds.errors import DataError
 
 IMAGE_TAG = "<image>"
 OUTPUT_IMAGE_TAG = "<output_image>"
@@ -29,9 +30,6 @@ RESERVED_TOKENS = (
     *tokens.LATENT_TOKENS,
 )
 _ROW_FIELDS = ("text_input", "text_output", "image_input", "image_output", "latent_size")
-
-# Called with a bad row's file:line, its id field (None if it has none) and the error.
-Reject = Callable[[str, Any, DataError], None]
 
 
 @dataclass(frozen=True)
@@ -51,28 +49,14 @@ class Sample:
     set_number: int = 0  # of the run's folders of shards, the one that it is from
 
 
-def read_rows(path: Path, reject: Reject | None = None, numbers: range | None = None) -> Iterator[tuple[str, Sample]]:
+def read_rows(path: Path) -> Iterator[tuple[str, Sample]]:
     """Yields (file:line, sample) of a JSONL file; keys number the rows. Empty lines are skipped.
 
-    Args:
-        reject: called for each row that cannot be used, which is then skipped; None: the first one is an error.
-        numbers: reads only these rows, counted from 0.
     Raises:
         DataError: the file cannot be read or has no row, or `read_row` refuses a row.
     """
-    for number, (where, line) in enumerate(_read_lines(path)):
-        if numbers is not None and number not in numbers:
-            continue
-        row: dict[str, Any] = {}
-        try:
-            row = parse_row(line, where)
-            sample = read_row(row, key=f"{number:09d}", where=where, folder=path.parent)
-        except DataError as error:
-            if reject is None:
-                raise
-            reject(where, row.get("id"), error)
-        else:
-            yield where, sample
+    for number, (where, row) in enumerate(read_json_lines(path)):
+        yield where, read_row(row, key=f"{number:09d}", where=where, folder=path.parent)
 
 
 def count_rows(path: Path) -> int:
@@ -81,7 +65,7 @@ def count_rows(path: Path) -> int:
     Raises:
         DataError: the file cannot be read or has no row.
     """
-    return sum(1 for _ in _read_lines(path))
+    return sum(1 for _ in read_lines(path))
 
 
 def read_questions(path: Path, *, helpers: bool = False) -> Iterator[tuple[str, Sample]]:
@@ -100,13 +84,13 @@ def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path, he
         DataError: the question and its images do not match, or an image cannot be read.
     """
     answer = read_text(row, "text_output", where) if row.get("text_output") else ""
-    helper_images = _images(row, "image_output", where, folder) if helpers else ()
+    helper_images = read_images(row.get("image_output"), "image_output", where, folder) if helpers else ()
     num_blocks = num_latent_blocks(answer, len(helper_images))
     sample = Sample(
         key=key,
         text_input=read_text(row, "text_input", where),
         text_output=answer,
-        input_images=_images(row, "image_input", where, folder),
+        input_images=read_images(row.get("image_input"), "image_input", where, folder),
         helper_images=helper_images,
         latent_sizes=read_latent_sizes(row, num_blocks, where) if helper_images else (),
         extra=_extra(row),
@@ -133,19 +117,30 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         DataError: the file cannot be read, has no line, or a line is not a JSON object in UTF-8.
     """
-    for where, line in _read_lines(path):
+    for number, _, line in read_lines(path):
+        where = f"{path}:{number}"
         yield where, parse_row(line, where)
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    empty = True
+def read_lines(path: Path, offset: int = 0, number: int = 0) -> Iterator[tuple[int, int, bytes]]:
+    """Yields (line number from 1, bytes of the file up to its end, line) of each line that is not empty.
+
+    Args:
+        offset, number: bytes and lines to leave out.
+
+    Raises:
+        DataError: the file cannot be read or has no such line.
+    """
+    empty = offset == 0
     try:
         with path.open("rb") as file:
-            for number, marked in enumerate(file, start=1):
+            file.seek(offset)
+            for marked in file:
+                number, offset = number + 1, offset + len(marked)
                 line = marked.removeprefix(codecs.BOM_UTF8)  # Notepad, PowerShell and Excel write it
                 if line.strip():
                     empty = False
-                    yield f"{path}:{number}", line
+                    yield number, offset, line
     except OSError as error:
         raise DataError(f"cannot read the rows: {error.strerror} ({path}); name an existing JSONL file") from error
     if empty:
@@ -174,12 +169,15 @@ def read_row(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Samp
     Raises:
         DataError: a field of the wrong type, a missing image file, or what `check_sample` refuses.
     """
-    answer, helpers = read_text(row, "text_output", where), _images(row, "image_output", where, folder)
+    answer, helpers = (
+        read_text(row, "text_output", where),
+        read_images(row.get("image_output"), "image_output", where, folder),
+    )
     sample = Sample(
         key=key,
         text_input=read_text(row, "text_input", where),
         text_output=answer,
-        input_images=_images(row, "image_input", where, folder),
+        input_images=read_images(row.get("image_input"), "image_input", where, folder),
         helper_images=helpers,
         latent_sizes=read_latent_sizes(row, num_latent_blocks(answer, len(helpers)), where),
         extra=_extra(row),
@@ -223,31 +221,6 @@ def read_latent_sizes(row: Mapping[str, Any], num_blocks: int, where: str) -> tu
             "number for each block, or a single integer for all; add or remove numbers"
         )
     return tuple(sizes[:num_blocks])
-
-
-def _images(row: Mapping[str, Any], name: str, where: str, folder: Path) -> tuple[bytes, ...]:
-    value = row.get(name)
-    paths = [] if value is None else value if isinstance(value, list) else [value]
-    return tuple(_read_image(path, name, where, folder) for path in paths)
-
-
-def _read_image(path: Any, name: str, where: str, folder: Path) -> bytes:
-    if not isinstance(path, str) or not path:
-        raise DataError(
-            f"{name}: {path!r:.80} is not a path ({where}); expected a path or a list of paths; fix the field"
-        )
-    if path.startswith("data:"):
-        raise DataError(
-            f"{name}: {path!r:.80} is an image in the row ({where}); expected a path or a list of paths; write the "
-            "image to a file and its path into the row"
-        )
-    try:
-        return (folder / path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{name} cannot be read: {path!r:.80}: {reason_of(error)} ({where}); paths are relative to the folder of "
-            f"the JSONL file, {folder}; put the image there or fix the path"
-        ) from error
 
 
 def check_sample(sample: Sample, where: str) -> None:

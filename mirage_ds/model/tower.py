@@ -1,7 +1,8 @@
 """The vision tower: patches of images -> patch embeddings.
 
-Runs transformers' own modules, in an order of its own: patches are embedded by a matrix product (a convolution whose
-stride is its kernel), and attention takes one call for all windows of one size instead of one call each.
+Patches come as bytes; they are rescaled, normalized and laid out here, on the device. Then it runs transformers' own
+modules, in an order of its own: patches are embedded by a matrix product (a convolution whose stride is its kernel),
+and attention takes one call for all windows of one size instead of one call each.
 """
 
 from typing import Any
@@ -31,15 +32,17 @@ class Tower(torch.nn.Module):
         self.dtype = next(visual.parameters()).dtype
         config = visual.config
         self.window_cells = config.window_size // (config.patch_size * config.spatial_merge_size)
+        self.patch_pixels = config.patch_size**2
+        self.num_frames = config.temporal_patch_size
         self.full_blocks = frozenset(config.fullatt_block_indexes)
         self.num_heads = config.num_heads
         self.head_dim = config.hidden_size // config.num_heads
 
     def forward(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
-        """Patches [P, 1176] of images with these grids -> [P / 4, D], images in order, cells in raster order."""
+        """Values [P, 1176] of images with these grids -> [P / 4, D], images in order, cells in raster order."""
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             layout = lay_out(grids, self.window_cells, pixel_values.device)
-            hidden = linear(pixel_values.to(self.dtype), self.visual.patch_embed.proj.weight.flatten(1))
+            hidden = linear(pixel_values, self.visual.patch_embed.proj.weight.flatten(1))
             hidden = reorder(hidden, layout.cells)
             rotary = self.rotary(layout.positions)
             for number, block in enumerate(self.visual.blocks):
@@ -54,11 +57,23 @@ class Tower(torch.nn.Module):
         Both kinds are encoded together, so that every rank enters the tower once. Remaining embeddings are those of the
         dummy image of a micro-batch without images.
         """
-        pixel_values = batch.pixel_values.requires_grad_(self.trained)
-        patch_embeds = self(pixel_values, batch.image_grids)
+        pixel_values = self.patch_values(batch.pixel_values, batch.pixel_levels)
+        patch_embeds = self(pixel_values.requires_grad_(self.trained), batch.image_grids)
         num_input = len(batch.image_rows)
         num_helper = sum(rows * columns for rows, columns in batch.helper_grids)
         return patch_embeds[:num_input], patch_embeds[num_input : num_input + num_helper]
+
+    def patch_values(self, pixel_values: torch.Tensor, pixel_levels: torch.Tensor) -> torch.Tensor:
+        """Bytes of patches [P, 588] and what stands for each byte [3, 256] -> [P, 1176] in the tower's dtype.
+
+        The values are looked up, so they are those of transformers' image processor in every bit. An image is a video
+        of equal frames. From pixels of red, green and blue to all red ones of all frames, all green ones, all blue.
+        """
+        colors = 256 * torch.arange(3, dtype=torch.int32, device=pixel_values.device)
+        places = pixel_values.view(-1, 3) + colors
+        values = pixel_levels.to(self.dtype).flatten().index_select(0, places.flatten())
+        frames = values.view(len(pixel_values), -1, self.patch_pixels, 3).expand(-1, self.num_frames, -1, -1)
+        return frames.permute(0, 3, 1, 2).flatten(1)
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of patches at positions [P, 2]: [P, 1, 1, head_dim / 2] float32, rows' then columns'."""

@@ -17,10 +17,10 @@ from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.folders import ShardFolders, load_folders
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.index import check_digests
-from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.mixture import order_of
 from mirage_ds.data.places import Reading
 from mirage_ds.data.shards import load_manifest
+from mirage_ds.data.unusable import check_usable
 from mirage_ds.errors import is_first_of_node
 from mirage_ds.model.backbone import check_config
 from mirage_ds.model.latent_settings import check_latent_size
@@ -122,8 +122,7 @@ def open_encoder(config: Config) -> Encoder:
         # A wrong number would deal other samples to the ranks of this node. They wait for it before they deal.
         if is_first_of_node():
             check_digests(folder)
-        encoder.check_index(folder, helpers)
-        check_lengths(encoder, folder, helpers)
+        check_usable(encoder, folder, helpers)
     return encoder
 
 

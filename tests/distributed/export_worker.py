@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import plain_loop
 import torch
 from dealt import in_order
 
@@ -52,9 +53,13 @@ def what_it_computes(engine: Any, batch: Batch) -> dict[str, torch.Tensor]:
     head = engine.module.rollout.head.weights[0]
     with deepspeed.zero.GatheredParameters([head]), torch.no_grad():
         logits = torch.nn.functional.linear(hidden[0], head)
-    names = ("input_ids", "attention_mask", "pixel_values")
-    image_grid_thw = torch.tensor([(1, MERGE_SIZE * rows, MERGE_SIZE * columns) for rows, columns in batch.image_grids])
-    return {name: getattr(batch, name) for name in names} | {"image_grid_thw": image_grid_thw, "logits": logits}
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "pixel_values": plain_loop.normalized(vars(batch)),
+        "image_grid_thw": torch.tensor([(1, MERGE_SIZE * rows, MERGE_SIZE * cols) for rows, cols in batch.image_grids]),
+        "logits": logits,
+    }
 
 
 def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device) -> None:

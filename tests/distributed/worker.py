@@ -80,8 +80,8 @@ class Case:
         samples = ragged_batch(step, size, stage=self.stage, latent_sizes=sizes)
         for spoiled_step, number in self.spoiled:
             if spoiled_step == step:
-                samples[number] = random_sample(number, stage=self.stage)
-                samples[number].pixel_values.fill_(float("nan"))
+                spoiled = random_sample(number, stage=self.stage)
+                samples[number] = replace(spoiled, pixel_levels=torch.full((3, 256), float("nan")))
         return [replace(sample, hides_images=self.hides_images) for sample in samples]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import batching
 import cost_table
+import data_stream
 import measuring
 import numpy as np
 import plain_loop
@@ -120,6 +121,32 @@ def test_the_ways_to_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     assert results["stage2", "in order"]["padding"] > results["stage2", "balanced"]["padding"]
     table = capsys.readouterr().out
     assert (table.count("\n| stage1 |"), table.count("\n| stage2 |")) == (3, 2)
+
+
+def test_the_cost_of_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "images.json"
+    monkeypatch.setattr(sys, "argv", ["data_stream.py", "--small", "--runs", "1", "--json", str(path)])
+    data_stream.main()
+    results = json.loads(path.read_text())["results"]
+    assert [each["kind"] for each in results] == list(data_stream.KINDS)
+    for each in results:
+        assert each["smaller"] == 8
+        assert each["ratios"]["worker / decode"] == each["ms"]["worker"] / each["ms"]["decode"]
+        assert ("cost" in each["missed"]) == (each["ms"]["worker"] > 3 * each["ms"]["decode"])
+        assert ("rate" in each["missed"]) == (each["ms"]["processor"] < 3 * each["ms"]["worker"])
+    assert capsys.readouterr().out.count("| 1/8 |") == len(results)
+
+
+def test_the_cost_of_images_compares_equal_values() -> None:
+    """A value that differs by a rounding is noticed."""
+    patches, levels = torch.arange(588).view(1, -1).byte(), torch.randn(3, 256)
+    values = torch.stack([levels[place % 3][patches[0, place].long()] for place in range(588)])
+    theirs = {"pixel_values": values.view(1, 1, 196, 3).expand(-1, 2, -1, -1).permute(0, 3, 1, 2).flatten(1).clone()}
+    ways = {"worker": lambda: (patches, None), "processor": lambda: theirs}
+    assert data_stream.compare(ways, levels) == 8
+    theirs["pixel_values"][0, -1] *= 1 + 2e-7
+    with pytest.raises(AssertionError, match="other values"):
+        data_stream.compare(ways, levels)
 
 
 def test_batching_compares_equal_losses() -> None:

@@ -112,7 +112,8 @@ class Replacements:
         segments = batch_segments(grids, latent_sizes, self.encoder.helper_facts()["compress_strategy"])
         assert segments is not None, "there is an image"
         dtype = backbone.embed_tokens.weight.dtype
-        pooled, _, _ = latent_pool(tower(patches.to(backbone.device), grids), *segments, sum(latent_sizes), dtype)
+        values = tower.patch_values(patches.to(backbone.device), self.encoder.pixel_levels.to(backbone.device))
+        pooled, _, _ = latent_pool(tower(values, grids), *segments, sum(latent_sizes), dtype)
         return list(pooled.split(latent_sizes))
 
 

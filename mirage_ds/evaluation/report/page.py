@@ -1,17 +1,11 @@
 """The report's HTML: one file that needs nothing else, from templates that escape every text."""
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mirage_ds.evaluation.latents.heat import COLORS
 from mirage_ds.evaluation.report.contents import ArmResult, Contents, Estimate
-
-TEMPLATES = resources.files("mirage_ds.evaluation.report") / "templates"
+from mirage_ds.evaluation.report.html import REPORT, render_page
 
 
 @dataclass(frozen=True)
@@ -27,22 +21,13 @@ class Axis:
 
 def render(contents: Contents) -> str:
     """The page."""
-    script, style = (TEMPLATES.joinpath(name).read_text() for name in ("page.js", "page.css"))
-    environment = Environment(
-        loader=PackageLoader("mirage_ds.evaluation.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["reading"] = reading
-    return environment.get_template("page.html").render(
+    return render_page(
+        REPORT,
+        "page.html",
+        "page.js",
+        {"reading": reading},
         page=contents,
         axis=axis_of(contents.arms),
-        script=script,
-        # Only this script runs, and nothing is loaded from anywhere, whatever stands in the rows.
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=style,
         heat_colors=[f"rgb{color}" for color in COLORS],
         Axis=Axis,
     )

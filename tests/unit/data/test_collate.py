@@ -121,7 +121,7 @@ def test_nothing_to_see_or_to_predict_still_enters_every_unit() -> None:
     sample = random_sample(1, stage="stage2", images=0, latents=False, labels=False)
     batch = collate([sample], align_latents=True)
     assert batch.image_grids == [(1, 1)]
-    assert batch.pixel_values.shape == (4, 1176)
+    assert batch.pixel_values.shape == (4, 588)
     assert not batch.pixel_values.any()
     assert not len(batch.image_rows)
     assert batch.target_weights.tolist() == [0.0]

@@ -19,12 +19,12 @@ from mirage_ds.config import Stage
 from mirage_ds.data import encode
 from mirage_ds.data.conversation import load_tokenizer, prompt_text, train_text
 from mirage_ds.data.encode import EncodedSample, Encoder, load_encoder
-from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
+from mirage_ds.data.unusable import check_usable
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.hf.preset import write_tiny
 from mirage_ds.tokens import ASSISTANT_MARKER, IGNORE_INDEX, IMAGE_PAD, LATENT_PAD
@@ -122,11 +122,11 @@ def test_a_stage_takes_what_it_needs(
 ) -> None:
     encoded = Encoder(tiny_tokenizer, image_processor, stage=stage, latent_size=K)(make_sample())
     assert encoded.image_grid_thw.tolist() == [[1, 4, 6], [1, 8, 10]]
-    assert (encoded.pixel_values.shape, encoded.pixel_values.dtype) == ((24 + 80, 1176), torch.float32)
+    assert (encoded.pixel_values.shape, encoded.pixel_values.dtype) == ((24 + 80, 588), torch.uint8)
     helpers = {"stage1": [[1, 6, 4]]}.get(stage, [])
     assert encoded.image_grid_thw_latent.tolist() == helpers
     assert encoded.image_grid_thw_latent.shape[1] == 3
-    assert encoded.pixel_values_latent.shape == (24 * len(helpers), 1176)
+    assert encoded.pixel_values_latent.shape == (24 * len(helpers), 588)
     assert encoded.latent_mask.sum() == (0 if stage == "text" else K)
     assert (encoded.key, encoded.latent_sizes) == ("shard/k", [] if stage == "text" else [K])
 
@@ -209,7 +209,7 @@ def test_the_index_is_checked_before_a_run(
     shards = load_manifest(tmp_path / "shards")
 
     def check(stage: Stage, latent_size: int) -> None:
-        Encoder(tiny_tokenizer, image_processor, stage=stage, latent_size=latent_size).check_index(shards)
+        check_usable(Encoder(tiny_tokenizer, image_processor, stage=stage, latent_size=latent_size), shards)
 
     check("text", 100)
     check("stage1", 6)
@@ -227,9 +227,9 @@ def test_blocks_that_are_too_large_are_found_before_a_run(
     rows = write_jsonl(tmp_path / "rows" / "rows.jsonl", [row | {"latent_size": [9, 10]}])
     build(rows, tmp_path / "shards", maxcount=4, maxsize=10**9)
     shards = load_manifest(tmp_path / "shards")
-    Encoder(tiny_tokenizer, image_processor, stage="stage2", latent_size=1).check_index(shards)
+    check_usable(Encoder(tiny_tokenizer, image_processor, stage="stage2", latent_size=1), shards)
     with pytest.raises(DataError, match=r"9 merged patches for 10 latents \(shard-000000\.tar/000000000\.helper_1\)"):
-        Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=1).check_index(shards)
+        check_usable(Encoder(tiny_tokenizer, image_processor, stage="stage1", latent_size=1), shards)
 
 
 @pytest.mark.parametrize(
@@ -377,10 +377,12 @@ def test_the_length_that_is_compared_is_that_of_the_stage(tmp_path: Path, stage:
     encoded = encoder(SampleReader(shards)(0))
     assert int(encoded.latent_mask.sum()) == (0 if stage == "text" else 2 + 7)
     encoder.max_length = len(encoded.input_ids)
-    check_lengths(encoder, shards)
+    check_usable(encoder, shards)
     encoder.max_length -= 1
-    with pytest.raises(DataError, match=rf"data\.max_length={encoder.max_length}: 1 .* with {len(encoded.input_ids)};"):
-        check_lengths(encoder, shards)
+    with pytest.raises(
+        DataError, match=rf"data\.max_length={encoder.max_length}: 1: .* with {len(encoded.input_ids)};"
+    ):
+        check_usable(encoder, shards)
 
 
 def test_longer_samples_are_found_before_the_run(tmp_path: Path) -> None:
@@ -397,11 +399,11 @@ def test_longer_samples_are_found_before_the_run(tmp_path: Path) -> None:
     encoder = load_encoder(str(tmp_path / "model"), stage="stage1", latent_size=4)
     lengths = [len(encoder(reader(number)).input_ids) for number in range(8)]
     longest = sorted(lengths)[-1]
-    check_lengths(encoder, shards)
+    check_usable(encoder, shards)
     encoder.max_length = longest
-    check_lengths(encoder, shards)
+    check_usable(encoder, shards)
     encoder.max_length = min(lengths[2], lengths[5]) - 1
     with pytest.raises(
-        DataError, match=rf"data\.max_length=\d+: 2 .*000000002 with {lengths[2]}, .*05 with {lengths[5]};"
+        DataError, match=rf"data\.max_length=\d+: 2: .*000000002 with {lengths[2]}, .*05 with {lengths[5]};"
     ):
-        check_lengths(encoder, shards)
+        check_usable(encoder, shards)

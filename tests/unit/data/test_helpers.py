@@ -19,13 +19,13 @@ from mirage_ds.data.costs import row_sizes
 from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.index import Index, IndexEntry, load_index
-from mirage_ds.data.lengths import check_lengths
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.data.steps import Share
 from mirage_ds.data.stream import SampleReader, make_loader
+from mirage_ds.data.unusable import check_usable
 from mirage_ds.errors import DataError
 
 ARMS: tuple[HelperImages, ...] = (True, "gray", "input", "shuffled", "none")
@@ -159,12 +159,12 @@ def test_none_is_encoded_as_in_the_stage_text(mixed: ShardFolder, make_encoder: 
         assert_same(encoder(read_none(number)), expected)
         longest = max(longest, len(expected.input_ids))
     encoder.max_length = longest
-    check_lengths(encoder, mixed, none)
+    check_usable(encoder, mixed, none)
     with pytest.raises(DataError, match=rf"more tokens than data\.max_length={longest}: "):
-        check_lengths(encoder, mixed)
+        check_usable(encoder, mixed)
     encoder.max_length = longest - 1
     with pytest.raises(DataError, match=rf"with {longest}"):
-        check_lengths(encoder, mixed, none)
+        check_usable(encoder, mixed, none)
 
 
 @pytest.mark.parametrize("images", ARMS)
@@ -182,9 +182,9 @@ def test_images_that_are_too_small_are_found_before_a_run(tmp_path: Path, make_e
     (tmp_path / "rows" / "images" / "3_0.png").write_bytes(image_bytes((56, 84)))
     build(tmp_path / "rows" / "rows.jsonl", tmp_path / "small", maxcount=4, maxsize=10**9)
     folder = load_manifest(tmp_path / "small")
-    make_encoder("stage1").check_index(folder)
+    check_usable(make_encoder("stage1"), folder)
     with pytest.raises(DataError, match=r"6 merged patches for 7 latents \(shard-000000\.tar/000000003\.helper_0\)"):
-        make_encoder("stage1").check_index(folder, Helpers("input"))
+        check_usable(make_encoder("stage1"), folder, Helpers("input"))
 
 
 def test_rows_without_the_image_that_is_needed_are_refused(tmp_path: Path) -> None:

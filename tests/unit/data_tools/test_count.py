@@ -141,7 +141,7 @@ def test_packing_needs_counts_and_room_for_every_sample(place: Path, folder: Sha
     save_counts(folder, encoder.tokenizer, count_texts(folder, encoder.tokenizer, system_turn=True), system_turn=True)
     lengths = lengths_by_counts(folder, encoder, "stage1")
     assert read(None) == read(max(lengths)) == (lengths, f"tokens counted ({path})")
-    over = rf"data\.token_budget={max(lengths) - 1}: 1 \(.*\): shard-000001\.tar/000000005 with {max(lengths)}; "
+    over = rf"data\.token_budget={max(lengths) - 1}: 1: shard-000001\.tar/000000005 with {max(lengths)}; "
     with pytest.raises(DataError, match=over + rf".*raise data\.token_budget to at least {max(lengths)}, "):
         read(max(lengths) - 1)
 

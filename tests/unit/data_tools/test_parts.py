@@ -71,7 +71,7 @@ def test_otherwise_the_samples_and_their_order_are_the_same(tmp_path: Path, maxs
 def test_every_row_is_in_one_part(tmp_path: Path, num_rows: int, count: int, maxcount: int) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n\n" * num_rows)  # empty lines are not rows
-    ranges = [rows_of(rows, number, count, maxcount) for number in range(count)]
+    ranges = [rows_of([rows], number, count, maxcount) for number in range(count)]
     assert [row for each in ranges for row in each] == list(range(num_rows))
     assert all(each.start % maxcount == 0 and len(each) for each in ranges)
     shards = [-(-len(each) // maxcount) for each in ranges]

@@ -1,6 +1,7 @@
 """Heat maps: their cosines against transformers' own tower, and the picture that shows them."""
 
 import numpy as np
+import plain_loop
 import pytest
 import torch
 from generated_rows import image_bytes, write_rows
@@ -25,8 +26,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Encoder]:
 def patches(decoder: Decoder, encoder: Encoder) -> list[torch.Tensor]:
     """The patch embeddings of each image, by transformers' own tower."""
     prompt = encoder.prompt(SAMPLE)
+    values = plain_loop.normalized(vars(prompt))
     with torch.no_grad():
-        return decoder.backbone.hf.model.get_image_features(prompt.pixel_values, prompt.image_grid_thw).pooler_output
+        return decoder.backbone.hf.model.get_image_features(values, prompt.image_grid_thw).pooler_output
 
 
 def test_a_state_is_hottest_where_its_patch_is(loaded: tuple[Decoder, Encoder]) -> None:

@@ -62,7 +62,8 @@ class ByHand:
         embed = self.hf.get_input_embeddings()
         embeds, positions = embed(prompt.input_ids), prompt.position_ids
         if len(prompt.image_grid_thw):
-            images = self.hf.model.get_image_features(prompt.pixel_values, prompt.image_grid_thw).pooler_output
+            values = plain_loop.normalized(vars(prompt))
+            images = self.hf.model.get_image_features(values, prompt.image_grid_thw).pooler_output
             embeds[prompt.input_ids == ids.image_pad] = torch.cat(images)
         block, place = -1, None
         while len(row.ids) < MAX_NEW_TOKENS and not {ids.im_end, ids.end_of_text} & set(row.ids):

@@ -4,10 +4,10 @@ import base64
 import dataclasses
 import io
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import Page
 from PIL import Image
 from written_answers import answers
 
@@ -22,38 +22,7 @@ from mirage_ds.evaluation.report.view import arm_results, health_view
 from mirage_ds.evaluation.scoring import load_task
 from mirage_ds.inference.feed import Slot
 
-VOID = {"meta", "img", "input", "br", "link", "hr"}
 ATTACK = '<script>alert("x")</script> & "quotes" \'too\''
-
-
-class Page(HTMLParser):
-    """The elements of a page with their attributes, its text, and what is wrong with its tags."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.text, self.problems = "", []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        self.problems += [f"{tag} is not closed" for tag in self._open]
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, {name: value or "" for name, value in attributes}))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        if not self._open or self._open.pop() != tag:
-            self.problems.append(f"</{tag}> at {self.getpos()}")
-
-    def handle_data(self, data):
-        if not {"script", "style"} & set(self._open):
-            self.text += data
-
-    def all(self, tag: str, name: str = "") -> list[dict[str, str]]:
-        """The attributes of the elements of a tag, of those of a class."""
-        return [found for each, found in self.elements if each == tag and (not name or name in found.get("class", ""))]
 
 
 def image(size: tuple[int, int] = (84, 56)) -> Image.Image:

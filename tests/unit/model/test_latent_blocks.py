@@ -29,7 +29,7 @@ WAYS = {"aligned": aligned_columns, "from the left": columns_from_left}
 
 
 def samples_of(stage: str) -> list[EncodedSample]:
-    return ragged_batch(11, len(BLOCKS), stage=stage, latent_sizes=BLOCKS)
+    return ragged_batch(13, len(BLOCKS), stage=stage, latent_sizes=BLOCKS)
 
 
 @cache

@@ -100,7 +100,7 @@ def assert_apart(model: MirageModel, samples: list[EncodedSample], tolerance: fl
     before = logits(model, samples)
     for number, sample in enumerate(samples):
         ids = torch.where(sample.image_mask | sample.latent_mask, sample.input_ids, sample.input_ids.flip(0) % 900)
-        changed = replace(sample, input_ids=ids, pixel_values=-sample.pixel_values)
+        changed = replace(sample, input_ids=ids, pixel_values=255 - sample.pixel_values)
         after = logits(model, [*samples[:number], changed, *samples[number + 1 :]])
         for other, (old, new) in enumerate(zip(before, after, strict=True)):
             deviation = (old - new).abs().max().item()

@@ -9,8 +9,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mirage_ds.batch import CELL_PATCHES, Grid
 from mirage_ds.model.tower import Tower
 from mirage_ds.model.windows import image_windows
-from mirage_ds.self_check import PATCH_VALUES, noise, tiny_backbone
+from mirage_ds.self_check import noise, tiny_backbone
 
+PATCH_VALUES = 1176
 # A window has 4 x 4 merged patches. One image of one window; equal images; all sizes of windows, also cut ones.
 GRIDS: list[list[Grid]] = [[(2, 3)], [(6, 4)] * 3, [(9, 5), (3, 3), (1, 1), (8, 8), (4, 12), (9, 5)]]
 
