@@ -56,7 +56,7 @@ class RemotePlace:
         return without_secrets(_join(self._url, name, self._url))
 
     def read_all(self, name: str) -> bytes:
-        """A small file, anew from the server.
+        """A small file, from the server each time.
 
         Raises:
             OSError: it does not exist, or cannot be read.
