@@ -14,7 +14,7 @@ _BATCH_ROWS = 64  # of a parquet file in memory; a row may have its images
 
 
 class Place(NamedTuple):
-    """Between two rows: where reading may go on."""
+    """Between two rows: where reading may continue."""
 
     source: int  # number of the input
     offset: int  # in that input: bytes of a JSONL file, rows of a parquet file

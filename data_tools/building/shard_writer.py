@@ -1,7 +1,7 @@
 """Cuts samples into tar shards, and keeps for each finished one a file with what a later start has to know of it.
 
 FOLDER/shard-000000.tar     as webdataset's ShardWriter cuts and writes it
-FACTS/shard-000000.json     written when the shard is complete: its manifest entry, its index entries, where to go on
+FACTS/shard-000000.json     written when the shard is complete: its manifest entry, its index entries, where to continue
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class ShardWriter:
     """The shards of one folder."""
 
     def __init__(self, folder: Path, facts: Path, *, maxcount: int, maxsize: int) -> None:
-        """Goes on after the last complete shard, and deletes all that is not of complete ones.
+        """Continues after the last complete shard, and deletes all that is not of complete ones.
 
         Args:
             maxcount: samples after which a shard is complete.

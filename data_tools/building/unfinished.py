@@ -96,7 +96,7 @@ class Unfinished:
             if earlier["rows"] == rows:
                 return
             print(
-                f"the rows have changed since the unfinished build in {self.path}: it begins anew; complete shards "
+                f"the rows have changed since the unfinished build in {self.path}: it begins again; complete shards "
                 f"that are deleted: {self.num_shards}",
                 file=sys.stderr,
             )

@@ -22,6 +22,7 @@ from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.pooling import check_pooling, pooling_fault
 from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
+from mirage_ds.data.target_cache import as_tensor
 from mirage_ds.errors import MALFORMED, ConfigError, DataError
 from mirage_ds.tokens import ASSISTANT_MARKER, IGNORE_INDEX, TokenIds
 
@@ -126,6 +127,7 @@ class Encoder:
         self.ids = TokenIds.of(tokenizer)
         self.tokenizer = tokenizer
         self._image_processor = image_processor
+        self.pixel_levels = image_processor.pixel_levels
         self.stage = stage
         self.latent_size = latent_size
         self.system_turn = system_turn
@@ -165,7 +167,7 @@ class Encoder:
             latent_sizes=sizes,
             target_slots=range(0) if is_cached else sample.target_slots,
             set_number=sample.set_number,
-            cached_targets=_cached_targets(sample, sum(sizes)),
+            cached_targets=as_tensor(sample.cached_targets, sum(sizes)),
             hides_images=not self._answer_sees_image,
         )
 
@@ -233,11 +235,6 @@ class Encoder:
     def merged_grids(self, sizes: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """[N, 2]: rows and columns of merged patches of images of these sizes (width, height) [N, 2]."""
         return self._image_processor.merged_grids_of(sizes)
-
-    @property
-    def pixel_levels(self) -> torch.Tensor:
-        """What the tower takes for each byte of a patch: [3, 256] float32."""
-        return self._image_processor.pixel_levels
 
     @property
     def image_facts(self) -> dict[str, Any]:
@@ -346,9 +343,3 @@ class Encoder:
 
     def _tokenize(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-
-
-def _cached_targets(sample: Sample, num_latents: int) -> torch.Tensor | None:
-    if sample.cached_targets is None:
-        return None
-    return torch.frombuffer(bytearray(sample.cached_targets), dtype=torch.float32).view(num_latents, -1)

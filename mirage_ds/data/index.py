@@ -333,21 +333,16 @@ def _load_lines(folder: ShardFolder) -> Index:
 
 
 def _file(folder: ShardFolder, file: IndexFile) -> Path:
-    """A file of the index on a disk of this machine, which can be opened.
-
-    Raises:
-        DataError: it is missing or cannot be read.
-    """
+    """A file of the index, on a disk of this machine. Raises: DataError: it cannot be opened."""
     try:
         path = folder.place.file(file.name, file.sha256)
         path.open("rb").close()
+        return path
     except OSError as error:
-        where = folder.place.where(file.name)
         raise error_of(error)(
-            f"{file.name} cannot be read: {error.strerror} ({where}); a folder of shards has one; copy it again, or "
-            "build again"
+            f"{file.name} cannot be read: {error.strerror} ({folder.place.where(file.name)}); a folder of shards has "
+            "one; copy it again, or build again"
         ) from error
-    return path
 
 
 def _other_build(folder: ShardFolder, file: IndexFile) -> DataError:

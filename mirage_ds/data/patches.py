@@ -137,8 +137,8 @@ class ImageProcessor:
             if image.size != (width, rows * height):
                 image = image.resize((width, rows * height), self._processor.resample)
             own = patches[start:end].reshape(rows, columns, merge, merge, side, side * 3)
-            # A row of merged patches at a time: pixels of a complete image would take memory that the system has to
-            # map anew for every image, which costs more than copying them (docs/results.md).
+            # A row of merged patches at a time: for the pixels of a complete image the system would have to map memory
+            # for every image again, which costs more than copying them (docs/results.md).
             for row in range(rows):
                 pixels = np.asarray(image.crop((0, row * height, width, (row + 1) * height)))
                 own[row] = pixels.reshape(merge, side, columns, merge, side * 3).transpose(2, 0, 3, 1, 4)

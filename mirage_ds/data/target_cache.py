@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mirage_ds.data.index import load_index
 from mirage_ds.data.shards import ShardFolder
@@ -133,3 +134,10 @@ class TargetCaches:
 def _sums(numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
     """[n + 1]: the sum of all numbers before each."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(numbers, dtype=np.int64)])
+
+
+def as_tensor(targets: bytes | None, num_latents: int) -> torch.Tensor | None:
+    """What `TargetCache.read` returned of a sample, as [num_latents, D + 1] float32."""
+    if targets is None:
+        return None
+    return torch.frombuffer(bytearray(targets), dtype=torch.float32).view(num_latents, -1)

@@ -1,6 +1,7 @@
 """The training benchmark: what it compares is equal, and every line that a GPU will run has run on the CPU."""
 
 import json
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import batching
 import cost_table
 import data_stream
+import launching
 import measuring
 import numpy as np
 import plain_loop
@@ -188,3 +190,15 @@ def test_calls_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (spent.calls, spent.seconds) == (2, 0.75)
     Path(looking_cost.__file__).read_text()
     assert spent.calls == 2
+
+
+def test_builds_are_measured(tmp_path: Path) -> None:
+    """All processes of a build count: with two, those of the workers too."""
+    script = Path(looking_cost.__file__).with_name("build.py")
+    words = ["--rows", "40", "--pixels", "300", "--repeats", "1", "--folder", str(tmp_path)]
+    command = [sys.executable, str(script), *words, "--json", str(tmp_path / "build.json")]
+    subprocess.run(command, check=True, env=launching.environment())
+    medians = json.loads((tmp_path / "build.json").read_text())["medians"]
+    assert medians["2"]["processor_s"] > 0.9 * medians["1"]["processor_s"] > 0.01
+    assert medians["2"]["at_most"] == pytest.approx(2 * medians["1"]["processor_s"] / medians["2"]["processor_s"])
+    assert [path.name for path in tmp_path.iterdir()] == ["build.json"]

@@ -148,7 +148,7 @@ def test_of_two_builds_the_second_is_refused(rows: Path, tmp_path: Path) -> None
 
 
 class Interrupted(Exception):
-    """Raised by a test where a build shall end."""
+    """Raised by a test where a build must end."""
 
 
 def interrupt(rows: Path, output: Path, after: int, **options: Any) -> None:
@@ -187,14 +187,14 @@ def test_other_options_are_refused(tmp_path: Path) -> None:
     assert file_bytes(output) == file_bytes(tmp_path / "single")
 
 
-def test_with_changed_rows_it_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_changed_rows_it_begins_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", text_rows(100))
     options = dict(maxcount=10, maxsize=LARGE)
     interrupt(rows, tmp_path / "shards", 50, **options)
     write_jsonl(rows, [*text_rows(99), {"text_input": "other", "text_output": "A"}])
     build(rows, tmp_path / "shards", **options)
     assert re.search(
-        r"the rows have changed .*begins anew; complete shards that are deleted: \d", capsys.readouterr().err
+        r"the rows have changed .*begins again; complete shards that are deleted: \d", capsys.readouterr().err
     )
     build(rows, tmp_path / "single", **options)
     assert file_bytes(tmp_path / "shards") == file_bytes(tmp_path / "single")
