@@ -19,9 +19,8 @@ from mirage_ds.data.conversation import IMAGE_BLOCK, LATENT_BLOCK, load_tokenize
 from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.ids import expand_pads, find_prompt_length, supervised_labels
 from mirage_ds.data.images import decode, header_size
-from mirage_ds.data.index import Index
 from mirage_ds.data.patches import ImageProcessor
-from mirage_ds.data.pooling import check_pooling, pooling_fault
+from mirage_ds.data.pooling import check_all_pooling, check_pooling, pooling_fault
 from mirage_ds.data.positions import mrope_positions
 from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, check_question, check_sample, num_latent_blocks
 from mirage_ds.data.shards import ShardFolder
@@ -236,28 +235,9 @@ class Encoder:
         Raises:
             DataError: a sample would be refused; the message names its shard and key.
         """
-        if self._stage != "stage1":
-            return
-        known: set[tuple[int, ...]] = set()  # rows, columns and K that fit: data sets have few
-        for part in helpers.index(folder).parts():
-            sizes, latent_sizes = part.helper_images(self.latent_size)
-            pooled = np.column_stack([self._image_processor.merged_grids_of(sizes), latent_sizes])
-            new = set(map(tuple, pooled.tolist())) - known
-            if any(pooling_fault([(rows, columns)], [size], self._compress_strategy) for rows, columns, size in new):
-                self._refuse(part, folder)
-            known |= new
-
-    def _refuse(self, index: Index, folder: ShardFolder) -> None:
-        """Raises: DataError: it names the first of these samples that cannot be pooled."""
-        for entry in index:
-            grids = self._image_processor.merged_grids_of(entry.helper_sizes).tolist()
-            key = f"{folder.manifest.shards[entry.shard].name}/{entry.key}"
-            check_pooling(grids, entry.block_sizes(self.latent_size), self._compress_strategy, f"{key}.helper")
-
-    @property
-    def image_facts(self) -> dict[str, Any]:
-        """What decides the patches, and so the tokens, of an image."""
-        return self._image_processor.facts()
+        if self._stage == "stage1":
+            grids_of = self._image_processor.merged_grids_of
+            check_all_pooling(helpers.index(folder), folder, grids_of, self.latent_size, self._compress_strategy)
 
     def image_tokens(self, sizes: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """[N]: tokens of input images of these sizes (width, height) [N, 2]."""

@@ -8,7 +8,8 @@ import numpy as np
 from mirage_ds.data.costs import MARKERS, SampleCosts, row_sizes
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.helpers import OWN, Helpers
-from mirage_ds.data.index import Index, Numbers, parts_of
+from mirage_ds.data.index import Index, parts_of
+from mirage_ds.data.ragged import Numbers
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import DataError

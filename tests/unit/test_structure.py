@@ -123,7 +123,17 @@ def test_data_tools_import_only_formats_and_rules() -> None:
 
     Counting tokens needs a model's tokenizer and image processor; its command imports that file when it runs.
     """
-    allowed = {"config", "errors", "model_folder", "output_folder", "paths", "programs", "strict_json", "tokens"}
+    allowed = {
+        "config",
+        "errors",
+        "model_folder",
+        "output_folder",
+        "owner",
+        "paths",
+        "programs",
+        "strict_json",
+        "tokens",
+    }
     for path in (ROOT / "data_tools").rglob("*.py"):
         formats = {"rows", "images", "shard_samples", "shards", "index"}
         formats |= {"costs", "counts", "encode"} if path.name == "count.py" else set()
