@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from mirage_ds.config import Stage
 from mirage_ds.data.costs import SampleCosts
 from mirage_ds.data.counts import count_texts, save_counts
 from mirage_ds.data.encode import load_encoder
-from mirage_ds.data.index import Index, Numbers, load_index
+from mirage_ds.data.index import Index, load_index
 from mirage_ds.data.shards import ShardFolder, load_manifest
 
 NUM_LISTED = 5
@@ -55,7 +56,9 @@ def count(
     return lines
 
 
-def describe(stages: str, lengths: Numbers, folder: ShardFolder, index: Index, max_length: int | None) -> str:
+def describe(
+    stages: str, lengths: npt.NDArray[np.int64], folder: ShardFolder, index: Index, max_length: int | None
+) -> str:
     """One line: the distribution of the lengths, and which of them are over the limit."""
     least, middle, most = lengths.min(), np.median(lengths), lengths.max()
     line = (

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from mirage_ds.batch import CELL_PATCHES
 from mirage_ds.config import Stage
-from mirage_ds.data.index import Entries, Index, Numbers, parts_of, sums
+from mirage_ds.data.index import Entries, Index, parts_of
+from mirage_ds.data.ragged import Numbers, sums
 
 CHARS_PER_TOKEN = 3  # a cautious assumption: English prose has about 4, numbers and markup fewer
 TEMPLATE_TOKENS = 30  # of the chat template: a system turn, start and end of two turns

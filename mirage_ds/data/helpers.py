@@ -15,8 +15,9 @@ from PIL import Image
 
 from mirage_ds.config import Config, HelperImages
 from mirage_ds.data.images import open_image
-from mirage_ds.data.index import Entries, Index, IndexEntry, Numbers, load_index
+from mirage_ds.data.index import Entries, Index, IndexEntry, load_index
 from mirage_ds.data.plan import ORDER, epoch_order
+from mirage_ds.data.ragged import Numbers
 from mirage_ds.data.rows import OUTPUT_IMAGE_TAG, Sample, check_sample
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import DataError

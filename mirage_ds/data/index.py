@@ -14,6 +14,7 @@ Format 1 has a line of JSON for each sample, SHARDS/index.jsonl, from which the 
 import hashlib
 import io
 import json
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,10 +24,9 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from mirage_ds.data.ragged import Numbers, places, starts
 from mirage_ds.data.shards import IndexFile, ShardFolder, check_file_size, error_of
 from mirage_ds.errors import DataError
-
-Numbers = npt.NDArray[np.int64]
 
 INDEX_FOLDER = "index"
 INDEX_NAME = "index.jsonl"  # of format 1
@@ -84,13 +84,13 @@ class IndexEntry:
 class Entries(Sequence[IndexEntry]):
     """Entries of samples by number, or as columns of those that are asked for."""
 
+    @abstractmethod
     def take(self, numbers: Numbers) -> "Index":
         """Copies the entries of these samples; a sample may be named more than once.
 
         Raises:
             DataError: what one of them says is not in the other columns.
         """
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, number: int) -> IndexEntry: ...
@@ -107,9 +107,9 @@ class Entries(Sequence[IndexEntry]):
         for part in self.parts():
             yield from part.entries()
 
-    def parts(self, size: int | None = None) -> Iterator["Index"]:
-        """All samples, in order, PART or `size` at a time: what a check of all of them holds in memory."""
-        return map(self.take, parts_of(len(self), size or PART))
+    def parts(self, size: int = PART) -> Iterator["Index"]:
+        """All samples, in order, so many at a time: what a check of all of them holds in memory."""
+        return map(self.take, parts_of(len(self), size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,23 +222,6 @@ class Index(Entries):
 def parts_of(num_samples: int, size: int = PART) -> Iterator[Numbers]:
     """All numbers of samples, in order, so many at a time."""
     return (np.arange(start, min(start + size, num_samples)) for start in range(0, num_samples, size))
-
-
-def starts(counts: npt.NDArray[Any]) -> Numbers:
-    """[n]: the sum of all counts before each."""
-    return np.cumsum(counts, dtype=np.int64) - counts
-
-
-def sums(values: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Numbers:
-    """[n]: the sums of the first counts[0] values, of the counts[1] after them, and so forth."""
-    up_to = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
-    ends = np.cumsum(counts, dtype=np.int64)
-    return up_to[ends] - up_to[ends - counts]
-
-
-def places(first: Numbers, counts: Numbers) -> Numbers:
-    """Of each of n runs of numbers, all of them: first, first + 1, ..., first + count - 1."""
-    return np.repeat(first - starts(counts), counts) + np.arange(counts.sum())
 
 
 def consecutive(entries: Iterable[IndexEntry]) -> Iterator[Index]:

@@ -12,7 +12,8 @@ from mirage_ds.data.costs import MARKERS, SampleCosts, row_sizes
 from mirage_ds.data.counts import counts_name, load_counts
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.index import Entries, Index, Numbers, parts_of
+from mirage_ds.data.index import Entries, Index, parts_of
+from mirage_ds.data.ragged import Numbers
 from mirage_ds.data.reasons import Reason
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.stream import SampleReader

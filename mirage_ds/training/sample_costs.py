@@ -62,9 +62,8 @@ def cost_facts(config: Config, encoder: Encoder) -> dict[str, Any]:
     """What decides the costs of samples beside the shards and their counts."""
     return {
         "stage": config.train.stage,
-        "latent_size": config.model.latent_size,
         "keeps_targets": config.model.cache_targets is not None,
-        "image_processor": encoder.image_facts,
+        **encoder.helper_facts(),  # with the image processor and K
         **Helpers.of(config).facts(),
     }
 

@@ -2,16 +2,21 @@
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from generated_rows import write_rows
 
+from data_tools.build import build
 from mirage_ds.data.costs import SampleCosts, SetCosts
 from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.index import Index, IndexEntry
 from mirage_ds.data.places import LocalPlace
 from mirage_ds.data.shards import IndexFile, Manifest, ShardFolder
 from mirage_ds.errors import DataError
+from mirage_ds.recipe import load_config
+from mirage_ds.training import start
 from mirage_ds.training.sample_costs import require_same
 from mirage_ds.zero3 import distributed
 
@@ -80,3 +85,20 @@ def test_a_rank_with_other_costs_is_refused(monkeypatch: pytest.MonkeyPatch, oth
     assert "(data.shards=shards): node-a, node-c: tokens counted (F), digest " in found[0]
     assert f"; node-b: {other[2]}, digest " in found[0]
     assert "expected the same shards, and the same file of `mirage-data count` or none, on every host; copy" in found[0]
+
+
+def test_the_first_rank_of_each_node_compares_the_digests_of_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong byte in a column deals other samples without any message: no rank may get beyond the start with it."""
+    build(write_rows(tmp_path / "rows"), tmp_path / "shards", maxcount=4, maxsize=10**9)
+    column = tmp_path / "shards" / "index" / "images.npy"
+    column.write_bytes(column.read_bytes()[:-1] + b"\x01")
+    config = load_config(Path("launch/recipes/tiny-stage1.yaml"), [f"data.shards={tmp_path / 'shards'}"])
+    encoder = SimpleNamespace(check_index=lambda *_: None, max_length=None)
+    monkeypatch.setattr(start, "make_encoder", lambda *_: encoder)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert start.open_encoder(config) is encoder
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(DataError, match=rf"does not match the manifest .{column}"):
+        start.open_encoder(config)
