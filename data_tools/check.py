@@ -1,27 +1,28 @@
 """Checks a folder of shards against its manifest and index, and that every sample can be used. Reads everything."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 from data_tools.facts import facts_of
-from data_tools.manifest import sha256
 from mirage_ds.data.index import Index, IndexEntry, check_digests, load_index
+from mirage_ds.data.places import Place
 from mirage_ds.data.rows import check_sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
 from mirage_ds.data.shards import Shard, check_file_size, read_manifest
 from mirage_ds.errors import DataError
+from mirage_ds.paths import Location
 
 
-def check(path: Path) -> Iterator[str]:
+def check(location: Location) -> Iterator[str]:
     """Yields each fault in a folder of shards as a message with the shard and, if it is in a sample, the key.
 
     Raises:
         DataError: it is not a folder of shards: the manifest is missing or cannot be read.
     """
-    folder = read_manifest(path)
+    folder = read_manifest(location)
     for shard in folder.manifest.shards:
-        yield from _check_shard(path, shard)
+        yield from _check_shard(folder.place, shard)
     try:
         check_digests(folder)
         index = load_index(folder)
@@ -30,21 +31,31 @@ def check(path: Path) -> Iterator[str]:
         return
     yield from _check_ranges(index, folder.manifest.shards)
     # A missing shard has been reported; its samples are not reported again.
-    names = {number: shard.name for number, shard in enumerate(folder.manifest.shards) if (path / shard.name).is_file()}
+    there = {number for number, shard in enumerate(folder.manifest.shards) if _is_there(folder.place, shard)}
     for entry in index:
-        if entry.shard in names:
-            yield from _check_sample(path, names[entry.shard], entry)
+        if entry.shard in there:
+            yield from _check_sample(folder.place, folder.manifest.shards[entry.shard], entry)
 
 
-def _check_shard(folder: Path, shard: Shard) -> Iterator[str]:
+def _check_shard(place: Place, shard: Shard) -> Iterator[str]:
+    digest = hashlib.sha256()
     try:
-        check_file_size(folder, shard, "shard")
-    except DataError as error:
+        check_file_size(place, shard, "shard")
+        for piece in place.pieces(shard.name):
+            digest.update(piece)
+    except (DataError, OSError) as error:
         yield str(error)
         return
-    digest = sha256(folder / shard.name)
-    if digest != shard.sha256:
-        yield f"the shard has sha256 {digest} ({shard.name}); the manifest says {shard.sha256}; copy it again"
+    if (found := digest.hexdigest()) != shard.sha256:
+        yield f"the shard has sha256 {found} ({shard.name}); the manifest says {shard.sha256}; copy it again"
+
+
+def _is_there(place: Place, shard: Shard) -> bool:
+    try:
+        place.size(shard.name)
+    except OSError:
+        return False
+    return True
 
 
 def _check_ranges(index: Index, shards: tuple[Shard, ...]) -> Iterator[str]:
@@ -64,11 +75,11 @@ def _check_ranges(index: Index, shards: tuple[Shard, ...]) -> Iterator[str]:
             yield f"samples in the index: {count} ({shard.name}); the manifest says {shard.samples}; build again"
 
 
-def _check_sample(folder: Path, shard: str, entry: IndexEntry) -> Iterator[str]:
+def _check_sample(place: Place, shard: Shard, entry: IndexEntry) -> Iterator[str]:
     """Reads a sample as the trainer does, decodes its images, and compares it with its index entry."""
-    where = f"{shard}/{entry.key}"
+    where = f"{shard.name}/{entry.key}"
     try:
-        data = read_range(folder / shard, entry.offset, entry.size, where)
+        data = read_range(place, shard, entry.offset, entry.size, where)
         sample = from_members(where, parse_members(data, entry.key, where))
         check_sample(sample, where)
         facts = facts_of(sample, where)

@@ -20,7 +20,7 @@ from data_tools.upgrade import upgrade as upgrade_folder
 from mirage_ds import errors
 from mirage_ds.data.shards import Manifest, load_manifest
 from mirage_ds.model_folder import check_model
-from mirage_ds.paths import expanded
+from mirage_ds.paths import expanded, to_location, without_secrets
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(looking.app)
@@ -177,17 +177,17 @@ def counted(number: int, noun: str) -> str:
 
 
 @app.command()
-@expanded()
+@expanded("shards")
 def check(
-    shards: Annotated[Path, typer.Argument(help="A folder that `mirage-data build` wrote.")],
+    shards: Annotated[str, typer.Argument(help="A folder that `mirage-data build` wrote, or its URL.")],
 ) -> None:
     """Reads a folder of shards and prints all faults. Exit code 1: there are faults; 2: not a folder of shards."""
     num_faults = 0
     with Console(stderr=True).status("checking shards"):
-        for fault in check_shards(shards):
+        for fault in check_shards(to_location(shards)):
             num_faults += 1
             typer.echo(fault)
-    typer.echo(f"{counted(num_faults, 'fault')} in {shards}")
+    typer.echo(f"{counted(num_faults, 'fault')} in {without_secrets(shards)}")
     if num_faults:
         raise typer.Exit(1)
 

@@ -50,7 +50,7 @@ def copy_rows(
                     check_digest(folder, source)
                     checked.add(entry.shard)
                 where = f"{source.name}/{entry.key}"
-                file.write(read_range(folder.path / source.name, entry.offset, entry.size, where))
+                file.write(read_range(folder.place, source, entry.offset, entry.size, where))
             # As tarfile ends its files: a whole number of records.
             end = file.tell() + _END_BLOCKS * tarfile.BLOCKSIZE
             file.truncate(-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from data_tools.model_options import ModelOptions
 from mirage_ds.config import Stage
 from mirage_ds.data.costs import TOKEN_PATCHES, Costs, SampleCosts
-from mirage_ds.data.counts import counts_path, load_counts
+from mirage_ds.data.counts import counts_name, load_counts
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.index import IndexEntry, load_index
 from mirage_ds.data.rows import Sample
@@ -55,16 +55,16 @@ def measure_lengths(folder: ShardFolder, options: ModelOptions) -> Lengths:
         MirageError: the model, the index or the counts cannot be read.
     """
     encoder, index = open_encoder(options), load_index(folder)
-    path = counts_path(folder, encoder.tokenizer, system_turn=options.system_turn)
+    name = counts_name(encoder.tokenizer, system_turn=options.system_turn)
+    counts = {stage: load_counts(name, folder, stage=stage) for stage in STAGES}
 
     def measure(stage: Stage) -> Costs:
-        texts = load_counts(path, folder, stage=stage)
-        return SampleCosts(index, encoder.image_tokens, stage, options.latent_size, texts=texts).all()
+        return SampleCosts(index, encoder.image_tokens, stage, options.latent_size, texts=counts[stage]).all()
 
     costs = {stage: measure(stage) for stage in STAGES}
     patches = {stage: each.costs - TOKEN_PATCHES * each.tokens for stage, each in costs.items()}
     return Lengths(
-        source="counted" if path.exists() else "estimated from characters",
+        source="counted" if counts["text"] is not None else "estimated from characters",
         tokens={stage: each.tokens for stage, each in costs.items()},
         costs={stage: each.in_rows(1) for stage, each in costs.items()},
         input_patches=patches["text"],
@@ -81,8 +81,8 @@ def counted_tokens(folder: ShardFolder, options: ModelOptions) -> dict[Stage, Nu
     lengths = measure_lengths(folder, options)
     if lengths.source != "counted":
         raise DataError(
-            f"the tokens were not counted for this model ({folder.path}, --model {options.model}); rows are chosen by "
-            f"exact numbers of tokens; run `mirage-data count {folder.path} --model {options.model}` first"
+            f"the tokens were not counted for this model ({folder.place}, --model {options.model}); rows are chosen by "
+            f"exact numbers of tokens; run `mirage-data count {folder.place} --model {options.model}` first"
         )
     return lengths.tokens
 

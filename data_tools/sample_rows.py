@@ -50,7 +50,7 @@ def matching_rows(folder: ShardFolder, count: int, text: str) -> list[Row]:
     rows = list(islice(found, count))
     if not rows:
         raise DataError(
-            f"no row has this text (--match {text:.80}): rows of {folder.path}: {folder.num_samples}; expected a text "
+            f"no row has this text (--match {text:.80}): rows of {folder.place}: {folder.num_samples}; expected a text "
             "in the question or the answer of a row; use another one"
         )
     return rows
@@ -67,10 +67,10 @@ def read_row(folder: ShardFolder, entry: IndexEntry, number: int) -> Row:
     Raises:
         DataError: it cannot be read; the message has SHARD/KEY.
     """
-    shard = folder.manifest.shards[entry.shard].name
-    where = f"{shard}/{entry.key}"
-    data = read_range(folder.path / shard, entry.offset, entry.size, where)
-    return Row(number, shard, entry, from_members(where, parse_members(data, entry.key, where)))
+    shard = folder.manifest.shards[entry.shard]
+    where = f"{shard.name}/{entry.key}"
+    data = read_range(folder.place, shard, entry.offset, entry.size, where)
+    return Row(number, shard.name, entry, from_members(where, parse_members(data, entry.key, where)))
 
 
 def as_text(value: Any) -> str:

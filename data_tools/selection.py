@@ -127,7 +127,7 @@ def meet(
     for number, (where, fields) in enumerate(rows):
         seen.update(fields.keys())
         met[number] = all(condition.holds(fields, where) for condition in conditions)
-    check_known(conditions, seen, f"{folder.path}")
+    check_known(conditions, seen, f"{folder.place}")
     return met
 
 
@@ -140,7 +140,7 @@ def _parts_by_hash(folder: ShardFolder, index: Index, fractions: Sequence[float]
         parts[number] = np.searchsorted(ends, _share(fields.get(by), seed), side="right")
     if not num_with:
         raise DataError(
-            f"no row has the field {by} (--by {by}, {folder.path}); expected a field of the rows; correct the option"
+            f"no row has the field {by} (--by {by}, {folder.place}); expected a field of the rows; correct the option"
         )
     return parts
 
@@ -158,7 +158,9 @@ def _fields(
     tokens: dict[str, Numbers] = {}
     if needed := set(names) & set(TOKEN_FIELDS):
         if options is None:
-            raise DataError(f"no model for {min(needed)} ({folder.path}); tokens are those of a model; add --model DIR")
+            raise DataError(
+                f"no model for {min(needed)} ({folder.place}); tokens are those of a model; add --model DIR"
+            )
         # Imported here, as it imports torch, which takes seconds.
         from data_tools.lengths import counted_tokens
 
@@ -183,7 +185,7 @@ def _copy(
     for output, numbers in chosen.items():
         if not len(numbers):
             raise DataError(
-                f"no row for the output ({output}): rows of {folder.path}: {len(index)}; a folder of shards needs at "
+                f"no row for the output ({output}): rows of {folder.place}: {len(index)}; a folder of shards needs at "
                 "least one; change the conditions or fractions"
             )
     manifests = []

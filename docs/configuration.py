@@ -16,14 +16,14 @@ from pydantic import AfterValidator, BeforeValidator, Strict, WrapValidator
 from pydantic.fields import FieldInfo
 
 from mirage_ds.config import Config
-from mirage_ds.config_values import LARGEST, Section
+from mirage_ds.config_values import LARGEST, Section, WeightedShards
 
 PAGE = Path(__file__).with_suffix(".md")
 INTRODUCTION = r"""
 # Configuration
 
 Every key of a recipe: which values it may have, its default, and what it does. This page is generated from
-[`mirage_ds/config.py`](../mirage_ds/config.py) and
+[`mirage_ds/config.py`](../mirage_ds/config.py), [`config_data.py`](../mirage_ds/config_data.py) and
 [`config_train.py`](../mirage_ds/config_train.py) by `make docs`; change the docstrings there, not this page.
 
 A recipe is a YAML file with the sections below; [`launch/recipes/`](../launch/recipes) has some to start from. It is
@@ -87,6 +87,8 @@ def _meanings(section: type[Section]) -> dict[str, str]:
 
 def _values(annotation: Any, limits: Any = ()) -> str:
     """A type and its limits in words: `PositiveInt | None` -> integer > 0. The default shows what may be unset."""
+    if annotation == tuple[WeightedShards, ...]:
+        return "list of paths and of `{path, weight}`"
     if get_origin(annotation) is Annotated:
         kind, *more = get_args(annotation)
         return _values(kind, [*limits, *more])

@@ -47,6 +47,7 @@ class Batch:
     num_grounded_samples: int  # rows with a latent loss: those with helper images or cached targets
     sample_tokens: list[int]  # [S] tokens of each sample
     keys: list[str]  # [S] each sample's key, for messages
+    sample_sets: torch.Tensor  # [S] int64: the number of each sample's set, of the run's folders of shards
     faults: list[str] = field(default_factory=list)  # of samples that could not be used, and whose places others took
     sample_ends: torch.Tensor | None = None  # [S] int32: flat positions where packed samples end; None: not packed
     hidden_from: torch.Tensor | None = None  # [B] int64: nothing from this column on attends to the row's images
@@ -67,6 +68,12 @@ class Batch:
     def num_cells(self) -> int:
         """Columns of all rows, padding among them."""
         return self.input_ids.numel()
+
+    def samples_at(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n] int64: the number of the sample, in this batch, at each of [n] flat positions."""
+        if self.sample_ends is None:
+            return rows // self.input_ids.shape[1]
+        return torch.searchsorted(self.sample_ends, rows.to(self.sample_ends.dtype), right=True)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Moves every tensor; copies from pinned memory are asynchronous."""

@@ -15,9 +15,13 @@ from pydantic import (
     WrapValidator,
 )
 
-from mirage_ds.paths import expand
+from mirage_ds.paths import Location, expand, to_location, without_secrets
 
 Item = TypeVar("Item")
+
+
+def _to_location(value: Any) -> Any:
+    return to_location(value) if isinstance(value, str) and value else _to_path(value)
 
 
 def _to_path(value: Any) -> Any:
@@ -28,6 +32,8 @@ def _to_path(value: Any) -> Any:
 
 UserPath = Annotated[Path, BeforeValidator(_to_path)]
 """A path with `~` and `$VARIABLES` expanded."""
+UserLocation = Annotated[Location, BeforeValidator(_to_location)]
+"""A path or a URL, with `~` and `$VARIABLES` expanded."""
 UserName = Annotated[str, AfterValidator(expand)]
 """A path or another name, expanded alike."""
 Pair = Annotated[tuple[Item, Item], Strict(False)]
@@ -60,3 +66,44 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class WeightedShards(Section):
+    """A folder of shards in a mixture."""
+
+    path: UserLocation
+    weight: float = Field(default=1.0, gt=0)  # passes over it in an epoch
+
+
+def _to_sets(value: Any) -> Any:
+    """A path, or the folders of a mixture."""
+    if isinstance(value, (str, Path)):
+        return _to_location(value)
+    allowed = "allowed: a path, or a list of paths and of {path: FOLDER, weight: NUMBER}"
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{value!r:.80} names no folder of shards; {allowed}; name at least one folder")
+    sets: list[WeightedShards] = []
+    for number, each in enumerate(value, 1):
+        try:
+            sets.append(WeightedShards.model_validate({"path": each} if isinstance(each, (str, Path)) else each))
+        except ValidationError as error:
+            reasons = "; ".join(
+                f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
+                for each in error.errors()
+            )
+            raise ValueError(
+                f"folder {number} of the list cannot be used ({each!r:.80}): {reasons}; {allowed}, with weights above "
+                "0 that are finite; correct it, or leave out a folder of which nothing is to be used"
+            ) from error
+    paths = [each.path for each in sets]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"{without_secrets(str(twice))} is named {paths.count(twice)} times; each folder may stand once in the "
+            "list; give it the sum of its weights"
+        )
+    return tuple(sets)
+
+
+ShardPaths = Annotated[Location | tuple[WeightedShards, ...], BeforeValidator(_to_sets)]
+"""A folder of shards, on a disk or by its URL, or several with their weights."""

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from mirage_ds.checkpoint import complete
 from mirage_ds.config import Config
+from mirage_ds.data.folders import load_folders
+from mirage_ds.data.places import LocalPlace, Reading
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.errors import DataError, MirageError, leave
 from mirage_ds.evaluation.training.named import check_named
@@ -42,12 +44,14 @@ def check_inputs(config: Config) -> None:
         MirageError: shards, their counts, the model's folder, the run to start from, or what `evaluation` names are
             missing here.
     """
-    for folder in (config.data.shards, config.evaluation.shards):
-        if folder is not None:
-            load_manifest(folder)
+    folders = load_folders(config.data).folders
+    if config.evaluation.shards is not None:
+        load_manifest(config.evaluation.shards, Reading.of(config.data))
     check_named(config.evaluation)
-    if config.data.packing and not any(config.data.shards.glob("tokens-*.npz")):
-        raise not_counted(config)  # for another tokenizer: found as soon as that can be loaded
+    for folder in folders if config.data.packing else ():
+        # Of a server's, and for another tokenizer: found as soon as that can be loaded.
+        if isinstance(folder.place, LocalPlace) and not any(folder.path.glob("tokens-*.npz")):
+            raise not_counted(config, folder)
     check_model(config.model.path, f"model.path={config.model.path}", config.model.cache_dir)
     if config.data.num_workers:
         check_temporary_folder()

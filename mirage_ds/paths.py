@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from mirage_ds.errors import ConfigError, DataError, name_unwritable, reason_of
 
+Location = Path | str
+"""Of a folder: its path on a disk, or its URL on a server."""
 Command = TypeVar("Command", bound=Callable[..., Any])
 # A socket's path has at most 107 bytes (sun_path in unix(7)); multiprocessing puts its sockets into folders of its own.
 SOCKET_NAME_BYTES = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
@@ -33,6 +35,27 @@ def expand(text: str) -> str:
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise ValueError(f"{unset[0]:.80} is not set; set this variable, or write the folder out")
     return expanded
+
+
+def is_url(text: str) -> bool:
+    """Whether it names a place on a server, and not a path."""
+    return "://" in text
+
+
+def to_location(text: str) -> Location:
+    """A folder as a user names it, by its path or URL, expanded.
+
+    Raises:
+        ValueError: as `expand` does.
+    """
+    name = expand(text)
+    return name if is_url(name) and not name.startswith("file://") else Path(name.removeprefix("file://"))
+
+
+def without_secrets(text: str) -> str:
+    """A text without the user, password and query of the URLs in it."""
+    without_query = re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
+    return re.sub(r"(\w://)[^/\s@]*@", r"\1", without_query)
 
 
 def expanded(*names: str) -> Callable[[Command], Command]:

@@ -34,7 +34,8 @@ from mirage_ds.checkpoint.load import load_weights, resume
 from mirage_ds.checkpoint.save import Saves, check_room, own_bytes
 from mirage_ds.checkpoint.writer import Writer, with_memory
 from mirage_ds.config import Config
-from mirage_ds.data.target_cache import TargetCache
+from mirage_ds.data.mixture import order_of
+from mirage_ds.data.target_cache import TargetCaches
 from mirage_ds.errors import (
     CheckpointError,
     DataError,
@@ -63,6 +64,7 @@ from mirage_ds.training.metrics import Metrics
 from mirage_ds.training.planned import plan
 from mirage_ds.training.run_data import deal_steps, open_stream
 from mirage_ds.training.run_folder import own, write_folder
+from mirage_ds.training.set_losses import SetLosses
 from mirage_ds.training.start import Start, prepare
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed
@@ -135,7 +137,7 @@ def make_trainer(
     start: Start,
     state: TrainState,
     saves: Saves,
-    targets: TargetCache | None,
+    targets: TargetCaches | None,
 ) -> Trainer:
     """The training loop from `state` on, with this rank's data and the run's metrics."""
     latents = None
@@ -143,6 +145,10 @@ def make_trainer(
         size = engine.module.embed_tokens.embedding_dim
         latents = LatentSums(config.model.latent_size, size, start.device)
         engine.module.keep_states = latents.add
+    sets = None
+    if len(start.shards.folders) > 1:
+        sets = SetLosses(start.shards.names, start.device)
+        engine.module.keep_losses = sets.add
     metrics = Metrics(
         config.run.dir,
         stage=config.train.stage,
@@ -152,6 +158,7 @@ def make_trainer(
         steps_done=state.step,
         planned=plan(config, start.deepspeed_config),
         latents=latents,
+        sets=sets,
     )
     metrics.show_configuration(config.model_dump(mode="json"))
     steps = deal_steps(config, start, state.position)
@@ -297,7 +304,12 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
     if config.data.packing:
         cut = f"rows of at most {config.data.token_budget} tokens on {ranks} ranks"
     controls = "".join(f", {key}={value}" for key, value in config.controls.items())
-    num_samples = start.shards.num_samples
+    shards, num_positions = start.shards, order_of(config, start.shards).num_positions
+    samples = f"{shards.num_samples} samples"
+    if len(shards.folders) > 1:
+        parts = zip(shards.names, shards.folders, shards.weights, strict=True)
+        sets = ", ".join(f"{name} {folder.num_samples} x {weight:g}" for name, folder, weight in parts)
+        samples += f" in {len(shards.folders)} sets ({sets}), {num_positions} in an epoch"
     numel = {True: 0, False: 0}
     for parameter in model.parameters():
         numel[parameter.requires_grad] += whole_numel(parameter)
@@ -305,8 +317,8 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
         f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
         f"{train.dtype} on {start.device.type}, attention {backbone.describe_attention()}, "
         f"latent_size {config.model.latent_size}{controls}\n"
-        f"{num_samples} samples; global batch {size} = {cut}; {start.max_steps} steps = "
-        f"{start.max_steps * size / num_samples:.1f} epochs; {start.costs_source}"
+        f"{samples}; global batch {size} = {cut}; {start.max_steps} steps = "
+        f"{start.max_steps * size / num_positions:.1f} epochs; {start.costs_source}"
     )
 
 

@@ -9,6 +9,7 @@ from launch.doctor import machine_checks as machine
 from launch.doctor import op_checks, recipe_checks
 from launch.doctor.findings import Row, failure
 from mirage_ds.config import Config
+from mirage_ds.data.folders import load_folders
 from mirage_ds.data.shards import read_manifest
 from mirage_ds.errors import DataError
 from mirage_ds.versions import versions
@@ -46,7 +47,7 @@ def facts(config: Config | None) -> dict[str, str]:
     found = versions()
     if config is not None:
         try:
-            found["data.shards"] = read_manifest(config.data.shards).digest
+            found["data.shards"] = load_folders(config.data, read_manifest).digest
         except DataError as error:
             found["data.shards"] = failure("data.shards", error).found
     return found

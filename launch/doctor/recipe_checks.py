@@ -7,7 +7,9 @@ from deepspeed.accelerator import get_accelerator
 
 from launch.doctor.findings import Row, failure
 from mirage_ds.config import Config
+from mirage_ds.data.folders import load_folders
 from mirage_ds.data.index import load_index
+from mirage_ds.data.places import Reading
 from mirage_ds.data.shard_samples import parse_members, read_range
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.errors import ConfigError, DataError
@@ -16,7 +18,7 @@ from mirage_ds.model.attention import choose_attention
 from mirage_ds.model.backbone import DTYPES, check_config
 from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
-from mirage_ds.training.sample_costs import measure_samples
+from mirage_ds.training.sample_costs import measure_folders
 from mirage_ds.training.start import open_encoder
 
 SAMPLES_READ = 8  # per folder of shards, spread evenly over its index
@@ -54,7 +56,7 @@ def check_model(config: Config) -> Row:
 def check_samples(config: Config) -> Row:
     """What the index says of each sample, and its length if there is a limit, against the model."""
     try:
-        measure_samples(config, open_encoder(config), load_manifest(config.data.shards))
+        measure_folders(config, open_encoder(config), load_folders(config.data))
     except (ConfigError, DataError) as error:
         return failure("data.shards: samples", error)
     limits = {"max_length": config.data.max_length, "token_budget": config.data.token_budget}
@@ -64,11 +66,12 @@ def check_samples(config: Config) -> Row:
 
 def check_shards(config: Config) -> Iterator[Row]:
     """The manifest, the size of every shard, and a few samples, read completely."""
-    for what, folder in (("data.shards", config.data.shards), ("evaluation.shards", config.evaluation.shards)):
-        if folder is None:
-            continue
+    folders = [("data.shards", each.path) for each in config.data.sets]
+    if config.evaluation.shards is not None:
+        folders.append(("evaluation.shards", config.evaluation.shards))
+    for what, folder in folders:
         try:
-            shards = load_manifest(folder)
+            shards = load_manifest(folder, Reading.of(config.data))
             num_bytes = read_some(shards)
         except DataError as error:
             yield failure(what, error)
@@ -77,7 +80,7 @@ def check_shards(config: Config) -> Iterator[Row]:
         yield Row(
             what,
             f"{num_samples} {'sample' if num_samples == 1 else 'samples'} in {num_shards} "
-            f"{'shard' if num_shards == 1 else 'shards'} ({folder}), digest {shards.digest:.12}; read a few, "
+            f"{'shard' if num_shards == 1 else 'shards'} ({shards.place}), digest {shards.digest:.12}; read a few, "
             f"{num_bytes} bytes",
         )
 
@@ -108,7 +111,7 @@ def read_some(shards: ShardFolder) -> int:
     index = load_index(shards)
     some = index[:: -(-len(index) // SAMPLES_READ)]
     for entry in some:
-        name = shards.manifest.shards[entry.shard].name
-        where = f"{name}/{entry.key}"
-        parse_members(read_range(shards.path / name, entry.offset, entry.size, where), entry.key, where)
+        shard = shards.manifest.shards[entry.shard]
+        where = f"{shard.name}/{entry.key}"
+        parse_members(read_range(shards.place, shard, entry.offset, entry.size, where), entry.key, where)
     return sum(entry.size for entry in some)

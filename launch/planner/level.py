@@ -3,15 +3,15 @@
 Both make a step longer: all ranks wait for the dearest, and padding is computed too.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from mirage_ds.config import Config
-from mirage_ds.data.costs import TOKEN_PATCHES, SampleCosts
+from mirage_ds.data.costs import TOKEN_PATCHES, SampleCosts, SetCosts
+from mirage_ds.data.folders import find_folders
 from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.plan import Plan, order_of
-from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
+from mirage_ds.data.mixture import Mixture, order_of
 from mirage_ds.data.steps import Share, Steps
 from mirage_ds.sizing.workload import image_processor
 
@@ -32,20 +32,19 @@ class Level:
 class FolderCosts:
     """The order and the costs of a run's samples."""
 
-    plan: Plan
-    costs: SampleCosts
+    plan: Mixture
+    costs: SetCosts
 
     def level(self, config: Config, world_size: int) -> Level:
         """Of a run with these samples, on this many ranks."""
         rows, accumulation = config.train.micro_batch_size, config.train.accumulation_steps(world_size)
         share = Share(0, world_size, rows, accumulation)
         budget = config.data.token_budget
-        costs = replace(self.costs, most_tokens=budget)  # lengths are estimated
-        steps = Steps(self.plan, costs, share, balance=config.data.balance, token_budget=budget)
+        steps = Steps(self.plan, self.costs, share, balance=config.data.balance, token_budget=budget)
         size = share.global_batch_size
         starts = range(0, NUM_STEPS * size, size)
         loads = np.concatenate([steps.loads(start, steps.deal(start)) for start in starts])
-        dealt = costs.of(np.array(self.plan.samples(0, NUM_STEPS * size)))
+        dealt = self.costs.of(np.array(self.plan.samples(0, NUM_STEPS * size)))
         waited, computed = world_size * int(loads.max(axis=1).sum()), int(loads.sum())
         needed, tokens = int(dealt.in_rows(rows).sum()), int(dealt.tokens.sum())
         cells = tokens + (computed - needed) // TOKEN_PATCHES
@@ -66,14 +65,19 @@ def folder_costs(config: Config) -> FolderCosts | None:
     Raises:
         DataError: the manifest or the index is damaged.
     """
-    if not (config.data.shards / MANIFEST_NAME).is_file():
+    shards = find_folders(config.data)
+    if shards is None:
         return None
-    shards = read_manifest(config.data.shards)
-    costs = SampleCosts(
-        Helpers.of(config).index(shards),
-        image_processor(config).image_tokens,
-        stage=config.train.stage,
-        latent_size=config.model.latent_size,
-        keeps_targets=config.model.cache_targets is not None,
-    )
-    return FolderCosts(order_of(config, shards), costs)
+    helpers, image_tokens = Helpers.of(config), image_processor(config).image_tokens
+    costs = [
+        SampleCosts(
+            helpers.index(folder),
+            image_tokens,
+            stage=config.train.stage,
+            latent_size=config.model.latent_size,
+            keeps_targets=config.model.cache_targets is not None,
+            most_tokens=config.data.token_budget,  # lengths are estimated
+        )
+        for folder in shards.folders
+    ]
+    return FolderCosts(order_of(config, shards), SetCosts(tuple(costs)))

@@ -29,7 +29,7 @@ from launch.slurm.script import (
     submission_environment,
 )
 from mirage_ds.config import Config
-from mirage_ds.data.shards import load_manifest
+from mirage_ds.data.folders import load_folders
 from mirage_ds.early_checks import check_inputs
 from mirage_ds.errors import ConfigError, name_full_disk, name_unwritable
 from mirage_ds.model_folder import is_cached
@@ -167,10 +167,10 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
         )
     if config.data.max_length is not None or config.data.packing:
         # Imported here: torch and transformers take seconds to import.
-        from mirage_ds.training.sample_costs import measure_samples
+        from mirage_ds.training.sample_costs import measure_folders
         from mirage_ds.training.start import open_encoder
 
-        measure_samples(config, open_encoder(config), load_manifest(config.data.shards))
+        measure_folders(config, open_encoder(config), load_folders(config.data))
     if cluster.gpus_per_node and cluster.gpu:
         # Imported here: torch and transformers take seconds to import, and only this check needs them.
         from launch.planner.estimate import check_fits

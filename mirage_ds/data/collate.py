@@ -102,6 +102,7 @@ def lay_out(samples: Sequence[EncodedSample], places: Sequence[torch.Tensor], sh
         num_grounded_samples=len(cached) + sum(len(sample.image_grid_thw_latent) > 0 for sample in samples),
         sample_tokens=[len(sample.input_ids) for sample in samples],
         keys=[sample.key for sample in samples],
+        sample_sets=torch.tensor([sample.set_number for sample in samples]),
         faults=[fault for sample in samples for fault in sample.faults],
     )
 

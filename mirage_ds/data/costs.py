@@ -135,3 +135,29 @@ class SampleCosts:
 def concatenated(parts: Sequence[Costs]) -> Costs:
     """The costs of the samples of each part, one part behind the other."""
     return Costs(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "costs", "passes")))
+
+
+@dataclass(frozen=True)
+class SetCosts:
+    """What the samples of several folders cost, numbered one folder after the other."""
+
+    parts: tuple[SampleCosts, ...]
+
+    def __len__(self) -> int:
+        return sum(len(part.index) for part in self.parts)
+
+    def of(self, numbers: Numbers) -> Costs:
+        """Of these samples."""
+        found = np.zeros((3, len(numbers)), np.int64)
+        first = 0
+        for part in self.parts:
+            chosen = np.flatnonzero((numbers >= first) & (numbers < first + len(part.index)))
+            if len(chosen):
+                costs = part.of(numbers[chosen] - first)
+                found[:, chosen] = costs.tokens, costs.costs, costs.passes
+            first += len(part.index)
+        return Costs(*found)
+
+    def all(self) -> Costs:
+        """Of every sample, in the order of their numbers."""
+        return concatenated([part.all() for part in self.parts])

@@ -5,6 +5,7 @@ their number follows from the sizes in the index and the run's settings, see cos
 """
 
 import hashlib
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mirage_ds.config import Stage
 from mirage_ds.data.conversation import train_text
 from mirage_ds.data.rows import Sample
-from mirage_ds.data.shards import ShardFolder
+from mirage_ds.data.shards import ShardFolder, error_of
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import DataError, name_full_disk, name_unwritable
 from mirage_ds.tokens import TokenIds
@@ -67,7 +68,7 @@ def save_counts(
         DataError: the folder of shards cannot be written.
         DiskFullError: its disk is full.
     """
-    path = counts_path(folder, tokenizer, system_turn=system_turn)
+    path = folder.path / counts_name(tokenizer, system_turn=system_turn)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     remedy = "nothing was written; free some space, and count again"
     with name_full_disk(folder.path, remedy), name_unwritable(path, "count in a copy of the shards that you may write"):
@@ -80,23 +81,27 @@ def save_counts(
     return path
 
 
-def load_counts(path: Path, folder: ShardFolder, *, stage: Stage) -> Counts | None:
+def load_counts(name: str, folder: ShardFolder, *, stage: Stage) -> Counts | None:
     """The counts of every sample for this stage, in the order of the index; None if there are none.
 
     Args:
-        path: as `counts_path` gives it.
+        name: as `counts_name` gives it.
     Raises:
         DataError: the file is damaged, or was counted for other shards.
+        StallError: its server does not answer.
     """
-    remedy = f"remove it, and run `mirage-data count {folder.path}` again"
+    path, remedy = folder.place.where(name), f"remove it, and run `mirage-data count {folder.place}` again"
     try:
-        with np.load(path, allow_pickle=False) as file:  # a zip file, whose checksums are compared
+        with np.load(
+            io.BytesIO(folder.place.read_all(name)), allow_pickle=False
+        ) as file:  # a zip file, whose checksums are compared
             shards = str(file["shards"])
             counts: Counts = file["without_latents" if stage == "text" else "with_latents"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(
+        kind = error_of(error) if isinstance(error, OSError) else DataError
+        raise kind(
             f"the counts of tokens cannot be read: {error!s:.80} ({path}); expected the file that `mirage-data count` "
             f"wrote; {remedy}"
         ) from error
@@ -108,8 +113,8 @@ def load_counts(path: Path, folder: ShardFolder, *, stage: Stage) -> Counts | No
     return counts
 
 
-def counts_path(folder: ShardFolder, tokenizer: PreTrainedTokenizerBase, *, system_turn: bool) -> Path:
-    """The file's name has a digest of all that decides the counts beside the samples."""
+def counts_name(tokenizer: PreTrainedTokenizerBase, *, system_turn: bool) -> str:
+    """The name of the file in the folder: it has a digest of all that decides the counts beside the samples."""
     parts = (str(FORMAT), tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(system_turn))
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    return folder.path / f"tokens-{digest[:16]}.npz"
+    return f"tokens-{digest[:16]}.npz"

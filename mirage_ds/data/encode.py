@@ -44,10 +44,8 @@ class EncodedText(NamedTuple):
 
 @dataclass
 class EncodedSample:
-    """A sample as the model takes it, before padding.
-
-    Helper images are only encoded in stage 1, and not where a target cache has their targets.
-    """
+    """A sample as the model takes it, before padding. Helper images are only encoded in stage 1, and not where a target
+    cache has their targets."""
 
     key: str
     input_ids: torch.Tensor  # [L] int64
@@ -65,6 +63,7 @@ class EncodedSample:
     faults: list[str] = field(default_factory=list)  # of the samples before it that could not be used
     target_slots: range = range(0)  # of the encoded helper images in the run's target cache, if it has one
     cached_targets: torch.Tensor | None = None  # [all latents, D + 1] float32: targets and their inverse norms
+    set_number: int = 0  # of the run's folders of shards, the one that it is from
     hides_images: bool = False  # nothing after the first latent block attends to the input images
 
 
@@ -167,6 +166,7 @@ class Encoder:
             pixel_levels=self.pixel_levels,
             latent_sizes=sizes,
             target_slots=range(0) if is_cached else sample.target_slots,
+            set_number=sample.set_number,
             cached_targets=as_tensor(sample.cached_targets, sum(sizes)),
             hides_images=not self._answer_sees_image,
         )

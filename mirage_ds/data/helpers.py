@@ -132,7 +132,7 @@ class Helpers:
         has_helper = index.samples["helper_images"] > 0
         if self.images == "shuffled" and has_helper.sum() < 2:
             raise DataError(
-                f"rows with helper images: {has_helper.sum()} ({folder.path}); data.helper=shuffled gives each the "
+                f"rows with helper images: {has_helper.sum()} ({folder.place}); data.helper=shuffled gives each the "
                 "images of another row, and needs at least 2; use other shards, or another data.helper"
             )
         without = np.flatnonzero(has_helper & (index.samples["input_images"] == 0))
@@ -141,7 +141,7 @@ class Helpers:
             names = [f"{folder.manifest.shards[entry.shard].name}/{entry.key}" for entry in listed]
             more = f" and {len(without) - NUM_LISTED} more" if len(without) > NUM_LISTED else ""
             raise DataError(
-                f"rows with a helper image but no input image: {len(without)} ({folder.path}): {', '.join(names)}"
+                f"rows with a helper image but no input image: {len(without)} ({folder.place}): {', '.join(names)}"
                 f"{more}; data.helper=input puts the input image in place of the helper image, so each of these rows "
                 "needs one; build the shards without these rows, or use another data.helper"
             )

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mirage_ds.data.ragged import Numbers, places, starts
-from mirage_ds.data.shards import ShardFolder, check_file_size
+from mirage_ds.data.shards import IndexFile, ShardFolder, check_file_size, error_of
 from mirage_ds.errors import DataError
 
 INDEX_FOLDER = "index"
@@ -264,12 +264,11 @@ def load_index(folder: ShardFolder) -> Index:
     columns = {name: column for name, (column, _) in mapped.items()}
     if len(columns["samples"]) != folder.num_samples:
         raise DataError(
-            f"samples in the index: {len(columns['samples'])} ({folder.path / INDEX_FOLDER}); the manifest says "
+            f"samples in the index: {len(columns['samples'])} ({folder.place.where(INDEX_FOLDER)}); the manifest says "
             f"{folder.num_samples}; both must come from one build; copy them again, or build again"
         )
-    return Index(
-        **columns, where=str(folder.path / INDEX_FOLDER), mappings=tuple(mapping for _, mapping in mapped.values())
-    )
+    mappings = tuple(mapping for _, mapping in mapped.values())
+    return Index(**columns, where=folder.place.where(INDEX_FOLDER), mappings=mappings)
 
 
 def check_digests(folder: ShardFolder) -> None:
@@ -279,14 +278,10 @@ def check_digests(folder: ShardFolder) -> None:
         DataError: one is missing or differs.
     """
     for file in folder.manifest.index:
-        path = folder.path / file.name
-        try:
-            with path.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            raise _unreadable(path, error) from error
+        with _file(folder, file).open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest != file.sha256:
-            raise _other_build(path)
+            raise _other_build(folder, file)
 
 
 def column_file(name: str) -> str:
@@ -307,46 +302,49 @@ def _map_column(folder: ShardFolder, name: str) -> tuple[npt.NDArray[Any], mmap.
     file = next((file for file in folder.manifest.index if file.name == column_file(name)), None)
     if file is None:
         raise DataError(
-            f"the manifest names no {column_file(name)} ({folder.path}); an index of format 2 has it; copy the folder "
+            f"the manifest names no {column_file(name)} ({folder.place}); an index of format 2 has it; copy the folder "
             "of shards again, or build again"
         )
-    check_file_size(folder.path, file, "index file")
-    path, (dtype, shape) = folder.path / file.name, COLUMNS[name]
+    check_file_size(folder.place, file, "index file")
+    path, (dtype, shape) = _file(folder, file), COLUMNS[name]
     length, rest = divmod(path.stat().st_size - HEADER_BYTES, dtype.itemsize * int(np.prod(shape, dtype=int)))
     with path.open("rb") as opened:
         header = opened.read(HEADER_BYTES)
         mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     if length < 0 or rest or header != column_header(name, length):
         raise DataError(
-            f"the header of the index file is not that of {name} ({path}); expected what `mirage-data build` wrote; "
-            "copy the folder of shards again, or build again"
+            f"the header of the index file is not that of {name} ({folder.place.where(file.name)}); expected what "
+            "`mirage-data build` wrote; copy the folder of shards again, or build again"
         )
     return np.frombuffer(mapping, dtype, offset=HEADER_BYTES).reshape(-1, *shape), mapping
 
 
 def _load_lines(folder: ShardFolder) -> Index:
-    path = folder.path / INDEX_NAME
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if hashlib.sha256(data).hexdigest() != folder.manifest.index[0].sha256:
-        raise _other_build(path)
+    file = folder.manifest.index[0]
+    data = _file(folder, file).read_bytes()
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise _other_build(folder, file)
     # The digest matches, so the contents need no further checks.
     parts = list(consecutive(columns_of(IndexEntry(**json.loads(line)) for line in io.BytesIO(data))))
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
-    return Index(**columns, where=str(path))
+    return Index(**columns, where=folder.place.where(file.name))
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
+def _file(folder: ShardFolder, file: IndexFile) -> Path:
+    """A file of the index, on a disk of this machine. Raises: DataError: it cannot be opened."""
+    try:
+        path = folder.place.file(file.name, file.sha256)
+        path.open("rb").close()
+        return path
+    except OSError as error:
+        raise error_of(error)(
+            f"{file.name} cannot be read: {error.strerror} ({folder.place.where(file.name)}); a folder of shards has "
+            "one; copy it again, or build again"
+        ) from error
+
+
+def _other_build(folder: ShardFolder, file: IndexFile) -> DataError:
     return DataError(
-        f"{path.name} cannot be read: {error.strerror} ({path}); a folder of shards has one; copy it again, or build "
-        "again"
-    )
-
-
-def _other_build(path: Path) -> DataError:
-    return DataError(
-        f"{path.name} does not match the manifest ({path}); both must come from one build; copy it again, or build "
-        "again"
+        f"{file.name} does not match the manifest ({folder.place.where(file.name)}); both must come from one build; "
+        "copy it again, or build again"
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mirage_ds.data.costs import MARKERS, SampleCosts, row_sizes
-from mirage_ds.data.counts import counts_path, load_counts
+from mirage_ds.data.counts import counts_name, load_counts
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.index import Entries, Index, parts_of
@@ -32,8 +32,8 @@ def too_long(encoder: Encoder, folder: ShardFolder, helpers: Helpers) -> Reason:
     if limit is None:
         return Reason("", "")
     index = helpers.index(folder)
-    path = counts_path(folder, encoder.tokenizer, system_turn=encoder.system_turn)
-    counts = load_counts(path, folder, stage="text" if helpers.images == "none" else encoder.stage)
+    name = counts_name(encoder.tokenizer, system_turn=encoder.system_turn)
+    counts = load_counts(name, folder, stage="text" if helpers.images == "none" else encoder.stage)
     if counts is None:
         lengths = _read_lengths(encoder, folder, helpers, index, limit)
     else:
@@ -50,7 +50,7 @@ def check_budget(folder: ShardFolder, costs: SampleCosts, budget: int) -> None:
     """
     lengths = ((numbers, costs.of(numbers).tokens) for numbers in parts_of(len(costs.index)))
     if reason := _longer(lengths, costs.index, folder, "data.token_budget", budget):
-        raise DataError(f"the run cannot use samples ({folder.path}, samples: {folder.num_samples}):\n  - {reason}")
+        raise DataError(f"the run cannot use samples ({folder.place}, samples: {folder.num_samples}):\n  - {reason}")
 
 
 def _longer(

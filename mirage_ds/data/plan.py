@@ -19,9 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mirage_ds.config import Config
-from mirage_ds.data.shards import ShardFolder
-
 Numbers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
@@ -56,6 +53,11 @@ class Plan:
         # Of the last two epochs that were asked for: a global batch that lies in both is not read in order.
         self._window_orders: dict[int, _WindowOrder] = {}
 
+    @property
+    def num_positions(self) -> int:
+        """Of an epoch."""
+        return self.num_samples
+
     def samples(self, start: int, count: int) -> list[int]:
         """Sample numbers at positions [start, start + count); they may cross into the next epochs."""
         return self.at(np.arange(start, start + count, dtype=np.int64)).tolist()
@@ -77,13 +79,6 @@ class Plan:
             order = _WindowOrder(self._windows, self._digest, self._seed, epoch)
             self._window_orders = {**dict(last), epoch: order}
         return self._window_orders[epoch].at(places)
-
-
-def order_of(config: Config, folder: ShardFolder) -> Plan:
-    """The order in which a run takes the samples of a folder."""
-    samples = tuple(shard.samples for shard in folder.manifest.shards)
-    windows = Windows(samples, config.data.shuffle_window) if config.data.shuffle == "window" else None
-    return Plan(folder.num_samples, folder.digest, config.run.seed, windows)
 
 
 class _WindowOrder:

@@ -46,6 +46,7 @@ class Sample:
     helper_name: str = ""  # of helper images that are not the row's own, for messages
     target_slots: range = range(0)  # of the helper images in the run's target cache, if it has one
     cached_targets: bytes | None = None  # what the cache has there, if it is complete
+    set_number: int = 0  # of the run's folders of shards, the one that it is from
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Sample]]:

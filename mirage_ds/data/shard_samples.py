@@ -4,16 +4,16 @@ Writes and reads this format; no other file depends on it. Needs no torch.
 """
 
 import io
-import os
 import re
 import tarfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mirage_ds import strict_json
 from mirage_ds.data.images import IMAGE_FORMATS
+from mirage_ds.data.places import Place
 from mirage_ds.data.rows import Sample, num_latent_blocks, parse_row, read_latent_sizes, read_text
+from mirage_ds.data.shards import Shard, error_of
 from mirage_ds.errors import DataError
 
 _SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif"}
@@ -84,17 +84,22 @@ def _numbered(images: Mapping[int, bytes], where: str) -> tuple[bytes, ...]:
     return tuple(images[number] for number in range(len(images)))
 
 
-def read_range(path: Path, offset: int, size: int, where: str) -> bytes:
+def read_range(place: Place, shard: Shard, offset: int, size: int, where: str, *, again: bool = False) -> bytes:
     """Reads the bytes of one sample in a shard, including headers and padding.
+
+    Args:
+        again: what was read before cannot be used, so not from what this node keeps of a server's shard.
 
     Raises:
         DataError: the shard cannot be read or is too short; the message names `where`.
+        StallError: likewise: its server does not answer.
     """
     try:
-        with path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), size, offset)
+        data = place.read_range(shard, offset, size, again=again)
     except OSError as error:
-        raise DataError(f"cannot read the shard: {error.strerror} ({where}); restore {path}") from error
+        raise error_of(error)(
+            f"cannot read the shard: {error.strerror} ({where}); restore {place.where(shard.name)}"
+        ) from error
     if len(data) != size:
         raise DataError(
             f"only {len(data)} of {size} bytes from byte {offset} can be read ({where}); the index needs them all; the "

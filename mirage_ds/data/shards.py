@@ -1,7 +1,8 @@
 """Reads a folder of shards: tar files and manifest.json, which data_tools writes. Needs no torch.
 
-manifest.json lists the shards and the files of the index with their sha256. Its own sha256, the digest, identifies the
-data set. Where `mirage-data upgrade` wrote it, the digest stays that of the manifest before: it is the same data set.
+The folder is on a disk or on a server (places.py). manifest.json lists the shards and the files of the index with
+their sha256. Its own sha256, the digest, identifies the data set. Where `mirage-data upgrade` wrote it, the digest
+stays that of the manifest before: it is the same data set.
 """
 
 import hashlib
@@ -10,20 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.errors import DataError
+from mirage_ds.data.places import DEFAULT, LocalPlace, Place, Reading, open_place
+from mirage_ds.data.remote import NotReadable
+from mirage_ds.data.shard import Shard as Shard
+from mirage_ds.errors import DataError, StallError
+from mirage_ds.paths import Location
 
 FORMAT_VERSION = 2  # that is written; 1 is read too
 MANIFEST_NAME = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -50,49 +45,75 @@ class Manifest:
 class ShardFolder:
     """A folder of shards with its manifest."""
 
-    path: Path
+    place: Place
     manifest: Manifest
     digest: str  # sha256 of manifest.json, or of the one that was upgraded
+
+    @property
+    def path(self) -> Path:
+        """The folder on a disk, for what can only be done there.
+
+        Raises:
+            DataError: it is on a server.
+        """
+        if not isinstance(self.place, LocalPlace):
+            raise DataError(
+                f"the shards are on a server ({self.place}); this needs a folder on a disk of this machine; copy them "
+                "to one"
+            )
+        return self.place.folder
 
     @property
     def num_samples(self) -> int:
         return self.manifest.num_samples
 
 
-def load_manifest(folder: Path) -> ShardFolder:
-    """Reads manifest.json and checks that all shards and the index exist with their full size.
+def load_manifest(location: Location, reading: Reading = DEFAULT) -> ShardFolder:
+    """Reads manifest.json and checks that all shards and the index exist with their full size; on a server, some.
 
     Raises:
         DataError: there is no manifest, or it has another version, or a file is missing or of another size.
     """
-    shards = read_manifest(folder)
-    for shard in shards.manifest.shards:
-        check_file_size(folder, shard, "shard")
+    shards = read_manifest(location, reading)
+    for shard in shards.place.checked(shards.manifest.shards):
+        check_file_size(shards.place, shard, "shard")
     if shards.manifest.format_version > 1:
-        for file in shards.manifest.index:
-            check_file_size(folder, file, "index file")
+        for file in shards.place.checked(shards.manifest.index):
+            check_file_size(shards.place, file, "index file")
     return shards
 
 
-def read_manifest(folder: Path) -> ShardFolder:
+def find_manifest(location: Location, reading: Reading = DEFAULT) -> ShardFolder | None:
+    """As `read_manifest`, but None if there is no manifest."""
+    try:
+        return read_manifest(location, reading)
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def read_manifest(location: Location, reading: Reading = DEFAULT) -> ShardFolder:
     """Reads manifest.json alone.
 
     Raises:
         DataError: there is no manifest, or it is damaged or has another version.
+        StallError: likewise: its server does not answer.
     """
-    path = folder / MANIFEST_NAME
+    place = open_place(location, reading)
+    where = place.where(MANIFEST_NAME)
     try:
-        data = path.read_bytes()
+        data = place.read_all(MANIFEST_NAME)
     except OSError as error:
-        raise DataError(
-            f"no {MANIFEST_NAME}: {error.strerror} ({path}); expected a folder that `mirage-data build` wrote; name "
+        raise error_of(error)(
+            f"no {MANIFEST_NAME}: {error.strerror} ({where}); expected a folder that `mirage-data build` wrote; name "
             "such a folder, or build one"
         ) from error
-    manifest = _parse_manifest(data, path)
-    return ShardFolder(folder, manifest, manifest.upgraded_from or hashlib.sha256(data).hexdigest())
+    manifest = _parse_manifest(data, where)
+    return ShardFolder(place, manifest, manifest.upgraded_from or hashlib.sha256(data).hexdigest())
 
 
-def _parse_manifest(data: bytes, path: Path) -> Manifest:
+def _parse_manifest(data: bytes, path: str) -> Manifest:
     try:
         fields: dict[str, Any] = json.loads(data)
         version = fields["format_version"]
@@ -120,7 +141,7 @@ def _parse_manifest(data: bytes, path: Path) -> Manifest:
     return manifest
 
 
-def check_file_size(folder: Path, file: Shard | IndexFile, what: str) -> None:
+def check_file_size(place: Place, file: Shard | IndexFile, what: str) -> None:
     """Refuses a file that was not copied completely.
 
     Args:
@@ -128,16 +149,25 @@ def check_file_size(folder: Path, file: Shard | IndexFile, what: str) -> None:
     Raises:
         DataError: it is missing, or its size differs from the manifest.
     """
-    path = folder / file.name
+    where = place.where(file.name)
     try:
-        size = path.stat().st_size
-        problem = f"has size {size}"
+        size = place.size(file.name)
+    except FileNotFoundError:
+        problem = "is missing"
     except OSError as error:
-        size, problem = (
-            None,
-            "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}",
-        )
-    if size != file.bytes:
-        raise DataError(
-            f"the {what} {problem} ({path}); the manifest says {file.bytes} bytes; copy it again, or build again"
-        )
+        raise error_of(error)(
+            f"the {what} cannot be read: {error.strerror} ({where}); the manifest says {file.bytes} bytes; copy it "
+            "again, or build again"
+        ) from error
+    else:
+        if size == file.bytes:
+            return
+        problem = f"has size {size}"
+    raise DataError(
+        f"the {what} {problem} ({where}); the manifest says {file.bytes} bytes; copy it again, or build again"
+    )
+
+
+def error_of(error: OSError) -> type[DataError]:
+    """The kind of error for what could not be read: a server that does not answer may do so at another start."""
+    return StallError if isinstance(error, NotReadable) else DataError

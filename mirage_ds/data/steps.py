@@ -6,8 +6,9 @@ from itertools import count, islice
 
 import numpy as np
 
-from mirage_ds.data.costs import TOKEN_PATCHES, Costs, SampleCosts
+from mirage_ds.data.costs import TOKEN_PATCHES, Costs, SampleCosts, SetCosts
 from mirage_ds.data.deal import Dealt, Numbers, deal, deal_in_order, deal_packed, imbalance, loads, padding
+from mirage_ds.data.mixture import Mixture
 from mirage_ds.data.plan import Plan
 from mirage_ds.errors import ConfigError
 
@@ -52,8 +53,8 @@ class Steps:
 
     def __init__(
         self,
-        plan: Plan,
-        costs: Costs | SampleCosts,
+        plan: Plan | Mixture,
+        costs: Costs | SampleCosts | SetCosts,
         share: Share,
         *,
         balance: bool = True,
@@ -112,7 +113,7 @@ class Steps:
         if self._token_budget is None:
             return numbers
         room = self._tokens(self.plan.samples(position, 1)[0])
-        return (number for number in islice(numbers, self.plan.num_samples) if self._tokens(number) <= room)
+        return (number for number in islice(numbers, self.plan.num_positions) if self._tokens(number) <= room)
 
     def micro_batches(self) -> Iterator[list[int]]:
         """Positions of the samples of each micro-batch, from the share's start on, without end."""

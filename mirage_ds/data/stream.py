@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
@@ -11,54 +12,103 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mirage_ds.config import OnFault
 from mirage_ds.data.encode import EncodedSample
+from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.index import load_index
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.steps import Steps
-from mirage_ds.data.target_cache import TargetCache
+from mirage_ds.data.target_cache import TargetCache, TargetCaches
 from mirage_ds.errors import DataError, StallError
 
 T = TypeVar("T")
 MAX_FAULTS_IN_ROW = 100  # then it is not single samples
+MAX_STALLS_IN_ROW = 3  # then it is the server; each has taken all tries
 
 
 class SampleReader:
     """Reads samples of a shard folder by their number, with the helper images of the run's control arm, or what a
     target cache has for them."""
 
-    def __init__(self, folder: ShardFolder, targets: TargetCache | None = None, helpers: Helpers = OWN) -> None:
+    def __init__(
+        self, folder: ShardFolder, targets: TargetCache | None = None, helpers: Helpers = OWN, name: str = ""
+    ) -> None:
+        """
+        Args:
+            name: what the keys of samples begin with.
+        """
+        self._name = name
         self._targets = targets
         self._helpers = helpers
+        self._place, self._shards = folder.place, folder.manifest.shards
         self._index = load_index(folder)
-        self._paths = [folder.path / shard.name for shard in folder.manifest.shards]
         self._donors = helpers.donors(self._index, folder.digest)
 
-    def __call__(self, number: int) -> Sample:
+    def __call__(self, number: int, *, again: bool = False) -> Sample:
         """Reads and parses one sample; its key becomes SHARD/KEY, so that every later message has both.
 
         Where the cache has its targets, its helper images stay as they are: they are not encoded.
 
+        Args:
+            again: what was read before cannot be used, so from the server if there is one.
+
         Raises:
             DataError: the bytes cannot be read or are not this sample, or `Helpers.sample` raises.
         """
-        sample = self._read(number)
+        sample = self._read(number, again)
         slots = range(0) if self._targets is None else self._targets.slots(number)
         cached = None if self._targets is None else self._targets.read(slots)
         if cached is None:
-            sample = self._helpers.sample(sample, lambda: self._read_donor(number))
+            sample = self._helpers.sample(sample, lambda: self._read_donor(number, again))
         return replace(sample, target_slots=slots, cached_targets=cached)
 
-    def _read(self, number: int) -> Sample:
+    def _read(self, number: int, again: bool) -> Sample:
+        """One that cannot be parsed is read once more: what a server sent, or what is kept of it, may be damaged."""
         entry = self._index[number]
-        path = self._paths[entry.shard]
-        where = f"{path.name}/{entry.key}"
-        return from_members(where, parse_members(read_range(path, entry.offset, entry.size, where), entry.key, where))
+        shard = self._shards[entry.shard]
+        where = f"{self._name}{shard.name}/{entry.key}"
+        data = read_range(self._place, shard, entry.offset, entry.size, where, again=again)
+        try:
+            return from_members(where, parse_members(data, entry.key, where))
+        except DataError:
+            if again:
+                raise
+            return self._read(number, again=True)
 
-    def _read_donor(self, number: int) -> Sample:
+    def _read_donor(self, number: int, again: bool) -> Sample:
         assert self._donors is not None, "only `shuffled` asks"
-        return self._read(int(self._donors[number]))
+        return self._read(int(self._donors[number]), again)
+
+
+class FoldersReader:
+    """Reads samples of a run's folders of shards by their number in all of them."""
+
+    def __init__(self, shards: ShardFolders, targets: TargetCaches | None = None, helpers: Helpers = OWN) -> None:
+        """
+        Args:
+            helpers: with `shuffled`, rows get the images of other rows of their own folder.
+        """
+        self._shards = shards
+        self._targets = targets
+        caches = [None] * len(shards.folders) if targets is None else targets.caches
+        names = [f"{name}/" for name in shards.names] if len(shards.folders) > 1 else [""]
+        self._readers = [
+            SampleReader(folder, cache, helpers, name)
+            for folder, cache, name in zip(shards.folders, caches, names, strict=True)
+        ]
+
+    def __call__(self, number: int, *, again: bool = False) -> Sample:
+        """One sample, with the number of its set; its key becomes SET/SHARD/KEY where there are several sets.
+
+        Raises:
+            DataError: see SampleReader, also for `again`.
+        """
+        which, own_number = self._shards.locate(number)
+        sample = self._readers[which](own_number, again=again)
+        if self._targets is not None:
+            sample = replace(sample, target_slots=self._targets.slots(which, sample.target_slots))
+        return replace(sample, set_number=which)
 
 
 class MicroBatches(IterableDataset[T | DataError], Generic[T]):
@@ -72,7 +122,7 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
 
     def __init__(
         self,
-        reader: Callable[[int], Sample],
+        reader: SampleReader | FoldersReader,
         steps: Steps,
         encoder: Callable[[Sample], EncodedSample],
         collate: Callable[[list[EncodedSample]], T],
@@ -99,10 +149,25 @@ class MicroBatches(IterableDataset[T | DataError], Generic[T]):
 
     def _sample(self, position: int) -> EncodedSample:
         numbers = self._steps.candidates(position)
-        sample = first_usable(lambda number: self._encoder(self._reader(number)), numbers, self._on_fault)
+        sample = first_usable(partial(encode_read, self._encoder, self._reader), numbers, self._on_fault)
         if self._drops_image is not None and self._drops_image(position):
             return replace(sample, hides_images=True)
         return sample
+
+
+def encode_read(
+    encoder: Callable[[Sample], EncodedSample], reader: SampleReader | FoldersReader, number: int
+) -> EncodedSample:
+    """One sample of the folder, encoded; one whose images cannot be used is read once more, as in `SampleReader`.
+
+    Raises:
+        DataError: it cannot be used.
+    """
+    sample = reader(number)
+    try:
+        return encoder(sample)
+    except DataError:
+        return encoder(reader(number, again=True))
 
 
 def first_usable(encode: Callable[[int], EncodedSample], numbers: Iterable[int], on_fault: OnFault) -> EncodedSample:
@@ -115,14 +180,17 @@ def first_usable(encode: Callable[[int], EncodedSample], numbers: Iterable[int],
 
     Raises:
         DataError: it cannot be used, or with `skip` none of MAX_FAULTS_IN_ROW.
+        StallError: likewise: its server does not answer, or with `skip` for MAX_STALLS_IN_ROW.
     """
     faults: list[str] = []
+    stalls = 0
     for number in numbers:
         try:
             sample = encode(number)
         except DataError as error:
             faults.append(str(error))
-            if on_fault == "stop":
+            stalls = stalls + 1 if isinstance(error, StallError) else 0
+            if on_fault == "stop" or stalls == MAX_STALLS_IN_ROW:
                 raise
             if len(faults) == MAX_FAULTS_IN_ROW:
                 break
@@ -158,7 +226,7 @@ class Loader(DataLoader[Any], Generic[T]):
 
 
 def make_loader(
-    folder: ShardFolder,
+    reader: SampleReader | FoldersReader,
     encoder: Callable[[Sample], EncodedSample],
     collate: Callable[[list[EncodedSample]], T],
     steps: Steps,
@@ -168,27 +236,24 @@ def make_loader(
     pin_memory: bool = False,
     on_fault: OnFault = "stop",
     timeout_s: int | None = None,
-    targets: TargetCache | None = None,
-    helpers: Helpers = OWN,
     drops_image: Callable[[int], bool] | None = None,
 ) -> Loader[T]:
     """The micro-batches of one rank's steps, from its start on, without end.
 
     Args:
+        reader: gives the sample of a number, see FoldersReader.
         num_workers: processes that read and encode, each with one thread (torch's DataLoader sets it); 0: in this
             process.
         prefetch_factor: micro-batches that each worker prepares ahead.
         timeout_s: longest wait for a batch; None: no limit.
         on_fault: what becomes of a sample that cannot be used, see `first_usable`.
         pin_memory: calls pin_memory() of each batch, for asynchronous copies to a GPU.
-        targets: helper images whose latent targets are there are not encoded.
-        helpers: what the helper images are.
         drops_image: whether the images of the sample at a position of the order are hidden, see `image_dropout.py`.
     Raises:
-        DataError: the index does not match the manifest; while iterating: a sample cannot be used.
+        DataError: while iterating: a sample cannot be used.
     """
     loader: Loader[T] = Loader(
-        MicroBatches(SampleReader(folder, targets, helpers), steps, encoder, collate, on_fault, drops_image),
+        MicroBatches(reader, steps, encoder, collate, on_fault, drops_image),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,

@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,31 @@ class TargetCache:
                         os.pwrite(file, CHECKSUM.pack(zlib.crc32(data)) + data, int(self.offsets[slot]))
             finally:
                 os.close(file)
+
+
+@dataclass(frozen=True)
+class TargetCaches:
+    """The targets of a run's folders of shards: one cache each, whose slots are numbered one cache after the other."""
+
+    caches: tuple[TargetCache, ...]
+
+    @cached_property
+    def first_slots(self) -> npt.NDArray[np.int64]:
+        """[caches]: the number of each one's first slot."""
+        return _sums(np.array([cache.first_slots[-1] for cache in self.caches]))[:-1]
+
+    def slots(self, which: int, own: range) -> range:
+        """The numbers of a cache's own slots."""
+        first = int(self.first_slots[which])
+        return range(first + own.start, first + own.stop)
+
+    def write(self, slots: Sequence[int], values: Sequence[bytes]) -> None:
+        """As `TargetCache.write`."""
+        of_slot = np.searchsorted(self.first_slots, slots, side="right") - 1
+        for which in np.unique(of_slot).tolist():
+            chosen = np.flatnonzero(of_slot == which).tolist()
+            own_slots = np.array(slots)[chosen] - self.first_slots[which]
+            self.caches[which].write(own_slots.tolist(), [values[place] for place in chosen])
 
 
 def _sums(numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:

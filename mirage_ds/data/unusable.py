@@ -26,7 +26,7 @@ def check_usable(encoder: Encoder, folder: ShardFolder, helpers: Helpers = OWN) 
     ]
     if reasons:
         listed = "".join(f"\n  - {reason}" for reason in reasons)
-        raise DataError(f"the run cannot use samples ({folder.path}, samples: {folder.num_samples}):{listed}")
+        raise DataError(f"the run cannot use samples ({folder.place}, samples: {folder.num_samples}):{listed}")
 
 
 def not_pooled(encoder: Encoder, folder: ShardFolder, helpers: Helpers) -> Reason:

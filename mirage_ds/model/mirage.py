@@ -63,6 +63,8 @@ class MirageModel(torch.nn.Module):
         self.keep_targets: Callable[[Sequence[int], Sequence[int], LatentTargets], None] | None = None
         # Gets hidden states, targets and the tokens' embeddings, without gradients, after each forward.
         self.keep_states: Callable[[torch.Tensor, LatentTargets, torch.Tensor, Batch], None] | None = None
+        # Gets the weighted losses of supervised tokens and of latents, without gradients, after each forward.
+        self.keep_losses: Callable[[torch.Tensor, torch.Tensor, Batch], None] | None = None
         self.tower = Tower(backbone.visual, trained=train_tower, attention=backbone.attention)
         self.embed_tokens = backbone.embed_tokens
         self.rollout = Rollout(
@@ -91,16 +93,19 @@ class MirageModel(torch.nn.Module):
         hidden, target_losses = self.rollout(inputs_embeds, batch=batch, num_passes=num_passes)
         if self.keep_states is not None:
             self.keep_states(hidden.detach(), latents, text_embeds.detach(), batch)
-        ce_loss = (target_losses * batch.target_weights).sum()
-        latent_loss = self.latent_loss(hidden, latents, batch)
+        text_losses = target_losses * batch.target_weights
+        latent_losses = self.latent_losses(hidden, latents, batch)
+        if self.keep_losses is not None:
+            self.keep_losses(text_losses.detach(), latent_losses.detach(), batch)
+        ce_loss, latent_loss = text_losses.sum(), latent_losses.sum()
         loss = self.ce_loss_weight * ce_loss + self.latent_loss_weight * latent_loss
         return Losses(loss, ce_loss, latent_loss)
 
-    def latent_loss(self, hidden: torch.Tensor, latents: LatentTargets, batch: Batch) -> torch.Tensor:
-        """1 - cosine between the hidden state one position before each latent and its target."""
+    def latent_losses(self, hidden: torch.Tensor, latents: LatentTargets, batch: Batch) -> torch.Tensor:
+        """[M] float32, weighted: 1 - cosine between the hidden state one position before each latent and its target."""
         if self.stage != "stage1":
-            return hidden.new_zeros((), dtype=torch.float32)
+            return hidden.new_zeros(len(batch.latent_rows), dtype=torch.float32)
         latent_pred = hidden.flatten(0, 1)[batch.latent_rows - 1]
         # Otherwise a trained tower could lower the loss by moving the targets towards each other.
         targets, inverse_norms = latents.targets.detach(), latents.inverse_norms.detach()
-        return (latent_losses(latent_pred, targets, inverse_norms) * batch.latent_weights).sum()
+        return latent_losses(latent_pred, targets, inverse_norms) * batch.latent_weights

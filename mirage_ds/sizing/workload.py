@@ -18,11 +18,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mirage_ds.config import Config
 from mirage_ds.data.alignment import PASS_TOKENS
 from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, row_sizes
+from mirage_ds.data.folders import find_folders
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.index import Entries, Index, IndexEntry, parts_of
+from mirage_ds.data.mixture import order_of
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.ragged import Numbers, starts
-from mirage_ds.data.shards import MANIFEST_NAME, read_manifest
+from mirage_ds.paths import without_secrets
 
 PIXEL_LIMITS = (3136, 12_845_056)  # preprocessor_config.json of Qwen2.5-VL-Instruct: 4 and 16384 merged patches
 ASSUMED = IndexEntry(
@@ -147,7 +149,7 @@ class Workload:
     """The rows of a run. Memory depends on the largest, time on the mean."""
 
     shapes: Iterable[Shape]  # of every sample; without shards, of an assumed one
-    num_samples: int | None  # None: unknown
+    num_samples: int | None  # of an epoch; None: unknown
     source: str
     token_budget: int | None = None  # of packed rows
     masked: bool = False  # see `masks_samples`
@@ -224,14 +226,15 @@ def workload(config: Config) -> Workload:
         DataError: the shards' manifest or index is damaged.
     """
     processor, helpers, num_samples = image_processor(config), Helpers.of(config), None
-    if (config.data.shards / MANIFEST_NAME).is_file():
-        index = helpers.index(read_manifest(config.data.shards))
-        shapes, num_samples = Measured(index, config, processor), len(index)
-        source = f"image sizes from {config.data.shards}, text at {CHARS_PER_TOKEN} characters per token"
+    where, shards = ", ".join(without_secrets(str(each.path)) for each in config.data.sets), find_folders(config.data)
+    if shards is not None:
+        shapes = Measured([helpers.index(folder) for folder in shards.folders], config, processor)
+        num_samples = order_of(config, shards).num_positions
+        source = f"image sizes from {where}, text at {CHARS_PER_TOKEN} characters per token"
     else:
-        shapes = Measured(Index.of([helpers.entry(ASSUMED, ASSUMED)]), config, processor)
+        shapes = Measured([Index.of([helpers.entry(ASSUMED, ASSUMED)])], config, processor)
         source = (
-            f"no shards at {config.data.shards}; assumed: an image and a helper image of 512 x 512 pixels, "
+            f"no shards at {where}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
         )
     return Workload(shapes, num_samples, source, config.data.token_budget, masks_samples(config))
@@ -239,15 +242,18 @@ def workload(config: Config) -> Workload:
 
 @dataclass(frozen=True)
 class Measured:
-    """The shapes of a folder's samples, measured again whenever they are asked for."""
+    """The shapes of the samples of folders, numbered one after the other; measured whenever they are asked for."""
 
-    index: Entries
+    folders: Sequence[Entries]
     config: Config
     processor: ImageProcessor
 
     def __iter__(self) -> Iterator[Shape]:
-        for numbers in parts_of(len(self.index)):
-            yield from measure(self.index.take(numbers), numbers, self.config, self.processor)
+        first = 0
+        for index in self.folders:
+            for numbers in parts_of(len(index)):
+                yield from measure(index.take(numbers), first + numbers, self.config, self.processor)
+            first += len(index)
 
 
 def measure(index: Index, numbers: Numbers, config: Config, processor: ImageProcessor) -> Iterator[Shape]:

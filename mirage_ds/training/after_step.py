@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 
 import torch
@@ -11,9 +12,10 @@ from mirage_ds.config import Config
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.helpers import Helpers
+from mirage_ds.data.places import Reading
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.spread import spread
-from mirage_ds.data.stream import SampleReader, first_usable
+from mirage_ds.data.stream import SampleReader, encode_read, first_usable
 from mirage_ds.housekeeping import housekeeping
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.trainer import Trainer
@@ -27,12 +29,12 @@ def validate_if_due(trainer: Trainer, config: Config, encoder: Encoder) -> Actio
     """Validates every `evaluation.interval` steps and after the last one, if there is a folder to validate on."""
     if config.evaluation.shards is None:
         return lambda state: None
-    shards, interval = load_manifest(config.evaluation.shards), config.evaluation.interval
+    shards, interval = load_manifest(config.evaluation.shards, Reading.of(config.data)), config.evaluation.interval
     read, align = SampleReader(shards, helpers=Helpers.of(config)), config.train.stage == "stage2"
 
     def usable(number: int) -> EncodedSample:
         following = (later % shards.num_samples for later in count(number))
-        return first_usable(lambda each: encoder(read(each)), following, config.data.on_fault)
+        return first_usable(partial(encode_read, encoder, read), following, config.data.on_fault)
 
     validation = Validation(
         trainer.engine,

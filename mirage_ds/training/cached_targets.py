@@ -9,15 +9,17 @@ from deepspeed import DeepSpeedEngine
 
 from mirage_ds.config import Config
 from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.target_cache import TargetCache
+from mirage_ds.data.target_cache import TargetCache, TargetCaches
 from mirage_ds.model.targets import LatentTargets
 from mirage_ds.training.start import Start
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import GIB, weights_digest
 
 
-def open_target_cache(engine: DeepSpeedEngine, config: Config, start: Start) -> TargetCache | None:
-    """The cache in `model.cache_targets`, which the model fills from now on; None if there is to be none.
+def open_target_cache(engine: DeepSpeedEngine, config: Config, start: Start) -> TargetCaches | None:
+    """The caches in `model.cache_targets`, one for each folder of shards; None if there are to be none.
+
+    The model fills them from now on.
 
     Every rank calls it, after the weights are loaded: the digest of the tower's weights is in the file's name.
 
@@ -41,23 +43,29 @@ def open_target_cache(engine: DeepSpeedEngine, config: Config, start: Start) -> 
             "pillow": PIL.__version__,  # decodes and scales
         }
     )
-    cache = TargetCache.open(
-        config.model.cache_targets,
-        start.shards,
-        facts,
-        latent_size=config.model.latent_size,
-        values=tower.visual.config.out_hidden_size + 1,
-        limit_bytes=int(config.model.cache_targets_gib * GIB),
-    )
-    engine.module.keep_targets = TargetWriter(cache)
-    if distributed.is_main():
-        size_gib = cache.offsets[cache.num_slots] / GIB
-        print(
-            f"Keeps the latent targets of {cache.num_slots} of {cache.first_slots[-1]} helper images: {cache.path}, at "
-            f"most {size_gib:.2f} GiB",
-            flush=True,
+    caches: list[TargetCache] = []
+    limit_bytes = int(config.model.cache_targets_gib * GIB)
+    for folder in start.shards.folders:
+        cache = TargetCache.open(
+            config.model.cache_targets,
+            folder,
+            facts,
+            latent_size=config.model.latent_size,
+            values=tower.visual.config.out_hidden_size + 1,
+            limit_bytes=limit_bytes,
         )
-    return cache
+        caches.append(cache)
+        size_bytes = int(cache.offsets[cache.num_slots])
+        limit_bytes -= size_bytes  # what the folders before leave
+        if distributed.is_main():
+            print(
+                f"Keeps the latent targets of {cache.num_slots} of {cache.first_slots[-1]} helper images: {cache.path},"
+                f" at most {size_bytes / GIB:.2f} GiB",
+                flush=True,
+            )
+    targets = TargetCaches(tuple(caches))
+    engine.module.keep_targets = TargetWriter(targets)
+    return targets
 
 
 class TargetWriter:
@@ -66,7 +74,7 @@ class TargetWriter:
     The last ones of a run may never be written. Then another run computes them.
     """
 
-    def __init__(self, cache: TargetCache) -> None:
+    def __init__(self, cache: TargetCache | TargetCaches) -> None:
         self.cache = cache
         self.copies: deque[tuple[Sequence[int], Sequence[int], torch.Tensor, torch.cuda.Event | None]] = deque()
 

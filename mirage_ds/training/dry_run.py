@@ -6,6 +6,7 @@ A run that lacks memory ends in its first minute instead of at the hour in which
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -20,7 +21,7 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.packing import collate_packed
 from mirage_ds.data.ragged import Numbers
-from mirage_ds.data.stream import SampleReader, first_usable
+from mirage_ds.data.stream import FoldersReader, encode_read, first_usable
 from mirage_ds.errors import MemoryFullError
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.memory import activation_bytes, estimate_memory
@@ -142,8 +143,8 @@ def take(config: Config, start: Start, numbers: Iterable[int], size: int) -> Bat
 
     A sample that cannot be used is left for the run to meet, which may never read it; the next one takes its place.
     """
-    read, following = SampleReader(start.shards, helpers=Helpers.of(config)), cycle(numbers)
-    samples = [first_usable(lambda number: start.encoder(read(number)), following, "skip") for _ in range(size)]
+    read, following = FoldersReader(start.shards, helpers=Helpers.of(config)), cycle(numbers)
+    samples = [first_usable(partial(encode_read, start.encoder, read), following, "skip") for _ in range(size)]
     if config.hides_images:  # any of them may be drawn, which takes more memory
         samples = [replace(sample, hides_images=True) for sample in samples]
     if config.data.packing:

@@ -2,17 +2,18 @@
 
 from mirage_ds.checkpoint import complete
 from mirage_ds.config import Config, RunConfig
+from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.paths import check_writable
 
 
-def not_counted(config: Config) -> DataError:
+def not_counted(config: Config, folder: ShardFolder) -> DataError:
     """The error of a run with packed rows whose samples were not counted."""
     data, model = config.data, config.model.path
     return DataError(
-        f"data.packing needs the tokens of every sample, which were not counted (data.shards={data.shards}, "
+        f"data.packing needs the tokens of every sample, which were not counted (data.shards={folder.place}, "
         f"model.path={model}, data.system_turn={data.system_turn}); expected a file that `mirage-data count` wrote for "
-        f"this tokenizer; run mirage-data count {data.shards} --model {model}"
+        f"this tokenizer; run mirage-data count {folder.place} --model {model}"
         + ("" if data.system_turn else " --no-system-turn")
     )
 

@@ -92,7 +92,7 @@ class LatentSums:
         # Between two blocks there are at least their markers.
         begins = pad(batch.latent_rows.diff() != 1, (1, 0), value=True)
         place = _places(begins)
-        first_block = place == _places(pad(_samples(batch).diff() != 0, (1, 0), value=True))
+        first_block = place == _places(pad(batch.samples_at(batch.latent_rows).diff() != 0, (1, 0), value=True))
         slot = torch.where(first_block, place, self.num_slots).clamp(max=self.num_slots)
         has_next = pad(~begins[1:], (0, 1), value=False).float()
         next_cosines = has_next * pad((directions[:-1] * directions[1:]).sum(dim=1), (0, 1))
@@ -160,10 +160,3 @@ def _places(begins: torch.Tensor) -> torch.Tensor:
     """How far each of [M] is from the last True of `begins` before it or at it."""
     numbers = torch.arange(len(begins), device=begins.device)
     return numbers - torch.where(begins, numbers, 0).cummax(dim=0).values
-
-
-def _samples(batch: Batch) -> torch.Tensor:
-    """[M] the number of each latent's sample in its micro-batch."""
-    if batch.sample_ends is None:
-        return batch.latent_rows // batch.input_ids.shape[1]
-    return torch.searchsorted(batch.sample_ends, batch.latent_rows.to(batch.sample_ends.dtype), right=True)

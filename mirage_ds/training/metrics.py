@@ -13,6 +13,7 @@ from mirage_ds.config import Stage
 from mirage_ds.training.latent_sums import LatentSums
 from mirage_ds.training.planned import Planned
 from mirage_ds.training.report import BAD_BATCHES_NAME, Evaluated, Report, Step
+from mirage_ds.training.set_losses import SetLosses
 from mirage_ds.training.step_sums import StepSums, sum_over_ranks
 from mirage_ds.zero3 import distributed
 
@@ -31,21 +32,25 @@ class Metrics:
         steps_done: int = 0,
         planned: Planned | None = None,
         latents: LatentSums | None = None,
+        sets: SetLosses | None = None,
     ) -> None:
         """
         Args:
             steps_done: a resumed run repeats the steps after its checkpoint, so their earlier records are dropped.
             planned: what the figures are compared with; without it no FLOPs are counted.
             latents: takes the states of steps that are due, and of those alone.
+            sets: takes the losses of all steps, where there are several data sets.
         """
         self.run_dir, self.max_steps, self.log_freq = run_dir, max_steps, log_freq
-        self.planned, self.latents, self.stage = planned, latents, stage
+        self.planned, self.latents, self.sets, self.stage = planned, latents, sets, stage
         self.pending: list[StepSums] = []
         self.first_step = steps_done + 1
         hosts = distributed.gather(socket.gethostname())
         self.report: Report | None = None
         if distributed.is_main():
-            self.report = Report(run_dir, stage, global_batch_size, max_steps, steps_done, planned, hosts)
+            self.report = Report(
+                run_dir, stage, global_batch_size, max_steps, steps_done, planned, hosts, sets.names if sets else ()
+            )
 
     def flops(self, batch: Batch) -> float:
         """What the mathematics of a batch requires."""
@@ -55,9 +60,13 @@ class Metrics:
         """A step begins."""
         if self.latents:
             self.latents.active = self.is_due(step)
+        if self.sets:
+            self.sets.begin()
 
     def add(self, sums: StepSums) -> None:
         """Takes a step; every `log_freq` steps, and after the last one, writes what is pending."""
+        if self.sets:
+            sums.sets = self.sets.take()
         self.pending.append(sums)
         if self.latents:
             self.latents.active = False

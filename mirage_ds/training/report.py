@@ -93,12 +93,15 @@ class Report:
         steps_done: int,
         planned: Planned | None,
         hosts: list[str],
+        set_names: Sequence[str] = (),
     ) -> None:
         """
         Args:
             steps_done, planned: see Metrics.
             hosts: of each rank.
+            set_names: of the data sets, where there are several.
         """
+        self.set_names = set_names
         self.stage, self.global_batch_size, self.planned = stage, global_batch_size, planned
         self.max_steps, self.steps_done, self.num_ranks = max_steps, steps_done, len(hosts)
         self.recent_step_s: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -127,6 +130,7 @@ class Report:
         self.steps.add(*(record | {"loss_hex": record["loss"].hex()} for record in records))
         self.curves.add(
             {tag: points[name] for name, tag in TAGS.items() if self.has(name) and points[name] is not None}
+            | self.set_curves(steps)
             | {f"latents/{name}": value for name, value in (latents.curves() if latents else {}).items()},
             points["step"],
         )
@@ -189,6 +193,7 @@ class Report:
             "ce_loss": totals.ce_loss / self.global_batch_size,
             "latent_loss": totals.latent_loss / self.global_batch_size,
             "cosine": 1 - totals.latent_loss / totals.grounded_samples if totals.grounded_samples else None,
+            **({"sets": self.set_losses([step])} if self.set_names else {}),
             "lr": sums.lr,
             "grad_norm": float(sums.grad_norm),
             "skipped_steps": sums.skipped_steps,
@@ -206,6 +211,24 @@ class Report:
             "step_s": step_s,
             "data_pct": 100 * seconds["data_s"] / step_s,
             **seconds,
+        }
+
+    def set_losses(self, steps: list[Step]) -> dict[str, dict[str, float | None]]:
+        """By set: the means of its samples in these steps, None where there are none, and their number."""
+        found: dict[str, dict[str, float | None]] = {}
+        for number, name in enumerate(self.set_names):
+            text, latent, samples = map(sum, zip(*(step.totals.sets[number] for step in steps), strict=True))
+            means = (text / samples, latent / samples) if samples else (None, None)
+            found[name] = {"ce_loss": means[0], "latent_loss": means[1], "samples": int(samples)}
+        return found
+
+    def set_curves(self, steps: list[Step]) -> dict[str, float]:
+        """The losses of each set by tag, over all of these steps: one step may have few samples of a set, or none."""
+        return {
+            f"train_sets/{loss}/{name}": value
+            for name, figures in self.set_losses(steps).items()
+            for loss, value in figures.items()
+            if loss != "samples" and value is not None and self.has(loss)
         }
 
     def find_slowest(self, steps: list[Step], ranks: list[RankFigures]) -> Slowest | None:

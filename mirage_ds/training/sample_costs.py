@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from mirage_ds.config import Config
-from mirage_ds.data.costs import SampleCosts
-from mirage_ds.data.counts import counts_path, load_counts
+from mirage_ds.data.costs import SampleCosts, SetCosts
+from mirage_ds.data.counts import counts_name, load_counts
 from mirage_ds.data.encode import Encoder
+from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.lengths import check_budget
 from mirage_ds.data.shards import ShardFolder
@@ -31,11 +32,11 @@ def measure_samples(config: Config, encoder: Encoder, shards: ShardFolder) -> tu
         DataError: rows are packed, and the tokens were not counted, or samples are longer than the budget; or the
             counts cannot be used.
     """
-    path = counts_path(shards, encoder.tokenizer, system_turn=config.data.system_turn)
+    name = counts_name(encoder.tokenizer, system_turn=config.data.system_turn)
     helpers = Helpers.of(config)
-    counts = load_counts(path, shards, stage="text" if helpers.images == "none" else config.train.stage)
+    counts = load_counts(name, shards, stage="text" if helpers.images == "none" else config.train.stage)
     if config.data.packing and counts is None:
-        raise not_counted(config)
+        raise not_counted(config, shards)
     costs = SampleCosts(
         helpers.index(shards),
         encoder.image_tokens,
@@ -46,8 +47,15 @@ def measure_samples(config: Config, encoder: Encoder, shards: ShardFolder) -> tu
     )
     if config.data.token_budget is not None:
         check_budget(shards, costs, config.data.token_budget)
-    source = f"estimated from characters (no {path})" if counts is None else f"counted ({path})"
+    where = shards.place.where(name)
+    source = f"estimated from characters (no {where})" if counts is None else f"counted ({where})"
     return costs, f"tokens {source}"
+
+
+def measure_folders(config: Config, encoder: Encoder, shards: ShardFolders) -> tuple[SetCosts, str]:
+    """As `measure_samples`, of all folders of a run."""
+    measured = [measure_samples(config, encoder, folder) for folder in shards.folders]
+    return SetCosts(tuple(costs for costs, _ in measured)), "; ".join(source for _, source in measured)
 
 
 def cost_facts(config: Config, encoder: Encoder) -> dict[str, Any]:
@@ -60,21 +68,22 @@ def cost_facts(config: Config, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def require_same(costs: SampleCosts, source: str, shards: ShardFolder, facts: dict[str, Any]) -> None:
+def require_same(costs: SetCosts, source: str, shards: ShardFolders, facts: dict[str, Any]) -> None:
     """Ranks that dealt by other costs would compute samples twice, or never, or wait for each other without end.
 
     Compared is what decides the costs, and what some samples cost here, in case that this node computes otherwise. The
     index itself was compared with the digest in the manifest, see `check_digests`.
 
     Args:
-        source: what `measure_samples` says of the costs.
+        source: what `measure_folders` says of the costs.
         facts: see `cost_facts`.
     Raises:
         DataError: on every rank.
     """
-    some = costs.of(np.array(spread(len(costs.index), NUM_COMPARED)))
-    decides = json.dumps([shards.digest, [file.sha256 for file in shards.manifest.index], facts], sort_keys=True)
-    counts = b"" if costs.texts is None else costs.texts.tobytes()
+    some = costs.of(np.array(spread(len(costs), NUM_COMPARED)))
+    index_files = [file.sha256 for folder in shards.folders for file in folder.manifest.index]
+    decides = json.dumps([shards.digest, index_files, facts], sort_keys=True)
+    counts = b"/".join(b"" if part.texts is None else part.texts.tobytes() for part in costs.parts)
     digest = hashlib.sha256(decides.encode() + counts + some.tokens.tobytes() + some.costs.tobytes()).hexdigest()
     found = distributed.gather((source, digest, socket.gethostname()))
     hosts: dict[tuple[str, str], set[str]] = {}
@@ -85,7 +94,7 @@ def require_same(costs: SampleCosts, source: str, shards: ShardFolder, facts: di
             f"{', '.join(sorted(names))}: {source}, digest {digest:.12}" for (source, digest), names in hosts.items()
         )
         raise DataError(
-            f"the ranks have other costs of the samples and would deal differently (data.shards={shards.path}): "
+            f"the ranks have other costs of the samples and would deal differently (data.shards={shards.where}): "
             f"{kinds}; expected the same shards, and the same file of `mirage-data count` or none, on every host; copy "
             "the folder of shards to all hosts again, and start again"
         )

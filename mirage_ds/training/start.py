@@ -12,11 +12,14 @@ from mirage_ds.checkpoint.facts import describe_run
 from mirage_ds.checkpoint.find import find_damage, newest_complete, refuse_damaged, require_latest
 from mirage_ds.checkpoint.load import check_start
 from mirage_ds.config import Config, Stage
-from mirage_ds.data.costs import SampleCosts
+from mirage_ds.data.costs import SetCosts
 from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.data.folders import ShardFolders, load_folders
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.index import check_digests
-from mirage_ds.data.shards import ShardFolder, load_manifest
+from mirage_ds.data.mixture import order_of
+from mirage_ds.data.places import Reading
+from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.unusable import check_usable
 from mirage_ds.errors import is_first_of_node
 from mirage_ds.model.backbone import check_config
@@ -26,7 +29,7 @@ from mirage_ds.sizing import micro_batch
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.workload import workload
 from mirage_ds.training.run_folder import find_start
-from mirage_ds.training.sample_costs import cost_facts, measure_samples, require_same
+from mirage_ds.training.sample_costs import cost_facts, measure_folders, require_same
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import choose_gather
@@ -39,7 +42,7 @@ class Start:
     began: float  # seconds since the epoch
     config: Config  # the run's, its micro-batch a number
     deepspeed_config: dict[str, Any]
-    shards: ShardFolder
+    shards: ShardFolders
     encoder: Encoder
     device: torch.device
     gather: str  # what ZeRO-3 gathers at a time, `layer` or `rollout`
@@ -48,7 +51,7 @@ class Start:
     facts: dict[str, Any]  # what its checkpoints say of it
     tags: list[Path]  # all checkpoints that are there
     checkpoint: Path | None
-    costs: SampleCosts  # the same on all ranks
+    costs: SetCosts  # the same on all ranks
     costs_source: str  # whether tokens were counted
 
     @property
@@ -65,7 +68,7 @@ def prepare(config: Config) -> Start:
     """
     began = time.time()
     deepspeed_config = resolve_deepspeed_config(config)
-    shards = load_manifest(config.data.shards)
+    shards = load_folders(config.data)
     check_config(config.model.path, config.model.cache_dir)
     if config.run.init_from is None:  # else its weights replace the model's, and check_init_from compares
         check_latent_size(config.model)
@@ -74,10 +77,10 @@ def prepare(config: Config) -> Start:
     if config.train.micro_batch_size_per_gpu == "auto":
         config = choose_micro_batch(config, deepspeed_config, device)
         deepspeed_config = resolve_deepspeed_config(config)
-    costs, source = measure_samples(config, encoder, shards)
+    costs, source = measure_folders(config, encoder, shards)
     require_same(costs, source, shards, cost_facts(config, encoder))
     pooling = describe_path(device)
-    max_steps = config.train.num_steps(shards.num_samples, distributed.world_size())
+    max_steps = config.train.num_steps(order_of(config, shards).num_positions, distributed.world_size())
     check_init_from(config)
     tags = complete.tags(config.run.dir / complete.FOLDER)
     facts = describe_run(config, deepspeed_config, shards.digest, max_steps)
@@ -112,13 +115,14 @@ def choose_micro_batch(config: Config, deepspeed_config: dict[str, Any], device:
 def open_encoder(config: Config) -> Encoder:
     """What turns samples into tokens; every sample of the run's shards fits it."""
     encoder, helpers = make_encoder(config, config.train.stage), Helpers.of(config)
-    for folder in (config.data.shards, config.evaluation.shards):
-        if folder is not None:
-            shards = load_manifest(folder)
-            # A wrong number would deal other samples to the ranks of this node. They wait for it before they deal.
-            if is_first_of_node():
-                check_digests(shards)
-            check_usable(encoder, shards, helpers)
+    folders = load_folders(config.data).folders
+    if config.evaluation.shards is not None:
+        folders += (load_manifest(config.evaluation.shards, Reading.of(config.data)),)
+    for folder in folders:
+        # A wrong number would deal other samples to the ranks of this node. They wait for it before they deal.
+        if is_first_of_node():
+            check_digests(folder)
+        check_usable(encoder, folder, helpers)
     return encoder
 
 

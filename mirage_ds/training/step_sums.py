@@ -31,6 +31,7 @@ class StepSums:
     is_skipped: bool = False  # changed no weight
     num_faults: int = 0  # samples that could not be used
     imbalance: float = 1.0  # of the ranks, by the deal; the same on all of them
+    sets: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 3))  # see SetLosses
 
     def numbers(self) -> list[float]:
         """What is summed over the ranks beside losses and seconds, in the order of Totals."""
@@ -42,6 +43,7 @@ class Totals:
     """Sums of one step over the ranks."""
 
     seconds: dict[str, float]  # by part, see step_clock.py
+    sets: list[list[float]]  # of each data set: text loss, latent loss, samples
     loss: float
     ce_loss: float
     latent_loss: float
@@ -71,12 +73,20 @@ def sum_over_ranks(steps: list[StepSums], first_step: int) -> tuple[list[Totals]
     own_s = sum(each[part] for sums, each in zip(steps, seconds, strict=True) if sums.step > first_step for part in OWN)
     losses = torch.stack([sums.losses for sums in steps]).double()
     numbers = [[*sums.numbers(), *(each[part] for part in PARTS)] for sums, each in zip(steps, seconds, strict=True)]
-    step_rows = torch.cat([losses, losses.new_tensor(numbers)], dim=1)
+    sets = torch.stack([sums.sets for sums in steps]).to(losses)
+    step_rows = torch.cat([sets.flatten(1), losses, losses.new_tensor(numbers)], dim=1)
     # A row for each rank, in which only that rank has numbers: the sum is the table of all.
     figures = losses.new_tensor(astuple(RankFigures(own_s, *device.peak_bytes())))
     rank_rows = step_rows.new_zeros(distributed.world_size(), step_rows.shape[1])
     rank_rows[distributed.rank(), : len(figures)] = figures
     rows = distributed.sum_over_ranks(torch.cat([step_rows, rank_rows])).tolist()
-    width = len(PARTS)
-    totals = [Totals(dict(zip(PARTS, row[-width:], strict=True)), *row[:-width]) for row in rows[: len(steps)]]
+    width, first = len(PARTS), sets[0].numel()
+    totals = [
+        Totals(
+            dict(zip(PARTS, row[-width:], strict=True)),
+            [row[start : start + 3] for start in range(0, first, 3)],
+            *row[first:-width],
+        )
+        for row in rows[: len(steps)]
+    ]
     return totals, [RankFigures(*row[: len(figures)]) for row in rows[len(steps) :]]

@@ -13,7 +13,17 @@ PACKAGE = ROOT / "mirage_ds"
 SOURCES = sorted(path for folder in ("mirage_ds", "data_tools", "launch") for path in (ROOT / folder).rglob("*.py"))
 
 GROUND = (
-    *("batch", "config", "config_train", "config_values", "console", "errors", "housekeeping", "launcher"),
+    *(
+        "batch",
+        "config",
+        "config_data",
+        "config_train",
+        "config_values",
+        "console",
+        "errors",
+        "housekeeping",
+        "launcher",
+    ),
     *(
         "library_noise",
         "model_folder",
@@ -121,7 +131,7 @@ def test_data_tools_import_only_formats_and_rules() -> None:
     allowed = {"config", "errors", "model_folder", "output_folder", "owner", "paths", "programs", "strict_json"}
     allowed |= {"tokens", "wide_console"}
     for path in (ROOT / "data_tools").rglob("*.py"):
-        formats = {"rows", "images", "shard_samples", "shards", "index", "spread"}
+        formats = {"rows", "images", "shard_samples", "shards", "index", "places", "spread"}
         formats |= {"costs", "counts", "encode"} if path.name in ("count.py", "lengths.py") else set()
         formats |= {"plan"} if path.name == "shuffled.py" else set()
         modules = {module for module in imports(path) if module.startswith("mirage_ds.")}

@@ -94,12 +94,11 @@ def test_every_rank_worker_and_start_shuffles_alike(mixed: ShardFolder) -> None:
         shares = [Share(rank, world_size, 4 // world_size, start=start) for rank in range(world_size)]
         streams = [
             make_loader(
-                mixed,
+                SampleReader(mixed, helpers=Helpers("shuffled", 3)),
                 lambda sample: sample,
                 list,
                 in_order(share, mixed, seed=3),
                 num_workers=num_workers,
-                helpers=Helpers("shuffled", 3),
             )
             for share in shares
         ]
@@ -237,7 +236,9 @@ def test_a_row_whose_donor_cannot_be_read_is_a_fault_of_its_own(shards: ShardFol
     with pytest.raises(DataError, match=rf"cannot be decoded: .* {names}"):
         make_encoder("stage1")(undecodable)
     in_turn = in_order(Share(0, 1, 10), shards, seed=3)
-    stream = make_loader(shards, make_encoder("stage1"), list, in_turn, num_workers=0, on_fault="skip", helpers=helpers)
+    stream = make_loader(
+        SampleReader(shards, helpers=helpers), make_encoder("stage1"), list, in_turn, num_workers=0, on_fault="skip"
+    )
     order = Plan(10, shards.digest, 3).samples(0, 20)
     for place, sample in enumerate(next(iter(stream))):
         following = [number for number in order[place:] if number not in (6, receiver)]

@@ -11,7 +11,7 @@ from mirage_ds.data.image_dropout import drops_image
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.steps import Share
-from mirage_ds.data.stream import make_loader
+from mirage_ds.data.stream import SampleReader, make_loader
 
 SEED, SHARE = 3, 0.4
 DRAWN = [0, 4, 9, 11, 13, 16, 18, 19, 20, 22]
@@ -57,13 +57,15 @@ def test_every_cut_has_the_same_rows_hidden(
     found: dict[int, bool] = {}
     for rank in range(ranks):
         steps = in_order(Share(rank, ranks, micro_batch, start=start), shards, seed=SEED)
-        loader = make_loader(shards, encoder, list, steps, num_workers=num_workers, drops_image=drops)
+        loader = make_loader(SampleReader(shards), encoder, list, steps, num_workers=num_workers, drops_image=drops)
         for positions, samples in itertools.islice(zip(steps.micro_batches(), loader, strict=False), 24):
             found |= {place: each.hides_images for place, each in zip(positions, samples, strict=True)}
     assert [place for place in range(start, 24) if found[place]] == [place for place in DRAWN if place >= start]
 
 
 def test_without_it_no_images_are_hidden(shards: ShardFolder, encoder: Encoder) -> None:
-    loader = make_loader(shards, encoder, list, in_order(Share(0, 1, 4), shards, seed=SEED), num_workers=0)
+    loader = make_loader(
+        SampleReader(shards), encoder, list, in_order(Share(0, 1, 4), shards, seed=SEED), num_workers=0
+    )
     samples: list[EncodedSample] = [each for batch in itertools.islice(loader, 3) for each in batch]
     assert not any(sample.hides_images for sample in samples)

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.index import load_index
-from mirage_ds.data.plan import Plan, Windows, epoch_order, order_of, splitmix64
+from mirage_ds.data.mixture import order_of
+from mirage_ds.data.plan import Plan, Windows, epoch_order, splitmix64
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import ConfigError
 from mirage_ds.recipe import load_config
@@ -214,6 +216,6 @@ def test_a_window_of_real_shards(shards: ShardFolder) -> None:
     """10 samples in shards of 4, 4 and 2, one shard at a time."""
     config = load_config(RECIPE, ["data.shuffle=window", "data.shuffle_window=1"])
     index = load_index(shards)
-    read = [index[number].shard for number in order_of(config, shards).samples(0, 10)]
+    read = [index[number].shard for number in order_of(config, ShardFolders((shards,), (1.0,))).samples(0, 10)]
     runs = [shard for place, shard in enumerate(read) if place == 0 or read[place - 1] != shard]
     assert sorted(runs) == [0, 1, 2]

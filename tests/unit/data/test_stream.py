@@ -42,7 +42,9 @@ def keys_and_threads(samples: list[Sample]) -> tuple[list[str], int]:
 
 
 def keys(folder: ShardFolder, share: Share, count: int, num_workers: int = 0) -> list[str]:
-    loader = make_loader(folder, as_is, keys_and_threads, in_order(share, folder, seed=3), num_workers=num_workers)
+    loader = make_loader(
+        SampleReader(folder), as_is, keys_and_threads, in_order(share, folder, seed=3), num_workers=num_workers
+    )
     return [key for batch, _ in itertools.islice(loader, count) for key in batch]
 
 
@@ -83,7 +85,9 @@ def test_a_sample_that_cannot_be_used_is_replaced_by_the_next(
     """The others keep their positions, whatever the number of ranks and the start."""
 
     def read(share: Share, num: int) -> list[EncodedSample]:
-        loader = make_loader(shards, encoder, list, in_order(share, shards, seed=3), num_workers=0, on_fault="skip")
+        loader = make_loader(
+            SampleReader(shards), encoder, list, in_order(share, shards, seed=3), num_workers=0, on_fault="skip"
+        )
         return [sample for batch in itertools.islice(loader, num) for sample in batch]
 
     alone = read(Share(0, 1, 1), 18)
@@ -102,7 +106,9 @@ def test_many_faults_in_a_row_are_not_skipped(shards: ShardFolder) -> None:
     def refuse(sample: Sample) -> EncodedSample:
         raise DataError(f"wrong ({sample.key})")
 
-    loader = make_loader(shards, refuse, list, in_order(Share(0, 1, 1), shards, seed=3), num_workers=0, on_fault="skip")
+    loader = make_loader(
+        SampleReader(shards), refuse, list, in_order(Share(0, 1, 1), shards, seed=3), num_workers=0, on_fault="skip"
+    )
     with pytest.raises(DataError, match=r"100 samples in a row cannot be used; the first: wrong .*mirage-data check"):
         next(iter(loader))
 
@@ -122,7 +128,7 @@ def test_the_number_of_workers_changes_nothing(
     """With real encoding, over more than an epoch, bit for bit."""
 
     def batches(num_workers: int) -> list[list[EncodedSample]]:
-        loader = make_loader(shards, encoder, list, dealt(Share(1, 2, 3, 2)), num_workers=num_workers)
+        loader = make_loader(SampleReader(shards), encoder, list, dealt(Share(1, 2, 3, 2)), num_workers=num_workers)
         return list(itertools.islice(loader, 7))
 
     expected = batches(0)
@@ -161,7 +167,9 @@ def steps_with_faults(
 ) -> list[list[list[EncodedSample]]]:
     """The micro-batches of both ranks in each of three steps of 6 samples."""
     ranks = [dealt(Share(rank, 2, 3)) for rank in (0, 1)]
-    loaders = [iter(make_loader(shards, encoder, list, steps, num_workers=0, on_fault="skip")) for steps in ranks]
+    loaders = [
+        iter(make_loader(SampleReader(shards), encoder, list, steps, num_workers=0, on_fault="skip")) for steps in ranks
+    ]
     return [
         [next(each) for steps, each in zip(ranks, loaders, strict=True) for _ in steps.at(start).micro_batches]
         for start in (0, 6, 12)
@@ -191,7 +199,9 @@ def test_every_split_gives_the_same_global_batches(shards: ShardFolder, split: t
 
 
 def test_workers_use_one_thread(shards: ShardFolder) -> None:
-    loader = make_loader(shards, as_is, keys_and_threads, in_order(Share(0, 1, 1), shards, seed=0), num_workers=1)
+    loader = make_loader(
+        SampleReader(shards), as_is, keys_and_threads, in_order(Share(0, 1, 1), shards, seed=0), num_workers=1
+    )
     assert next(iter(loader))[1] == 1
 
 
@@ -200,7 +210,9 @@ def test_workers_leave_signals_to_their_rank(shards: ShardFolder, number: signal
     """SLURM and terminals send them to every process; the rank's handlers do not work in a fork of it."""
     before = signal.signal(number, lambda *_: os._exit(3))
     try:
-        loader = make_loader(shards, as_is, keys_and_threads, in_order(Share(0, 1, 1), shards, seed=3), num_workers=1)
+        loader = make_loader(
+            SampleReader(shards), as_is, keys_and_threads, in_order(Share(0, 1, 1), shards, seed=3), num_workers=1
+        )
         batches = iter(loader)
         first, _ = next(batches)
         (worker,) = multiprocessing.active_children()
@@ -225,7 +237,11 @@ def test_a_damaged_sample_is_named_at_its_turn(shards: ShardFolder, encoder: Enc
     """Only the message, without a worker's traceback."""
     order = Plan(10, shards.digest, 3).samples(0, 10)
     damage(shards, order[4], 512 + 8, b"garbage")  # in the helper's PNG
-    loader = iter(make_loader(shards, encoder, list, in_order(Share(0, 1, 2), shards, seed=3), num_workers=num_workers))
+    loader = iter(
+        make_loader(
+            SampleReader(shards), encoder, list, in_order(Share(0, 1, 2), shards, seed=3), num_workers=num_workers
+        )
+    )
     assert [sample.key[-9:] for batch in (next(loader), next(loader)) for sample in batch] == [
         f"{number:09d}" for number in order[:4]
     ]
@@ -321,7 +337,7 @@ def test_data_that_do_not_come_are_an_error(shards: ShardFolder, num_workers: in
         raise AssertionError
 
     loader = make_loader(
-        shards, hang, list, in_order(Share(0, 1, 1), shards, seed=3), num_workers=num_workers, timeout_s=1
+        SampleReader(shards), hang, list, in_order(Share(0, 1, 1), shards, seed=3), num_workers=num_workers, timeout_s=1
     )
     with pytest.raises(DataError, match=r"no batch came for 1 s \(micro-batch 0 .*distributed\.timeout_s"):
         next(iter(loader))

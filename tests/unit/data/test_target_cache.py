@@ -116,7 +116,7 @@ def test_what_decides_the_targets_decides_the_file(cache: TargetCache, shards: S
     cache.write([0], values(1))
     assert opened(shards, tmp_path).read(range(0, 1)) == values(1)[0]
     assert opened(shards, tmp_path, tower="b").read(range(0, 1)) is None
-    other_shards = ShardFolder(shards.path, shards.manifest, "another digest")
+    other_shards = ShardFolder(shards.place, shards.manifest, "another digest")
     assert opened(other_shards, tmp_path).read(range(0, 1)) is None
     assert len(list((tmp_path / "targets").glob("*.targets"))) == 1
     assert '"tower": "b"' in opened(shards, tmp_path, tower="b").path.with_suffix(".json").read_text()

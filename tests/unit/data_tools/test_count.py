@@ -15,7 +15,7 @@ from data_tools.build import build
 from mirage_ds.data import counts as counts_file
 from mirage_ds.data import images
 from mirage_ds.data.costs import SampleCosts
-from mirage_ds.data.counts import Counts, count_texts, counts_path, load_counts, save_counts
+from mirage_ds.data.counts import Counts, count_texts, counts_name, load_counts, save_counts
 from mirage_ds.data.encode import Encoder, load_encoder
 from mirage_ds.data.index import load_index
 from mirage_ds.data.shards import ShardFolder, load_manifest
@@ -61,7 +61,7 @@ def open_encoder(place: Path, stage: str, *, system_turn: bool = True) -> Encode
 
 
 def load(encoder: Encoder, folder: ShardFolder, stage: str, *, system_turn: bool = True) -> Counts | None:
-    return load_counts(counts_path(folder, encoder.tokenizer, system_turn=system_turn), folder, stage=stage)
+    return load_counts(counts_name(encoder.tokenizer, system_turn=system_turn), folder, stage=stage)
 
 
 def lengths_by_counts(folder: ShardFolder, encoder: Encoder, stage: str, *, system_turn: bool = True) -> list[int]:
@@ -131,7 +131,7 @@ def test_packing_needs_counts_and_room_for_every_sample(place: Path, folder: Sha
         return costs.all().tokens.tolist(), source
 
     encoder = open_encoder(place, "stage1")
-    path = counts_path(folder, encoder.tokenizer, system_turn=True)
+    path = folder.path / counts_name(encoder.tokenizer, system_turn=True)
     assert read(None)[1] == f"tokens estimated from characters (no {path})"
     expected = (
         rf"were not counted \(data\.shards={folder.path}, .*; run mirage-data count {folder.path} --model {place}"

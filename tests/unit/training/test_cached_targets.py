@@ -19,6 +19,7 @@ from mirage_ds.batch import Batch
 from mirage_ds.data import encode
 from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import Encoder, load_encoder
+from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.data.steps import Share
 from mirage_ds.data.stream import SampleReader, make_loader
@@ -91,7 +92,9 @@ def make_model(ground: Path, cache: TargetCache | None = None, dtype: torch.dtyp
 def batches(shards: ShardFolder, encoder: Encoder, size: int, cache: TargetCache | None = None) -> Iterator[Batch]:
     """Read in this process, each when it is due, so that a batch sees what those before it have kept."""
     align = partial(collate, align_latents=False)
-    return iter(make_loader(shards, encoder, align, in_order(Share(0, 1, size), shards), num_workers=0, targets=cache))
+    return iter(
+        make_loader(SampleReader(shards, cache), encoder, align, in_order(Share(0, 1, size), shards), num_workers=0)
+    )
 
 
 class Outcome:
@@ -220,8 +223,8 @@ def test_whatever_decides_the_targets_has_a_file_of_its_own(
     def name(*overrides: str, **images: Any) -> str:
         config = load_config(RECIPE, [*settings, *overrides])
         encoder = load_encoder(str(ground / "model"), stage="stage1", latent_size=LATENT_SIZE, **images)
-        start = SimpleNamespace(encoder=encoder, shards=shards, device=torch.device("cpu"))
-        return open_target_cache(SimpleNamespace(module=model), config, start).path.name
+        start = SimpleNamespace(encoder=encoder, shards=ShardFolders((shards,), (1.0,)), device=torch.device("cpu"))
+        return open_target_cache(SimpleNamespace(module=model), config, start).caches[0].path.name
 
     names = [name(), name(max_pixels=56 * 56), name(exif_orientation=False), name(compress_strategy="grid")]
     names += [name(f"data.helper={arm}") for arm in ("gray", "input", "shuffled")]
@@ -274,7 +277,9 @@ def test_workers_do_not_need_images_that_are_kept(
     monkeypatch.setattr(encode, "decode", decode)
     align = partial(collate, align_latents=False)
     for targets in (cache, None):
-        loader = make_loader(shards, encoder, align, in_order(Share(0, 1, 2), shards), num_workers=1, targets=targets)
+        loader = make_loader(
+            SampleReader(shards, targets), encoder, align, in_order(Share(0, 1, 2), shards), num_workers=1
+        )
         if targets is None:
             with pytest.raises(DataError, match="decoded"):
                 next(iter(loader))

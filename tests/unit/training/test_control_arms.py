@@ -23,6 +23,7 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.costs import TOKEN_PATCHES
 from mirage_ds.data.counts import count_texts, save_counts
 from mirage_ds.data.encode import EncodedSample, Encoder, load_encoder
+from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shard_samples import read_range
@@ -222,7 +223,9 @@ def test_all_that_read_training_samples_have_the_arm(
     config = configuration(ground, f"data.helper={images}", f"evaluation.shards={other.path}")
     folder = load_manifest(ground / "shards")
     costs, _ = measure_samples(config, encoder, folder)
-    start: Any = SimpleNamespace(shards=folder, encoder=encoder, costs=costs, device=torch.device("cpu"))
+    start: Any = SimpleNamespace(
+        shards=ShardFolders((folder,), (1.0,)), encoder=encoder, costs=costs, device=torch.device("cpu")
+    )
     read = SampleReader(folder, helpers=Helpers(images, SEED))
     expected = {sample.key: sample for sample in map(encoder, map(read, range(NUM_ROWS)))}
     streams = [open_stream(config, start, deal_steps(config, start, position), None) for position in (0, 5)]
@@ -294,7 +297,8 @@ def test_memory_and_time_are_estimated_for_the_arm(
     assert planned_patches.tolist() == patches
     planned = folder_costs(config)
     assert planned is not None
-    assert (planned.costs.costs - TOKEN_PATCHES * planned.costs.tokens).tolist() == patches
+    costs = planned.costs.all()
+    assert (costs.costs - TOKEN_PATCHES * costs.tokens).tolist() == patches
     nowhere = f"data.shards={ground / 'nowhere'}"
     arms = ("data.helper=true", f"data.helper={images}")
     own, found = (workload(configuration(ground, nowhere, arm)).largest for arm in arms)

@@ -1,6 +1,7 @@
 """Latent health in training, against plain averages over pairs of states; when it is taken, and what is told."""
 
 import math
+from functools import partial
 from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mirage_ds.batch import Batch
 from mirage_ds.model.targets import LatentTargets
 from mirage_ds.training import latent_sums
 from mirage_ds.training.latent_sums import LatentFigures, LatentSums
@@ -58,6 +60,7 @@ class MicroBatch:
             input_ids=torch.zeros(1, ROWS * COLUMNS) if packed else torch.zeros(ROWS, COLUMNS),
             sample_ends=torch.tensor(PACKED_ENDS, dtype=torch.int32) if packed else None,
         )
+        self.batch.samples_at = partial(Batch.samples_at, self.batch)
         self.packed = packed
 
     def add_to(self, sums: LatentSums) -> None:

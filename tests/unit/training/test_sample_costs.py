@@ -9,8 +9,10 @@ import pytest
 from generated_rows import write_rows
 
 from data_tools.build import build
-from mirage_ds.data.costs import SampleCosts
+from mirage_ds.data.costs import SampleCosts, SetCosts
+from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.index import Index, IndexEntry
+from mirage_ds.data.places import LocalPlace
 from mirage_ds.data.shards import IndexFile, Manifest, ShardFolder
 from mirage_ds.errors import DataError
 from mirage_ds.recipe import load_config
@@ -18,7 +20,7 @@ from mirage_ds.training import start
 from mirage_ds.training.sample_costs import require_same
 from mirage_ds.zero3 import distributed
 
-Rank = tuple[str, SampleCosts, str, ShardFolder, dict[str, int]]
+Rank = tuple[str, SetCosts, str, ShardFolders, dict[str, int]]
 
 
 def on_host(
@@ -35,8 +37,9 @@ def on_host(
     entry = IndexEntry("key", 0, 0, 0, [(9, 9)], [], 1, 1, 1, 1)
     counts = np.array([5, 7, last], np.int32)
     costs = SampleCosts(Index.of(3 * [entry]), lambda sizes: np.full(len(sizes), image), "stage1", 4, texts=counts)
-    folder = ShardFolder(Path("shards"), Manifest(2, 3, (IndexFile("index/keys.npy", 0, index),), ()), digest)
-    return name, costs, source, folder, {"latent_size": latent_size}
+    manifest = Manifest(2, 3, (IndexFile("index/keys.npy", 0, index),), ())
+    folder = ShardFolder(LocalPlace(Path("shards")), manifest, digest)
+    return name, SetCosts((costs,)), source, ShardFolders((folder,), (1.0,)), {"latent_size": latent_size}
 
 
 def refusals(monkeypatch: pytest.MonkeyPatch, ranks: list[Rank]) -> list[str]:

@@ -1,0 +1,228 @@
+"""A folder of shards behind a URL: S3, GCS, the hub, HTTP, whatever fsspec knows. Needs no torch.
+
+A read has a time limit and several tries. What came is kept on this node (cache.py). Credentials in the URL are in no
+message.
+"""
+
+import os
+import queue
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mirage_ds.data.cache import Cache, WrongContent
+from mirage_ds.data.shard import Shard
+from mirage_ds.data.spread import spread
+from mirage_ds.errors import DataError, MirageError
+from mirage_ds.paths import without_secrets
+
+T = TypeVar("T")
+TRIES = 6
+FIRST_WAIT_S = 1.0  # before the second try; each later wait is twice the one before: 31 s in all
+PIECE_BYTES = 16 * 2**20  # of a whole file
+SIZES_CHECKED = 4  # shards of a folder: each is a request
+TAR_BLOCK_BYTES = 512
+
+# An open connection does not survive a fork, so each process has its own.
+_filesystems: dict[tuple[int, str], tuple[Any, str]] = {}
+_drawn = random.SystemRandom()  # the same in no two processes, and no part of a run's random state
+
+
+class NotReadable(OSError):
+    """A server that does not answer, or not with what was asked for, after all tries."""
+
+
+class RemotePlace:
+    """A folder on a server."""
+
+    def __init__(self, url: str, cache: Cache, timeout_s: float) -> None:
+        self._url, self._cache, self._timeout_s = url, cache, timeout_s
+
+    def __str__(self) -> str:
+        return without_secrets(self._url)
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return str(self).rstrip("/").rpartition("/")[2]
+
+    def where(self, name: str) -> str:
+        """The URL of a file, for messages."""
+        return without_secrets(_join(self._url, name, self._url))
+
+    def read_all(self, name: str) -> bytes:
+        """A small file, from the server each time.
+
+        Raises:
+            OSError: it does not exist, or cannot be read.
+        """
+        return self._try(name, lambda filesystem, path: filesystem.cat_file(path))
+
+    def read_range(self, shard: Shard, offset: int, size: int, *, again: bool = False) -> bytes:
+        """Bytes of a shard, from this node if they are here.
+
+        Args:
+            again: from the server in any case, as what came before cannot be used.
+
+        Raises:
+            OSError: they cannot be read, or the shard, complete with them, has another sha256.
+        """
+        data = None if again else self._cache.read_range(shard, offset, size)
+        if data is None:
+            data = self._fetch(shard.name, offset, size)
+            self._cache.keep_range(shard, offset, data)
+        return data
+
+    def file(self, name: str, sha256: str) -> Path:
+        """A whole file, as a file of this node.
+
+        Raises:
+            OSError: it cannot be read, or has another sha256.
+        """
+        try:
+            return self._cache.file(sha256, lambda: self.pieces(name))
+        except WrongContent:  # which may be on the way only
+            return self._cache.file(sha256, lambda: self.pieces(name))
+
+    def checked(self, files: Sequence[T]) -> Sequence[T]:
+        """Those whose sizes are worth requests at the start of a run: some, evenly spread."""
+        return [files[number] for number in spread(len(files), SIZES_CHECKED)]
+
+    def size(self, name: str) -> int:
+        """Of a file, in bytes.
+
+        Raises:
+            OSError: it does not exist, or the server cannot be reached.
+            DataError: the server gives no ranges of bytes.
+        """
+        size = int(self._try(name, lambda filesystem, path: filesystem.info(path)["size"]))
+        self._fetch(name, 0, min(size, TAR_BLOCK_BYTES))
+        return size
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """A file from the server, piece by piece; raises as `size`, and OSError."""
+        size = self.size(name)
+        for offset in range(0, size, PIECE_BYTES):
+            yield self._fetch(name, offset, min(PIECE_BYTES, size - offset))
+
+    def _fetch(self, name: str, offset: int, size: int) -> bytes:
+        def fetch(filesystem: Any, path: str) -> bytes:
+            data = filesystem.cat_file(path, start=offset, end=offset + size)
+            if len(data) > size:
+                raise DataError(
+                    f"the server sends a whole file instead of a range of bytes ({self.where(name)}); samples are read "
+                    "by ranges, which S3 and most web servers give; use such a server, or copy the shards to a disk"
+                )
+            if len(data) < size:
+                raise NotReadable(0, f"only {len(data)} of {size} bytes from byte {offset} came")
+            return data
+
+        return self._try(name, fetch)
+
+    def _try(self, name: str, action: Callable[[Any, str], T]) -> T:
+        """What `action` gives for the filesystem and the file's path there; it is tried several times.
+
+        Raises:
+            OSError: the server says that there is no such file or no access, or all tries failed.
+        """
+        for number in count(1):
+            try:
+                return within(self._timeout_s, lambda: action(*self._opened(name)))
+            except MirageError:
+                raise
+            except (FileNotFoundError, PermissionError) as error:
+                raise type(error)(error.errno, os.strerror(error.errno) if error.errno else _said(error)) from None
+            except Exception as error:  # noqa: BLE001  # each filesystem has errors of its own
+                reason = _said(error)
+            _filesystems.pop((os.getpid(), self._url), None)  # the next try has a connection of its own
+            if number == TRIES:
+                raise NotReadable(0, f"{reason}, after {TRIES} tries")
+            wait_s = FIRST_WAIT_S * 2 ** (number - 1) * _drawn.uniform(0.5, 1)
+            print(
+                f"WARNING: try {number} of {TRIES} to read {self.where(name)} failed: {reason}; the next is in "
+                f"{wait_s:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(wait_s)
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _opened(self, name: str) -> tuple[Any, str]:
+        """The filesystem, and the path of a file there.
+
+        Raises:
+            DataError: its package is not installed, or there is no such kind of URL.
+        """
+        key = (os.getpid(), self._url)
+        if key not in _filesystems:
+            _filesystems[key] = connect(self._url)
+        filesystem, root = _filesystems[key]
+        return filesystem, _join(root, name, self._url)
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """fsspec's filesystem for a URL, and the folder's path there.
+
+    Raises:
+        DataError: its package is not installed, or there is no such kind of URL.
+    """
+    # Imported here: most runs read shards on a disk.
+    from fsspec import available_protocols
+    from fsspec.core import url_to_fs
+
+    scheme, shown = url.partition("://")[0], without_secrets(url)
+    try:
+        return url_to_fs(url, skip_instance_cache=True)
+    except ImportError as error:
+        raise DataError(
+            f"{scheme}:// cannot be read ({shown}): {error}; fsspec needs a package of its own for each kind of URL, "
+            "such as s3fs, gcsfs or aiohttp; install it with pip on every machine of the run"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{scheme}:// cannot be read ({shown}): {without_secrets(str(error))}; allowed: a folder, or a URL of "
+            f"{', '.join(sorted(available_protocols()))}; correct it"
+        ) from error
+
+
+def within(limit_s: float, action: Callable[[], T]) -> T:
+    """What `action` gives, in a thread that is left alone if it takes longer.
+
+    A filesystem's own limits differ, and do not cover all that it waits for.
+
+    Raises:
+        NotReadable: it takes longer; also what `action` raises.
+    """
+    results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((action(), None))
+        except BaseException as error:  # noqa: BLE001  # raised where it is waited for
+            results.put((None, error))
+
+    threading.Thread(target=run, daemon=True, name="read from a server").start()
+    try:
+        result, error = results.get(timeout=limit_s)
+    except queue.Empty:
+        raise NotReadable(0, f"no complete answer within {limit_s:g} s") from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def _said(error: BaseException) -> str:
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"{without_secrets(words):.200}"
+
+
+def _join(folder: str, name: str, url: str) -> str:
+    """A file's path; of a web server the query, such as a signature, stays at the end."""
+    mark = "?" if url.startswith(("http://", "https://")) else "\0"
+    path, found, query = folder.partition(mark)
+    return f"{path.rstrip('/')}/{name}{found}{query}"
