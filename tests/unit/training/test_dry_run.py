@@ -40,7 +40,7 @@ def test_which_samples_are_taken(monkeypatch: pytest.MonkeyPatch, numbers: list[
             raise DataError("the image cannot be decoded (a/3)")
         return random_sample(number, stage="stage1")
 
-    monkeypatch.setattr(dry_run, "FoldersReader", lambda shards, **_: lambda number: number)
+    monkeypatch.setattr(dry_run, "FoldersReader", lambda shards, **_: lambda number, **_: number)
     config = load_config(RECIPE, ["train.micro_batch_size_per_gpu=3"])
     batch = take(config, SimpleNamespace(shards=None, encoder=encode), numbers, 3)
     assert batch.keys == [random_sample(number, stage="stage1").key for number in taken]
@@ -57,7 +57,7 @@ def test_which_samples_are_taken(monkeypatch: pytest.MonkeyPatch, numbers: list[
 def test_images_are_hidden_where_the_run_may_hide_them(
     monkeypatch: pytest.MonkeyPatch, setting: str, hides: bool
 ) -> None:
-    monkeypatch.setattr(dry_run, "FoldersReader", lambda shards, **_: lambda number: number)
+    monkeypatch.setattr(dry_run, "FoldersReader", lambda shards, **_: lambda number, **_: number)
     config = load_config(RECIPE, ["train.micro_batch_size_per_gpu=2", setting])
     encode = partial(random_sample, stage="stage1")
     batch = take(config, SimpleNamespace(shards=None, encoder=encode), [1, 2], 2)
@@ -106,7 +106,7 @@ def test_a_packed_row_is_taken_as_the_run_packs_it() -> None:
     samples = [random_sample(number, stage="stage1") for number in range(3)]
     start = SimpleNamespace(shards=None, encoder=samples.__getitem__)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dry_run, "FoldersReader", lambda shards, **_: lambda number: number)
+        patch.setattr(dry_run, "FoldersReader", lambda shards, **_: lambda number, **_: number)
         batch = take(load_config(RECIPE, PACKING), start, [2, 0], 2)
     assert batch.input_ids.shape == (1, len(samples[2].input_ids) + len(samples[0].input_ids))
     assert batch.sample_ends is not None
