@@ -326,7 +326,7 @@ def _load_lines(folder: ShardFolder) -> Index:
         raise _other_build(folder, file)
     # The digest matches, so the contents need no further checks.
     parts = list(consecutive(columns_of(IndexEntry(**json.loads(line)) for line in io.BytesIO(data))))
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
     return Index(**columns, where=folder.place.where(file.name))
 
 
