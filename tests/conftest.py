@@ -22,6 +22,9 @@ hypothesis.settings.load_profile("tests")
 # Under nohup: tests ignore SIGHUP as before, but what they start must not, as it would not in a terminal.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
+# In the background of a script: SIGINT is ignored there, and would be in what tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The slowest first: SLURM, which waits most of the time, then files that train a lot. All others follow. The first test
 # of SLURM runs the README's main job, to compare with; what else needs it comes late enough not to wait.

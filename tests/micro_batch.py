@@ -64,7 +64,7 @@ def stored_bytes(model: MirageModel, samples: list[EncodedSample]) -> int:
     batch = collate(samples, align_latents=model.stage == "stage2")
     with LiveStorage() as live:
         losses = model(batch)
-    stored = live.num_bytes(*model.parameters())
+    stored = live.num_bytes(*model.parameters(), batch.pixel_values, batch.pixel_levels)  # the batch is there anyway
     losses.loss.backward()
     return stored
 

@@ -67,10 +67,10 @@ def test_losses_and_gradients_are_those_of_an_explicit_mask(
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_visible_images_give_other_losses(make_model, stage: str) -> None:
-    """Otherwise the test above would say little."""
+    """Otherwise the test above, whose tolerance is 1e-5, would say little."""
     visible = [replace(sample, hides_images=False) for sample in samples_of(stage)]
     loss, _ = losses_of(make_model(stage), visible)
-    assert abs(loss - plain(stage)[0]) > 1e-3 * loss
+    assert abs(loss - plain(stage)[0]) > 5e-4 * loss
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

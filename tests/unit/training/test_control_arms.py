@@ -187,7 +187,9 @@ def test_kept_targets_are_those_of_the_images_that_were_encoded(
     cache = TargetCache.open(tmp_path, shards, facts, latent_size=K, values=values, limit_bytes=2**30)
     model.keep_targets = TargetWriter(cache)
     read, reads = SampleReader(shards, cache, helpers), []
-    monkeypatch.setattr(stream, "read_range", lambda *where: (reads.append(where), read_range(*where))[1])
+    monkeypatch.setattr(
+        stream, "read_range", lambda *where, again: (reads.append(where), read_range(*where, again=again))[1]
+    )
     for number in WITH_HELPERS:
         encoded = encoder(read(number))
         expected = targets(model, encoded)

@@ -70,7 +70,10 @@ def test_the_scripts_do_what_one_build_does(launch, commands: Path, tmp_path: Pa
         run_script(jobs / "build.sh", SLURM_ARRAY_TASK_ID=task)
     assert "wrote 10 samples in 4 shards" in run_script(jobs / "merge.sh")
     build(rows, tmp_path / "single", maxcount=3, maxsize=10**9)
-    folders = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (output, tmp_path / "single")]
+    folders = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (output, tmp_path / "single")
+    ]
     assert folders[0] == folders[1]
     assert not list(tmp_path.glob("*.part-*"))
 
