@@ -211,6 +211,24 @@ def test_a_folder_that_is_no_build_is_not_touched(tmp_path: Path) -> None:
     assert file_bytes(tmp_path / "shards.unfinished") == {"mine.txt": b"keep"}
 
 
+def test_rejects_after_the_last_sample_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build ends when all shards are cut, before the manifest is written; rows after the last sample come again."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*text_rows(10), {"text_input": "no answer"}])
+    options = dict(maxcount=4, maxsize=LARGE, max_rejects=1)
+
+    def interrupted(*arguments: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_tools.build.write_manifest", interrupted)
+        with pytest.raises(Interrupted):
+            build(rows, tmp_path / "shards", **options)
+    _, rejects = build(rows, tmp_path / "shards", **options)
+    assert [reject["where"] for reject in rejects] == [f"{rows}:11"]
+    build(rows, tmp_path / "single", **options)
+    assert file_bytes(tmp_path / "shards") == file_bytes(tmp_path / "single")
+
+
 def test_a_damaged_shard_is_built_again(tmp_path: Path) -> None:
     """A machine that stopped may have left a shard that is shorter than its file of facts says."""
     rows = write_jsonl(tmp_path / "rows.jsonl", text_rows(100))
