@@ -189,6 +189,17 @@ def test_other_options_are_refused(tmp_path: Path) -> None:
     assert file_bytes(output) == file_bytes(tmp_path / "single")
 
 
+def test_what_continues_is_only_said_where_it_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", text_rows(100))
+    interrupt(rows, tmp_path / "shards", 50, maxcount=10, maxsize=LARGE)
+    assert "; the same command continues" in capsys.readouterr().err
+    with pytest.raises(DataError, match="has other options"):
+        build(rows, tmp_path / "shards", maxcount=20, maxsize=LARGE)
+    said = capsys.readouterr().err
+    assert "complete shards that are kept" in said
+    assert "the same command continues" not in said
+
+
 def test_with_changed_rows_it_begins_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", text_rows(100))
     options = dict(maxcount=10, maxsize=LARGE)
@@ -225,6 +236,17 @@ def test_rejects_after_the_last_sample_are_counted_once(tmp_path: Path, monkeypa
             build(rows, tmp_path / "shards", **options)
     _, rejects = build(rows, tmp_path / "shards", **options)
     assert [reject["where"] for reject in rejects] == [f"{rows}:11"]
+    build(rows, tmp_path / "single", **options)
+    assert file_bytes(tmp_path / "shards") == file_bytes(tmp_path / "single")
+
+
+def test_a_file_of_beginnings_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", text_rows(100))
+    options = dict(maxcount=10, maxsize=LARGE, shuffle_seed=1)
+    interrupt(rows, tmp_path / "shards", 50, **options)
+    begins = tmp_path / "shards.unfinished" / "begins"
+    begins.write_bytes(begins.read_bytes()[: 80 * 18])
+    build(rows, tmp_path / "shards", **options)
     build(rows, tmp_path / "single", **options)
     assert file_bytes(tmp_path / "shards") == file_bytes(tmp_path / "single")
 
