@@ -151,7 +151,7 @@ def _check_types(manifest: Manifest) -> None:
         ValueError: a field has another form than what is written.
         TypeError: likewise: it should be a text.
     """
-    files = (*manifest.index, *manifest.shards)
+    files: list[IndexFile | Shard] = [*manifest.index, *manifest.shards]
     for file in files:
         if not _NAME.fullmatch(file.name):
             raise ValueError(f"{file.name!r:.80} is no name of a file in the folder")
