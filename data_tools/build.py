@@ -25,6 +25,7 @@ from data_tools.building.workers import in_order
 from data_tools.manifest import write_manifest
 from mirage_ds.data.shards import Manifest, read_manifest
 from mirage_ds.errors import DataError
+from mirage_ds.paths import check_temporary_folder
 
 TASK_ROWS, TASK_BYTES = 16, 2**22  # a task of a worker ends with the row that reaches one of them
 LOOK_ON_ROWS = 1000  # after one reject too many, for more of them to list
@@ -82,6 +83,7 @@ def build(
     Raises:
         DataError: too many unusable rows (the message has file:line), no usable row, an existing output, or an
             unfinished one of other options.
+        ConfigError: the path of the folder for temporary files is too long for more than one worker.
         OwnerError: another build writes this output.
         MemoryFullError: a worker was killed.
     """
@@ -90,6 +92,8 @@ def build(
     options = Options(maxcount, maxsize, shuffle_seed, val_fraction, first, end)
     if shuffle_seed is not None:
         check_can_shuffle(paths)
+    if workers > 1:
+        check_temporary_folder(without_workers="--workers 1")
     outputs = {TRAIN: output} | ({} if val_fraction is None else {VAL: val_folder(output)})
     with unfinished_build(outputs) as unfinished:
         fingerprint = inputs.fingerprint(paths)

@@ -104,8 +104,9 @@ def check_no_other_parts(output: Path, part: Part) -> None:
     Raises:
         DataError: the message names one of them.
     """
+    name_of_part = re.compile(rf"{re.escape(output.name)}\.part-\d{{5,}}-of-\d{{5,}}")  # not an unfinished one
     for folder in sorted(output.absolute().parent.glob(f"{glob.escape(output.name)}.part-*-of-*")):
-        if read_part(folder).build != part.build:
+        if name_of_part.fullmatch(folder.name) and read_part(folder).build != part.build:
             raise DataError(
                 f"a part of another build exists ({folder}): its rows or options differ; allowed: parts of this build; "
                 f"remove the old parts with rm -r {output}.part-*"

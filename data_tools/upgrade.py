@@ -36,6 +36,9 @@ def upgrade(path: Path) -> Manifest:
 
 def _upgrade(folder: ShardFolder) -> Manifest:
     if folder.manifest.format_version == FORMAT_VERSION:
+        if folder.manifest.upgraded_from is not None and (folder.path / INDEX_NAME).exists():
+            (folder.path / INDEX_NAME).unlink()  # what was left to do when an earlier upgrade was ended
+            return folder.manifest
         raise DataError(
             f"the folder has format {FORMAT_VERSION} already ({folder.path}); only format 1 can be upgraded; use it as "
             "it is"

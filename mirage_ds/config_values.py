@@ -72,7 +72,7 @@ class WeightedShards(Section):
     """A folder of shards in a mixture."""
 
     path: UserLocation
-    weight: float = Field(default=1.0, gt=0)  # passes over it in an epoch
+    weight: float = Field(default=1.0, gt=0, le=1e6)  # passes over it in an epoch
 
 
 def _to_sets(value: Any) -> Any:

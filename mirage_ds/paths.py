@@ -132,8 +132,11 @@ def _check(path: Path, is_wanted: Callable[[], bool], what: str, option: str, al
     raise DataError(f"{problem} ({option} {path}); expected {allowed}; correct the path")
 
 
-def check_temporary_folder() -> None:
+def check_temporary_folder(without_workers: str = "data.num_workers=0") -> None:
     """Refuses a folder for temporary files in whose sockets data workers could not pass their batches on.
+
+    Args:
+        without_workers: what the user may give to need no sockets, for the message.
 
     Raises:
         ConfigError: its path is too long.
@@ -143,5 +146,5 @@ def check_temporary_folder() -> None:
         raise ConfigError(
             f"the path of the folder for temporary files has {len(folder.encode())} bytes (TMPDIR={folder:.40}...), "
             f"too many for the sockets of data workers; allowed: {MAX_TEMPORARY_BYTES}; set TMPDIR=/tmp, or "
-            "data.num_workers=0"
+            f"{without_workers}"
         )

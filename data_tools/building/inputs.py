@@ -1,8 +1,8 @@
 """Rows of JSONL and parquet files as a stream, file after file, from any place on. Parses no JSON."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -113,6 +113,12 @@ def _parquet_rows(path: Path, start: Place) -> _Read:
     num_rows, first = file.metadata.num_rows, 0
     if not num_rows:
         raise DataError(f"no rows ({path}); the file needs at least one; write some rows to it")
+    for name, count in Counter(file.schema_arrow.names).items():
+        if count > 1:
+            raise DataError(
+                f"several columns have the name {name!r:.80} ({path}); each field of a row needs its own; rename them, "
+                "or leave all but one out"
+            )
     for group in range(file.metadata.num_row_groups):
         end = first + file.metadata.row_group(group).num_rows
         if end > start.offset:
@@ -126,13 +132,24 @@ def _parquet_rows(path: Path, start: Place) -> _Read:
 
 def _rows_of_group(file: Any, group: int, path: Path) -> Iterator[dict[str, Any]]:
     try:
-        batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])
-        yield from chain.from_iterable(batch.to_pylist() for batch in batches)
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group]):
+            yield from _to_rows(batch, group, path)
     except (OSError, ValueError) as error:  # pyarrow's errors are of these
         raise DataError(
             f"row group {group} cannot be read: {reason_of(error)} ({path}); expected a whole parquet file; write or "
             "copy it again"
         ) from error
+
+
+def _to_rows(batch: Any, group: int, path: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (OverflowError, ValueError) as error:  # times, which parquet has in a wider range and finer than Python
+        raise DataError(
+            f"row group {group} has a value that Python has not: {error} ({path}); allowed: texts, numbers, bytes, and "
+            "lists and structs of them; write the field as a text or a number, or leave it out"
+        ) from error
+    return rows
 
 
 def open_parquet(path: Path) -> Any:

@@ -107,7 +107,7 @@ class ShardWriter:
         record = {
             "shard": asdict(shard),
             "next": self._after,
-            "rejects": [(place, asdict(rejected)) for place, rejected in self._new_rejects],
+            "rejects": [(place, asdict(each)) for place, each in self._new_rejects if place <= self._after.rows],
             "entries": self._entries,
         }
         write_at_once(self._facts_of(number), json.dumps(record))

@@ -12,7 +12,7 @@ from data_tools.building.inputs import START, InTheirOrder, Place, RawRow, is_pa
 from mirage_ds.data.plan import order_key, permute
 from mirage_ds.errors import DataError
 
-_BEGIN = struct.Struct("<HQQ")  # of a row: number of the input, bytes and lines before it
+_BEGIN = struct.Struct("<HQQ")  # of a row: number of the input, bytes and lines before it; first: 0, 0, number of rows
 _AT_A_TIME = 1024  # places of the order that are computed together
 
 
@@ -31,9 +31,9 @@ class Shuffled:
         check_can_shuffle(paths)
         self.paths, self.seed = paths, seed
         self.begins = folder / "begins"
-        if not self.begins.exists():
-            _write_begins(paths, self.begins)
-        self.num_rows = self.begins.stat().st_size // _BEGIN.size
+        if (num_rows := _rows_in(self.begins)) is None:
+            num_rows = _write_begins(paths, self.begins)
+        self.num_rows = num_rows
 
     def read(self, place: Place) -> Iterator[RawRow]:
         """As InTheirOrder's; `place.rows` counts in this order."""
@@ -44,7 +44,7 @@ class Shuffled:
             for first in range(place.rows, self.num_rows, _AT_A_TIME):
                 places = np.arange(first, min(first + _AT_A_TIME, self.num_rows), dtype=np.int64)
                 for at, number in zip(places.tolist(), permute(places, self.num_rows, key).tolist(), strict=True):
-                    data = os.pread(begins.fileno(), _BEGIN.size, number * _BEGIN.size)
+                    data = os.pread(begins.fileno(), _BEGIN.size, (1 + number) * _BEGIN.size)
                     source, offset, line = _BEGIN.unpack(data)
                     files[source].seek(offset)
                     yield RawRow(
@@ -71,10 +71,31 @@ def check_can_shuffle(paths: Sequence[Path]) -> None:
         )
 
 
-def _write_begins(paths: Sequence[Path], to: Path) -> None:
-    new = to.with_suffix(".tmp")
+def _rows_in(begins: Path) -> int | None:
+    """How many rows there are; None: there is no such file, or a machine that stopped has left a part of it."""
+    try:
+        with begins.open("rb") as file:
+            size, first = os.fstat(file.fileno()).st_size, file.read(_BEGIN.size)
+    except FileNotFoundError:
+        return None
+    if len(first) < _BEGIN.size:
+        return None
+    num_rows: int = _BEGIN.unpack(first)[2]
+    return num_rows if size == (1 + num_rows) * _BEGIN.size else None
+
+
+def _write_begins(paths: Sequence[Path], to: Path) -> int:
+    """Returns the number of rows."""
+    new, num_rows = to.with_suffix(".tmp"), 0
     with new.open("wb") as file:
+        file.write(bytes(_BEGIN.size))
         for row in InTheirOrder(paths).read(START):
             begin = row.after.offset - len(row.content)  # a byte order mark is not of the row, nor of its content
             file.write(_BEGIN.pack(row.after.source, begin, row.after.line - 1))
+            num_rows += 1
+        file.seek(0)
+        file.write(_BEGIN.pack(0, 0, num_rows))
+        file.flush()
+        os.fsync(file.fileno())
     new.replace(to)
+    return num_rows

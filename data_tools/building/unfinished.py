@@ -169,12 +169,11 @@ def _kept(build: Unfinished) -> Iterator[None]:
     """Says what is left where the build ends early, and leaves nothing that is of no use."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if build.num_shards:
-            print(
-                f"complete shards that are kept: {build.num_shards} ({build.path}); the same command continues",
-                file=sys.stderr,
-            )
+            # The same command ends with the same DataError: its message says what to do.
+            then = "" if isinstance(error, DataError) else "; the same command continues"
+            print(f"complete shards that are kept: {build.num_shards} ({build.path}){then}", file=sys.stderr)
         elif (build.path / _BUILD).exists():
             shutil.rmtree(build.path, ignore_errors=True)
         raise

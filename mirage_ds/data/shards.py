@@ -7,6 +7,7 @@ stays that of the manifest before: it is the same data set.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from mirage_ds.paths import Location
 
 FORMAT_VERSION = 2  # that is written; 1 is read too
 MANIFEST_NAME = "manifest.json"
+_NAME = re.compile(r"(index/)?\w[\w.-]{0,200}", re.ASCII)  # of a file in the folder, never outside it
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def _parse_manifest(data: bytes, path: str) -> Manifest:
         else:
             index = tuple(IndexFile(**file) for file in fields.pop("index"))
         manifest = Manifest(**fields, index=index, shards=shards)
+        _check_types(manifest)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"damaged manifest: {error!r} ({path}); expected what `mirage-data build` writes; build the shards again"
@@ -139,6 +143,26 @@ def _parse_manifest(data: bytes, path: str) -> Manifest:
             "be equal, and at least 1; build the shards again"
         )
     return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """
+    Raises:
+        ValueError: a field has another form than what is written.
+        TypeError: likewise: it should be a text.
+    """
+    files: list[IndexFile | Shard] = [*manifest.index, *manifest.shards]
+    for file in files:
+        if not _NAME.fullmatch(file.name):
+            raise ValueError(f"{file.name!r:.80} is no name of a file in the folder")
+    digests = [file.sha256 for file in files]
+    for digest in digests if manifest.upgraded_from is None else (*digests, manifest.upgraded_from):
+        if not _SHA256.fullmatch(digest):
+            raise ValueError(f"{digest!r:.80} is no sha256")
+    sizes = [file.bytes for file in files if manifest.format_version > 1 or isinstance(file, Shard)]
+    for number in (manifest.num_samples, *sizes, *(shard.samples for shard in manifest.shards)):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r:.80} is no number of samples or bytes")
 
 
 def check_file_size(place: Place, file: Shard | IndexFile, what: str) -> None:

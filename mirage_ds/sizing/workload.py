@@ -197,7 +197,7 @@ class Workload:
             sizes = np.array(sorted(counts))
             up_to = np.cumsum([counts[each] for each in sizes.tolist()]) / self._seen.count
             chances = np.diff(up_to**size, prepend=0)  # that the largest is this one
-            blocks, latents = blocks + chances[sizes > 0].sum(), latents + sizes @ chances
+            blocks, latents = blocks + float(chances[sizes > 0].sum()), latents + float(sizes @ chances)
         return replace(self.mean, blocks=round(blocks), single_columns=round(latents - blocks))
 
 

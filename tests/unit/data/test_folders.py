@@ -73,6 +73,7 @@ def test_the_forms_of_a_recipe() -> None:
             "[a, {path: b, weight: 0}]",
             r"folder 2 of the list cannot be used .*weight: .*greater than 0.*above 0.*; corr",
         ),
+        ("[{path: b, weight: 1.7e+308}]", r"folder 1 of the list cannot be used .*weight: .*1000000"),
         ("[{path: b, weight: .inf}]", r"folder 1 of the list cannot be used .*weight: .*finite"),
         ("[{path: b, weight: 'much'}]", r"folder 1 of the list cannot be used .*weight: .*number"),
         ("[{path: b, wieght: 1}]", r"folder 1 of the list cannot be used .*wieght: .*not permitted"),

@@ -241,7 +241,7 @@ def test_a_killed_upgrade_leaves_a_folder_that_works(shards: ShardFolder, tmp_pa
         left = load_manifest(folder)
         assert (list(load_index(left)), left.digest) == (entries, old.digest)
         formats.append(left.manifest.format_version)
-        if left.manifest.format_version == 1:
-            upgrade(folder)
-            assert list(load_index(load_manifest(folder))) == entries
+        upgrade(folder)
+        assert list(load_index(load_manifest(folder))) == entries
+        assert not (folder / "index.jsonl").exists()
     assert formats == [1, 1, 2]

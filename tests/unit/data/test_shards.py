@@ -46,6 +46,17 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (edit(lambda manifest: manifest.pop("format_version")), "damaged manifest: KeyError"),
         (edit(lambda manifest: manifest.update(more=1)), "damaged manifest: TypeError"),
         (edit(lambda manifest: manifest.pop("index")), "damaged manifest: KeyError"),
+        (edit(lambda manifest: manifest["shards"][0].update(name=None)), "damaged manifest: TypeError"),
+        (
+            edit(lambda manifest: manifest["shards"][0].update(name="../a.tar")),
+            r"damaged manifest: .*'\.\./a\.tar' is no",
+        ),
+        (edit(lambda manifest: manifest["shards"][0].update(name="a" * 5000)), "damaged manifest: .*aaa is no name"),
+        (edit(lambda manifest: manifest["shards"][0].update(samples="4")), "damaged manifest: .*'4' is no number"),
+        (edit(lambda manifest: manifest["index"][0].update(bytes=None)), "damaged manifest: .*None is no number"),
+        (edit(lambda manifest: manifest["index"][0].update(sha256=None)), "damaged manifest: TypeError"),
+        (edit(lambda manifest: manifest.update(num_samples=10.0)), r"damaged manifest: .*10\.0 is no number"),
+        (edit(lambda manifest: manifest.update(upgraded_from=5)), "damaged manifest: TypeError"),
         (lambda folder: (folder / "index" / "keys.npy").unlink(), r"the index file is missing .*index/keys\.npy"),
         (
             edit(lambda manifest: manifest.update(num_samples=11)),

@@ -189,6 +189,17 @@ def test_other_options_are_refused(tmp_path: Path) -> None:
     assert file_bytes(output) == file_bytes(tmp_path / "single")
 
 
+def test_what_continues_is_only_said_where_it_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", text_rows(100))
+    interrupt(rows, tmp_path / "shards", 50, maxcount=10, maxsize=LARGE)
+    assert "; the same command continues" in capsys.readouterr().err
+    with pytest.raises(DataError, match="has other options"):
+        build(rows, tmp_path / "shards", maxcount=20, maxsize=LARGE)
+    said = capsys.readouterr().err
+    assert "complete shards that are kept" in said
+    assert "the same command continues" not in said
+
+
 def test_with_changed_rows_it_begins_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", text_rows(100))
     options = dict(maxcount=10, maxsize=LARGE)
@@ -209,6 +220,35 @@ def test_a_folder_that_is_no_build_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"not an unfinished build: no build.json \(.*shards.unfinished\)"):
         build(rows, tmp_path / "shards", maxcount=10, maxsize=LARGE)
     assert file_bytes(tmp_path / "shards.unfinished") == {"mine.txt": b"keep"}
+
+
+def test_rejects_after_the_last_sample_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build ends when all shards are cut, before the manifest is written; rows after the last sample come again."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*text_rows(10), {"text_input": "no answer"}])
+    options = dict(maxcount=4, maxsize=LARGE, max_rejects=1)
+
+    def interrupted(*arguments: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_tools.build.write_manifest", interrupted)
+        with pytest.raises(Interrupted):
+            build(rows, tmp_path / "shards", **options)
+    _, rejects = build(rows, tmp_path / "shards", **options)
+    assert [reject["where"] for reject in rejects] == [f"{rows}:11"]
+    build(rows, tmp_path / "single", **options)
+    assert file_bytes(tmp_path / "shards") == file_bytes(tmp_path / "single")
+
+
+def test_a_file_of_beginnings_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", text_rows(100))
+    options = dict(maxcount=10, maxsize=LARGE, shuffle_seed=1)
+    interrupt(rows, tmp_path / "shards", 50, **options)
+    begins = tmp_path / "shards.unfinished" / "begins"
+    begins.write_bytes(begins.read_bytes()[: 80 * 18])
+    build(rows, tmp_path / "shards", **options)
+    build(rows, tmp_path / "single", **options)
+    assert file_bytes(tmp_path / "shards") == file_bytes(tmp_path / "single")
 
 
 def test_a_damaged_shard_is_built_again(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ validation, any number of workers. Against plain webdataset, plain json and pyar
 import hashlib
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from data_tools.building.inputs import START, InTheirOrder
 from data_tools.building.shuffled import Shuffled
 from data_tools.check import check
 from data_tools.parts import build_part, merge
-from mirage_ds.errors import DataError
+from mirage_ds.errors import ConfigError, DataError
 
 LARGE = 10**9
 
@@ -72,6 +73,14 @@ def test_any_number_of_workers_gives_the_same_bytes(rows: Path, tmp_path: Path, 
     listed = [json.loads(line)["where"] for line in found[0]["shards/rejects.jsonl"].splitlines()]
     assert sorted(listed) == sorted(f"{rows}:{number + 1}" for number in (3, 40, 41))
     assert sum(name.endswith(".tar") for name in found[0]) >= 10
+
+
+def test_workers_need_a_short_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", f"/tmp/{'x' * 100}")
+    path = write_jsonl(tmp_path / "rows.jsonl", text_rows(3))
+    with pytest.raises(ConfigError, match=r"105 bytes \(TMPDIR=.*allowed: 75; set TMPDIR=/tmp, or --workers 1"):
+        build(path, tmp_path / "shards", workers=2, **limits())
+    build(path, tmp_path / "shards", **limits())
 
 
 def test_shards_are_those_of_webdatasets_own_writer(tmp_path: Path) -> None:
@@ -148,6 +157,12 @@ def test_parquet_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     refused(path, r"cannot read the rows: .*rows\.parquet")
     parquet.write_table(pyarrow.table({"text_input": ["Q"], "text_output": ["A"], "blob": [b"x"]}), path)
     refused(path, r"a field is no JSON: .*bytes.*rows\.parquet, row 0")
+    for column in (pyarrow.array([2**62], pyarrow.timestamp("us")), pyarrow.array([1], pyarrow.duration("ns"))):
+        parquet.write_table(pyarrow.table({"text_input": ["Q"], "text_output": ["A"], "when": column}), path)
+        refused(path, r"row group 0 has a value that .*rows\.parquet\); allowed: .* write the field as a text")
+    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["Q"])] * 2, names=["text_input"] * 2), path)
+    refused(path, r"several columns have the name 'text_input' .*rows\.parquet")
+    parquet.write_table(pyarrow.table({"text_input": ["Q"], "text_output": ["A"]}), path)
     refused(path, r"rows in parquet cannot be shuffled .*rows\.parquet", shuffle_seed=1)
     parquet.write_table(pyarrow.table({"text_input": ["Q"], "question": ["A"]}), path)
     refused(path, r"no field text_output \(.*rows\.parquet, row 0\)")

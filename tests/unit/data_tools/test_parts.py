@@ -11,7 +11,7 @@ from generated_rows import write_rows
 from data_tools import cli
 from data_tools.build import build
 from data_tools.check import check
-from data_tools.parts import build_part, folder_of, merge, rows_of
+from data_tools.parts import build_part, check_no_other_parts, describe_part, folder_of, merge, rows_of
 from mirage_ds.errors import DataError
 
 LARGE = 10**9
@@ -122,6 +122,12 @@ def test_an_existing_part_is_kept_and_one_of_other_rows_is_refused(tmp_path: Pat
     spoil(rows, 2)
     with pytest.raises(DataError, match=r"the output already exists .*out.part-00000-of-00002"):
         build_part(rows, tmp_path / "out", **options)
+
+
+def test_a_part_that_is_not_finished_is_none_of_another_build(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows")
+    (tmp_path / "out.part-00000-of-00002.unfinished").mkdir()
+    check_no_other_parts(tmp_path / "out", describe_part([rows], 0, 2, 5, LARGE))
 
 
 def test_too_many_parts(tmp_path: Path) -> None:
