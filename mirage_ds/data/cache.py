@@ -9,6 +9,7 @@ crc32 when it is read, and the whole shard with its sha256 once all its samples 
 moment, as any process removes the least recently used ones beyond the limit: what is not there is read again.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -31,7 +32,9 @@ GIB = 2**30
 RECORD = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u8")])
 LOOK_AFTER = 1 / 1000  # of the limit: so many bytes a process adds before it looks for files to remove
 REMEDY = "free some space, or set data.cache_dir to a folder on a disk of this machine where you may write"
+OWN_NAME = re.compile(r"[0-9a-f]{64}\.(shard|file|part)")  # what else lies in the folder is not the cache's
 FILLED = 0.95  # of the limit: what is left after removing
+ENDS_KEEPING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # the disk will not take the next range either
 FILES_STAY_S = 3600  # so long whole files stay after their last use: a process may be about to open them
 
 
@@ -176,6 +179,8 @@ class Cache:
         self._added = 0
         found = []
         for entry in os.scandir(self._folder):
+            if not OWN_NAME.fullmatch(entry.name):
+                continue
             with suppress(FileNotFoundError):  # another process has removed it
                 facts = entry.stat()
                 found.append((facts.st_mtime_ns, facts.st_blocks * 512, entry.path))

@@ -110,6 +110,22 @@ def test_the_limit_is_kept_and_what_was_used_last_stays(shards: ShardFolder, ser
     assert samples(tiny) == samples(shards)
 
 
+def test_files_of_others_in_the_folder_stay(shards: ShardFolder, server: Server, tmp_path: Path) -> None:
+    """They are old and larger than the limit."""
+    others = [tmp_path / "cache" / name for name in ("folder/checkpoint.pt", "checkpoint.pt", "other.shard")]
+    others[0].parent.mkdir(parents=True)
+    for path in others:
+        path.write_bytes(random.Random(1).randbytes(200_000))
+        os.utime(path, (0, 0))
+    os.utime(others[0].parent, (0, 0))
+    read = SampleReader(load_manifest(server.url, Reading(tmp_path / "cache", cache_gib=100_000 / GIB)))
+    expected = read(0)
+    assert all(path.stat().st_size == 200_000 for path in others)
+    server.ranges.clear()
+    assert read(0) == expected
+    assert not server.ranges
+
+
 @pytest.mark.skipif(not may_mount(), reason="needs a mount namespace")
 def test_a_full_disk_only_costs_the_cache(
     shards: ShardFolder, server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
