@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import random
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +73,9 @@ def test_a_damaged_cache_gives_the_samples_of_the_server(shards: ShardFolder, se
             assert read(sample) == expected[sample], (number, done)
 
 
-def test_damage_on_the_server_is_named_or_healed(shards: ShardFolder, server: Server, tmp_path: Path) -> None:
+def test_damage_on_the_server_is_named_or_healed(
+    shards: ShardFolder, server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Whatever the server sends in between, all samples of a shard are the built ones, or one of them is named."""
     expected, rng, messages = samples(shards), random.Random(3), []
     for number in range(40):
@@ -85,6 +89,8 @@ def test_damage_on_the_server_is_named_or_healed(shards: ShardFolder, server: Se
                 messages.append(str(error))
                 faulty.add(sample // 4)
         server.faults.clear()
+        found = re.findall(r"shard-(\d+)\.tar: all of its samples were read", capfd.readouterr().err)
+        faulty |= {int(shard) for shard in found}
         assert all(got[sample] == expected[sample] for sample in got if sample // 4 not in faulty), number
     assert messages
     assert all("shard-00000" in message for message in messages)
@@ -121,6 +127,15 @@ def test_files_of_others_in_the_folder_stay(shards: ShardFolder, server: Server,
     read = SampleReader(load_manifest(server.url, Reading(tmp_path / "cache", cache_gib=100_000 / GIB)))
     expected = read(0)
     assert all(path.stat().st_size == 200_000 for path in others)
+    server.ranges.clear()
+    assert read(0) == expected
+    assert not server.ranges
+
+
+def test_a_folder_that_was_deleted_is_made_again(shards: ShardFolder, server: Server, tmp_path: Path) -> None:
+    read = SampleReader(load_manifest(server.url, Reading(tmp_path / "cache")))
+    shutil.rmtree(tmp_path / "cache")
+    expected = read(0)
     server.ranges.clear()
     assert read(0) == expected
     assert not server.ranges
