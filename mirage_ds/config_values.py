@@ -81,7 +81,9 @@ def _to_sets(value: Any) -> Any:
         return _to_location(value)
     allowed = "allowed: a path, or a list of paths and of {path: FOLDER, weight: NUMBER}"
     if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"{value!r:.80} names no folder of shards; {allowed}; name at least one folder")
+        raise ValueError(
+            f"{without_secrets(repr(value)):.80} names no folder of shards; {allowed}; name at least one folder"
+        )
     sets: list[WeightedShards] = []
     for number, each in enumerate(value, 1):
         try:
@@ -92,8 +94,9 @@ def _to_sets(value: Any) -> Any:
                 for each in error.errors()
             )
             raise ValueError(
-                f"folder {number} of the list cannot be used ({each!r:.80}): {reasons}; {allowed}, with weights above "
-                "0 that are finite; correct it, or leave out a folder of which nothing is to be used"
+                f"folder {number} of the list cannot be used ({without_secrets(repr(each)):.80}): {reasons}; "
+                f"{allowed}, with weights above 0 that are finite; correct it, or leave out a folder of which nothing is "
+                "to be used"
             ) from error
     paths = [each.path for each in sets]
     twice = next((path for path in paths if paths.count(path) > 1), None)

@@ -7,8 +7,9 @@ from mirage_ds.checkpoint import complete
 from mirage_ds.config import Config
 from mirage_ds.data.folders import load_folders
 from mirage_ds.data.places import LocalPlace, Reading
+from mirage_ds.data.remote import longest_wait_s
 from mirage_ds.data.shards import load_manifest
-from mirage_ds.errors import DataError, MirageError, leave
+from mirage_ds.errors import ConfigError, DataError, MirageError, leave
 from mirage_ds.evaluation.training.named import check_named
 from mirage_ds.model_folder import check_model
 from mirage_ds.owner import refuse_living
@@ -44,6 +45,7 @@ def check_inputs(config: Config) -> None:
         MirageError: shards, their counts, the model's folder, the run to start from, or what `evaluation` names are
             missing here.
     """
+    _check_read_timeout(config)
     folders = load_folders(config.data).folders
     if config.evaluation.shards is not None:
         load_manifest(config.evaluation.shards, Reading.of(config.data))
@@ -61,3 +63,15 @@ def check_inputs(config: Config) -> None:
             f"the run to start from does not exist (run.init_from={config.run.init_from}); allowed: the folder of a "
             "run with a checkpoint; set run.init_from"
         )
+
+
+def _check_read_timeout(config: Config) -> None:
+    """Raises: ConfigError: the run would end by its own time limit before a server that stalls is named."""
+    longest_s, limit_s = longest_wait_s(config.data.read_timeout_s), config.distributed.timeout_s * 4 // 5
+    if longest_s < limit_s or all(isinstance(each.path, Path) for each in config.data.sets):
+        return
+    raise ConfigError(
+        f"all tries to read from a server that stalls take {longest_s:g} s "
+        f"(data.read_timeout_s={config.data.read_timeout_s}); allowed: less than {limit_s} s, four fifths of "
+        "distributed.timeout_s; set a smaller data.read_timeout_s, or a larger distributed.timeout_s"
+    )

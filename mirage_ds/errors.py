@@ -32,6 +32,10 @@ class StallError(DataError):
     exit_code = 1
 
 
+class WrongShardError(DataError):
+    """A file of other bytes than its manifest says: its samples cannot be told apart, so none is skipped for it."""
+
+
 class CheckpointError(MirageError):
     """A checkpoint that is missing, incomplete, or belongs to another model or run."""
 

@@ -53,9 +53,13 @@ def to_location(text: str) -> Location:
 
 
 def without_secrets(text: str) -> str:
-    """A text without the user, password and query of the URLs in it."""
-    without_query = re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
-    return re.sub(r"(\w://)[^/\s@]*@", r"\1", without_query)
+    """A text without the user, password, query and fragment of the URLs in it.
+
+    Rather too much is left out than a part of a secret that has an @, a / or a quote in it.
+    """
+    # What follows a colon and is no port is a password, though a / in it would end the host.
+    without_user = re.sub(r"(\w://)(?:[^/\s]*@|[^/\s:]*:(?!\d*/)\S*@)", r"\1", text)
+    return re.sub(r"(\w://[^\s?#]*)[?#]\S*", r"\1", without_user)
 
 
 def expanded(*names: str) -> Callable[[Command], Command]:

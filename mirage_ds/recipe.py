@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from mirage_ds import strict_yaml
 from mirage_ds.config import Config
 from mirage_ds.errors import ConfigError
-from mirage_ds.paths import expand
+from mirage_ds.paths import expand, without_secrets
 
 
 def load_config(recipe: Path | str, overrides: list[str] | None = None) -> Config:
@@ -85,7 +85,9 @@ def _describe(details: ErrorDetails) -> str:
         return f"{key} is missing: set it in the recipe or with {key}=VALUE"
     message = details["msg"].removeprefix("Value error, ")
     where = f"{key}: " if key else ""  # what two sections must not have together has no key
-    return f"{where}{message}" + ("" if details["type"] == "value_error" else f" (got {details['input']!r:.80})")
+    return f"{where}{message}" + (
+        "" if details["type"] == "value_error" else f" (got {without_secrets(repr(details['input'])):.80})"
+    )
 
 
 def hint(name: str, allowed: Iterable[str]) -> str:

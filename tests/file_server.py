@@ -21,6 +21,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder: Path, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.folder, self.faults, self.always = folder, list[str](), ""
+        self.missing = 404  # what it says of a file that does not exist
         self.ranges: list[str] = []  # "NAME FIRST-LAST" of each request of a range
 
     @property
@@ -49,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
         name = self.path.partition("?")[0].lstrip("/")
         path = self.server.folder / name
         if not path.is_file():
-            return self.send(404, b"")
+            return self.send(self.server.missing, b"")
         data, status = path.read_bytes(), 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         fault = ""

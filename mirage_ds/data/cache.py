@@ -9,6 +9,7 @@ crc32 when it is read, and the whole shard with its sha256 once all its samples 
 moment, as any process removes the least recently used ones beyond the limit: what is not there is read again.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -31,7 +32,9 @@ GIB = 2**30
 RECORD = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u8")])
 LOOK_AFTER = 1 / 1000  # of the limit: so many bytes a process adds before it looks for files to remove
 REMEDY = "free some space, or set data.cache_dir to a folder on a disk of this machine where you may write"
+OWN_NAME = re.compile(r"[0-9a-f]{64}\.(shard|file|part)")  # what else lies in the folder is not the cache's
 FILLED = 0.95  # of the limit: what is left after removing
+ENDS_KEEPING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}  # the disk will not take the next range either
 FILES_STAY_S = 3600  # so long whole files stay after their last use: a process may be about to open them
 
 
@@ -79,7 +82,7 @@ class Cache:
         return data if zlib.crc32(data) == found["crc32"][0] else None
 
     def keep_range(self, shard: Shard, offset: int, data: bytes) -> None:
-        """Keeps bytes of a shard. From the first write on that fails it keeps nothing more, and says so.
+        """Keeps bytes of a shard. A write that fails is said; from a disk's refusal on it keeps nothing more.
 
         Raises:
             WrongContent: all samples of the shard are here now, and its sha256 is another one; nothing of it is kept.
@@ -88,16 +91,17 @@ class Cache:
             return
         path = self._path(shard.sha256, "shard")
         try:
-            self._make_room(len(data))
-            with self._opened(path, shard) as file:
-                os.pwrite(file, data, offset)
-                records, is_new = _add_record(file, shard, offset, data)
-                found = _sha256(file, shard, records) if is_new and len(records) == shard.samples else shard.sha256
+            try:
+                found = self._write(path, shard, offset, data)
+            except FileNotFoundError:  # another process has removed the file, or someone the folder
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                found = self._write(path, shard, offset, data)
         except OSError as error:
-            self._is_full = True
+            self._is_full = error.errno in ENDS_KEEPING
+            what = "from now on samples are" if self._is_full else "this sample is"
             print(
-                f"WARNING: what is read from servers is not kept ({self._folder}): {reason_of(error)}; from now on "
-                f"samples are read from their server each time; {REMEDY}",
+                f"WARNING: what is read from servers is not kept ({self._folder}): {reason_of(error)}; {what} read "
+                f"from the server each time; {REMEDY}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -106,6 +110,14 @@ class Cache:
             path.unlink(missing_ok=True)
         if found not in (shard.sha256, None):  # None: damaged on this disk
             raise WrongContent(0, f"all of its samples were read, and it has sha256 {found}, not {shard.sha256}")
+
+    def _write(self, path: Path, shard: Shard, offset: int, data: bytes) -> str | None:
+        """Writes a range; returns the sha256 of a shard that it completes, None if what is here is damaged."""
+        self._make_room(len(data))
+        with self._opened(path, shard) as file:
+            os.pwrite(file, data, offset)
+            records, is_new = _add_record(file, shard, offset, data)
+            return _sha256(file, shard, records) if is_new and len(records) == shard.samples else shard.sha256
 
     def file(self, sha256: str, fetch: Callable[[], Iterable[bytes]]) -> Path:
         """A whole file with this sha256; one process of the node fetches it, while the others wait.
@@ -176,6 +188,8 @@ class Cache:
         self._added = 0
         found = []
         for entry in os.scandir(self._folder):
+            if not OWN_NAME.fullmatch(entry.name):
+                continue
             with suppress(FileNotFoundError):  # another process has removed it
                 facts = entry.stat()
                 found.append((facts.st_mtime_ns, facts.st_blocks * 512, entry.path))

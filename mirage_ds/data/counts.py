@@ -7,6 +7,7 @@ their number follows from the sizes in the index and the run's settings, see cos
 import hashlib
 import io
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mirage_ds.config import Stage
 from mirage_ds.data.conversation import train_text
+from mirage_ds.data.places import LocalPlace
+from mirage_ds.data.remote import NoAccess
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import ShardFolder, error_of
 from mirage_ds.data.stream import SampleReader
@@ -91,6 +94,8 @@ def load_counts(name: str, folder: ShardFolder, *, stage: Stage) -> Counts | Non
         StallError: its server does not answer.
     """
     path, remedy = folder.place.where(name), f"remove it, and run `mirage-data count {folder.place}` again"
+    if not isinstance(folder.place, LocalPlace):
+        remedy = "remove it, count on a disk before uploading, and upload it again"
     try:
         with np.load(
             io.BytesIO(folder.place.read_all(name)), allow_pickle=False
@@ -98,6 +103,14 @@ def load_counts(name: str, folder: ShardFolder, *, stage: Stage) -> Counts | Non
             shards = str(file["shards"])
             counts: Counts = file["without_latents" if stage == "text" else "with_latents"]
     except FileNotFoundError:
+        return None
+    except NoAccess as error:
+        print(
+            f"NOTE: taken as no counts of tokens: {error.strerror} ({path}); where there is none, a server may say so; "
+            "count before uploading, or allow to read it",
+            file=sys.stderr,
+            flush=True,
+        )
         return None
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         kind = error_of(error) if isinstance(error, OSError) else DataError

@@ -24,9 +24,11 @@ from mirage_ds.paths import without_secrets
 T = TypeVar("T")
 TRIES = 6
 FIRST_WAIT_S = 1.0  # before the second try; each later wait is twice the one before: 31 s in all
+MAX_STALLS_IN_ROW = 3  # samples that a server does not give, with all tries; then it is the server
 PIECE_BYTES = 16 * 2**20  # of a whole file
 SIZES_CHECKED = 4  # shards of a folder: each is a request
 TAR_BLOCK_BYTES = 512
+REFUSALS = (401, 403)  # of HTTP
 
 # An open connection does not survive a fork, so each process has its own.
 _filesystems: dict[tuple[int, str], tuple[Any, str]] = {}
@@ -37,11 +39,16 @@ class NotReadable(OSError):
     """A server that does not answer, or not with what was asked for, after all tries."""
 
 
+class NoAccess(NotReadable):
+    """A server that refuses; S3 does so too for a file that does not exist, if the folder may not be listed."""
+
+
 class RemotePlace:
     """A folder on a server."""
 
     def __init__(self, url: str, cache: Cache, timeout_s: float) -> None:
         self._url, self._cache, self._timeout_s = url, cache, timeout_s
+        self._wrong: set[Shard] = set()  # that have come with another sha256 once
 
     def __str__(self) -> str:
         return without_secrets(self._url)
@@ -70,12 +77,25 @@ class RemotePlace:
             again: from the server in any case, as what came before cannot be used.
 
         Raises:
-            OSError: they cannot be read, or the shard, complete with them, has another sha256.
+            OSError: they cannot be read.
+            WrongContent: the shard, complete with them, has another sha256 for the second time.
         """
         data = None if again else self._cache.read_range(shard, offset, size)
         if data is None:
             data = self._fetch(shard.name, offset, size)
-            self._cache.keep_range(shard, offset, data)
+            try:
+                self._cache.keep_range(shard, offset, data)
+            except WrongContent as error:  # any of its ranges may be the damaged one, and nothing of it is kept now
+                if shard in self._wrong:
+                    raise
+                self._wrong.add(shard)
+                print(
+                    f"WARNING: {self.where(shard.name)}: {error.strerror}; samples of it that were read before may "
+                    "have been wrong; it is read again, and the run ends if that happens again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return self.read_range(shard, offset, size, again=True)
         return data
 
     def file(self, name: str, sha256: str) -> Path:
@@ -135,10 +155,14 @@ class RemotePlace:
                 return within(self._timeout_s, lambda: action(*self._opened(name)))
             except MirageError:
                 raise
-            except (FileNotFoundError, PermissionError) as error:
-                raise type(error)(error.errno, os.strerror(error.errno) if error.errno else _said(error)) from None
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    error.errno, os.strerror(error.errno) if error.errno else _said(error)
+                ) from None
             except Exception as error:  # noqa: BLE001  # each filesystem has errors of its own
                 reason = _said(error)
+                if isinstance(error, PermissionError) or getattr(error, "status", 0) in REFUSALS:
+                    raise NoAccess(0, reason) from None
             _filesystems.pop((os.getpid(), self._url), None)  # the next try has a connection of its own
             if number == TRIES:
                 raise NotReadable(0, f"{reason}, after {TRIES} tries")
@@ -163,6 +187,11 @@ class RemotePlace:
             _filesystems[key] = connect(self._url)
         filesystem, root = _filesystems[key]
         return filesystem, _join(root, name, self._url)
+
+
+def longest_wait_s(timeout_s: float) -> float:
+    """For the last of the samples after which a run ends, if each try takes as long as it may."""
+    return MAX_STALLS_IN_ROW * (TRIES * timeout_s + FIRST_WAIT_S * (2 ** (TRIES - 1) - 1))
 
 
 def connect(url: str) -> tuple[Any, str]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mirage_ds.data.cache import WrongContent
 from mirage_ds.data.places import DEFAULT, LocalPlace, Place, Reading, open_place
 from mirage_ds.data.remote import NotReadable
 from mirage_ds.data.shard import Shard as Shard
-from mirage_ds.errors import DataError, StallError
+from mirage_ds.errors import DataError, StallError, WrongShardError
 from mirage_ds.paths import Location
 
 FORMAT_VERSION = 2  # that is written; 1 is read too
@@ -194,4 +195,6 @@ def check_file_size(place: Place, file: Shard | IndexFile, what: str) -> None:
 
 def error_of(error: OSError) -> type[DataError]:
     """The kind of error for what could not be read: a server that does not answer may do so at another start."""
+    if isinstance(error, WrongContent):
+        return WrongShardError
     return StallError if isinstance(error, NotReadable) else DataError

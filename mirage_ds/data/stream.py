@@ -15,16 +15,16 @@ from mirage_ds.data.encode import EncodedSample
 from mirage_ds.data.folders import ShardFolders
 from mirage_ds.data.helpers import OWN, Helpers
 from mirage_ds.data.index import load_index
+from mirage_ds.data.remote import MAX_STALLS_IN_ROW
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.steps import Steps
 from mirage_ds.data.target_cache import TargetCache, TargetCaches
-from mirage_ds.errors import DataError, StallError
+from mirage_ds.errors import DataError, StallError, WrongShardError
 
 T = TypeVar("T")
 MAX_FAULTS_IN_ROW = 100  # then it is not single samples
-MAX_STALLS_IN_ROW = 3  # then it is the server; each has taken all tries
 
 
 class SampleReader:
@@ -181,6 +181,7 @@ def first_usable(encode: Callable[[int], EncodedSample], numbers: Iterable[int],
     Raises:
         DataError: it cannot be used, or with `skip` none of MAX_FAULTS_IN_ROW.
         StallError: likewise: its server does not answer, or with `skip` for MAX_STALLS_IN_ROW.
+        WrongShardError: its shard has twice come with another sha256; it is not the sample's fault.
     """
     faults: list[str] = []
     stalls = 0
@@ -190,7 +191,7 @@ def first_usable(encode: Callable[[int], EncodedSample], numbers: Iterable[int],
         except DataError as error:
             faults.append(str(error))
             stalls = stalls + 1 if isinstance(error, StallError) else 0
-            if on_fault == "stop" or stalls == MAX_STALLS_IN_ROW:
+            if on_fault == "stop" or stalls == MAX_STALLS_IN_ROW or isinstance(error, WrongShardError):
                 raise
             if len(faults) == MAX_FAULTS_IN_ROW:
                 break

@@ -25,6 +25,7 @@ from mirage_ds.checkpoint.find import find_undamaged, require_latest
 from mirage_ds.config import Config, TrainConfig
 from mirage_ds.errors import CheckpointError, MirageError, OwnerError, name_unwritable
 from mirage_ds.owner import POLL_S, Owner, of_run
+from mirage_ds.paths import without_secrets
 from mirage_ds.training import early_end
 from mirage_ds.training.folder_checks import check_folder_is_free
 from mirage_ds.training.goodput import note_first_start
@@ -49,6 +50,9 @@ HARMLESS = (
     "data.max_length",
     "data.packing",
     "data.token_budget",
+    "data.read_timeout_s",
+    "data.cache_dir",
+    "data.cache_gib",
     "data.on_fault",
     "data.balance",
     "train.micro_batch_size_per_gpu",
@@ -200,7 +204,11 @@ def check_same_run(file: Path, facts: dict[str, Any], *, may_extend: bool = Fals
     """
     before = read_facts(file)
     old, new = MEANT_BEFORE | flatten(before["config"]), flatten(facts["config"])
-    changes = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new if old.get(key) != new[key]}
+    changes = {
+        key: f"{key}: {without_secrets(repr(old.get(key)))} -> {without_secrets(repr(new[key]))}"
+        for key in new
+        if old.get(key) != new[key]
+    }
     changes.pop("run.resume", None)  # set in order to resume
     longer = may_extend and facts["max_steps"] >= before["max_steps"]
     patterns = HARMLESS + (LENGTH if longer else ())

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from mirage_ds.config import DataConfig
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.model_folder import check_exists
-from mirage_ds.paths import check_file, check_folder
+from mirage_ds.paths import check_file, check_folder, without_secrets
 
 
 def test_files_and_folders(tmp_path: Path) -> None:
@@ -62,3 +64,25 @@ def test_the_systems_reason_is_in_the_message(tmp_path: Path, path: str, reason:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=reason):
         check_file(tmp_path / path, "--data", "a file")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://someone:a@b@host:80/x", "http://host:80/x"),
+        ("http://host/x?a='b'&sig=secret", "http://host/x"),
+        ("http://host/x#token=secret", "http://host/x"),
+        ("s3://key:sec/ret@bucket/x", "s3://bucket/x"),
+        ("http://host:80/x@1/y", "http://host:80/x@1/y"),
+        ("hf://datasets/a/b@main/x", "hf://datasets/a/b@main/x"),
+    ],
+)
+def test_secrets_of_urls_are_left_out(url: str, shown: str) -> None:
+    assert without_secrets(f"not {url} but") == f"not {shown} but"
+
+
+def test_a_list_of_folders_is_refused_without_their_secrets() -> None:
+    for folders in ([{"path": "http://someone:pass@host/x?sig=secret", "weight": 0}], {"path": "s3://a:pass@host"}):
+        with pytest.raises(ValidationError, match="allowed: a path, or a list") as caught:
+            DataConfig.model_validate({"shards": folders})
+        assert not re.search("pass|secret", caught.value.errors()[0]["msg"])

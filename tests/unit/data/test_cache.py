@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import random
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +73,9 @@ def test_a_damaged_cache_gives_the_samples_of_the_server(shards: ShardFolder, se
             assert read(sample) == expected[sample], (number, done)
 
 
-def test_damage_on_the_server_is_named_or_healed(shards: ShardFolder, server: Server, tmp_path: Path) -> None:
+def test_damage_on_the_server_is_named_or_healed(
+    shards: ShardFolder, server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Whatever the server sends in between, all samples of a shard are the built ones, or one of them is named."""
     expected, rng, messages = samples(shards), random.Random(3), []
     for number in range(40):
@@ -85,6 +89,8 @@ def test_damage_on_the_server_is_named_or_healed(shards: ShardFolder, server: Se
                 messages.append(str(error))
                 faulty.add(sample // 4)
         server.faults.clear()
+        found = re.findall(r"shard-(\d+)\.tar: all of its samples were read", capfd.readouterr().err)
+        faulty |= {int(shard) for shard in found}
         assert all(got[sample] == expected[sample] for sample in got if sample // 4 not in faulty), number
     assert messages
     assert all("shard-00000" in message for message in messages)
@@ -108,6 +114,31 @@ def test_the_limit_is_kept_and_what_was_used_last_stays(shards: ShardFolder, ser
     assert not server.ranges
     tiny = load_manifest(server.url, Reading(tmp_path / "tiny", cache_gib=1000 / GIB))
     assert samples(tiny) == samples(shards)
+
+
+def test_files_of_others_in_the_folder_stay(shards: ShardFolder, server: Server, tmp_path: Path) -> None:
+    """They are old and larger than the limit."""
+    others = [tmp_path / "cache" / name for name in ("folder/checkpoint.pt", "checkpoint.pt", "other.shard")]
+    others[0].parent.mkdir(parents=True)
+    for path in others:
+        path.write_bytes(random.Random(1).randbytes(200_000))
+        os.utime(path, (0, 0))
+    os.utime(others[0].parent, (0, 0))
+    read = SampleReader(load_manifest(server.url, Reading(tmp_path / "cache", cache_gib=100_000 / GIB)))
+    expected = read(0)
+    assert all(path.stat().st_size == 200_000 for path in others)
+    server.ranges.clear()
+    assert read(0) == expected
+    assert not server.ranges
+
+
+def test_a_folder_that_was_deleted_is_made_again(shards: ShardFolder, server: Server, tmp_path: Path) -> None:
+    read = SampleReader(load_manifest(server.url, Reading(tmp_path / "cache")))
+    shutil.rmtree(tmp_path / "cache")
+    expected = read(0)
+    server.ranges.clear()
+    assert read(0) == expected
+    assert not server.ranges
 
 
 @pytest.mark.skipif(not may_mount(), reason="needs a mount namespace")

@@ -69,6 +69,9 @@ def changed(facts: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     ("key", "value"),
     [
         ("config.data.num_workers", 7),
+        ("config.data.read_timeout_s", 120.0),
+        ("config.data.cache_dir", "kept"),
+        ("config.data.cache_gib", 10.0),
         ("config.model.gather", "layer"),
         ("config.model.cache_targets", "targets"),
         ("config.train.micro_batch_size_per_gpu", 2),
@@ -117,7 +120,10 @@ def test_a_checkpoint_of_an_older_version_lacks_new_keys(checkpoint: Path, facts
     for section, keys in KEYS_BEFORE.items():
         before["config"][section] = {key: before["config"][section][key] for key in keys.split()}
     checkpoint.write_text(json.dumps(before))
-    assert all(text.startswith("evaluation.") for text in check_same_run(checkpoint, facts))
+    assert all(
+        text.startswith(("evaluation.", "data.read_timeout_s", "data.cache_"))
+        for text in check_same_run(checkpoint, facts)
+    )
     del before["config"]["data"]["exif_orientation"]  # of a version that was older still
     checkpoint.write_text(json.dumps(before))
     check_same_run(checkpoint, changed(facts, "config.data.exif_orientation", False))
@@ -171,3 +177,11 @@ def test_a_checkpoint_without_its_facts_is_named(tmp_path: Path) -> None:
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+
+
+def test_changes_are_printed_without_secrets(checkpoint: Path, facts: dict[str, Any]) -> None:
+    new = changed(facts, "config.data.shards", "http://someone:pass@host/x?sig=secret")
+    (text,) = check_same_run(checkpoint, new)
+    assert "http://host/x" in text
+    assert "pass" not in text
+    assert "secret" not in text
