@@ -82,7 +82,7 @@ def _check_sample(place: Place, shard: Shard, entry: IndexEntry) -> Iterator[str
         data = read_range(place, shard, entry.offset, entry.size, where)
         sample = from_members(where, parse_members(data, entry.key, where))
         check_sample(sample, where)
-        facts = facts_of(sample, where)
+        facts = facts_of(sample, {}, where)
     except DataError as error:
         yield str(error)
         return
