@@ -103,8 +103,8 @@ def parse_condition(text: str) -> Condition:
     if field == "key" and compared != "~":
         if not re.fullmatch(f"[0-9]{{1,{KEY_DIGITS}}}", value):
             raise DataError(
-                f"{value!r:.80} is no key (--where {text!r}); a key is the number of a row in {KEY_DIGITS} digits; write "
-                "a number, for example --where 'key<100'"
+                f"{value!r:.80} is no key (--where {text!r}); a key is the number of a row in {KEY_DIGITS} digits; "
+                "write a number, for example --where 'key<100'"
             )
         value = value.zfill(KEY_DIGITS)
     return Condition(text, field, compared, value)

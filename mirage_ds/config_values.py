@@ -83,7 +83,8 @@ def _to_sets(value: Any) -> Any:
     allowed = "allowed: a path, or a list of paths and of {path: FOLDER, weight: NUMBER}"
     if isinstance(value, dict):
         raise ValueError(
-            f"{value!r:.80} is one folder with a weight; {allowed}; put it into a list, as [{{path: FOLDER, weight: 2}}]"
+            f"{value!r:.80} is one folder with a weight; {allowed}; put it into a list, as "
+            "[{path: FOLDER, weight: 2}]"
         )
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"{value!r:.80} names no folder of shards; {allowed}; name at least one folder")
