@@ -90,6 +90,7 @@ def build(
     paths = [rows] if isinstance(rows, Path) else list(rows)
     first, end = (0, None) if numbers is None else (numbers.start, numbers.stop)
     options = Options(maxcount, maxsize, shuffle_seed, val_fraction, first, end)
+    inputs.check_different(paths)
     if shuffle_seed is not None:
         check_can_shuffle(paths)
     if workers > 1:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 
 from data_tools.facts import facts_of
@@ -9,7 +10,7 @@ from mirage_ds.data.index import Index, IndexEntry, check_digests, load_index
 from mirage_ds.data.places import Place
 from mirage_ds.data.rows import check_sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
-from mirage_ds.data.shards import Shard, check_file_size, read_manifest
+from mirage_ds.data.shards import MANIFEST_NAME, Shard, check_file_size, read_manifest
 from mirage_ds.errors import DataError
 from mirage_ds.paths import Location
 
@@ -18,9 +19,12 @@ def check(location: Location) -> Iterator[str]:
     """Yields each fault in a folder of shards as a message with the shard and, if it is in a sample, the key.
 
     Raises:
-        DataError: it is not a folder of shards: the manifest is missing or cannot be read.
+        DataError: it is not a folder of shards: the manifest is missing or cannot be read, or its server
+            gives no ranges of bytes.
     """
     folder = read_manifest(location)
+    with suppress(OSError):  # reported of each file below; a server without ranges of bytes ends the check here
+        folder.place.size(MANIFEST_NAME)
     for shard in folder.manifest.shards:
         yield from _check_shard(folder.place, shard)
     try:
@@ -82,7 +86,7 @@ def _check_sample(place: Place, shard: Shard, entry: IndexEntry) -> Iterator[str
         data = read_range(place, shard, entry.offset, entry.size, where)
         sample = from_members(where, parse_members(data, entry.key, where))
         check_sample(sample, where)
-        facts = facts_of(sample, where)
+        facts = facts_of(sample, {}, where)
     except DataError as error:
         yield str(error)
         return

@@ -20,7 +20,7 @@ from data_tools.upgrade import upgrade as upgrade_folder
 from mirage_ds import errors
 from mirage_ds.data.shards import Manifest, load_manifest
 from mirage_ds.model_folder import check_model
-from mirage_ds.paths import expanded, to_location, without_secrets
+from mirage_ds.paths import expanded, local_folder, to_location, without_secrets
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(looking.app)
@@ -154,7 +154,9 @@ def merge(
 @app.command()
 @expanded()
 def upgrade(
-    shards: Annotated[Path, typer.Argument(help="A folder of shards of format 1.")],
+    shards: Annotated[
+        Path, typer.Argument(parser=local_folder, metavar="SHARDS", help="A folder of shards of format 1.")
+    ],
 ) -> None:
     """Gives a folder of format 1 the index of format 2, which opens at once. Its digest and its shards stay."""
     with Console(stderr=True).status("upgrading the index"):
@@ -195,7 +197,7 @@ def check(
 @app.command()
 @expanded("model")
 def count(
-    shards: Annotated[Path, typer.Argument(help="A folder that `mirage-data build` wrote.")],
+    shards: looking.ShardsArgument,
     model: Annotated[str, typer.Option(help="Model folder or hub id, as model.path.")],
     max_length: Annotated[int | None, typer.Option(min=1, help="Say which samples have more tokens.")] = None,
     latent_size: Annotated[int, typer.Option(min=1, help="As model.latent_size.")] = 4,

@@ -1,7 +1,8 @@
 """Conditions on rows: `level=3`, `latent_blocks>=1`, `key<000000100`, `text_output~boxed`. Parsed, never evaluated.
 
 FIELD OPERATOR VALUE. A row's own value decides the comparison: with a number VALUE must be a number, with true or false
-it must be `true` or `false`, a text is compared as text. A row without the field has null there.
+it must be `true` or `false`, a text is compared as text; a key is a number of nine digits, whose zeros at the start may
+be left out. A row without the field has null there.
 """
 
 import operator
@@ -25,6 +26,7 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "~": operator.contains,
 }
 _FORM = re.compile(r"\s*([^\s=!<>~]+)\s*(!=|<=|>=|=|<|>|~)(.*)", re.DOTALL)
+KEY_DIGITS = 9
 TOKEN_FIELDS: dict[str, Stage] = {"tokens": "stage1", "tokens_text": "text"}
 """Fields that need a model -> the stage in which a row has so many tokens; stages 1 and 2 have the same."""
 INDEX_FIELDS: dict[str, Callable[[IndexEntry], int | str]] = {
@@ -97,7 +99,15 @@ def parse_condition(text: str) -> Condition:
             f"not a condition (--where {text!r}); allowed: FIELD, one of {' '.join(OPERATORS)}, and a value; write for "
             "example --where 'latent_blocks>=1'"
         )
-    return Condition(text, match[1], match[2], match[3].strip())
+    field, compared, value = match[1], match[2], match[3].strip()
+    if field == "key" and compared != "~":
+        if not re.fullmatch(f"[0-9]{{1,{KEY_DIGITS}}}", value):
+            raise DataError(
+                f"{value!r:.80} is no key (--where {text!r}); a key is the number of a row in {KEY_DIGITS} digits; "
+                "write a number, for example --where 'key<100'"
+            )
+        value = value.zfill(KEY_DIGITS)
+    return Condition(text, field, compared, value)
 
 
 def check_known(conditions: Sequence[Condition], seen: Mapping[str, int], where: str) -> None:

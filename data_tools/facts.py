@@ -1,21 +1,23 @@
 """The model-independent facts of a sample, for the index. Decodes all its images, so that nothing can fail later."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mirage_ds.data.images import decode
 from mirage_ds.data.rows import Sample, num_image_blocks, num_latent_blocks
 
 
-def facts_of(sample: Sample, where: str) -> dict[str, Any]:
+def facts_of(sample: Sample, row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The index entry of a sample, without its position; decodes all its images.
 
+    Args:
+        row: that the sample was read from, with the paths of its images; of a shard's sample empty.
     Raises:
-        DataError: an image cannot be decoded; the message has `where`.
+        DataError: an image cannot be decoded; the message has `where` and the image's path.
     """
     return {
-        "input_sizes": list(_sizes(sample.input_images, f"{where}, image_input")),
-        "helper_sizes": list(_sizes(sample.helper_images, f"{where}, image_output")),
+        "input_sizes": list(_sizes(sample.input_images, row, "image_input", where)),
+        "helper_sizes": list(_sizes(sample.helper_images, row, "image_output", where)),
         "question_chars": len(sample.text_input),
         "answer_chars": len(sample.text_output),
         "image_blocks": num_image_blocks(sample.text_input, len(sample.input_images)),
@@ -24,6 +26,14 @@ def facts_of(sample: Sample, where: str) -> dict[str, Any]:
     }
 
 
-def _sizes(images: Iterable[bytes], where: str) -> Iterator[tuple[int, int]]:
+def _sizes(images: Iterable[bytes], row: Mapping[str, Any], name: str, where: str) -> Iterator[tuple[int, int]]:
     for number, data in enumerate(images):
-        yield decode(data, f"{where} {number}").size
+        yield decode(data, f"{where}, {name} {number}{_path_in(row.get(name), number)}").size
+
+
+def _path_in(value: Any, number: int) -> str:
+    """`: PATH` of an image of a row's field; of one that is in the row itself nothing."""
+    image = value[number] if isinstance(value, list) else value
+    if isinstance(image, dict):
+        image = image.get("path")
+    return f": {image:.200}" if isinstance(image, str) and not image.startswith("data:") else ""

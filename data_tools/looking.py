@@ -24,11 +24,13 @@ from data_tools.selection import filter_rows, parse_fractions, split_rows
 from data_tools.stats import describe
 from data_tools.stats import stats as measure_stats
 from mirage_ds.data.shards import Manifest, load_manifest
-from mirage_ds.paths import expanded
+from mirage_ds.paths import expanded, local_folder
 from mirage_ds.wide_console import wide_console
 
 app = typer.Typer()
-ShardsArgument = Annotated[Path, typer.Argument(help="A folder that `mirage-data build` wrote.")]
+ShardsArgument = Annotated[
+    Path, typer.Argument(parser=local_folder, metavar="SHARDS", help="A folder that `mirage-data build` wrote.")
+]
 MaxCountOption = Annotated[int, typer.Option(min=1, help="Maximum samples per shard.")]
 MaxSizeOption = Annotated[int, typer.Option(min=1, help="Bytes after which a new shard starts.")]
 

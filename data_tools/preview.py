@@ -103,7 +103,10 @@ def preview(
 def check_new(output: Path) -> None:
     """Raises: DataError: the file exists."""
     if output.exists():
-        raise DataError(f"the output already exists ({output}); expected a new HTML file; name another or remove it")
+        raise DataError(
+            f"the output already exists ({output}); expected a new HTML file; name another, or "
+            f"delete this one first: rm {output}"
+        )
 
 
 def row_view(row: Row, latent_size: int, tokens: str) -> RowView:

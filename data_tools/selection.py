@@ -16,7 +16,7 @@ from data_tools.model_options import ModelOptions
 from data_tools.sample_rows import read_row
 from mirage_ds import strict_json
 from mirage_ds.data.index import Index, check_digests, load_index
-from mirage_ds.data.shards import Manifest, ShardFolder, load_manifest
+from mirage_ds.data.shards import MANIFEST_NAME, Manifest, ShardFolder, load_manifest
 from mirage_ds.errors import DataError
 from mirage_ds.output_folder import check_output, new_folder
 
@@ -37,7 +37,7 @@ def filter_rows(
     Raises:
         MirageError: a condition names an unknown field, no row meets them, a shard is damaged, or `output` exists.
     """
-    check_output(output)
+    _check_new(output)
     folder, index = _open(path)
     chosen = np.flatnonzero(meet(folder, index, conditions, options))
     return _copy(folder, index, {output: chosen}, maxcount, maxsize)[0]
@@ -67,7 +67,7 @@ def split_rows(
     """
     check_split(outputs, fractions, conditions)
     for output in outputs:
-        check_output(output)
+        _check_new(output)
     folder, index = _open(path)
     if conditions:
         parts = 1 - meet(folder, index, conditions, options).astype(np.int64)
@@ -75,6 +75,17 @@ def split_rows(
         parts = _parts_by_hash(folder, index, fractions, by, seed)
     chosen = {output: np.flatnonzero(parts == number) for number, output in enumerate(outputs)}
     return _copy(folder, index, chosen, maxcount, maxsize)
+
+
+def _check_new(output: Path) -> None:
+    """Refuses what `check_output` does, and a place inside another data set."""
+    target = check_output(output)
+    outer = next((folder for folder in target.parents if (folder / MANIFEST_NAME).exists()), None)
+    if outer is not None:
+        raise DataError(
+            f"the output is inside another folder of shards ({output} in {outer}); expected a place "
+            "outside; name another"
+        )
 
 
 def _open(path: Path) -> tuple[ShardFolder, Index]:

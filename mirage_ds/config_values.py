@@ -14,6 +14,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
+from pydantic_core import ErrorDetails
 
 from mirage_ds.paths import Location, expand, to_location, without_secrets
 
@@ -80,6 +81,11 @@ def _to_sets(value: Any) -> Any:
     if isinstance(value, (str, Path)):
         return _to_location(value)
     allowed = "allowed: a path, or a list of paths and of {path: FOLDER, weight: NUMBER}"
+    if isinstance(value, dict):
+        raise ValueError(
+            f"{value!r:.80} is one folder with a weight; {allowed}; put it into a list, as "
+            "[{path: FOLDER, weight: 2}]"
+        )
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(
             f"{without_secrets(repr(value)):.80} names no folder of shards; {allowed}; name at least one folder"
@@ -89,14 +95,11 @@ def _to_sets(value: Any) -> Any:
         try:
             sets.append(WeightedShards.model_validate({"path": each} if isinstance(each, (str, Path)) else each))
         except ValidationError as error:
-            reasons = "; ".join(
-                f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
-                for each in error.errors()
-            )
+            reasons = "; ".join(_reason(details) for details in error.errors())
             raise ValueError(
                 f"folder {number} of the list cannot be used ({without_secrets(repr(each)):.80}): {reasons}; "
-                f"{allowed}, with weights above 0 that are finite; correct it, or leave out a folder of which nothing is "
-                "to be used"
+                f"{allowed}, with weights above 0 that are finite; correct it, or leave out a folder of which nothing "
+                "is to be used"
             ) from error
     paths = [each.path for each in sets]
     twice = next((path for path in paths if paths.count(path) > 1), None)
@@ -106,6 +109,13 @@ def _to_sets(value: Any) -> Any:
             "list; give it the sum of its weights"
         )
     return tuple(sets)
+
+
+def _reason(details: ErrorDetails) -> str:
+    key = ".".join(map(str, details["loc"]))
+    if details["type"] == "extra_forbidden":
+        return f"unknown key {key}; allowed: {', '.join(WeightedShards.model_fields)}"
+    return f"{key}: {details['msg'].removeprefix('Value error, ')}"
 
 
 ShardPaths = Annotated[Location | tuple[WeightedShards, ...], BeforeValidator(_to_sets)]

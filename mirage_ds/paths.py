@@ -52,6 +52,21 @@ def to_location(text: str) -> Location:
     return name if is_url(name) and not name.startswith("file://") else Path(name.removeprefix("file://"))
 
 
+def local_folder(text: str) -> Path:
+    """For a command's argument: a folder on a disk.
+
+    Raises:
+        ConfigError: it is a URL, which a Path would change.
+    """
+    path = text.removeprefix("file://")
+    if is_url(path):
+        raise ConfigError(
+            f"a URL cannot be used here ({without_secrets(text)}); this command reads folders on a disk; copy the "
+            "shards to one"
+        )
+    return Path(path)
+
+
 def without_secrets(text: str) -> str:
     """A text without the user, password, query and fragment of the URLs in it.
 

@@ -310,6 +310,8 @@ def describe(config: Config, start: Start, model: MirageModel, backbone: Backbon
         parts = zip(shards.names, shards.folders, shards.weights, strict=True)
         sets = ", ".join(f"{name} {folder.num_samples} x {weight:g}" for name, folder, weight in parts)
         samples += f" in {len(shards.folders)} sets ({sets}), {num_positions} in an epoch"
+    if config.data.shuffle == "window":
+        samples += f", shuffled in windows of {config.data.shuffle_window} shards"
     numel = {True: 0, False: 0}
     for parameter in model.parameters():
         numel[parameter.requires_grad] += whole_numel(parameter)

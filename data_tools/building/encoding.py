@@ -41,7 +41,7 @@ def _encode(raw: RawRow) -> Encoded | Rejected:
     try:
         row = raw.content if isinstance(raw.content, dict) else parse_row(raw.content, raw.where)
         sample = read_row(row, key=raw.key, where=raw.where, folder=raw.folder)
-        facts = facts_of(sample, raw.where)
+        facts = facts_of(sample, row, raw.where)
         members = _members_of(sample, raw.where)
     except DataError as error:
         row_id = row.get("id")

@@ -173,6 +173,21 @@ def open_parquet(path: Path) -> Any:
         ) from error
 
 
+def check_different(paths: Sequence[Path]) -> None:
+    """Refuses a file that is named twice, by whatever path.
+
+    Raises:
+        DataError: its rows would be twice in the data set, and, with --val-fraction, in both parts.
+    """
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if (other := seen.setdefault(path.resolve(), path)) is not path:
+            raise DataError(
+                f"an input is named twice ({other} and {path}); each file may be read once, or its rows would be twice "
+                "in the data set; leave one out"
+            )
+
+
 def fingerprint(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """What tells other rows from these: place, size and time of each file."""
     try:

@@ -4,6 +4,7 @@
 with a small run by tests/distributed/test_plan_memory.py; times have never been checked on a GPU.
 """
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from mirage_ds.config import Config
 from mirage_ds.evaluation.training.named import check_scoring
-from mirage_ds.paths import expanded
+from mirage_ds.paths import expanded, is_url, without_secrets
 from mirage_ds.recipe import load_config
 from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE, find_gpu
 from mirage_ds.wide_console import wide_console
@@ -43,11 +44,24 @@ def command(
 
     found = [estimate(config, number, gpus_per_node, gpu) for number in nodes]
     console = wide_console()
+    if found[0].rows.num_samples is None:
+        console.print(not_found(config), markup=False, soft_wrap=True)
     console.print(table(found, config.train.stage))
     for words in (*assumptions(config, found), "", *(each.verdict for each in found)):
         console.print(words, markup=False, soft_wrap=True)
     if not all(each.fits for each in found):
         raise typer.Exit(1)
+
+
+def not_found(config: Config) -> str:
+    """That the figures are of no data of the user's, and what may be wrong with the paths."""
+    paths = [without_secrets(str(each.path)) for each in config.data.sets]
+    hints = ""
+    if any("," in path for path in paths):
+        hints += "; a list of folders needs brackets: data.shards=[A,B]"
+    if any(re.match(r"\w+:/", path) and not is_url(path) for path in paths):
+        hints += "; a URL needs ://"
+    return f"NO SHARDS at {', '.join(paths)} (data.shards): what follows is for assumed rows{hints}"
 
 
 def table(found: list["Estimate"], stage: str) -> Table:
@@ -125,13 +139,15 @@ def assumptions(config: Config, estimates: list["Estimate"]) -> list[str]:
     found = estimates[0]
     largest, mean = found.rows.largest, found.rows.mean
     fed = f"; {mean.latents} latents fed back on average, at most {largest.latents}" if largest.latents else ""
-    samples = "an unknown number of" if found.rows.num_samples is None else str(found.rows.num_samples)
+    samples = "an unknown number of samples"
+    if found.rows.num_samples is not None:
+        samples = f"{found.rows.num_rows} samples, {found.rows.num_samples} in an epoch"
     return [
         "peak         parameters + optimizer states + sharded gradients and bucket + max(optimizer-step buffer, "
         "gathered weights + activations + logits + max(gather buffer, full gradients))",
         f"model        {config.model.path}: {sum(found.sizes.all) / 1e9:.2f} G elements, {config.train.stage}, "
         f"{config.train.dtype}",
-        f"rows         {samples} samples; {mean.tokens} tokens and {mean.patches} patches on average, at most "
+        f"rows         {samples}; {mean.tokens} tokens and {mean.patches} patches on average, at most "
         f"{largest.tokens} and {largest.patches} ({found.rows.source}){fed}",
         *map(describe_level, estimates),
         f"assumed      {COMPUTE_EFFICIENCY:.0%} of the peak rate, {MEMORY_EFFICIENCY:.0%} of the memory bandwidth, "

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mirage_ds.errors import DataError
 
@@ -90,12 +90,18 @@ def _turned(image: Image.Image) -> Image.Image:
 def _name_damage(where: str) -> Iterator[None]:
     try:
         yield
+    except UnidentifiedImageError as error:  # its text has an address in memory, another one each time
+        raise _not_decoded("not an image of a known format", where) from error
     # The errors of Pillow's decoders on damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"the image cannot be decoded: {error} ({where}); allowed: {', '.join(IMAGE_FORMATS)} of at most "
-            f"{MAX_IMAGE_PIXELS} pixels; replace the image"
-        ) from error
+        raise _not_decoded(str(error), where) from error
+
+
+def _not_decoded(reason: str, where: str) -> DataError:
+    return DataError(
+        f"the image cannot be decoded: {reason} ({where}); allowed: {', '.join(IMAGE_FORMATS)} of at most "
+        f"{MAX_IMAGE_PIXELS} pixels; replace the image"
+    )
 
 
 def _check_size(width: int, height: int, where: str) -> None:

@@ -4,6 +4,7 @@ A read has a time limit and several tries. What came is kept on this node (cache
 message.
 """
 
+import errno
 import os
 import queue
 import random
@@ -26,6 +27,8 @@ TRIES = 6
 FIRST_WAIT_S = 1.0  # before the second try; each later wait is twice the one before: 31 s in all
 MAX_STALLS_IN_ROW = 3  # samples that a server does not give, with all tries; then it is the server
 PIECE_BYTES = 16 * 2**20  # of a whole file
+NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")  # of S3's, Google's
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
 SIZES_CHECKED = 4  # shards of a folder: each is a request
 TAR_BLOCK_BYTES = 512
 REFUSALS = (401, 403)  # of HTTP
@@ -155,13 +158,12 @@ class RemotePlace:
                 return within(self._timeout_s, lambda: action(*self._opened(name)))
             except MirageError:
                 raise
-            except FileNotFoundError as error:
-                raise FileNotFoundError(
-                    error.errno, os.strerror(error.errno) if error.errno else _said(error)
-                ) from None
+            except FileNotFoundError:
+                raise FileNotFoundError(errno.ENOENT, "the server has no such file (404)") from None
             except Exception as error:  # noqa: BLE001  # each filesystem has errors of its own
                 reason = _said(error)
-                if isinstance(error, PermissionError) or getattr(error, "status", 0) in REFUSALS:
+                refused = isinstance(error, PermissionError) or getattr(error, "status", 0) in REFUSALS
+                if refused or type(error).__name__ in NO_CREDENTIALS:
                     raise NoAccess(0, reason) from None
             _filesystems.pop((os.getpid(), self._url), None)  # the next try has a connection of its own
             if number == TRIES:
@@ -201,7 +203,6 @@ def connect(url: str) -> tuple[Any, str]:
         DataError: its package is not installed, or there is no such kind of URL.
     """
     # Imported here: most runs read shards on a disk.
-    from fsspec import available_protocols
     from fsspec.core import url_to_fs
 
     scheme, shown = url.partition("://")[0], without_secrets(url)
@@ -209,13 +210,13 @@ def connect(url: str) -> tuple[Any, str]:
         return url_to_fs(url, skip_instance_cache=True)
     except ImportError as error:
         raise DataError(
-            f"{scheme}:// cannot be read ({shown}): {error}; fsspec needs a package of its own for each kind of URL, "
-            "such as s3fs, gcsfs or aiohttp; install it with pip on every machine of the run"
+            f"{scheme}:// cannot be read ({shown}): {error}; fsspec needs a package of its own for each kind of URL; "
+            f"install it on every machine of the run: pip install {PACKAGES.get(scheme, 'PACKAGE')}"
         ) from error
     except ValueError as error:
         raise DataError(
             f"{scheme}:// cannot be read ({shown}): {without_secrets(str(error))}; allowed: a folder, or a URL of "
-            f"{', '.join(sorted(available_protocols()))}; correct it"
+            "s3, gs, hf, http, https, and others of fsspec; correct it"
         ) from error
 
 

@@ -37,6 +37,11 @@ def _read_image(value: Any, name: str, where: str, folder: Path) -> bytes:
         raise DataError(f"{name}: {value!r:.80} is not a path ({where}); expected {_ALLOWED}; fix the field")
     if value.startswith("data:"):
         return _from_data_url(value, name, where)
+    if value.startswith(("http://", "https://", "s3://", "gs://", "hf://")):
+        raise DataError(
+            f"{name}: {value!r:.80} is on a server ({where}); images are not downloaded; expected {_ALLOWED}; save the "
+            "file and give its path"
+        )
     return _from_file(value, name, where, folder)
 
 

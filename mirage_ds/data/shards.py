@@ -14,7 +14,7 @@ from typing import Any
 
 from mirage_ds.data.cache import WrongContent
 from mirage_ds.data.places import DEFAULT, LocalPlace, Place, Reading, open_place
-from mirage_ds.data.remote import NotReadable
+from mirage_ds.data.remote import NotReadable, RemotePlace
 from mirage_ds.data.shard import Shard as Shard
 from mirage_ds.errors import DataError, StallError, WrongShardError
 from mirage_ds.paths import Location
@@ -109,6 +109,11 @@ def read_manifest(location: Location, reading: Reading = DEFAULT) -> ShardFolder
     try:
         data = place.read_all(MANIFEST_NAME)
     except OSError as error:
+        if isinstance(place, RemotePlace) and not isinstance(error, FileNotFoundError):
+            raise error_of(error)(
+                f"the shards cannot be read: {error.strerror} ({where}); expected a server that answers; check the "
+                "address, network and credentials"
+            ) from error
         raise error_of(error)(
             f"no {MANIFEST_NAME}: {error.strerror} ({where}); expected a folder that `mirage-data build` wrote; name "
             "such a folder, or build one"

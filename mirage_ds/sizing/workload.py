@@ -158,6 +158,11 @@ class Workload:
     def _seen(self) -> Seen:
         return Seen(self.shapes)
 
+    @property
+    def num_rows(self) -> int:
+        """Of the folders, each once."""
+        return self._seen.count
+
     @cached_property
     def largest(self) -> Row:
         """No row is larger than this in any of its sizes: a full one, if rows are packed."""

@@ -68,6 +68,7 @@ def test_the_forms_of_a_recipe() -> None:
     ("value", "message"),
     [
         ("[]", r"data\.shards: \[\] names no folder of shards; allowed: a path, or a list .*; name at least one"),
+        ("{path: b, weight: 2}", r"one folder with a weight; .*put it into a list"),
         ("3", r"data\.shards: 3 names no folder of shards"),
         (
             "[a, {path: b, weight: 0}]",
@@ -76,7 +77,7 @@ def test_the_forms_of_a_recipe() -> None:
         ("[{path: b, weight: 1.7e+308}]", r"folder 1 of the list cannot be used .*weight: .*1000000"),
         ("[{path: b, weight: .inf}]", r"folder 1 of the list cannot be used .*weight: .*finite"),
         ("[{path: b, weight: 'much'}]", r"folder 1 of the list cannot be used .*weight: .*number"),
-        ("[{path: b, wieght: 1}]", r"folder 1 of the list cannot be used .*wieght: .*not permitted"),
+        ("[{path: b, wieght: 1}]", r"folder 1 of the list cannot be used .*unknown key wieght; allowed: path, weight;"),
         ("[{weight: 1}]", r"folder 1 of the list cannot be used .*path: .*required"),
         ("[a, 7]", r"folder 2 of the list cannot be used \(7\)"),
         (

@@ -297,3 +297,20 @@ def test_rows_that_change_under_the_build_are_found(tmp_path: Path) -> None:
         build(path, tmp_path / "shards", **limits(max_rejects=9), report=add_a_row)
     assert not (tmp_path / "shards").exists()
     assert inputs.fingerprint([path])[0]["bytes"] == path.stat().st_size
+
+
+def test_an_input_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    rows, link = write_rows(tmp_path / "rows", 2), tmp_path / "link.jsonl"
+    link.symlink_to(rows)
+    with pytest.raises(DataError, match=r"named twice \(.*rows.jsonl and .*link.jsonl\)"):
+        build([rows, link], tmp_path / "shards", maxcount=LARGE, maxsize=LARGE, val_fraction=0.5)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_what_is_no_image_is_rejected_by_its_path(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows", 2)
+    image = json.loads(rows.read_text().splitlines()[1])["image_input"]
+    name = image[0] if isinstance(image, list) else image
+    (rows.parent / name).write_bytes(b"no image")
+    _, rejects = build(rows, tmp_path / "shards", maxcount=LARGE, maxsize=LARGE, max_rejects=1)
+    assert f"not an image of a known format ({rows}:2, image_input 0: {name})" in rejects[0]["reason"]

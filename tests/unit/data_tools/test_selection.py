@@ -77,6 +77,7 @@ CHOICES: dict[str, Callable[[str, dict[str, Any]], bool]] = {
     "helper_images=0": lambda key, row: "<output_image>" not in row["text_output"],
     "answer_chars>50": lambda key, row: len(row["text_output"]) > 50,
     "key<=000000004": lambda key, row: int(key) <= 4,
+    "key<10": lambda key, row: int(key) < 10,
 }
 
 
@@ -228,3 +229,21 @@ def test_splits_that_cannot_be(
     assert run(monkeypatch, "split", place / "shards", *options) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_key_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "filter", place / "shards", "--output", tmp_path / "new", "--where", "key<map") == 2
+    assert "'map' is no key" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["stats", "head", "preview", "filter", "split", "count", "upgrade"])
+def test_a_url_is_refused_as_it_was_written(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, command, "http://127.0.0.1:1/shards") == 2
+    message = capsys.readouterr().err
+    assert "http://127.0.0.1:1/shards" in message
+    assert "this command reads folders on a disk" in message

@@ -330,3 +330,14 @@ def test_the_specifications_of_every_gpu_are_plausible() -> None:
     for gpu in GPUS.values():
         assert gpu.flops["bf16"] > gpu.flops["fp32"]
         assert gpu.memory_bandwidth > gpu.nvlink_bandwidth > gpu.network_bandwidth
+
+
+@pytest.mark.parametrize(
+    ("shards", "hint"), [("s1,s2", "a list of folders needs brackets"), ("s3:/bucket/shards", "a URL needs ://")]
+)
+def test_a_mistyped_folder_is_named_above_the_table(shards: str, hint: str) -> None:
+    name = str(RECIPES / "qwen2.5-vl-7b-stage2.yaml")
+    options = ["--gpus-per-node", "8", "--nodes", "1", "--gpu", "h100-80gb", BATCH, f"data.shards={shards}"]
+    above = CliRunner().invoke(app, ["plan", name, *options]).output.partition("| GiB per GPU")[0]
+    assert f"NO SHARDS at {shards}" in above
+    assert hint in above
