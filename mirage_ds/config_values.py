@@ -95,8 +95,8 @@ def _to_sets(value: Any) -> Any:
             )
             raise ValueError(
                 f"folder {number} of the list cannot be used ({without_secrets(repr(each)):.80}): {reasons}; "
-                f"{allowed}, with weights above 0 that are finite; correct it, or leave out a folder of which nothing is "
-                "to be used"
+                f"{allowed}, with weights above 0 that are finite; correct it, or leave out a folder of which "
+                "nothing is to be used"
             ) from error
     paths = [each.path for each in sets]
     twice = next((path for path in paths if paths.count(path) > 1), None)
