@@ -18,7 +18,8 @@ from mirage_ds.cli import app
 from mirage_ds.evaluation.training.looks import LATENT_MARK
 from mirage_ds.hf.export import export_checkpoint
 
-STEPS, INTERVAL, NUM_ROWS, MAX_NEW_TOKENS = 3, 2, 11, 20
+# At the 17th token of one row two logits are equal but for rounding, which depends on the batch: answers end before it.
+STEPS, INTERVAL, NUM_ROWS, MAX_NEW_TOKENS = 3, 2, 11, 16
 ROOT = Path(__file__).parents[2]
 # With the shipped limits, small weights stay gathered on every rank between two uses.
 DEEPSPEED_CONFIGS = {
