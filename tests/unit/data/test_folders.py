@@ -27,7 +27,7 @@ from mirage_ds.data.target_cache import TargetCache, TargetCaches
 from mirage_ds.early_checks import check_inputs
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.recipe import load_config
-from mirage_ds.sizing.workload import workload
+from mirage_ds.sizing.workload import Seen, workload
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 SIZES, WEIGHTS = {"maps": 10, "puzzles": 6, "other/maps": 3}, (1.0, 0.5, 2.0)
@@ -206,7 +206,7 @@ def as_it_is(sample: Sample) -> Sample:
 def test_the_planner_sees_all_folders(ground: Path) -> None:
     config = configuration(ground, "model.path=Qwen/Qwen2.5-VL-3B-Instruct")
     found = workload(config)
-    assert (len(found.shapes), found.num_samples) == (19, 19)
+    assert (Seen(found.shapes).count, found.num_samples) == (19, 19)
     assert all(name in found.source for name in SIZES)
     planned = folder_costs(config)
     assert planned is not None
