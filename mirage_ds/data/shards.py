@@ -22,7 +22,6 @@ from mirage_ds.paths import Location
 FORMAT_VERSION = 2  # that is written; 1 is read too
 MANIFEST_NAME = "manifest.json"
 _NAME = re.compile(r"(index/)?\w[\w.-]{0,200}", re.ASCII)  # of a file in the folder, never outside it
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _check_types(manifest: Manifest) -> None:
             raise ValueError(f"{file.name!r:.80} is no name of a file in the folder")
     digests = [file.sha256 for file in files]
     for digest in digests if manifest.upgraded_from is None else (*digests, manifest.upgraded_from):
-        if not _SHA256.fullmatch(digest):
+        if not isinstance(digest, str):
             raise ValueError(f"{digest!r:.80} is no sha256")
     sizes = [file.bytes for file in files if manifest.format_version > 1 or isinstance(file, Shard)]
     for number in (manifest.num_samples, *sizes, *(shard.samples for shard in manifest.shards)):
