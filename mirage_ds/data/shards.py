@@ -163,7 +163,7 @@ def _check_types(manifest: Manifest) -> None:
     digests = [file.sha256 for file in files]
     for digest in digests if manifest.upgraded_from is None else (*digests, manifest.upgraded_from):
         if not isinstance(digest, str):
-            raise ValueError(f"{digest!r:.80} is no sha256")
+            raise TypeError(f"{digest!r:.80} is no sha256")
     sizes = [file.bytes for file in files if manifest.format_version > 1 or isinstance(file, Shard)]
     for number in (manifest.num_samples, *sizes, *(shard.samples for shard in manifest.shards)):
         if type(number) is not int or number < 0:
