@@ -83,7 +83,7 @@ def _to_sets(value: Any) -> Any:
     allowed = "allowed: a path, or a list of paths and of {path: FOLDER, weight: NUMBER}"
     if isinstance(value, dict):
         raise ValueError(
-            f"{value!r:.80} is one folder with a weight; {allowed}; put it into a list, as "
+            f"{without_secrets(repr(value)):.80} is one folder with a weight; {allowed}; put it into a list, as "
             "[{path: FOLDER, weight: 2}]"
         )
     if not isinstance(value, (list, tuple)) or not value:

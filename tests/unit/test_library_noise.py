@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,3 +48,35 @@ def test_deepspeed_is_imported_silently() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+class Failing(threading.Thread):
+    """As TensorBoard's thread, by the module that it says it is of."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def run(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "shown"),
+    [
+        (library_noise.CURVES_WRITER, OSError("full"), 0),  # test_full_disk.py has a real one
+        (library_noise.CURVES_WRITER, ValueError("a fault"), 1),
+        (__name__, OSError("full"), 1),
+    ],
+)
+def test_the_tracebacks_of_other_threads_stay(
+    monkeypatch: pytest.MonkeyPatch, deepspeed_logger: logging.Logger, module: str, error: Exception, shown: int
+) -> None:
+    seen: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    library_noise.silence()
+    monkeypatch.setattr(Failing, "__module__", module)
+    thread = Failing(error)
+    thread.start()
+    thread.join()
+    assert len(seen) == shown
