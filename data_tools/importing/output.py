@@ -1,0 +1,72 @@
+"""Writes rows.jsonl, and each image once, under the digest of its bytes."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from data_tools.importing.pictures import ImageFile, read_picture
+from data_tools.importing.source_rows import LeftOutError, SourceRow
+from data_tools.importing.turns import Row
+from mirage_ds import strict_json
+from mirage_ds.data.rows import read_question, read_row
+from mirage_ds.evaluation.tasks import choice
+
+ROWS_NAME, IMAGES_NAME = "rows.jsonl", "images"
+_IMAGE_FIELDS = ("image_input", "image_output")
+
+
+class Output:
+    """The rows and images of a folder that is being written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.num_rows, self.num_images = folder, 0, 0
+        self.file = (folder / ROWS_NAME).open("w", encoding="utf-8")
+        (folder / IMAGES_NAME).mkdir()
+
+    def add(self, row: Row, source: SourceRow, *, choice_row: bool) -> None:
+        """
+        Args:
+            choice_row: the task choice must be able to score the row.
+
+        Raises:
+            DataError: an image cannot be read, or `mirage-data build` or `mirage evaluate` would refuse the row.
+        """
+        images = {
+            name: [read_picture(picture, name, source) for picture in row[name]]
+            for name in _IMAGE_FIELDS
+            if name in row
+        }
+        _check(row | {name: [{"bytes": file.data} for file in files] for name, files in images.items()}, source)
+        if choice_row:
+            choice.score(row, "")
+        paths = {name: [_path_of(file) for file in files] for name, files in images.items()}
+        try:
+            line = strict_json.dumps(row | paths)
+        except (TypeError, ValueError) as error:  # parquet has types that JSON has not
+            raise LeftOutError("a field is no JSON", f"{error}; expected texts, numbers, lists and objects") from error
+        for name, files in images.items():
+            for path, file in zip(paths[name], files, strict=True):
+                self._write(path, file)
+        self.file.write(f"{line}\n")
+        self.num_rows += 1
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _write(self, name: str, file: ImageFile) -> None:
+        path = self.folder / name
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(file.data)
+            self.num_images += 1
+
+
+def _path_of(file: ImageFile) -> str:
+    digest = hashlib.sha256(file.data).hexdigest()[:32]
+    return f"{IMAGES_NAME}/{digest[:2]}/{digest}.{file.suffix}"
+
+
+def _check(row: dict[str, Any], source: SourceRow) -> None:
+    trained = "text_output" in row or "conversations" in row
+    read = read_row if trained else read_question
+    read(row, key="", where=source.where, folder=source.folder)
