@@ -26,7 +26,7 @@ from data_tools.importing.turns import (
     rows_of_turns,
     split_at,
 )
-from mirage_ds.data.rows import IMAGE_TAG
+from mirage_ds.data.texts import IMAGE_TAG
 
 _LVR_TAG = "<lvr>"
 _ANSWER_TAGS = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)

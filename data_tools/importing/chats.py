@@ -23,7 +23,7 @@ from data_tools.importing.turns import (
     rows_of_turns,
     split_at,
 )
-from mirage_ds.data.rows import IMAGE_TAG
+from mirage_ds.data.texts import IMAGE_TAG
 
 _MONET_LATENTS = re.compile(r"<abs_vis_token>.*?</abs_vis_token>\s*", re.DOTALL)
 _MONET_OBSERVATION = re.compile(r"</?observation>")

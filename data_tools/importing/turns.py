@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from data_tools.importing.source_rows import LeftOutError, Picture
-from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG
+from mirage_ds.data.texts import IMAGE_TAG, OUTPUT_IMAGE_TAG
 
 SYSTEM, HUMAN, GPT = "system", "human", "gpt"
 ROLES = {
