@@ -59,7 +59,7 @@ class _Reader:
         self.line, self.counted = 1, 0  # the line at this place of the buffer
 
     def elements(self) -> Iterator[Element]:
-        self._read_on()
+        self._read_on(len(codecs.BOM_UTF8))
         self.buffer = self.buffer.removeprefix(codecs.BOM_UTF8)
         self._expect(b"[")
         if self._next() == b"]":

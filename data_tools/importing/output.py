@@ -9,6 +9,7 @@ from data_tools.importing.source_rows import LeftOutError, SourceRow
 from data_tools.importing.turns import Row
 from mirage_ds import strict_json
 from mirage_ds.data.rows import read_question, read_row
+from mirage_ds.errors import DataError
 from mirage_ds.evaluation.tasks import choice
 
 ROWS_NAME, IMAGES_NAME = "rows.jsonl", "images"
@@ -38,7 +39,7 @@ class Output:
         }
         _check(row | {name: [{"bytes": file.data} for file in files] for name, files in images.items()}, source)
         if choice_row:
-            choice.score(row, "")
+            _check_choice(row)
         paths = {name: [_path_of(file) for file in files] for name, files in images.items()}
         try:
             line = strict_json.dumps(row | paths)
@@ -64,6 +65,13 @@ class Output:
 def _path_of(file: ImageFile) -> str:
     digest = hashlib.sha256(file.data).hexdigest()[:32]
     return f"{IMAGES_NAME}/{digest[:2]}/{digest}.{file.suffix}"
+
+
+def _check_choice(row: Row) -> None:
+    try:
+        choice.score(row, "")
+    except DataError as error:
+        raise LeftOutError("the task choice cannot score it", str(error)) from error
 
 
 def _check(row: dict[str, Any], source: SourceRow) -> None:

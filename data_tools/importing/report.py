@@ -67,10 +67,11 @@ class Report:
 
 
 def reason_in(error: DataError) -> str:
-    """What many rows have in common of a message: its beginning, without numbers."""
+    """What many rows have in common of a message: its beginning, without numbers and values."""
     if isinstance(error, LeftOutError):
         return error.reason
-    return re.sub(r"\d+", "N", re.split(r":| \(|;", str(error))[0])
+    without_value = re.sub(r""": ('[^']*'|"[^"]*")""", "", str(error))
+    return re.sub(r"\b\d+", "N", re.split(r":| \(|;", without_value)[0])
 
 
 def _count(counter: Counter[str], name: str) -> None:

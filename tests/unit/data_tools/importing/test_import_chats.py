@@ -106,7 +106,10 @@ def test_openai(tmp_path: Path) -> None:
             "messages": [
                 {"role": "developer", "content": "Be brief."},
                 {"role": "user", "content": [image, {"type": "text", "text": "What?"}]},
-                {"role": "assistant", "content": [{"type": "text", "text": "A "}, {"type": "image", "image": "red.png"}]},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": "A "}, {"type": "image", "image": "red.png"}],
+                },
             ]
         },
         {  # LLaMA-Factory's and trl's: markers and placeholders, the images beside them
