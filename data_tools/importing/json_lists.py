@@ -79,7 +79,7 @@ class _Reader:
         while True:
             found = _TOKEN.search(self.buffer, self.place + length)
             if found is None or (found[0][:1] == b'"' and not found[1]):
-                # A text that may go on is read again from its beginning, with as much again behind it.
+                # A text that may continue is read again from its beginning, with as much again behind it.
                 length = (len(self.buffer) if found is None else found.start()) - self.place
                 if not self._read_on(len(self.buffer)):
                     raise self._wrong("the end of an element is missing")

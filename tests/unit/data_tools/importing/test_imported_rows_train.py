@@ -109,4 +109,4 @@ def test_questions_are_decoded_and_scored(sets: Sets) -> None:
         ((_, sample),) = read_questions(sets.rows[name])
         (answer,) = decoder.generate(collate([encoder.prompt(sample)], align_latents=True))
         assert len(answer.ids) > 0
-        assert choice.score(sample, answer.text)["choice"].status in ("Right", "Wrong", "Invalid")
+        assert choice.score(sample, encoder.text_of(answer.ids))["choice"].status in ("Right", "Wrong", "Invalid")
