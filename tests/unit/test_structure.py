@@ -55,7 +55,7 @@ ORDER = (
     ("train", "cli"),
 )
 LAUNCH_ORDER = (
-    ("demo_report",),
+    ("demo_report", "lmms_eval_model"),
     ("planner", "doctor"),
     ("slurm", "local"),
     ("demo", "evaluate", "cli"),
