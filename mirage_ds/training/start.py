@@ -45,7 +45,7 @@ class Start:
     shards: ShardFolders
     encoder: Encoder
     device: torch.device
-    gather: str  # what ZeRO-3 gathers at a time, `layer` or `rollout`
+    gather: str  # what ZeRO-3 gathers at a time, `layer`, `groups` or `rollout`
     pooling: str  # which path `latent_pool` takes there
     max_steps: int
     facts: dict[str, Any]  # what its checkpoints say of it
