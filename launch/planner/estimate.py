@@ -108,8 +108,8 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         return estimate_memory(sizes, run, deepspeed_config, largest, world_size)
 
     def row_of(run: Config) -> Row:
-        """Ranks that gather layer by layer make the same passes: as if all their rows were one micro-batch."""
-        alike = choose_gather(run) == "layer"
+        """Ranks that gather inside the passes make the same ones: as if all their rows were one micro-batch."""
+        alike = choose_gather(run) != "rollout"
         return rows.mean_of(run.train.micro_batch_size * (world_size if alike else 1))
 
     costs = folder_costs(config)

@@ -79,6 +79,10 @@ class Rollout(torch.nn.Module):
             found or deferred_gradients(layer) for found, layer in zip(self.deferred, self.layers, strict=True)
         ]
 
+    def grouped_layers(self) -> list[torch.nn.ModuleList]:
+        """The layers of each group."""
+        return [self.layers[group] for group in self.groups]
+
     def starts(self, batch: Batch) -> set[int]:
         """The columns that begin a pass, besides the first one."""
         return {*batch.hide_columns, *(batch.latent_columns if self.recurrent else [])}
@@ -102,6 +106,8 @@ class Rollout(torch.nn.Module):
         """
         for deferred in chain.from_iterable(self.deferred):
             deferred.columns.clear()  # of a backward that did not come to its end
+        if self.gathering is not None:
+            self.gathering.release()  # likewise
         length = inputs_embeds.shape[1]
         packed: dict[str, Any] | None = None
         if batch.sample_ends is not None:

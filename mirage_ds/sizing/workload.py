@@ -55,6 +55,7 @@ class Row:
     # Of a rollout, which makes 1 + blocks + single_columns passes; 0 elsewhere.
     blocks: Size = 0  # latent blocks: after the last latent of each, a pass over all columns up to the next block
     single_columns: Size = 0  # passes over one column: K - 1 of each block
+    later: Size = 0  # columns of the passes after the first
     past: Size = 0  # columns whose keys and values a later pass uses: those before the last latent
     attended: Size = 0  # columns that each pass with a mask attends to, added up; of a packed row its own
 
@@ -94,6 +95,7 @@ class Shape:
             patches=self.patches,
             blocks=blocks,
             single_columns=latents - blocks,
+            later=(ends[-1] - ends[0]) * (blocks > 0),
             past=(starts[-2] - 1) * (blocks > 0),
             attended=sum(ends) * (blocks > 0),
         )

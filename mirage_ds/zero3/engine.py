@@ -67,6 +67,10 @@ def describe_gather(model: MirageModel, gather: str, deepspeed_config: dict[str,
         size = rollout * dtype.itemsize / GIB
         how = "as one, while the tower runs, whatever K"
         memory = f"about {size:.2f} GiB, up to {2 * size:.2f} GiB while gathering"
+    elif model.rollout.divided:
+        groups = [sum(map(whole_numel, layers.parameters())) for layers in model.rollout.grouped_layers()]
+        how = f"in {len(groups)} groups of layers, each again in every pass, forward and backward"
+        memory = f"up to {sum(sorted(groups)[-2:]) * dtype.itemsize / GIB:.2f} GiB, the group in use and the next one"
     else:
         # 1e9 is DeepSpeed's default
         held = min(rollout, deepspeed_config["zero_optimization"].get("stage3_max_live_parameters", 1_000_000_000))

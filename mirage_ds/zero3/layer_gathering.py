@@ -19,14 +19,12 @@ class UnderWay(NamedTuple):
 class LayerGathering:
     """At most two groups are there: the one in use, and the next one, which is gathered meanwhile."""
 
-    def __init__(self, layers: Sequence[Sequence[torch.nn.Module]]) -> None:
+    def __init__(self, groups: Sequence[torch.nn.ModuleList]) -> None:
         """
         Args:
-            layers: of each group; every rank uses the groups in the same order.
+            groups: of layers; every rank uses them in the same order.
         """
-        self.weights: list[list[Any]] = [
-            [weight for layer in group for weight in layer.parameters()] for group in layers
-        ]
+        self.weights: list[list[Any]] = [list(group.parameters()) for group in groups]
         self.current: int | None = None
         self.under_way: UnderWay | None = None
 
@@ -79,4 +77,4 @@ def gather_groups(rollout: Rollout) -> None:
     for module in (part for layer in rollout.layers for part in layer.modules()):
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
-    rollout.gathering = LayerGathering([list(rollout.layers)[group] for group in rollout.groups])
+    rollout.gathering = LayerGathering(rollout.grouped_layers())

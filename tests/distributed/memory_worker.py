@@ -60,14 +60,17 @@ class Watch:
             module.register_forward_hook(self.look)
             module.register_full_backward_pre_hook(self.look)
 
-    def gathered_weights(self) -> list[torch.Tensor]:
-        return [p.data for p in self.parameters if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist]
+    def gathered_bytes(self) -> int:
+        """Of those that are there, and of the buffer for those that are under way."""
+        there = [p.data for p in self.parameters if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist]
+        coming = [p for p in self.parameters if p.ds_status == ZeroParamStatus.INFLIGHT]
+        return bytes_of(there) + sum(p.ds_numel * p.element_size() for p in coming)
 
     def look(self, *_: object) -> None:
         place = self.bucket.untyped_storage().data_ptr()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         waiting = [grad for grad in gradients if grad.untyped_storage().data_ptr() != place]
-        self.gathered = max(self.gathered, bytes_of(self.gathered_weights()))
+        self.gathered = max(self.gathered, self.gathered_bytes())
         self.full_gradients = max(self.full_gradients, bytes_of(waiting))
 
     def cross_entropy(self, logits: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:

@@ -34,7 +34,8 @@ CASES = {
     "stage1-layer": ("stage1", "layer", "bf16", "full", LIMITED),
     "stage1-rollout-stored": ("stage1", "rollout", "fp32", "none", LIMITED),
     "stage2-rollout": ("stage2", "rollout", "bf16", "full", LIMITED),
-    "stage2-layer-stored": ("stage2", "layer", "fp32", "none", SMALL),
+    "stage2-layer-stored": ("stage2", "layer", "fp32", "none", LIMITED),
+    "stage2-groups": ("stage2", "groups", "bf16", "full", LIMITED),
 }
 OFFLOAD = {f"offload_{part}": {"device": "cpu", "pin_memory": True} for part in ("optimizer", "param")}
 OFFLOADED = {
@@ -64,6 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, di
                 "model": {
                     "path": str(folder / "model"),
                     "gather": gather,
+                    "gather_layers": 2 if gather == "groups" else 4,
                     "activation_checkpointing": checkpointing,
                 },
                 "data": {"shards": "unused"},
