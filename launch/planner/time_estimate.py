@@ -56,19 +56,20 @@ def gathered_elements(sizes: ModelSizes, config: Config, latents: int) -> float:
     """Elements that a micro-step gathers, with so many latents that are fed back.
 
     rollout: all once, as it stays gathered from forward to backward by the shipped reuse distance.
-    layer, in one pass: all twice, in forward and in backward.
+    layer, in one pass: the language model twice, in forward and in backward, and a frozen tower once.
     groups, and layer in several passes: the layers twice in each pass, but that the last group is still there when
-        backward begins; a single group stays. The rest twice.
+        backward begins; a single group stays. The rest as above.
     tests/distributed/test_sharding.py compares it with what a small model gathers on 2 CPU ranks.
     """
     if choose_gather(config) == "rollout":
         return sum(sizes.all)
-    layers = sum(sizes.layers)
+    tower = sum(sizes.tower) * (1 + config.model.train_tower)
     group = group_elements(sizes, config)
     if not group:
-        return 2 * sum(sizes.all)
+        return tower + 2 * sum(sizes.language)
+    layers = sum(sizes.layers)
     visits = 2 * (1 + latents) * math.ceil(layers / group)
-    return 2 * (sum(sizes.all) - layers) + (layers if group >= layers else (visits - 1) * group)
+    return tower + 2 * (sum(sizes.language) - layers) + (layers if group >= layers else (visits - 1) * group)
 
 
 def traffic(

@@ -59,6 +59,8 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
             add(ranks, f"{stage}-fixed-untied-{cut}", stage, latent_sizes=FIXED, **shape)
             add(ranks, f"{stage}-varying-tied-{cut}", stage, model="tied", latent_sizes=VARYING, **shape)
     slow = {"lr": 1e-5, "lr_decay": "constant"}
+    settings = {"train": slow, "model": GATHERS["groups"]}
+    add(2, "stage2-groups-ragged", "stage2", steps=RAGGED_STEPS, settings=settings, **RAGGED_CUTS["stage2"])
     for stage in ("stage1", "stage2"):
         settings = {"train": slow}
         add(2, f"{stage}-ragged", stage, steps=RAGGED_STEPS, settings=settings, **RAGGED_CUTS[stage])

@@ -118,7 +118,7 @@ def test_layers_are_gathered_in_each_pass(gather: str, groups: int) -> None:
     )
     layers = sum(sizes.layers)
     assert ten - two == pytest.approx(16 * 8 * 2 * 2 * layers * 7 / 8)
-    once = 2 * (sum(sizes.all) - layers) - layers / groups
+    once = sum(sizes.tower) + 2 * (sum(sizes.language) - layers) - layers / groups
     assert two == pytest.approx(16 * 2 * (once + 3 * 2 * layers) * 7 / 8)
 
 
