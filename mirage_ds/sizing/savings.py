@@ -12,8 +12,6 @@ def savings(config: Config) -> Iterator[tuple[str, Config]]:
     if config.model.activation_checkpointing == "none":
         yield "model.activation_checkpointing=full", _change(config, "model", activation_checkpointing="full")
     if choose_gather(config) == "rollout":
-        if config.several_passes:
-            yield "model.gather=groups", _change(config, "model", gather="groups")
         yield "model.gather=layer", _change(config, "model", gather="layer")
     if config.distributed.deepspeed_config == "zero3.json":
         name = "zero3_offload.json"
