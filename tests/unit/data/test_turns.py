@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import conversation_rows
+import pyarrow
+import pyarrow.parquet
 import pytest
 import webdataset
 from conversation_rows import ROWS, write_conversations
@@ -24,6 +26,7 @@ from mirage_ds.errors import DataError
 
 TURNS = ROWS[0]["conversations"]
 PNG = image_bytes((56, 56))
+IMAGES = ("image_input", "image_output")
 NAMES = ("text_input", "text_output")
 
 
@@ -80,6 +83,23 @@ def test_plain_webdataset_reads_the_conversations_back(tmp_path: Path) -> None:
         replace(sample, key="") for sample in samples
     ]
     assert list(check(folder.path)) == []
+
+
+def test_parquet_gives_the_shards_of_jsonl(tmp_path: Path) -> None:
+    """Its columns are those of all rows: what a row has not is null there, which counts as missing."""
+    one_turn = {"text_input": "Q", "text_output": "A"}
+    jsonl = write_conversations(tmp_path / "rows", [*ROWS, one_turn])
+    lists = [{**row, **{name: [row[name]] for name in IMAGES if isinstance(row.get(name), str)}} for row in ROWS]
+    lists[0]["train_answers"] = [0, 1]
+    names = dict.fromkeys(name for row in (*lists, one_turn) for name in row)
+    table = pyarrow.table({name: [row.get(name) for row in (*lists, one_turn)] for name in names})
+    pyarrow.parquet.write_table(table, jsonl.with_suffix(".parquet"))
+    for path in (jsonl, jsonl.with_suffix(".parquet")):
+        build(path, tmp_path / path.suffix, maxcount=9, maxsize=10**9)
+    files = [path.name for path in (tmp_path / ".jsonl").iterdir() if path.is_file()]
+    assert "shard-000000.tar" in files
+    for name in files:
+        assert (tmp_path / ".parquet" / name).read_bytes() == (tmp_path / ".jsonl" / name).read_bytes()
 
 
 @st.composite

@@ -22,6 +22,7 @@ from mirage_ds.data.lengths import too_long
 from mirage_ds.data.rows import read_questions
 from mirage_ds.data.shards import ShardFolder, load_manifest
 from mirage_ds.data.stream import SampleReader
+from mirage_ds.data.target_cache import TargetCache
 from mirage_ds.data.unusable import check_usable
 from mirage_ds.errors import DataError
 from mirage_ds.hf.preset import write_tiny
@@ -56,6 +57,11 @@ def test_the_index_counts_all_turns(folder: ShardFolder) -> None:
     assert [entry.image_blocks for entry in (first, second, third)] == [1, 1, 2]
     assert [entry.latent_blocks for entry in (first, second, third)] == [3, 1, 1]
     assert [entry.latent_sizes for entry in (first, second, third)] == [[2, 3, 1], None, None]
+
+
+def test_every_block_has_its_slot_in_the_target_cache(folder: ShardFolder, tmp_path: Path) -> None:
+    cache = TargetCache.open(tmp_path / "targets", folder, {}, latent_size=K, values=8, limit_bytes=2**20)
+    assert [cache.slots(number) for number in range(len(ROWS))] == [range(0, 3), range(3, 4), range(4, 5)]
 
 
 @pytest.mark.parametrize("system_turn", [True, False])
