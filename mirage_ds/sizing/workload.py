@@ -17,10 +17,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mirage_ds.config import Config
 from mirage_ds.data.alignment import PASS_TOKENS
+from mirage_ds.data.columns import Entries, Index, IndexEntry, parts_of
 from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, row_sizes
 from mirage_ds.data.folders import find_folders
 from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.index import Entries, Index, IndexEntry, parts_of
 from mirage_ds.data.mixture import order_of
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.ragged import Numbers, starts
