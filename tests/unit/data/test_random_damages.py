@@ -1,4 +1,4 @@
-"""200 random damages to a data set, its server and what is kept of it: each is named, or the run goes on.
+"""200 random damages to a data set, its server and what is kept of it: each is named, or the run continues.
 
 Then a run that was killed and started again has its losses. None makes it wait without end, and none runs code.
 
