@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from mirage_ds.config import Config, HelperImages
+from mirage_ds.data.columns import Entries, Index, IndexEntry
 from mirage_ds.data.images import open_image
-from mirage_ds.data.index import Entries, Index, IndexEntry, load_index
+from mirage_ds.data.index import load_index
 from mirage_ds.data.plan import ORDER, epoch_order
 from mirage_ds.data.ragged import Numbers
 from mirage_ds.data.rows import Sample, check_sample
