@@ -61,6 +61,17 @@ def test_which_answers_are_trained(tmp_path: Path, value: Any, trained: list[boo
     assert (sample.text_input, sample.text_output, sample.extra) == ("e", "f", {"id": 1})
 
 
+def test_the_row_of_the_documentation_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith('{"conversations"'))
+    row = json.loads(line)
+    for name in (*row["image_input"], *row["image_output"]):
+        (tmp_path / name).write_bytes(PNG)
+    sample = read(tmp_path, row)
+    assert [(turn.role, turn.train) for turn in sample.turns] == [("human", False), ("gpt", True)] * 2
+    assert (len(sample.input_images), len(sample.helper_images)) == (2, 2)
+
+
 def test_plain_webdataset_reads_the_conversations_back(tmp_path: Path) -> None:
     rows = write_conversations(tmp_path / "rows")
     build(rows, tmp_path / "shards", maxcount=2, maxsize=10**9)
