@@ -72,7 +72,8 @@ class ModelConfig(Section):
     answer_sees_image: bool = True
     """`false`: after a row's first latent block nothing attends to its input images any more, in training and in
     decoding, so that what the answer needs of them must be in the latents; see
-    [training](training.md#make-the-latents-necessary). Rows without a block see their images."""
+    [training](training.md#make-the-latents-necessary). Rows without a block see their images; rows with an image after
+    their first block are refused."""
     train_tower: bool = False
     """Train the vision tower too; the method keeps it frozen."""
     cache_targets: UserPath | None = None

@@ -11,11 +11,12 @@ from mirage_ds.errors import ConfigError
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.gpus import USABLE, find_gpu
 from mirage_ds.sizing.host_memory import offload_bytes
+from mirage_ds.sizing.measured import workload
 from mirage_ds.sizing.memory import Memory, estimate_memory, offloads
 from mirage_ds.sizing.micro_batch import candidates, choose, setting_of, with_micro_batch
 from mirage_ds.sizing.model_sizes import ModelSizes, model_sizes
 from mirage_ds.sizing.savings import savings
-from mirage_ds.sizing.workload import Row, Workload, workload
+from mirage_ds.sizing.workload import Row, Workload
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import GIB, choose_gather
 

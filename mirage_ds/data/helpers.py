@@ -14,12 +14,14 @@ import numpy as np
 from PIL import Image
 
 from mirage_ds.config import Config, HelperImages
+from mirage_ds.data.columns import Entries, Index, IndexEntry
 from mirage_ds.data.images import open_image
-from mirage_ds.data.index import Entries, Index, IndexEntry, load_index
+from mirage_ds.data.index import load_index
 from mirage_ds.data.plan import ORDER, epoch_order
 from mirage_ds.data.ragged import Numbers
-from mirage_ds.data.rows import OUTPUT_IMAGE_TAG, Sample, check_sample
+from mirage_ds.data.rows import Sample, check_sample
 from mirage_ds.data.shards import ShardFolder
+from mirage_ds.data.texts import OUTPUT_IMAGE_TAG
 from mirage_ds.errors import DataError
 
 T = TypeVar("T")
@@ -102,8 +104,9 @@ class Helpers:
             return sample
         if self.images == "none":  # as in the stage text
             check_sample(sample, key)
+            context = tuple(replace(turn, text=turn.text.replace(OUTPUT_IMAGE_TAG, "")) for turn in sample.context)
             answer = sample.text_output.replace(OUTPUT_IMAGE_TAG, "")
-            return replace(sample, text_output=answer, helper_images=(), latent_sizes=())
+            return replace(sample, context=context, text_output=answer, helper_images=(), latent_sizes=())
         if self.images == "gray":
             return replace(sample, helper_images=tuple(self._gray(sample)))
         if self.images == "input":

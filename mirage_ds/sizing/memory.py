@@ -17,8 +17,9 @@ from mirage_ds.checkpoint.save import ADAM_BYTES
 from mirage_ds.config import Config
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.model.losses import LOGIT_BLOCK_ELEMENTS
+from mirage_ds.sizing.measured import masks_samples
 from mirage_ds.sizing.model_sizes import ModelSizes
-from mirage_ds.sizing.workload import Row, Size, masks_samples
+from mirage_ds.sizing.workload import Row, Size
 from mirage_ds.zero3.engine import choose_gather
 
 REDUCTION_BYTES = {"fp32": 4, "bf16": 2}

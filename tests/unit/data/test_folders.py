@@ -27,7 +27,8 @@ from mirage_ds.data.target_cache import TargetCache, TargetCaches
 from mirage_ds.early_checks import check_inputs
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.recipe import load_config
-from mirage_ds.sizing.workload import Seen, workload
+from mirage_ds.sizing.measured import workload
+from mirage_ds.sizing.workload import Seen
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 SIZES, WEIGHTS = {"maps": 10, "puzzles": 6, "other/maps": 3}, (1.0, 0.5, 2.0)

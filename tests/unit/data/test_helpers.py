@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from data_tools.build import build
 from mirage_ds.config import HelperImages, Stage
+from mirage_ds.data.columns import Index, IndexEntry
 from mirage_ds.data.costs import row_sizes
 from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.index import Index, IndexEntry, load_index
+from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.rows import Sample

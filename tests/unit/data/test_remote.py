@@ -204,6 +204,63 @@ def test_no_message_has_credentials(server: Server, reading: Reading, capfd: pyt
     assert folder.place.where("a") == f"{server.url}/a"
 
 
+class Library:
+    """A filesystem whose reads raise an error, or give something."""
+
+    def __init__(self, outcome: object) -> None:
+        self.outcome, self.calls = outcome, 0
+
+    def cat_file(self, path: str, start: int = 0, end: int = 0) -> object:
+        self.calls += 1
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    def info(self, path: str) -> object:
+        return {"name": path, "size": None}
+
+
+class OwnError(Exception):
+    """As packages of filesystems have them."""
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    library = Library(b"")
+    monkeypatch.setattr(remote, "connect", lambda url: (library, "root"))
+    monkeypatch.setattr(remote, "_filesystems", {})
+    return library
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("away"), TimeoutError("away"), OwnError("away"), ValueError("away")], ids=repr
+)
+def test_what_a_filesystem_raises_is_tried_again_and_named(
+    library: Library, reading: Reading, error: Exception
+) -> None:
+    library.outcome = error
+    with pytest.raises(StallError, match=rf"cannot be read: {type(error).__name__}: away, after 6 tries .nosuch://a/m"):
+        load_manifest("nosuch://a", reading)
+    assert library.calls == remote.TRIES
+
+
+@pytest.mark.parametrize("kind", [TypeError, AttributeError, NameError, KeyError, AssertionError])
+def test_a_fault_of_the_program_is_no_fault_of_the_server(
+    library: Library, reading: Reading, kind: type[Exception]
+) -> None:
+    """It keeps its kind and its traceback, at once."""
+    library.outcome = kind("a bug")
+    with pytest.raises(kind, match="a bug"):
+        load_manifest("nosuch://a", reading)
+    assert library.calls == 1
+
+
+def test_a_server_that_does_not_say_sizes_is_named(shards: ShardFolder, library: Library, reading: Reading) -> None:
+    library.outcome = (shards.path / "manifest.json").read_bytes()
+    with pytest.raises(DataError, match=r"not say how large a file is \(nosuch://a/shard-000000.tar\); .*Content-Len"):
+        load_manifest("nosuch://a", reading)
+
+
 def test_in_memory(shards: ShardFolder, reading: Reading) -> None:
     """Any of fsspec's filesystems will do."""
     from fsspec import filesystem

@@ -27,7 +27,8 @@ from mirage_ds.errors import ConfigError, MirageError
 from mirage_ds.recipe import load_config
 from mirage_ds.sizing import model_sizes
 from mirage_ds.sizing.gpus import GPUS
-from mirage_ds.sizing.workload import Row, workload
+from mirage_ds.sizing.measured import workload
+from mirage_ds.sizing.workload import Row
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
 RECIPES = Path(__file__).parents[4] / "launch" / "recipes"
