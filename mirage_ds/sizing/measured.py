@@ -53,7 +53,8 @@ def workload(config: Config) -> Workload:
         num_samples = order.num_positions
         source = f"image sizes from {where}, text at {CHARS_PER_TOKEN} characters per token"
     else:
-        shapes = Measured([Index.of([helpers.entry(ASSUMED, ASSUMED)])], [1], config, processor)
+        assumed = Index.of([ASSUMED])
+        shapes = Measured([helpers.rows(assumed, assumed)], [1], config, processor)
         source = (
             f"no shards at {where}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
