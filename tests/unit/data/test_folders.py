@@ -12,7 +12,9 @@ from generated_rows import make_row, write_jsonl, write_rows
 from data_tools.build import build
 from launch.doctor.all_checks import facts
 from launch.doctor.recipe_checks import check_shards
+from launch.planner.estimate import estimate
 from launch.planner.level import folder_costs
+from launch.planner.plan import assumptions
 from mirage_ds.config import Config
 from mirage_ds.data.costs import SampleCosts, SetCosts
 from mirage_ds.data.folders import ShardFolders, find_folders, load_folders
@@ -208,6 +210,10 @@ def test_the_planner_sees_all_folders(ground: Path) -> None:
     config = configuration(ground, "model.path=Qwen/Qwen2.5-VL-3B-Instruct")
     found = workload(config)
     assert (Seen(found.shapes).count, found.num_samples) == (19, 19)
+    thrice = json.dumps([str(ground / "maps"), {"path": str(ground / "puzzles"), "weight": 3}])
+    more = load_config(RECIPE, [f"data.shards={thrice}", "model.path=Qwen/Qwen2.5-VL-3B-Instruct"])
+    said = assumptions(more, [estimate(more, 1, 2, "h100-80gb")])
+    assert any("16 samples, 28 in an epoch; " in line for line in said)
     assert all(name in found.source for name in SIZES)
     planned = folder_costs(config)
     assert planned is not None
