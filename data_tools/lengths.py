@@ -104,7 +104,5 @@ class RowTokens:
 
 def row_tokens(encoder: Encoder, sample: Sample, entry: IndexEntry, latent_size: int) -> RowTokens:
     """Counted as the encoder does it; no image is decoded."""
-    total = encoder.count_tokens(
-        sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images), sample.latent_sizes
-    )
+    total = encoder.count_tokens(sample, entry.input_sizes)
     return RowTokens(total, int(encoder.image_tokens(entry.input_sizes).sum()), sum(entry.block_sizes(latent_size)))

@@ -55,10 +55,10 @@ class IndexEntry:
     size: int
     input_sizes: list[tuple[int, int]]  # width, height of each input image, as in the user's file
     helper_sizes: list[tuple[int, int]]
-    question_chars: int
-    answer_chars: int
-    image_blocks: int  # in the question
-    latent_blocks: int  # in the answer
+    question_chars: int  # of all that is not trained; each turn before the question counts TURN_CHARS beside its text
+    answer_chars: int  # of all answers that are trained
+    image_blocks: int  # before the first latent block, so of a row of one turn all
+    latent_blocks: int
     latent_sizes: list[int] | None = None  # K of each latent block; None: all have the configured one
 
     def block_sizes(self, latent_size: int) -> list[int]:

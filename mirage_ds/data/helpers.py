@@ -19,8 +19,9 @@ from mirage_ds.data.images import open_image
 from mirage_ds.data.index import load_index
 from mirage_ds.data.plan import ORDER, epoch_order
 from mirage_ds.data.ragged import Numbers, places, starts
-from mirage_ds.data.rows import OUTPUT_IMAGE_TAG, Sample, check_sample
+from mirage_ds.data.rows import Sample, check_sample
 from mirage_ds.data.shards import ShardFolder
+from mirage_ds.data.texts import OUTPUT_IMAGE_TAG
 from mirage_ds.errors import DataError
 
 T = TypeVar("T")
@@ -116,8 +117,9 @@ class Helpers:
             return sample
         if self.images == "none":  # as in the stage text
             check_sample(sample, key)
+            context = tuple(replace(turn, text=turn.text.replace(OUTPUT_IMAGE_TAG, "")) for turn in sample.context)
             answer = sample.text_output.replace(OUTPUT_IMAGE_TAG, "")
-            return replace(sample, text_output=answer, helper_images=(), latent_sizes=())
+            return replace(sample, context=context, text_output=answer, helper_images=(), latent_sizes=())
         if self.images == "gray":
             return replace(sample, helper_images=tuple(self._gray(sample)))
         if self.images == "input":

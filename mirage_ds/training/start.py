@@ -140,6 +140,7 @@ def make_encoder(config: Config, stage: Stage) -> Encoder:
         compress_strategy=config.model.compress_strategy,
         exif_orientation=config.data.exif_orientation,
         answer_sees_image=config.model.answer_sees_image,
+        drops_images=config.data.text_dropout_image > 0,
     )
 
 

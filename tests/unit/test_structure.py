@@ -131,7 +131,19 @@ def test_data_tools_import_only_formats_and_rules() -> None:
     allowed = {"config", "errors", "model_folder", "output_folder", "owner", "paths", "programs", "strict_json"}
     allowed |= {"tokens", "wide_console"}
     for path in (ROOT / "data_tools").rglob("*.py"):
-        formats = {"rows", "images", "shard_samples", "shards", "index", "columns", "ragged", "places", "spread"}
+        formats = {
+            "rows",
+            "texts",
+            "turns",
+            "images",
+            "shard_samples",
+            "shards",
+            "index",
+            "columns",
+            "ragged",
+            "places",
+            "spread",
+        }
         formats |= {"costs", "counts", "encode"} if path.name in ("count.py", "lengths.py") else set()
         formats |= {"plan"} if path.name == "shuffled.py" else set()
         modules = {module for module in imports(path) if module.startswith("mirage_ds.")}
