@@ -47,11 +47,14 @@ def workload(config: Config) -> Workload:
     processor, helpers, num_samples = image_processor(config), Helpers.of(config), None
     where, shards = ", ".join(without_secrets(str(each.path)) for each in config.data.sets), find_folders(config.data)
     if shards is not None:
-        shapes = Measured([helpers.index(folder) for folder in shards.folders], config, processor)
-        num_samples = order_of(config, shards).num_positions
+        order = order_of(config, shards)
+        weights = [part.positions / part.plan.num_samples for part in order.parts]
+        shapes = Measured([helpers.index(folder) for folder in shards.folders], weights, config, processor)
+        num_samples = order.num_positions
         source = f"image sizes from {where}, text at {CHARS_PER_TOKEN} characters per token"
     else:
-        shapes = Measured([Index.of([helpers.entry(ASSUMED, ASSUMED)])], config, processor)
+        assumed = Index.of([ASSUMED])
+        shapes = Measured([helpers.rows(assumed, assumed)], [1], config, processor)
         source = (
             f"no shards at {where}; assumed: an image and a helper image of 512 x 512 pixels, "
             f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
@@ -64,14 +67,16 @@ class Measured:
     """The shapes of the samples of folders, numbered one after the other; measured whenever they are asked for."""
 
     folders: Sequence[Entries]
+    weights: Sequence[float]  # how often the samples of each stand in an epoch
     config: Config
     processor: ImageProcessor
 
     def __iter__(self) -> Iterator[Shape]:
         first = 0
-        for index in self.folders:
+        for index, weight in zip(self.folders, self.weights, strict=True):
             for numbers in parts_of(len(index)):
-                yield from measure(index.take(numbers), first + numbers, self.config, self.processor)
+                for shape in measure(index.take(numbers), first + numbers, self.config, self.processor):
+                    yield replace(shape, weight=weight)
             first += len(index)
 
 

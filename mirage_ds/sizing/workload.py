@@ -4,7 +4,7 @@ Arithmetic alone; measured.py says which rows a run has.
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -56,6 +56,7 @@ class Shape:
     targets: Size
     patches: Size
     numbers: Size = 0  # of the samples
+    weight: float = 1  # how often its rows stand in an epoch
 
     def row(self) -> Row:
         """Its numbers."""
@@ -77,7 +78,8 @@ class Shape:
     def each(self, change: Callable[[Size], Size]) -> "Shape":
         """Every number changed."""
         stretches, latent_sizes = tuple(map(change, self.stretches)), tuple(map(change, self.latent_sizes))
-        return Shape(stretches, latent_sizes, *map(change, (self.targets, self.patches, self.numbers)))
+        targets, patches, numbers = map(change, (self.targets, self.patches, self.numbers))
+        return Shape(stretches, latent_sizes, targets, patches, numbers, self.weight)
 
     def at(self, place: int) -> "Shape":
         """One of n rows."""
@@ -89,18 +91,21 @@ class Seen:
 
     def __init__(self, shapes: Iterable[Shape]) -> None:
         self.count = 0
-        self.sums, self.largest = dict.fromkeys(SIZES, 0), dict.fromkeys(SIZES, 0)
+        self.weight = 0.0  # of all: rows of an epoch
+        self.sums, self.largest = dict.fromkeys(SIZES, 0.0), dict.fromkeys(SIZES, 0)  # sums: of an epoch
         self.by_blocks: dict[int, Shape] = {}  # of those with so many blocks the largest of each number
-        self.block_sizes: list[Counter[int]] = []  # of the blocks of each ordinal: how many have which K
+        # Of the blocks of each ordinal: how many of an epoch have which K.
+        self.block_sizes: list[dict[int, float]] = []
         for shape in shapes:
             self._see(shape)
 
     def _see(self, shape: Shape) -> None:
         count, row, blocks = np.size(shape.numbers), shape.row(), len(shape.latent_sizes)
         self.count += count
+        self.weight += shape.weight * count
         for name in SIZES:
             values = np.broadcast_to(getattr(row, name), count)
-            self.sums[name] += int(values.sum())
+            self.sums[name] += shape.weight * int(values.sum())
             self.largest[name] = max(self.largest[name], int(values.max()))
         most = self.by_blocks.get(blocks, shape.at(0))
         self.by_blocks[blocks] = Shape(
@@ -109,10 +114,10 @@ class Seen:
             targets=largest(most.targets, shape.targets),
             patches=largest(most.patches, shape.patches),
         )
-        self.block_sizes += [Counter() for _ in range(blocks - len(self.block_sizes))]
-        for counter, sizes in zip(self.block_sizes, shape.latent_sizes, strict=False):
-            kinds, counts = np.unique(np.broadcast_to(sizes, count), return_counts=True)
-            counter.update(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
+        self.block_sizes += [defaultdict(float) for _ in range(blocks - len(self.block_sizes))]
+        for counted, sizes in zip(self.block_sizes, shape.latent_sizes, strict=False):
+            for kind, number in zip(*np.unique(np.broadcast_to(sizes, count), return_counts=True), strict=True):
+                counted[int(kind)] += shape.weight * int(number)
 
 
 def largest(known: int, values: Size) -> int:
@@ -148,7 +153,8 @@ class Workload:
 
     @cached_property
     def mean(self) -> Row:
-        return Row(**{name: round(total / self._seen.count) for name, total in self._seen.sums.items()})
+        """Of an epoch, in which the rows of each folder stand as often as its weight says."""
+        return Row(**{name: round(total / self._seen.weight) for name, total in self._seen.sums.items()})
 
     @cached_property
     def aligned(self) -> Row:
@@ -174,9 +180,10 @@ class Workload:
         """
         blocks = latents = 0.0
         for counted in self._seen.block_sizes:
-            counts = Counter({0: self._seen.count - counted.total()}) + counted  # rows without this block: as of size 0
+            counts = {0: 0.0} | counted
+            counts[0] += self._seen.weight - sum(counted.values())  # rows without this block: as of size 0
             sizes = np.array(sorted(counts))
-            up_to = np.cumsum([counts[each] for each in sizes.tolist()]) / self._seen.count
+            up_to = np.cumsum([counts[each] for each in sizes.tolist()]) / self._seen.weight
             chances = np.diff(up_to**size, prepend=0)  # that the largest is this one
             blocks, latents = blocks + float(chances[sizes > 0].sum()), latents + float(sizes @ chances)
         return replace(self.mean, blocks=round(blocks), single_columns=round(latents - blocks))
