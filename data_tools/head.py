@@ -7,7 +7,7 @@ from data_tools.sample_rows import Row, as_text, first_rows
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.turns import Role
 
-NAMES: dict[Role, str] = {"system": "system:", "human": "question:", "gpt": "answer:"}
+NAMES: dict[Role, str] = {"system": "system", "human": "question", "gpt": "answer"}
 
 
 def head(path: Path, count: int) -> Iterator[str]:
@@ -29,8 +29,8 @@ def lines_of(row: Row) -> Iterator[str]:
         f"{_sizes(entry.helper_sizes)}; latent blocks {entry.latent_blocks}{own}"
     )
     for turn in sample.turns:
-        untrained = "" if turn.train or turn.role != "gpt" else " (not trained)"
-        yield f"  {NAMES[turn.role]:<9} {_in_line(turn.text)}{untrained}"
+        name = "answer (not trained)" if turn.role == "gpt" and not turn.train else NAMES[turn.role]
+        yield f"  {name + ':':<9} {_in_line(turn.text)}"
     for name, value in sample.extra.items():
         yield f"  {name}: {_in_line(as_text(value))}"
 

@@ -8,10 +8,11 @@ import numpy.typing as npt
 
 from data_tools.model_options import ModelOptions
 from mirage_ds.config import Stage
+from mirage_ds.data.columns import IndexEntry
 from mirage_ds.data.costs import TOKEN_PATCHES, Costs, SampleCosts
 from mirage_ds.data.counts import counts_name, load_counts
 from mirage_ds.data.encode import Encoder, load_encoder
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.index import load_index
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import DataError

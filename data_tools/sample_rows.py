@@ -6,7 +6,8 @@ from itertools import islice
 from typing import Any
 
 from mirage_ds import strict_json
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.columns import IndexEntry
+from mirage_ds.data.index import load_index
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
 from mirage_ds.data.shards import ShardFolder

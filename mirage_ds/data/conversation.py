@@ -106,7 +106,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], 
     Raises:
         ConfigError: the template renders earlier turns differently when others follow.
     """
-    if system_turn or messages[0]["role"] == ROLES["system"]:
+    if system_turn:
         return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
     other = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     before = cast(str, tokenizer.apply_chat_template(other, tokenize=False))

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mirage_ds.data.columns import Entries, Index, parts_of
 from mirage_ds.data.costs import MARKERS, SampleCosts, row_sizes
 from mirage_ds.data.counts import counts_name, load_counts
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.index import Entries, Index, parts_of
 from mirage_ds.data.ragged import Numbers
 from mirage_ds.data.reasons import Reason
 from mirage_ds.data.rows import Sample

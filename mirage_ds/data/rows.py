@@ -88,10 +88,10 @@ def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path, he
         helper_images=helper_images,
     )
     check_prompt(sample, where)
-    if helper_images:
-        sample = replace(sample, latent_sizes=read_latent_sizes(row, num_latent_blocks(sample), where))
-        check_sample(sample, where)
-    return sample
+    if not helper_images:
+        return sample
+    check_sample(sample, where)
+    return replace(sample, latent_sizes=read_latent_sizes(row, num_latent_blocks(sample), where))
 
 
 def decode_images(sample: Sample, where: str) -> None:
@@ -168,9 +168,8 @@ def read_row(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Samp
         input_images=read_images(row.get("image_input"), "image_input", where, folder),
         helper_images=read_images(row.get("image_output"), "image_output", where, folder),
     )
-    sample = replace(sample, latent_sizes=read_latent_sizes(row, num_latent_blocks(sample), where))
     check_sample(sample, where)
-    return sample
+    return replace(sample, latent_sizes=read_latent_sizes(row, num_latent_blocks(sample), where))
 
 
 def read_texts(row: Mapping[str, Any], *, key: str, where: str, answered: bool = True) -> Sample:

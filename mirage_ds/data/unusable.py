@@ -5,9 +5,9 @@ No image is decoded: the index has the sizes of all images, and bounds the lengt
 
 import numpy as np
 
+from mirage_ds.data.columns import Index, parts_of
 from mirage_ds.data.encode import LATE_IMAGE_REMEDY, Encoder
 from mirage_ds.data.helpers import OWN, Helpers
-from mirage_ds.data.index import Index, parts_of
 from mirage_ds.data.lengths import too_long
 from mirage_ds.data.pooling import POOLING_REMEDY, pooling_fault
 from mirage_ds.data.reasons import Reason

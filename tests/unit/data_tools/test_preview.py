@@ -89,7 +89,7 @@ def test_rows_are_chosen_by_number_and_by_text(
     assert run(monkeypatch, place / "shards", "--output", tmp_path / "none", "--match", "absent") == 2
     assert "no row has this text (--match absent)" in capsys.readouterr().err
     assert run(monkeypatch, place / "shards", "--output", tmp_path / "match") == 2
-    assert "the output already exists" in capsys.readouterr().err
+    assert f"delete this one first: rm {tmp_path / 'match'}" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "match", "three"]
 
 
