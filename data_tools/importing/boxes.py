@@ -28,6 +28,7 @@ from data_tools.importing.turns import (
 )
 from mirage_ds.data.texts import IMAGE_TAG
 
+_LARGEST_SIDE_PX = 2**31  # of any format of images
 _LVR_TAG = "<lvr>"
 _ANSWER_TAGS = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 _PATH_AND_BOX = re.compile(r"(.*)###\s*(\[.*\])\s*")
@@ -101,23 +102,36 @@ def lantern(row: SourceRow, options: Options) -> list[Row]:
     if not isinstance(traces, Mapping) or not isinstance(traces.get("answer"), str):
         raise LeftOutError("no reasoning_traces", f"it is {traces!r:.80}; expected an object with an answer")
     picture, answer = row.picture("img_path"), traces["answer"]
-    after = traces.get("post_visual_latent_reasoning") or []
+    boxes = _boxes(row.get("bboxs"), "bboxs")
+    before, alone = (_text_in(traces.get(name) or "", name) for name in ("pre_visual_text_think", "text_think"))
     parts: list[Part] = []
-    if traces.get("text_think"):
-        row.get("bboxs")
-        parts.append(f"{traces['text_think']}\n")
+    if alone:
+        parts.append(f"{alone}\n")
     else:
-        boxes = _boxes(row.get("bboxs"), "bboxs")
-        if not boxes or not isinstance(after, list) or len(boxes) != len(after):
-            raise LeftOutError(
-                "not one text for each box",
-                f"boxes: {len(boxes)}, texts: {len(after)}; expected as many, at least one",
-            )
-        parts += [f"{traces['pre_visual_text_think']}\n"] if traces.get("pre_visual_text_think") else []
+        after = _texts_in(traces.get("post_visual_latent_reasoning"), len(boxes))
+        parts += [f"{before}\n"] if before else []
         for box, text in zip(boxes, after, strict=True):
             parts += [Picture(picture.value, box, "pixels", options.margin), f"{text}\n"]
     parts.append(f"Answer: {answer}")
     return [one_turn(placed(row.text("question"), [picture]), parts, row.kept("id") | {"answer": answer})]
+
+
+def _texts_in(value: Any, num_boxes: int) -> list[str]:
+    """
+    Raises:
+        LeftOutError: it is not a text for each box, and at least one.
+    """
+    if not num_boxes or not isinstance(value, list) or len(value) != num_boxes:
+        raise LeftOutError(
+            "not one text for each box", f"boxes: {num_boxes}, texts: {value!r:.80}; expected as many, at least one"
+        )
+    return [_text_in(text, "post_visual_latent_reasoning") for text in value]
+
+
+def _text_in(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise LeftOutError(f"no text in {name}", f"it is {value!r:.80}; expected a text")
+    return value
 
 
 def _split_by(tag: str, text: str, pictures: Iterator[Picture]) -> Iterator[Part]:
@@ -139,7 +153,7 @@ def _boxes(value: Any, name: str) -> list[Box]:
 def _box(value: Any, name: str) -> Box:
     if isinstance(value, list) and len(value) == 4 and all(type(number) in (int, float) for number in value):
         left, top, right, bottom = value
-        if left < right and top < bottom:
+        if left < right and top < bottom and max(map(abs, value)) < _LARGEST_SIDE_PX:
             return left, top, right, bottom
     raise LeftOutError(
         f"no box in {name}", f"{value!r:.80}; expected [left, top, right, bottom], left < right, top < bottom"

@@ -9,6 +9,7 @@ V-Interaction: id, question, image, edited_image, CoT_with_code, answer
 CoMT: id, question, option, image, rationale, answer, type
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,7 +108,7 @@ def _comt_file(folder: Path, kind: str, name: str) -> str:
     """The path of a file whose suffix may be left out; that of the plain name if there is none."""
     for path in (Path("images", kind, name), Path(kind, name), Path("images", name), Path(name)):
         for suffix in _SUFFIXES:
-            if (folder / f"{path}{suffix}").is_file():
+            if os.path.isfile(folder / f"{path}{suffix}"):  # not Path.is_file, which raises for a name too long
                 return f"{path}{suffix}"
     return str(Path("images", kind, name))
 
