@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_tools.importing.pictures import ImageFile, read_picture
 from data_tools.importing.source_rows import LeftOutError, SourceRow
@@ -16,6 +16,36 @@ ROWS_NAME, IMAGES_NAME = "rows.jsonl", "images"
 _IMAGE_FIELDS = ("image_input", "image_output")
 
 
+class Ready(NamedTuple):
+    """A row that has passed all checks."""
+
+    line: str  # of rows.jsonl
+    images: list[tuple[str, bytes]]  # of each its path in the folder, and the file
+
+
+def make_ready(row: Row, source: SourceRow, *, choice_row: bool) -> Ready:
+    """Reads the images of a row.
+
+    Args:
+        choice_row: the task choice must be able to score the row.
+
+    Raises:
+        DataError: an image cannot be read, or `mirage-data build` or `mirage evaluate` would refuse the row.
+    """
+    images = {
+        name: [read_picture(picture, name, source) for picture in row[name]] for name in _IMAGE_FIELDS if name in row
+    }
+    _check(row | {name: [{"bytes": file.data} for file in files] for name, files in images.items()}, source)
+    if choice_row:
+        _check_choice(row)
+    placed = {name: [(_path_of(file), file.data) for file in files] for name, files in images.items()}
+    try:
+        line = strict_json.dumps(row | {name: [path for path, _ in files] for name, files in placed.items()})
+    except (TypeError, ValueError) as error:  # parquet has types that JSON has not
+        raise LeftOutError("a field is no JSON", f"{error}; expected texts, numbers, lists and objects") from error
+    return Ready(line, [each for files in placed.values() for each in files])
+
+
 class Output:
     """The rows and images of a folder that is being written."""
 
@@ -24,42 +54,19 @@ class Output:
         self.file = (folder / ROWS_NAME).open("w", encoding="utf-8")
         (folder / IMAGES_NAME).mkdir()
 
-    def add(self, row: Row, source: SourceRow, *, choice_row: bool) -> None:
-        """
-        Args:
-            choice_row: the task choice must be able to score the row.
-
-        Raises:
-            DataError: an image cannot be read, or `mirage-data build` or `mirage evaluate` would refuse the row.
-        """
-        images = {
-            name: [read_picture(picture, name, source) for picture in row[name]]
-            for name in _IMAGE_FIELDS
-            if name in row
-        }
-        _check(row | {name: [{"bytes": file.data} for file in files] for name, files in images.items()}, source)
-        if choice_row:
-            _check_choice(row)
-        paths = {name: [_path_of(file) for file in files] for name, files in images.items()}
-        try:
-            line = strict_json.dumps(row | paths)
-        except (TypeError, ValueError) as error:  # parquet has types that JSON has not
-            raise LeftOutError("a field is no JSON", f"{error}; expected texts, numbers, lists and objects") from error
-        for name, files in images.items():
-            for path, file in zip(paths[name], files, strict=True):
-                self._write(path, file)
-        self.file.write(f"{line}\n")
+    def write(self, ready: Ready) -> None:
+        """Writes a row, and those of its images that are not there yet."""
+        for name, data in ready.images:
+            path = self.folder / name
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(data)
+                self.num_images += 1
+        self.file.write(f"{ready.line}\n")
         self.num_rows += 1
 
     def close(self) -> None:
         self.file.close()
-
-    def _write(self, name: str, file: ImageFile) -> None:
-        path = self.folder / name
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(file.data)
-            self.num_images += 1
 
 
 def _path_of(file: ImageFile) -> str:

@@ -14,7 +14,7 @@ from data_tools.building.progress import Report as Progress
 from data_tools.importing.containers import RawRow, files_of, read_rows
 from data_tools.importing.formats import AUTO, FORMATS, Format, recognise
 from data_tools.importing.options import DEFAULT_MARGIN, Options
-from data_tools.importing.output import Output
+from data_tools.importing.output import Output, make_ready
 from data_tools.importing.report import Report
 from data_tools.importing.source_rows import SourceRow
 from mirage_ds.data.rows import parse_row
@@ -99,11 +99,13 @@ def _import_row(
     row = SourceRow(raw.where, images or raw.folder, {})
     try:
         row.fields = parse_row(raw.content, raw.where) if isinstance(raw.content, bytes) else raw.content
-        for made in chosen.rows(row, options):
-            output.add(made, row, choice_row=chosen.choice)
+        # All rows of it, or none: with --all-turns there may be several.
+        ready = [make_ready(made, row, choice_row=chosen.choice) for made in chosen.rows(row, options)]
     except DataError as error:
         report.leave_out(raw.where, next((row.fields[name] for name in _IDS if name in row.fields), None), error)
     else:
+        for each in ready:
+            output.write(each)
         report.take(row)
 
 

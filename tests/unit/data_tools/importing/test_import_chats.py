@@ -89,6 +89,16 @@ def test_turns_before_the_last_are_context(tmp_path: Path) -> None:
     }
 
 
+def test_a_chat_is_taken_with_all_its_turns_or_not_at_all(tmp_path: Path) -> None:
+    put(tmp_path, "red.png")
+    turns = said(("human", "?"), ("gpt", "<image>"), ("human", "?"), ("gpt", "<image>"))
+    rows = [{"conversations": turns, "images": ["red.png", second]} for second in ("red.png", "none.png")]
+    imported = import_made(tmp_path, "sharegpt", rows, all_turns=True)
+    assert len(imported.rows) == 2
+    assert (imported.report["rows_taken"], imported.report["rows_written"]) == (1, 2)
+    assert imported.report["left_out"] == {"image_output cannot be read": 1}
+
+
 def test_turns_in_another_order_are_left_out(tmp_path: Path) -> None:
     good = ("human", "?"), ("gpt", "!")
     rows = [said(*good), said(*good, ("human", "?")), said(("gpt", "!"), *good), said(("human", "?"), *good), []]
