@@ -86,13 +86,10 @@ def _chat(row: SourceRow, said: list[tuple[Any, Any]], options: Options) -> list
     turns = [Turn(role_of(role), tuple(_content(content, left))) for role, content in said]
     if isinstance(row.fields.get("system"), str) and row.text("system") and turns and turns[0].role != SYSTEM:
         turns.insert(0, Turn(SYSTEM, (row.text("system"),)))
-    unplaced = list(left)
-    if len(unplaced) == len(pictures):
-        first = next((number for number, turn in enumerate(turns) if turn.role == HUMAN), None)
-        if first is not None:
-            turns[first] = Turn(HUMAN, (*unplaced, *turns[first].parts))
-    else:
-        refuse_unplaced(unplaced)
+    if any(turn.pictures for turn in turns):
+        refuse_unplaced(left)
+    elif (first := next((number for number, turn in enumerate(turns) if turn.role == HUMAN), None)) is not None:
+        turns[first] = Turn(HUMAN, (*pictures, *turns[first].parts))
     return rows_of_turns(turns, row.kept("id"), all_turns=options.all_turns)
 
 

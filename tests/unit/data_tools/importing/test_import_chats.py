@@ -132,6 +132,10 @@ def test_openai(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, {"role": "assistant", "content": "!"}]},
         {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": None}]},
         {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "!"}]},
+        {
+            "messages": [{"role": "user", "content": [image]}, {"role": "assistant", "content": "!"}],
+            "images": ["red.png"],
+        },
     ]
     imported = import_made(tmp_path, "openai", rows)
     assert imported.shown() == [
@@ -151,6 +155,7 @@ def test_openai(tmp_path: Path) -> None:
         "a part of another type": 1,
         "a turn without a text": 1,
         "no image behind a marker": 1,
+        "images without a marker": 1,
     }
 
 

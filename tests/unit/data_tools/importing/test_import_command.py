@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from data_tools import cli
 from data_tools.importing.formats import FORMATS, recognise
 from data_tools.importing.report import reason_in
+from mirage_ds.data.rows import read_questions
 from mirage_ds.errors import ConfigError, DataError
 
 TURNS = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
@@ -106,6 +107,19 @@ def test_rows_of_ours_stay_as_they_are(tmp_path: Path) -> None:
             assert (folder / path).read_bytes() == (tmp_path / "rows" / expected[name]).read_bytes()
         images = {name: row[name] for name in ("image_input", "image_output")}
         assert row == expected | images
+
+
+def test_rows_of_ours_for_evaluation(tmp_path: Path) -> None:
+    """As in the reference's test files, which have no answers; a row with a helper image needs one."""
+    put(tmp_path, "red.png")
+    question = {"text_input": "Which way?", "image_input": "red.png", "map_desc": [[1, 2], [0, 0]]}
+    rows = [question, question | {"image_output": "red.png"}, question | {"text_output": ""}]
+    run("auto", write_jsonl(tmp_path / "rows.jsonl", rows), "--output", tmp_path / "out")
+    ((_, sample),) = read_questions(tmp_path / "out" / "rows.jsonl")
+    assert (sample.text_input, sample.extra) == ("Which way?", {"map_desc": [[1, 2], [0, 0]]})
+    assert sample.input_images == ((tmp_path / "red.png").read_bytes(),)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["left_out"] == {"no text in text_output": 2}
 
 
 @pytest.mark.parametrize(
