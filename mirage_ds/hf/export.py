@@ -7,6 +7,7 @@ template, image processor and generation defaults come from the model that the r
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mirage_ds.config import Config, Dtype
 from mirage_ds.data.conversation import load_tokenizer
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.errors import CheckpointError, ConfigError, DataError
+from mirage_ds.hf.custom_generate import generate
 from mirage_ds.hf.written_folder import finish
 from mirage_ds.model import latent_settings
 from mirage_ds.model.backbone import DTYPES, empty_model, file_name, has_file
@@ -79,6 +81,7 @@ def export_checkpoint(
             tokenizer.save_pretrained(folder)
             image_processor.save(folder)
             _write_weights(parameters, files, DTYPES[dtype], folder, checkpoint)
+            _write_decoding(folder)
             finish(folder)
     except (OSError, SafetensorError) as error:
         raise DataError(
@@ -140,6 +143,13 @@ def _generation_config(source: str, cache_dir: Path | None, hf: PreTrainedModel)
             f"{GENERATION_CONFIG_NAME} cannot be read ({source}): {error}; expected JSON as transformers writes it; "
             "fix or remove the file"
         ) from error
+
+
+def _write_decoding(folder: Path) -> None:
+    """Writes what plain transformers decodes with, if it may: the one file, by the name that it looks for."""
+    file = folder / "custom_generate" / "generate.py"
+    file.parent.mkdir()
+    shutil.copyfile(generate.__file__, file)
 
 
 def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:
