@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import transformers
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -37,7 +38,11 @@ def plain_inputs(folder: Path, rows: list[dict[str, Any]], images_at: Path) -> d
         ).split(IMAGE_PAD)
         # The template writes the newline after `assistant`, which mirage_ds leaves to the model.
         texts.append((before + "".join(IMAGE_PAD * next(lengths) + text for text in after)).removesuffix("\n"))
-    return dict(tokenizer(texts, padding=True, return_tensors="pt")) | features
+    inputs = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    if images and int(transformers.__version__.split(".")[0]) >= 5:  # else its own decoding has no grid positions
+        pad = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == pad).long()
+    return inputs | features
 
 
 def content(row: dict[str, Any]) -> list[dict[str, str]]:

@@ -26,11 +26,11 @@ LATENT_OPTIONS = ("latent_size", "latent_end", "seed", "keys")
 # What a call may not have, and why. An option that is None counts as left out.
 UNSUPPORTED = {
     "inputs_embeds": "images are found by the ids of the prompts: give input_ids",
-    "past_key_values": "each call starts with an empty cache: give the whole conversation as the prompt",
+    "past_key_values": "a call starts with an empty cache: give the whole conversation as the prompt",
+    "cache": "a call starts with an empty cache: give the whole conversation as the prompt",
     "position_ids": "they are computed from image_grid_thw",
     "pixel_values_videos": "the model was trained on images",
     "assistant_model": "an assistant has no latents",
-    "negative_prompt_ids": "a second prompt has no latents",
     "synced_gpus": "no rank waits for another: load the whole model on each",
 }
 
@@ -128,8 +128,8 @@ def decode(
         keys=options.get("keys"),
         streamer=streamer,
     )
-    # transformers gives the prompts to the streamer, and the loop the answers.
-    arguments |= {"streamer": streamer, "stopping_criteria": criteria}
+    # Of the first, transformers would make positions. It gives prompts to the streamer, and the loop the answers.
+    arguments |= {"mm_token_type_ids": None, "streamer": streamer, "stopping_criteria": criteria}
     return type(model).generate(model, *inputs, custom_generate=partial(loop, call=call), **arguments)
 
 
@@ -175,8 +175,9 @@ def loop(
         call.streamer.end()
     if not wanted:
         return input_ids
-    ids: Any = input_ids
-    output = GenerateDecoderOnlyOutput(ids, all_scores, all_logits, past_key_values=forward.cache)
+    sequences: Any = input_ids
+    output = GenerateDecoderOnlyOutput(sequences, all_scores, all_logits)
+    output[forward.cache_name] = forward.cache
     output["latents"] = blocks(kept, call.start)
     return output
 
@@ -212,7 +213,8 @@ class Forward:
         Raises:
             ValueError: the prompts have latents, or padding on the right, or other images than `call`.
         """
-        self.model, self.call, self.cache = model, call, prepared["past_key_values"]
+        self.cache_name = "cache" if "cache" in prepared else "past_key_values"  # before transformers 5.24
+        self.model, self.call, self.cache = model, call, prepared[self.cache_name]
         self.device = model.get_input_embeddings().weight.device
         self.input_ids = input_ids.to(self.device)
         mask = prepared.get("attention_mask")
@@ -228,7 +230,7 @@ class Forward:
         merge_size = model.config.vision_config.spatial_merge_size
         positions = mrope_positions(self.is_image[::copies], self.mask[::copies], call.image_grids, merge_size)
         self.positions = positions.repeat_interleave(copies, dim=1).to(self.device)
-        self.next_position = self.positions.amax(dim=(0, 2)) + 1  # [B]: images count as grids, so not the length
+        self.last_position = self.positions.amax(dim=(0, 2))  # [B]: images count as grids, so not by the length
         names = ("pixel_values", "image_grid_thw", "mm_encoder_outputs")
         self.images = {name: prepared[name] for name in names if prepared.get(name) is not None}
 
@@ -240,9 +242,8 @@ class Forward:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(emitted), 1)], dim=1)
         if not self.call.answer_sees_image:
             self.mask[:, : self.is_image.shape[1]] &= ~(self.is_image & (emitted == self.call.end)[:, None])
-        position_ids = self.next_position.expand(3, -1)[..., None]
-        self.next_position = self.next_position + 1
-        return self.step(position_ids, inputs_embeds=embeds[:, None])
+        self.last_position = self.last_position + 1
+        return self.step(self.last_position.expand(3, -1)[..., None], inputs_embeds=embeds[:, None])
 
     def step(self, position_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """One pass: the state [B, D] after the final norm in the last column.
@@ -250,7 +251,7 @@ class Forward:
         Raises:
             RuntimeError: the cache does not have every column.
         """
-        inputs |= {"attention_mask": self.mask.long(), "past_key_values": self.cache, "use_cache": True}
+        inputs |= {"attention_mask": self.mask.long(), self.cache_name: self.cache, "use_cache": True}
         output = self.model.model(position_ids=position_ids, **inputs)
         if self.cache.get_seq_length() != self.mask.shape[1]:
             raise RuntimeError(
