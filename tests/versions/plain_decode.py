@@ -2,7 +2,7 @@
 
     python tests/versions/plain_decode.py FOLDER ROWS RESULT [OPTIONS]
 
-RESULT gets, as JSON, what each way of calling `generate` emitted for each row. OPTIONS: arguments of `generate` as JSON.
+RESULT gets, as JSON, what each way of calling `generate` emitted for each row. OPTIONS: its arguments, as JSON.
 It runs in environments that have neither mirage_ds nor what the tests need; where mirage_ds is installed, importing it
 is an error.
 """
