@@ -1,5 +1,6 @@
 """An exported folder decodes with latents in plain transformers, as `mirage generate` does."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from joint_processor import joint_processor
 from plain_inputs import plain_inputs, read_rows
 from talkative import write_questions, write_talkative
 from transformers import (
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     DynamicCache,
     Qwen2_5_VLForConditionalGeneration,
@@ -257,20 +260,27 @@ def test_stopping_criteria_end_rows_by_themselves(folder: Path) -> None:
     assert cut_off >= 2, "in the middle of a block"
 
 
-def test_stop_strings_and_processors(folder: Path) -> None:
+def test_a_stop_string_ends_the_rows_that_write_it(folder: Path) -> None:
     model, inputs = load(folder), inputs_of(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "sees")
-    full = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
-    texts = tokenizer.batch_decode(answers(full, inputs))
-    row, token = next((n, ids[3]) for n, ids in enumerate(answers(full, inputs)) if len(set(ids[:4])) == 4)
-    word = tokenizer.decode([token])
-    assert word in texts[row]
+    full = answers(model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS), inputs)
+    words = [word for ids in full for word in map(tokenizer.decode, ids[1:]) if word.isascii() and word.isalpha()]
+    word, pad = max(words, key=len), model.generation_config.pad_token_id
     stopped = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, stop_strings=word, tokenizer=tokenizer)
-    assert all(word not in tokenizer.decode(ids[:-1]) for ids in answers(stopped, inputs) if word in texts[row])
+    num_stopped = 0
+    for ids, short in zip(full, answers(stopped, inputs), strict=True):
+        ends = [end for end in range(1, len(ids)) if word in tokenizer.decode(ids[:end])]
+        kept = ids[: ends[0]] if ends else ids
+        assert short == kept + [pad] * (len(short) - len(kept))
+        num_stopped += bool(ends)
+    assert 1 <= num_stopped < NUM_PROMPTS
+
+
+def test_logits_processors_choose_too(folder: Path) -> None:
+    model, inputs = load(folder), inputs_of(folder)
     start = model.config.mirage["latent_token_ids"]["start"]
-    without = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, suppress_tokens=[start])
-    assert start in full
-    assert start not in without
+    assert start in model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
+    assert start not in model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, suppress_tokens=[start])
 
 
 def test_scores_and_logits(folder: Path) -> None:
@@ -355,6 +365,38 @@ def test_after_text_it_decodes_as_text(folder: Path) -> None:
         assert torch.equal(model.generate(**inputs, **options), plain.generate(**inputs, **options))
     with pytest.raises(ValueError, match="latent_size, seed for a model without latents"):
         model.generate(**inputs, latent_size=3, seed=1)
+
+
+def test_the_lines_of_the_model_card(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They print what the loaded model answers to the chat template's prompt."""
+    if not importlib.util.find_spec("torchvision"):
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", joint_processor)
+    code = (folder / "sees" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) == 3
+    processor, shown = joint_processor(folder / "sees"), set()
+    for row in read_rows(folder / "asked" / "questions.jsonl")[1:12:3]:
+        image = folder / "asked" / row["image_input"][0]
+        exec(
+            code.replace("FOLDER", str(folder / "sees"))
+            .replace("IMAGE.png", str(image))
+            .replace("QUESTION", "Where?" + row["text_input"])
+            .replace("max_new_tokens=1024", f"max_new_tokens={MAX_NEW_TOKENS}")
+        )
+        content = [{"type": "image", "path": str(image)}, {"type": "text", "text": "Where?" + row["text_input"]}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = load(folder).generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, return_dict_in_generate=True)
+        text = processor.decode(answers(output.sequences, inputs)[0], skip_special_tokens=True)
+        assert repr(text) in capsys.readouterr().out
+        shown.add(len(output.latents[0]))
+    assert shown != {0}
 
 
 def test_positions_are_those_of_transformers(folder: Path) -> None:
