@@ -5,10 +5,10 @@
     model = AutoModelForImageTextToText.from_pretrained(DIR, trust_remote_code=True); model.generate(**inputs)
     model.generate(**inputs, custom_generate=DIR, trust_remote_code=True)
 
-transformers prepares a call as for its own decoding: lengths, logits processors, stopping criteria, the cache. The loop
-is this file's, and emits what `mirage generate` does: a row that emits <|latent_start|> enters latent mode, in which
-each next input is its own hidden state after the final norm, emitted as <|latent_pad|>, until <|latent_end|>. Every row
-of a batch does so by itself. A model that was trained as text decodes as text. Needs torch and transformers only.
+transformers prepares a call as for its own decoding: lengths, logits processors, stopping criteria, cache. The loop is
+this file's, and emits what `mirage generate` does: each row that emits <|latent_start|> enters latent mode, in which
+each next input is its own hidden state after the final norm, emitted as <|latent_pad|>, until <|latent_end|>. A model
+that was trained as text decodes as text. Needs torch and transformers only.
 
 Shape legend: B rows, L columns of the prompts, D hidden size, V vocabulary, N images, T emitted tokens.
 """
@@ -97,12 +97,7 @@ def decode(
     stop_strings: str | list[str] | None = None,
     **arguments: Any,
 ) -> Any:
-    """Checks what a call asks for, and has transformers prepare it.
-
-    Args:
-        entry: `mirage` of config.json.
-        options: of LATENT_OPTIONS.
-    """
+    """Checks a call, and has transformers prepare it; with the entry of config.json, and the call's LATENT_OPTIONS."""
     for name, reason in UNSUPPORTED.items():
         if arguments.get(name) is not None and arguments[name] is not False:
             raise ValueError(f"{name} cannot be given when decoding with latents: {reason}")
@@ -143,7 +138,7 @@ def loop(
     **prepared: Any,
 ) -> Any:
     """Decodes until every row has ended; called by transformers' `generate`, see there for the arguments."""
-    check_supported(generation_config, prepared)
+    check_supported(model, generation_config, prepared)
     config: Any = generation_config
     wanted, device = config.return_dict_in_generate, input_ids.device
     choose = chooser(config, call, len(input_ids))
@@ -182,11 +177,11 @@ def loop(
     return output
 
 
-def check_supported(config: Any, prepared: dict[str, Any]) -> None:
+def check_supported(model: Any, config: Any, prepared: dict[str, Any]) -> None:
     """Refuses what the loop does not do.
 
     Raises:
-        ValueError: not greedy or sampled, no cache that grows by one, no end, or an output that is not kept.
+        ValueError: see the keys of `refused`.
     """
     mode, cache = config.get_generation_mode().value, config.cache_implementation
     refused = {
@@ -196,11 +191,12 @@ def check_supported(config: Any, prepared: dict[str, Any]) -> None:
         "guidance_scale": config.guidance_scale not in (None, 1),
         "output of attentions or states": bool(config.output_attentions or config.output_hidden_states),
         "no eos_token_id": config._pad_token_tensor is None,
+        "weights sharded by ZeRO-3": any(hasattr(weight, "ds_id") for weight in model.parameters()),
     }
     if found := [name for name, is_so in refused.items() if is_so]:
         raise ValueError(
-            f"{found[0]} when decoding with latents; expected greedy or sampled decoding with a cache that grows, and "
-            "an end token; change it, or decode as text with type(model).generate(model, **inputs)"
+            f"{found[0]} when decoding with latents; expected greedy or sampled decoding of a whole model with a "
+            "cache that grows and an end token; change it, or decode as text with type(model).generate(model, **inputs)"
         )
 
 
@@ -287,15 +283,17 @@ def mrope_positions(
         images = is_image[row].cpu()[columns].tolist()
         place = position = 0
         while place < len(images):
-            if images[place] and not remaining:
-                raise mismatch
-            sides = remaining.pop(0) if images[place] else [1, 1, 1]
-            own = torch.stack(torch.meshgrid(*map(torch.arange, sides), indexing="ij")).flatten(1)
+            if images[place]:
+                sides = [torch.arange(side) for side in (remaining.pop(0) if remaining else (0, 0, 0))]
+                own, size = torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1), max(map(len, sides[1:]))
+            else:  # up to the next image
+                size = [*images[place:], True].index(True)
+                own = torch.arange(size).expand(3, -1)
             end = place + own.shape[1]
-            if images[place:end] != [images[place]] * own.shape[1]:
+            if end == place or images[place:end] != [images[place]] * own.shape[1]:
                 raise mismatch
             positions[:, row, columns[place:end]] = position + own
-            place, position = end, position + max(sides[1:])
+            place, position = end, position + size
     if remaining:
         raise mismatch
     return positions
@@ -327,8 +325,8 @@ def chooser(config: Any, call: Call, num_rows: int) -> Callable[[torch.Tensor], 
     keys = ["prompt"] * num_rows if alike else call.keys or []
     if len(keys) != num_rows:
         raise ValueError(f"{len(keys)} keys for {num_rows} rows; expected one for each answer; give as many as keys=")
-    digests = [hashlib.sha256(f"{call.seed}/{key}".encode()).digest() for key in keys]
-    generators = [torch.Generator().manual_seed(int.from_bytes(digest[:8], "big")) for digest in digests]
+    digests = [hashlib.sha256(f"{call.seed}/{key}".encode()).digest()[:8] for key in keys]
+    generators = [torch.Generator().manual_seed(int.from_bytes(digest, "big")) for digest in digests]
 
     def draw(scores: torch.Tensor) -> torch.Tensor:
         likely, ids = scores.double().softmax(dim=-1).sort(dim=-1, descending=True)

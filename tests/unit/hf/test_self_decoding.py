@@ -97,7 +97,7 @@ def check_equal(output: Any, inputs: dict[str, torch.Tensor], wanted: list[Gener
         states = [state for block in blocks for state in block]
         assert len(states) == len(row.latents)
         for found, expected in zip(states, row.latents, strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the dtype too
     return max(len(blocks) for blocks in output.latents)
 
 
@@ -345,6 +345,25 @@ def test_prompts_that_cannot_be_decoded(folder: Path) -> None:
     model.config.mirage = None
     with pytest.raises(ValueError, match=r"the number of latents is not known .*load the folder"):
         model.generate(**inputs)
+
+
+def test_a_model_that_is_sharded_is_refused(folder: Path) -> None:
+    """Under ZeRO-3 ranks would wait for one that has ended."""
+    model = load(folder)
+    model.lm_head.weight.ds_id = 7
+    with pytest.raises(ValueError, match=r"weights sharded by ZeRO-3 .*of a whole model"):
+        model.generate(**inputs_of(folder, slice(1, 2)), max_new_tokens=3)
+
+
+def test_bf16(folder: Path) -> None:
+    """Of prompts without images, the same bits as our decoder in bf16."""
+    decoder, rows = decoder_of(folder, dtype=torch.bfloat16)
+    wanted = decoder.generate(collate(rows[::3], align_latents=True))
+    inputs = inputs_of(folder, slice(0, None, 3))
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "return_dict_in_generate": True}
+    output = load(folder, dtype=torch.bfloat16).generate(**inputs, **options)
+    assert check_equal(output, inputs, wanted, decoder.ids.end_of_text) >= 1
+    assert output.latents[next(n for n, blocks in enumerate(output.latents) if blocks)][0].dtype == torch.bfloat16
 
 
 def test_a_model_that_keeps_no_cache_is_an_error(folder: Path) -> None:
