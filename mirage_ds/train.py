@@ -51,6 +51,7 @@ from mirage_ds.evaluation.training.evaluations import InTraining, evaluate_if_du
 from mirage_ds.evaluation.training.questions import read_evaluation
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
+from mirage_ds.model.trained import choose_trained
 from mirage_ds.owner import Owner
 from mirage_ds.self_check import check_training
 from mirage_ds.train_state import TrainState
@@ -113,11 +114,11 @@ def load_engine(config: Config, start: Start) -> tuple[DeepSpeedEngine, Backbone
         dtype=DTYPES[config.train.dtype],
         device_type=start.device.type,
         attention=config.model.attention,
-        train_tower=config.model.train_tower,
         cache_dir=config.model.cache_dir,
         deepspeed_config=start.deepspeed_config,
     )
     check_latent_ids(start.encoder.ids, backbone, config.model.path)
+    choose_trained(backbone, config.model, start.encoder.ids.latents, config.run.seed)
     model = make_model(config, backbone)
     check_room(config.run.dir, model, start.device)
     write_folder(config, start.facts, start.began)
@@ -261,7 +262,7 @@ def make_model(config: Config, backbone: Backbone) -> MirageModel:
         ce_loss_weight=config.train.text_weight,
         latent_loss_weight=config.train.latent_loss_weight,
         recompute=config.model.activation_checkpointing == "full",
-        train_tower=config.model.train_tower,
+        train_tower=config.model.trains_vision,
         compress_strategy=config.model.compress_strategy,
     )
 
