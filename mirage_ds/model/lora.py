@@ -31,7 +31,7 @@ def peft_config(lora: Lora, **more: Any) -> "LoraConfig":
     names = [f"{'self_attn' if name in ATTENTION else 'mlp'}\\.{name}" for name in lora.modules]
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
         lora_dropout=0.0,
         target_modules=rf"{layer}\.({'|'.join(names)})",
         task_type="CAUSAL_LM",
@@ -70,7 +70,7 @@ def add_latent_rows(backbone: Backbone, ids: list[int]) -> None:
     hf.lm_head = HeadRows(head, rows if tied else _copy_rows(head.weight, ids), ids)
 
 
-def _copy_rows(weight: torch.nn.Parameter, ids: list[int]) -> torch.nn.Parameter:
+def _copy_rows(weight: torch.Tensor, ids: list[int]) -> torch.nn.Parameter:
     with deepspeed.zero.GatheredParameters([weight]):
         return torch.nn.Parameter(weight.detach()[ids].clone())
 
@@ -84,6 +84,11 @@ def matrix_of(name: str) -> tuple[str, str] | None:
     """("A" or "B", transformers' name of the matrix W) of an adapter's parameter; None for any other."""
     found = re.fullmatch(rf"(.*)\.lora_([AB])\.{ADAPTER}\.weight", name)
     return (found[2], f"{found[1]}.weight") if found else None
+
+
+def has_adapter(module: torch.nn.Module) -> bool:
+    """Whether an adapter is trained, so that checkpoints leave out what is frozen: its base."""
+    return any(matrix_of(name) for name, _ in module.named_parameters())
 
 
 def scaling(lora: Lora) -> float:

@@ -39,8 +39,11 @@ class LossHead(torch.nn.Module):
         super().__init__()
         self.shared = shared
         self.own_weight = None if shared else weight
-        self.weights = (weight,)  # in a tuple, so that this module does not register the parameter
-        self.own_rows = None
+        self.weights: tuple[torch.nn.Parameter, ...] = (
+            weight,
+        )  # in a tuple, so that this module does not register the parameter
+        self.own_rows: torch.nn.Parameter | None = None
+        self.row_ids: torch.Tensor
         if trained_rows is not None:
             self.own_rows = None if shared else trained_rows.rows
             self.weights += (trained_rows.rows,)
@@ -59,7 +62,7 @@ class LossHead(torch.nn.Module):
         weight, *rows = self.weights
         logits = torch.nn.functional.linear(hidden, weight)
         if rows:
-            logits = with_columns(logits, hidden, *rows, self.row_ids)
+            logits = with_columns(logits, hidden, rows[0], self.row_ids)
         return chunked_cross_entropy(logits, target_ids, reduction="none")
 
 

@@ -7,6 +7,7 @@ Shape legend: R rows of their own, V vocabulary, D hidden, N hidden states.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -15,20 +16,21 @@ from torch.nn.functional import linear
 class TrainedRows(torch.nn.Module):
     """A frozen layer and its rows."""
 
-    def __init__(self, base_layer: torch.nn.Module, rows: torch.nn.Parameter, ids: Sequence[int]) -> None:
+    def __init__(self, base_layer: Any, rows: torch.nn.Parameter, ids: Sequence[int]) -> None:
         """
         Args:
-            base_layer: its weight is [V, D].
+            base_layer: a torch.nn.Embedding or Linear; its weight is [V, D].
             rows: [R, D]; embeddings and a tied head share them.
             ids: the tokens whose rows they are.
         """
         super().__init__()
-        self.base_layer, self.rows, self.ids = base_layer, rows, tuple(ids)
+        self.base_layer: Any = base_layer
+        self.rows, self.ids = rows, tuple(ids)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.nn.Parameter:
         """The frozen weight [V, D]; the rows are not in it."""
-        weight: torch.Tensor = self.base_layer.weight
+        weight: torch.nn.Parameter = self.base_layer.weight
         return weight
 
 
