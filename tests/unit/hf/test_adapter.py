@@ -60,8 +60,9 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
     lines = []
     for name, weight in sorted(weights.items()):
         bits = weight.flatten().view(torch.int32).numpy().astype(np.int64).view(np.uint64)
-        rows = np.repeat([factor(row + 2**16) for row in range(-(-len(bits) // 2**16))], 2**16)[: len(bits)]
-        total = (bits * np.resize(COLUMNS, len(bits)) * rows.astype(np.uint64)).sum(dtype=np.uint64)
+        rows = np.array([factor(row + 2**16) for row in range(-(-len(bits) // 2**16))], dtype=np.uint64)
+        factors = np.resize(COLUMNS, len(bits)) * np.repeat(rows, 2**16)[: len(bits)]
+        total = (bits * factors).sum(dtype=np.uint64)
         lines.append(f"{name} {total}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
