@@ -81,9 +81,8 @@ def traffic(
     world_size = nodes * gpus_per_node
     gather = choose_gather(config)
     count = gathers(gather, row.latents)
-    trained = sizes.all if config.model.train_tower else sizes.language
     gathered = micro_steps * count * DTYPES[config.train.dtype].itemsize * sum(sizes.all)
-    reduced = micro_steps * REDUCTION_BYTES[deepspeed_config["communication_data_type"]] * sum(trained)
+    reduced = micro_steps * REDUCTION_BYTES[deepspeed_config["communication_data_type"]] * sum(sizes.trained.all)
     both = gathered + reduced
     return Traffic(
         gathered=gathered * (world_size - 1) / world_size,
@@ -134,8 +133,7 @@ def step_time(
     passes_s = accessed / memory_bandwidth
     moved = traffic(sizes, config, deepspeed_config, row, nodes, gpus_per_node, level.micro_steps)
     communication_s = max(moved.nvlink / gpu.nvlink_bandwidth, moved.network / gpu.network_bandwidth) / LINK_EFFICIENCY
-    trained = sizes.all if config.model.train_tower else sizes.language
-    update_s = UPDATE_BYTES * sum(trained) / world_size / memory_bandwidth
+    update_s = UPDATE_BYTES * sum(sizes.trained.all) / world_size / memory_bandwidth
     busy_s = compute_s + passes_s
     step_s = (max(busy_s, communication_s) if overlaps else busy_s + communication_s) + update_s
     return StepTime(
