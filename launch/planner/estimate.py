@@ -168,10 +168,11 @@ def check_fits(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> None
 
 
 def checkpoint_bytes(sizes: ModelSizes, config: Config) -> int:
-    """12 bytes per trained element (master weight and two moments) + the frozen tower in `train.dtype`."""
-    if config.model.train_tower:
-        return ADAM_BYTES * sum(sizes.all)
-    return ADAM_BYTES * sum(sizes.language) + DTYPES[config.train.dtype].itemsize * sum(sizes.tower)
+    """12 bytes per trained element (master weight and two moments) + what is frozen in `train.dtype`, but for the base
+    of an adapter."""
+    trained = sum(sizes.trained.all)
+    frozen = 0 if config.model.lora is not None else sum(sizes.all) - trained
+    return ADAM_BYTES * trained + DTYPES[config.train.dtype].itemsize * frozen
 
 
 def find_advice(

@@ -87,10 +87,9 @@ def traffic(
     from other nodes, (N - 1) / N of it: 1 / G of that through each.
     """
     world_size = nodes * gpus_per_node
-    trained = sizes.all if config.model.train_tower else sizes.language
     elements = gathered_elements(sizes, config, row.latents)
     gathered = micro_steps * elements * DTYPES[config.train.dtype].itemsize
-    reduced = micro_steps * REDUCTION_BYTES[deepspeed_config["communication_data_type"]] * sum(trained)
+    reduced = micro_steps * REDUCTION_BYTES[deepspeed_config["communication_data_type"]] * sum(sizes.trained.all)
     both = gathered + reduced
     return Traffic(
         gathered=gathered * (world_size - 1) / world_size,
@@ -142,8 +141,7 @@ def step_time(
     passes_s = accessed / memory_bandwidth
     moved = traffic(sizes, config, deepspeed_config, row, nodes, gpus_per_node, level.micro_steps)
     communication_s = max(moved.nvlink / gpu.nvlink_bandwidth, moved.network / gpu.network_bandwidth) / LINK_EFFICIENCY
-    trained = sizes.all if config.model.train_tower else sizes.language
-    update_s = UPDATE_BYTES * sum(trained) / world_size / memory_bandwidth
+    update_s = UPDATE_BYTES * sum(sizes.trained.all) / world_size / memory_bandwidth
     busy_s = compute_s + passes_s
     step_s = (max(busy_s, communication_s) if overlaps else busy_s + communication_s) + update_s
     return StepTime(
