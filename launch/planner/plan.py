@@ -102,10 +102,15 @@ def figures(found: "Estimate") -> list[tuple[str, str]]:
         ("GB per GPU and step: NVLink", f"{found.traffic.nvlink / GB:.0f}"),
         ("GB per GPU and step: network", f"{found.traffic.network / GB:.1f}"),
         *times(found),
-        ("GB per checkpoint", f"{found.checkpoint_bytes / GB:.0f}"),
-        ("GB per node: host memory for its copy", f"{found.host_copy_bytes / GB:.0f}"),
+        ("GB per checkpoint", rounded(found.checkpoint_bytes / GB)),
+        ("GB per node: host memory for its copy", rounded(found.host_copy_bytes / GB)),
     ]
     return rows
+
+
+def rounded(size: float) -> str:
+    """With a decimal where it matters: an adapter's checkpoint is small."""
+    return f"{size:.0f}" if size >= 10 or not size else f"{size:.1f}"
 
 
 def times(found: "Estimate") -> list[tuple[str, str]]:

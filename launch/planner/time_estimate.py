@@ -127,9 +127,10 @@ def step_time(
     overlaps = choose_gather(config) == "layer"
     stored = not overlaps and config.train.micro_batch_size == 1
     recomputed = config.model.activation_checkpointing == "full" and not stored
-    accesses = row.single_columns * (COLUMN_ACCESSES + recomputed) + row.blocks * SUM_ACCESSES
-    accesses += PRODUCT_ACCESSES if row.single_columns else 0
-    accessed = micro_steps * accesses * sum(sizes.layers) * DTYPES[config.train.dtype].itemsize
+    accessed = row.single_columns * (COLUMN_ACCESSES + recomputed) * sum(sizes.layers)
+    added = row.blocks * SUM_ACCESSES + (PRODUCT_ACCESSES if row.single_columns else 0)
+    accessed += added * sum(sizes.trained.layers)
+    accessed *= micro_steps * DTYPES[config.train.dtype].itemsize
     passes_s = accessed / memory_bandwidth
     moved = traffic(sizes, config, deepspeed_config, row, nodes, gpus_per_node, level.micro_steps)
     communication_s = max(moved.nvlink / gpu.nvlink_bandwidth, moved.network / gpu.network_bandwidth) / LINK_EFFICIENCY
