@@ -100,12 +100,12 @@ def with_lora(config: Config) -> Config:
     return _changed(config, model={"lora": Lora(), "train_tower": False, "train_merger": False, "freeze": ()})
 
 
-def advice(ways: list[Way], what: str) -> tuple[Table | None, list[str]]:
-    """A table of the best ways, and words: the best one to paste, or that none fits, and what comes nearest."""
+def advice(ways: list[Way], what: str) -> tuple[Table | None, str]:
+    """A table of the best ways, and a line: the best one to paste, or that none fits, and what comes nearest."""
     fitting = [way for way in ways if way.found.fits]
     if not fitting:
         least = min((way.found for way in ways), key=lambda found: (not found.fits_host, found.memory.peak))
-        return None, [f"{what}: no setting fits. The one with the least memory {least.verdict.partition('; use')[0]}"]
+        return None, f"{what}: no setting fits; the one with the least memory {least.verdict.partition('; use')[0]}"
     shown = Table(box=box.MARKDOWN)
     shown.add_column(f"{what}, {fitting[0].found.nodes} x {fitting[0].found.gpus_per_node} {fitting[0].found.gpu}")
     for name in ("micro-batch", "GiB per GPU", "GiB of host memory per node", "s per step (assumed rates)"):
@@ -114,7 +114,7 @@ def advice(ways: list[Way], what: str) -> tuple[Table | None, list[str]]:
         seconds = "-" if way.step_s is None else f"{way.step_s:.2f}"
         sizes = (f"{size / GIB:.1f}" for size in (way.found.memory.peak, way.found.host_bytes))
         shown.add_row(" ".join(way.settings), str(way.found.micro_batch_size), *sizes, seconds)
-    return shown, [f"{what}, the first of {len(fitting)} that fit: {' '.join(fitting[0].overrides)}"]
+    return shown, f"{what}, the first of {len(fitting)} that fit: {' '.join(fitting[0].overrides)}"
 
 
 def _words(section: str, **values: Any) -> tuple[str, ...]:

@@ -72,17 +72,18 @@ def show_advice(config: Config, nodes: list[int], gpus_per_node: int, gpu: str, 
     from launch.planner.advise import advice, advise, with_lora
 
     console = wide_console()
-    kinds = {config.train.stage: config}
-    if config.model.lora is None:
-        kinds[f"{config.train.stage}, {LORA}"] = with_lora(config)
     fits = True
     for number in nodes:
-        for what, run in kinds.items():
-            ways = advise(run, number, gpus_per_node, gpu, mem_bytes)
-            fits &= what != config.train.stage or ways[0].found.fits
-            shown, words = advice(ways, what)
-            for each in ([shown] if shown else []) + words:
-                console.print(each, markup=False, soft_wrap=True)
+        ways = advise(config, number, gpus_per_node, gpu, mem_bytes)
+        fits &= ways[0].found.fits
+        shown = [advice(ways, config.train.stage)]
+        if config.model.lora is None:
+            lora = advise(with_lora(config), number, gpus_per_node, gpu, mem_bytes)
+            shown.append(advice(lora, f"{config.train.stage} with {LORA}"))
+        for table_of_ways, words in shown:
+            if table_of_ways:
+                console.print(table_of_ways)
+            console.print(words, markup=False, soft_wrap=True)
     if mem_bytes is None:
         console.print("Host memory was not compared: set --mem to the GiB of a node.", soft_wrap=True)
     if not fits:

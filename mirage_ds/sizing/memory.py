@@ -240,7 +240,8 @@ def deferred_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Size:
     """Bytes that the passes after the first leave for its backward, where layers are gathered by groups.
 
     Per column and layer the inputs of the matrices, 3 D + I, and the gradients of their outputs, 3 D + 2 I and those of
-    keys and values: see `DeferredGradient`. With an adapter on some of the matrices less, which is not counted. The columns of one are among them with `rollout` too, where they are few.
+    keys and values: see `DeferredGradient`. The columns of one are among them with `rollout` too, where they are few.
+    An upper bound for an adapter on some of the matrices.
     """
     if not group_elements(sizes, config) or not sizes.trained.layers:
         return 0 * row.later
