@@ -79,7 +79,7 @@ def made_up(num_samples: int, num_shards: int, ends: list[int]) -> Iterator[Any]
 
     `ends` gets the size of each shard.
     """
-    from mirage_ds.data.index import NOT_GIVEN, SAMPLE, Index
+    from mirage_ds.data.columns import NOT_GIVEN, SAMPLE, Index
 
     draw = np.random.default_rng(0)
     for shard, numbers in enumerate(np.array_split(np.arange(num_samples), num_shards)):

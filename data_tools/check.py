@@ -6,7 +6,8 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from data_tools.facts import facts_of
-from mirage_ds.data.index import Index, IndexEntry, check_digests, load_index
+from mirage_ds.data.columns import Index, IndexEntry
+from mirage_ds.data.index import check_digests, load_index
 from mirage_ds.data.places import Place
 from mirage_ds.data.rows import check_sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range

@@ -13,7 +13,7 @@ from typing import Any
 
 from mirage_ds import strict_json
 from mirage_ds.config import Stage
-from mirage_ds.data.index import IndexEntry
+from mirage_ds.data.columns import IndexEntry
 from mirage_ds.errors import DataError
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from data_tools.building.shard_writer import SHARD_PATTERN
 from data_tools.manifest import describe_shard, write_manifest
-from mirage_ds.data.index import Index, IndexEntry, starts
+from mirage_ds.data.columns import Index, IndexEntry
+from mirage_ds.data.ragged import starts
 from mirage_ds.data.shard_samples import read_range
 from mirage_ds.data.shards import Manifest, Shard, ShardFolder
 from mirage_ds.errors import DataError

@@ -6,10 +6,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mirage_ds.config import Stage
+from mirage_ds.data.columns import Index
 from mirage_ds.data.costs import SampleCosts
 from mirage_ds.data.counts import count_texts, save_counts
 from mirage_ds.data.encode import load_encoder
-from mirage_ds.data.index import Index, load_index
+from mirage_ds.data.index import load_index
 from mirage_ds.data.shards import ShardFolder, load_manifest
 
 NUM_LISTED = 5

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mirage_ds.data.images import decode
-from mirage_ds.data.rows import Sample, num_image_blocks, num_latent_blocks
+from mirage_ds.data.rows import Sample, num_early_image_blocks, num_latent_blocks
+from mirage_ds.data.turns import TURN_CHARS
 
 
 def facts_of(sample: Sample, row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -18,12 +19,16 @@ def facts_of(sample: Sample, row: Mapping[str, Any], where: str) -> dict[str, An
     return {
         "input_sizes": list(_sizes(sample.input_images, row, "image_input", where)),
         "helper_sizes": list(_sizes(sample.helper_images, row, "image_output", where)),
-        "question_chars": len(sample.text_input),
-        "answer_chars": len(sample.text_output),
-        "image_blocks": num_image_blocks(sample.text_input, len(sample.input_images)),
-        "latent_blocks": num_latent_blocks(sample.text_output, len(sample.helper_images)),
+        "question_chars": _chars(sample, trained=False) + TURN_CHARS * len(sample.context),
+        "answer_chars": _chars(sample, trained=True),
+        "image_blocks": num_early_image_blocks(sample),
+        "latent_blocks": num_latent_blocks(sample),
         "latent_sizes": list(sample.latent_sizes) or None,
     }
+
+
+def _chars(sample: Sample, *, trained: bool) -> int:
+    return sum(len(turn.text) for turn in sample.turns if turn.train == trained)
 
 
 def _sizes(images: Iterable[bytes], row: Mapping[str, Any], name: str, where: str) -> Iterator[tuple[int, int]]:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from data_tools.sample_rows import Row, as_text, first_rows
 from mirage_ds.data.shards import load_manifest
+from mirage_ds.data.turns import Role
+
+NAMES: dict[Role, str] = {"system": "system", "human": "question", "gpt": "answer"}
 
 
 def head(path: Path, count: int) -> Iterator[str]:
@@ -18,15 +21,16 @@ def head(path: Path, count: int) -> Iterator[str]:
 
 
 def lines_of(row: Row) -> Iterator[str]:
-    """A row: its key and sizes, question and answer, and its other fields."""
+    """A row: its key and sizes, its questions and answers, and its other fields."""
     entry, sample = row.entry, row.sample
     own = f", K {', '.join(map(str, entry.latent_sizes))}" if entry.latent_sizes else ""
     yield (
         f"{entry.key} ({row.shard}): input images {_sizes(entry.input_sizes)}; helper images "
         f"{_sizes(entry.helper_sizes)}; latent blocks {entry.latent_blocks}{own}"
     )
-    yield f"  question: {_in_line(sample.text_input)}"
-    yield f"  answer:   {_in_line(sample.text_output)}"
+    for turn in sample.turns:
+        name = "answer (not trained)" if turn.role == "gpt" and not turn.train else NAMES[turn.role]
+        yield f"  {name + ':':<9} {_in_line(turn.text)}"
     for name, value in sample.extra.items():
         yield f"  {name}: {_in_line(as_text(value))}"
 

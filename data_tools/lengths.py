@@ -8,10 +8,11 @@ import numpy.typing as npt
 
 from data_tools.model_options import ModelOptions
 from mirage_ds.config import Stage
+from mirage_ds.data.columns import IndexEntry
 from mirage_ds.data.costs import TOKEN_PATCHES, Costs, SampleCosts
 from mirage_ds.data.counts import counts_name, load_counts
 from mirage_ds.data.encode import Encoder, load_encoder
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.index import load_index
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.errors import DataError
@@ -103,7 +104,5 @@ class RowTokens:
 
 def row_tokens(encoder: Encoder, sample: Sample, entry: IndexEntry, latent_size: int) -> RowTokens:
     """Counted as the encoder does it; no image is decoded."""
-    total = encoder.count_tokens(
-        sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images), sample.latent_sizes
-    )
+    total = encoder.count_tokens(sample, entry.input_sizes)
     return RowTokens(total, int(encoder.image_tokens(entry.input_sizes).sum()), sum(entry.block_sizes(latent_size)))

@@ -9,16 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from mirage_ds.data.index import (
-    COLUMNS,
-    INDEX_FOLDER,
-    Index,
-    IndexEntry,
-    column_file,
-    column_header,
-    columns_of,
-    consecutive,
-)
+from mirage_ds.data.columns import COLUMNS, Index, IndexEntry, columns_of, consecutive
+from mirage_ds.data.index import INDEX_FOLDER, column_file, column_header
 from mirage_ds.data.shards import FORMAT_VERSION, MANIFEST_NAME, IndexFile, Manifest, Shard
 
 

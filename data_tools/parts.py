@@ -23,7 +23,8 @@ from data_tools.building.progress import Report
 from data_tools.building.rejects import as_lines, check_rejects, read_rejects, write_rejects
 from data_tools.building.shard_writer import SHARD_PATTERN
 from data_tools.manifest import write_manifest
-from mirage_ds.data.index import Index, check_digests, load_index
+from mirage_ds.data.columns import Index
+from mirage_ds.data.index import check_digests, load_index
 from mirage_ds.data.shards import Manifest, Shard, load_manifest
 from mirage_ds.errors import DataError
 from mirage_ds.output_folder import new_folder

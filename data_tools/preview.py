@@ -4,15 +4,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain, count
+from itertools import count, islice
 from pathlib import Path
 from typing import Literal
 
 from data_tools.model_options import ModelOptions
 from data_tools.sample_rows import Row, as_text, matching_rows, spread_rows
 from mirage_ds.data.images import decode
-from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG
+from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import load_manifest
+from mirage_ds.data.texts import IMAGE_TAG, OUTPUT_IMAGE_TAG
+from mirage_ds.data.turns import Turn
 from mirage_ds.errors import DataError, name_full_disk, name_unwritable
 from mirage_ds.evaluation.report.contents import Picture
 from mirage_ds.evaluation.report.html import render_page
@@ -35,6 +37,15 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class TurnView:
+    """What is shown of a turn."""
+
+    name: str
+    is_question: bool
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
 class RowView:
     """What is shown of a row."""
 
@@ -42,8 +53,7 @@ class RowView:
     key: str
     shard: str
     tokens: str  # empty without a model
-    question: Sequence[Piece]
-    answer: Sequence[Piece]
+    turns: Sequence[TurnView]
     inputs: Sequence[Picture]
     helpers: Sequence[Picture]
     fields: Mapping[str, str]
@@ -121,35 +131,38 @@ def row_view(row: Row, latent_size: int, tokens: str) -> RowView:
         key=row.entry.key,
         shard=row.shard,
         tokens=tokens,
-        question=question_pieces(sample.text_input, len(sample.input_images)),
-        answer=answer_pieces(sample.text_output, row.entry.block_sizes(latent_size)),
+        turns=turn_views(sample, row.entry.block_sizes(latent_size)),
         inputs=_pictures(sample.input_images, "Input image", f"{where}.input"),
         helpers=_pictures(sample.helper_images, "Helper image", f"{where}.helper"),
         fields={name: as_text(value) for name, value in sample.extra.items()},
     )
 
 
-def question_pieces(question: str, num_images: int) -> list[Piece]:
-    """A question with its images at their places: those of its tags, or in front of it if it has no <image>."""
-    numbers = count(1)
-    in_front = 0 if IMAGE_TAG in question else num_images
-    pieces = [Piece("image", f"image {next(numbers)}") for _ in range(in_front)]
-    for part in re.split(f"({IMAGE_TAG}|{OUTPUT_IMAGE_TAG})", question):
-        if part in (IMAGE_TAG, OUTPUT_IMAGE_TAG):
-            pieces.append(Piece("image", f"image {next(numbers)}"))
-        elif part:
-            pieces.append(Piece("text", part))
-    return pieces
+def turn_views(sample: Sample, latent_sizes: Sequence[int]) -> list[TurnView]:
+    """The turns with their images and latent blocks at their places: those of their tags, or else in front of the first
+    question and of the last answer."""
+    images = (Piece("image", f"image {number}") for number in count(1))
+    blocks = iter([Piece("latents", f"block {n}: K = {k}", k) for n, k in enumerate(latent_sizes, start=1)])
+    has_slots = any(IMAGE_TAG in turn.text for turn in sample.turns)
+    in_front = [] if has_slots else list(islice(images, len(sample.input_images)))
+    views = []
+    for turn in sample.turns:
+        pieces = in_front if turn.role == "human" else []
+        in_front = in_front if turn.role == "system" else []
+        for part in re.split(f"({IMAGE_TAG}|{OUTPUT_IMAGE_TAG})", turn.text):
+            if part in (IMAGE_TAG, OUTPUT_IMAGE_TAG):
+                pieces.append(next(blocks) if turn.train else next(images))
+            elif part:
+                pieces.append(Piece("text", part))
+        views.append(TurnView(_name_of(turn), turn.role != "gpt", pieces))
+    views[-1].pieces[:0] = blocks
+    return views
 
 
-def answer_pieces(answer: str, latent_sizes: Sequence[int]) -> list[Piece]:
-    """An answer with its latent blocks at their places: those of its tags, or in front of it if it has none."""
-    blocks = [Piece("latents", f"block {number}: K = {k}", k) for number, k in enumerate(latent_sizes, start=1)]
-    if OUTPUT_IMAGE_TAG not in answer:
-        return [*blocks, Piece("text", answer)]
-    first, *others = [Piece("text", part) for part in answer.split(OUTPUT_IMAGE_TAG)]
-    pieces = [first, *chain.from_iterable(zip(blocks, others, strict=True))]
-    return [piece for piece in pieces if piece.text]
+def _name_of(turn: Turn) -> str:
+    if turn.role == "gpt":
+        return "Answer" if turn.train else "Answer, not trained"
+    return "Question" if turn.role == "human" else "System"
 
 
 def _pictures(images: Sequence[bytes], name: str, where: str) -> list[Picture]:

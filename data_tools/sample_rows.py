@@ -6,7 +6,8 @@ from itertools import islice
 from typing import Any
 
 from mirage_ds import strict_json
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.columns import IndexEntry
+from mirage_ds.data.index import load_index
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.shard_samples import from_members, parse_members, read_range
 from mirage_ds.data.shards import ShardFolder
@@ -36,17 +37,13 @@ def first_rows(folder: ShardFolder, count: int) -> list[Row]:
 
 
 def matching_rows(folder: ShardFolder, count: int, text: str) -> list[Row]:
-    """The first rows that have `text` in their question or answer, whatever the case of its letters.
+    """The first rows that have `text` in a question or an answer, whatever the case of its letters.
 
     Raises:
         DataError: none has it.
     """
     wanted = text.casefold()
-    found = (
-        row
-        for row in _all(folder)
-        if wanted in row.sample.text_input.casefold() or wanted in row.sample.text_output.casefold()
-    )
+    found = (row for row in _all(folder) if any(wanted in turn.text.casefold() for turn in row.sample.turns))
     rows = list(islice(found, count))
     if not rows:
         raise DataError(

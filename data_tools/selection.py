@@ -15,7 +15,8 @@ from data_tools.copy_rows import copy_rows
 from data_tools.model_options import ModelOptions
 from data_tools.sample_rows import read_row
 from mirage_ds import strict_json
-from mirage_ds.data.index import Index, check_digests, load_index
+from mirage_ds.data.columns import Index
+from mirage_ds.data.index import check_digests, load_index
 from mirage_ds.data.shards import MANIFEST_NAME, Manifest, ShardFolder, load_manifest
 from mirage_ds.errors import DataError
 from mirage_ds.output_folder import check_output, new_folder

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from data_tools.distribution import Distribution, distribution
 from data_tools.model_options import ModelOptions
-from mirage_ds.data.index import Index, load_index
+from mirage_ds.data.columns import Index
+from mirage_ds.data.index import load_index
 from mirage_ds.data.shards import ShardFolder, load_manifest
 
 NUM_SIZES = 5  # that are listed

@@ -63,15 +63,19 @@ class ModelConfig(Section):
     cells of a grid over the image, whose rows times columns are K."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernels. `auto`: `flash_attention_2` on a GPU in bf16 where flash-attn can be imported, else `sdpa`."""
-    gather: Literal["auto", "layer", "rollout"] = "auto"
-    """What ZeRO-3 gathers at a time. `layer`: one decoder layer; `rollout`: the complete decoder, once for all passes;
+    gather: Literal["auto", "layer", "groups", "rollout"] = "auto"
+    """What ZeRO-3 gathers at a time. `layer`: one decoder layer; `groups`: `model.gather_layers` decoder layers, again
+    in each pass, for models whose decoder does not fit on a GPU; `rollout`: the complete decoder, once for all passes;
     `auto`: `rollout` where the decoder takes several passes, in stage 2 and where images are hidden, else `layer`."""
+    gather_layers: PositiveInt = 4
+    """With `model.gather=groups`: layers of a group. Two groups are there at a time."""
     activation_checkpointing: Literal["full", "none"] = "full"
     """`full`: the activations of each decoder layer are recomputed in backward; `none`: they are stored."""
     answer_sees_image: bool = True
     """`false`: after a row's first latent block nothing attends to its input images any more, in training and in
     decoding, so that what the answer needs of them must be in the latents; see
-    [training](training.md#make-the-latents-necessary). Rows without a block see their images."""
+    [training](training.md#make-the-latents-necessary). Rows without a block see their images; rows with an image after
+    their first block are refused."""
     train_tower: bool = False
     """Train the vision tower too; the method keeps it frozen."""
     train_merger: bool = False
@@ -214,6 +218,22 @@ class Config(Section):
         default = ModelConfig.model_fields["cache_targets_gib"].default
         if self.model.cache_targets is None and self.model.cache_targets_gib != default:
             raise ValueError("model.cache_targets_gib limits model.cache_targets, which is unset; set both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_are_for_several_passes(self) -> "Config":
+        if self.model.gather == "groups" and not self.several_passes:
+            raise ValueError(
+                f"model.gather=groups is for several passes over the decoder, {self.train.stage} takes one; allowed "
+                "in stage2, and where images are hidden; set model.gather=layer"
+            )
+        # Not by model_fields_set: a resolved recipe has every key.
+        default = ModelConfig.model_fields["gather_layers"].default
+        if self.model.gather != "groups" and self.model.gather_layers != default:
+            raise ValueError(
+                "model.gather_layers is the size of the groups of model.gather=groups, which is not set; set both or "
+                "neither"
+            )
         return self
 
     @model_validator(mode="after")

@@ -63,7 +63,8 @@ class DataConfig(Section):
     [training](training.md#packed-rows)."""
     text_dropout_image: float = Field(default=0.0, ge=0, le=1)
     """Share of the training rows, drawn by `run.seed` and the row's place in the order, whose images are hidden after
-    their first latent block as with `model.answer_sees_image: false`. Not in validation and decoding."""
+    their first latent block as with `model.answer_sees_image: false`. Not in validation and decoding.
+    Above 0, rows with an image after their first block are refused."""
     token_budget: PositiveInt | None = None
     """Most tokens of a packed row; a sample that is longer is refused before the run."""
     helper: HelperImages = True

@@ -175,7 +175,7 @@ def make_trainer(
         state,
         max_steps=start.max_steps,
         device=start.device,
-        agree_on_passes=start.gather == "layer" and config.several_passes,
+        agree_on_passes=start.gather != "rollout" and config.several_passes,
         early_end=watch_end(config),
         save_progress=saves.progress,
     )

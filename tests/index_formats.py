@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_tools.manifest import describe_shard, write_manifest
-from mirage_ds.data.index import IndexEntry, load_index
+from mirage_ds.data.columns import IndexEntry
+from mirage_ds.data.index import load_index
 from mirage_ds.data.shards import read_manifest
 
 

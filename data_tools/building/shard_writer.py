@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from data_tools.building.encoding import Encoded, Rejected
 from data_tools.building.inputs import START, Place, RawRow
-from mirage_ds.data.index import IndexEntry
+from mirage_ds.data.columns import IndexEntry
 from mirage_ds.data.shards import Shard
 
 SHARD_PATTERN = "shard-%06d.tar"

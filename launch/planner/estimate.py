@@ -11,11 +11,12 @@ from mirage_ds.errors import ConfigError
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.gpus import USABLE, find_gpu
 from mirage_ds.sizing.host_memory import offload_bytes
+from mirage_ds.sizing.measured import workload
 from mirage_ds.sizing.memory import Memory, estimate_memory, offloads
 from mirage_ds.sizing.micro_batch import candidates, choose, setting_of, with_micro_batch
 from mirage_ds.sizing.model_sizes import ModelSizes, model_sizes
 from mirage_ds.sizing.savings import savings
-from mirage_ds.sizing.workload import Row, Workload, workload
+from mirage_ds.sizing.workload import Row, Workload
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import GIB, choose_gather
 
@@ -108,8 +109,8 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         return estimate_memory(sizes, run, deepspeed_config, largest, world_size)
 
     def row_of(run: Config) -> Row:
-        """Ranks that gather layer by layer make the same passes: as if all their rows were one micro-batch."""
-        alike = choose_gather(run) == "layer"
+        """Ranks that gather inside the passes make the same ones: as if all their rows were one micro-batch."""
+        alike = choose_gather(run) != "rollout"
         return rows.mean_of(run.train.micro_batch_size * (world_size if alike else 1))
 
     costs = folder_costs(config)

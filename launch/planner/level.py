@@ -13,7 +13,7 @@ from mirage_ds.data.folders import find_folders
 from mirage_ds.data.helpers import Helpers
 from mirage_ds.data.mixture import Mixture, order_of
 from mirage_ds.data.steps import Share, Steps
-from mirage_ds.sizing.workload import image_processor
+from mirage_ds.sizing.measured import image_processor
 
 NUM_STEPS = 10  # that are dealt
 

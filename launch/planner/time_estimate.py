@@ -6,6 +6,7 @@ Legend: W ranks on N nodes of G GPUs, n tokens and T supervised tokens of a micr
 D hidden, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from mirage_ds.config import Config
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.sizing.flops import work
 from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Gpu
-from mirage_ds.sizing.memory import REDUCTION_BYTES
+from mirage_ds.sizing.memory import REDUCTION_BYTES, group_elements
 from mirage_ds.sizing.model_sizes import ModelSizes
 from mirage_ds.sizing.workload import Row
 from mirage_ds.zero3.engine import choose_gather
@@ -51,17 +52,24 @@ class StepTime:
     """model FLOPs / (step time x peak rate)"""
 
 
-def gathers(gather: str, latents: int) -> float:
-    """How often a micro-step gathers the model, with so many latents that are fed back.
+def gathered_elements(sizes: ModelSizes, config: Config, latents: int) -> float:
+    """Elements that a micro-step gathers, with so many latents that are fed back.
 
-    Measured in stage 2 with a small model on 2 CPU ranks (tests/distributed/test_sharding.py): 1.0 with `rollout`,
-    which stays gathered from forward to backward by the shipped reuse distance; 4.2, 6.4 and 10.7 with `layer` and
-    2, 4 and 8 latents, which is the line 2.07 + 1.08 latents. A single pass with `layer` gathers once in forward and
-    once in backward.
+    rollout: all once, as it stays gathered from forward to backward by the shipped reuse distance.
+    layer, in one pass: the language model twice, in forward and in backward, and a frozen tower once.
+    groups, and layer in several passes: the layers twice in each pass, but that the last group is still there when
+        backward begins; a single group stays. The rest as above.
+    tests/distributed/test_sharding.py compares it with what a small model gathers on 2 CPU ranks.
     """
-    if gather == "rollout":
-        return 1.0
-    return 2.07 + 1.08 * latents if latents else 2.0
+    if choose_gather(config) == "rollout":
+        return sum(sizes.all)
+    tower = sum(sizes.tower) * (1 + config.model.train_tower)
+    group = group_elements(sizes, config)
+    if not group:
+        return tower + 2 * sum(sizes.language)
+    layers = sum(sizes.layers)
+    visits = 2 * (1 + latents) * math.ceil(layers / group)
+    return tower + 2 * (sum(sizes.language) - layers) + (layers if group >= layers else (visits - 1) * group)
 
 
 def traffic(
@@ -73,15 +81,14 @@ def traffic(
     gpus_per_node: int,
     micro_steps: float,
 ) -> Traffic:
-    """Per micro-step: gathers x e x all elements + bytes of communication_data_type x trained elements, reduced.
+    """Per micro-step: e x gathered elements + bytes of communication_data_type x trained elements, reduced.
 
     A rank holds 1 / W of it; (W - 1) / W arrive over NVLink or the network. The G adapters of a node share what comes
     from other nodes, (N - 1) / N of it: 1 / G of that through each.
     """
     world_size = nodes * gpus_per_node
-    gather = choose_gather(config)
-    count = gathers(gather, row.latents)
-    gathered = micro_steps * count * DTYPES[config.train.dtype].itemsize * sum(sizes.all)
+    elements = gathered_elements(sizes, config, row.latents)
+    gathered = micro_steps * elements * DTYPES[config.train.dtype].itemsize
     reduced = micro_steps * REDUCTION_BYTES[deepspeed_config["communication_data_type"]] * sum(sizes.trained.all)
     both = gathered + reduced
     return Traffic(
@@ -102,13 +109,14 @@ def step_time(
     gpu: Gpu,
     level: Level,
 ) -> StepTime:
-    """With `layer`, gathering overlaps with computing: the longer one counts. A rollout is gathered first: their sum.
-    (Its gather begins while the tower runs, which is not taken off.)
+    """With `layer` and `groups`, gathering overlaps with computing: the longer one counts. A rollout is gathered first:
+    their sum. (Its gather begins while the tower runs, which is not taken off.)
 
     compute        computed FLOPs of a rank's samples / (peak x COMPUTE_EFFICIENCY) x level.factor
     passes         what the row's passes add in stage 2: each one over a single column reads all layers' weights
                    COLUMN_ACCESSES times, once more if it is recomputed (of several rows, some are padded on the left);
-                   each longer one after the first adds its gradients, SUM_ACCESSES; see also PRODUCT_ACCESSES. Longer
+                   of a rollout each longer one after the first adds its gradients, SUM_ACCESSES; see also
+                   PRODUCT_ACCESSES. Longer
                    passes are counted by their FLOPs alone, as if reading the weights took no time beside them.
     communication  the slower of NVLink and the network, at LINK_EFFICIENCY
     update         UPDATE_BYTES x trained elements / W over the memory bandwidth
@@ -124,11 +132,11 @@ def step_time(
     peak = gpu.flops[config.train.dtype]
     memory_bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
     compute_s = micro_steps * done.computed / (peak * COMPUTE_EFFICIENCY) * level.factor
-    overlaps = choose_gather(config) == "layer"
-    stored = not overlaps and config.train.micro_batch_size == 1
+    overlaps = choose_gather(config) != "rollout"
+    stored = config.train.micro_batch_size == 1
     recomputed = config.model.activation_checkpointing == "full" and not stored
     accessed = row.single_columns * (COLUMN_ACCESSES + recomputed) * sum(sizes.layers)
-    added = row.blocks * SUM_ACCESSES + (PRODUCT_ACCESSES if row.single_columns else 0)
+    added = (0 if overlaps else row.blocks * SUM_ACCESSES) + (PRODUCT_ACCESSES if row.single_columns else 0)
     accessed += added * sum(sizes.trained.layers)
     accessed *= micro_steps * DTYPES[config.train.dtype].itemsize
     passes_s = accessed / memory_bandwidth

@@ -1,12 +1,15 @@
 """Renders a sample's texts as a conversation in Qwen2.5-VL's chat template; loads the tokenizer that has it."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, num_latent_blocks
+from mirage_ds.data.rows import Sample, num_latent_blocks
+from mirage_ds.data.texts import IMAGE_TAG, OUTPUT_IMAGE_TAG
+from mirage_ds.data.turns import Role, Turn
 from mirage_ds.errors import MALFORMED, ConfigError
 from mirage_ds.tokens import (
     ASSISTANT_MARKER,
@@ -19,6 +22,8 @@ from mirage_ds.tokens import (
     VISION_START,
 )
 
+ROLES: dict[Role, str] = {"system": "system", "human": "user", "gpt": "assistant"}
+"""Of turns -> their names in the template."""
 IMAGE_BLOCK = VISION_START + IMAGE_PAD + VISION_END
 LATENT_BLOCK = LATENT_START + IMAGE_PAD + LATENT_END  # the pad becomes K latent pads when the ids are expanded
 
@@ -61,31 +66,35 @@ def read_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrained
 
 
 def train_text(
-    tokenizer: PreTrainedTokenizerBase,
-    question: str,
-    answer: str,
-    *,
-    num_input_images: int,
-    num_helper_images: int,
-    latents: bool = True,
-    system_turn: bool = True,
+    tokenizer: PreTrainedTokenizerBase, sample: Sample, *, latents: bool = True, system_turn: bool = True
 ) -> str:
-    """The full conversation, with one <|image_pad|> for each image and each latent block."""
-    if not latents:
-        answer = answer.replace(OUTPUT_IMAGE_TAG, "")
-    elif OUTPUT_IMAGE_TAG in answer:
-        answer = answer.replace(OUTPUT_IMAGE_TAG, LATENT_BLOCK)
-    else:
-        answer = LATENT_BLOCK * num_latent_blocks(answer, num_helper_images) + answer
-    messages = [_user_turn(question, num_input_images), {"role": "assistant", "content": answer}]
+    """The full conversation, with one <|image_pad|> for each image and each latent block.
+
+    Args:
+        latents: False: without latent blocks.
+        system_turn: start with the template's default system turn, unless the row has its own.
+    """
+    block = LATENT_BLOCK if latents else ""
+    in_front = "" if any(OUTPUT_IMAGE_TAG in turn.text for turn in sample.turns if turn.train) else block
+    answer = Turn("gpt", in_front * num_latent_blocks(sample) + sample.text_output, train=True)
+    messages = [_message(turn, block) for turn in (*_before_answer(sample), answer)]
     return _render(tokenizer, messages, system_turn)
 
 
-def prompt_text(
-    tokenizer: PreTrainedTokenizerBase, question: str, *, num_input_images: int, system_turn: bool = True
-) -> str:
-    """The prompt for decoding: `train_text` up to and including <|im_start|>assistant."""
-    return _render(tokenizer, [_user_turn(question, num_input_images)], system_turn) + ASSISTANT_MARKER
+def prompt_text(tokenizer: PreTrainedTokenizerBase, sample: Sample, *, system_turn: bool = True) -> str:
+    """The prompt for decoding: `train_text` up to and including the <|im_start|>assistant of the last answer."""
+    messages = [_message(turn, OUTPUT_IMAGE_TAG) for turn in _before_answer(sample)]
+    return _render(tokenizer, messages, system_turn) + ASSISTANT_MARKER
+
+
+def _before_answer(sample: Sample) -> tuple[Turn, ...]:
+    """All turns before the last answer; with all images in front of the first question, if there is no <image>."""
+    turns = sample.turns[:-1]
+    if any(IMAGE_TAG in turn.text for turn in turns):
+        return turns
+    first = next(number for number, turn in enumerate(turns) if turn.role == "human")
+    asked = replace(turns[first], text=IMAGE_TAG * len(sample.input_images) + turns[first].text)
+    return (*turns[:first], asked, *turns[first + 1 :])
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], system_turn: bool) -> str:
@@ -110,10 +119,15 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], 
     return both.removeprefix(before)
 
 
-def _user_turn(question: str, num_images: int) -> dict[str, Any]:
-    """A user turn with its images at the question's slots, or in front of it if there is no <image>."""
+def _message(turn: Turn, block: str) -> dict[str, Any]:
+    """A turn as the template takes it, with its images at its slots.
+
+    Args:
+        block: what stands for an <output_image> of a trained answer.
+    """
+    if turn.train or turn.role == "system":
+        return {"role": ROLES[turn.role], "content": turn.text.replace(OUTPUT_IMAGE_TAG, block)}
+    parts = re.split(f"({IMAGE_TAG}|{OUTPUT_IMAGE_TAG})", turn.text)
     image = {"type": "image"}
-    in_front = 0 if IMAGE_TAG in question else num_images
-    parts = re.split(f"({IMAGE_TAG}|{OUTPUT_IMAGE_TAG})", question)
-    placed = [image if part in (IMAGE_TAG, OUTPUT_IMAGE_TAG) else {"type": "text", "text": part} for part in parts]
-    return {"role": "user", "content": [image] * in_front + placed}
+    content = [image if part in (IMAGE_TAG, OUTPUT_IMAGE_TAG) else {"type": "text", "text": part} for part in parts]
+    return {"role": ROLES[turn.role], "content": content}

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mirage_ds.config import Stage
-from mirage_ds.data.index import Entries, Index, parts_of
+from mirage_ds.data.columns import Entries, Index, parts_of
 from mirage_ds.data.ragged import Numbers, sums
 from mirage_ds.patch_grid import CELL_PATCHES
 

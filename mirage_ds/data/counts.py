@@ -44,15 +44,7 @@ def count_texts(folder: ShardFolder, tokenizer: PreTrainedTokenizerBase, *, syst
     counts = {name: np.zeros(folder.num_samples, np.int32) for name in ("without_latents", "with_latents")}
 
     def text(sample: Sample, name: str) -> str:
-        return train_text(
-            tokenizer,
-            sample.text_input,
-            sample.text_output,
-            num_input_images=len(sample.input_images),
-            num_helper_images=len(sample.helper_images),
-            latents=name == "with_latents",
-            system_turn=system_turn,
-        )
+        return train_text(tokenizer, sample, latents=name == "with_latents", system_turn=system_turn)
 
     for start in range(0, folder.num_samples, GROUP):
         samples = [read(number) for number in range(start, min(start + GROUP, folder.num_samples))]

@@ -14,12 +14,14 @@ import numpy as np
 from PIL import Image
 
 from mirage_ds.config import Config, HelperImages
+from mirage_ds.data.columns import NOT_GIVEN, Entries, Index
 from mirage_ds.data.images import open_image
-from mirage_ds.data.index import Entries, Index, IndexEntry, load_index
+from mirage_ds.data.index import load_index
 from mirage_ds.data.plan import ORDER, epoch_order
-from mirage_ds.data.ragged import Numbers
-from mirage_ds.data.rows import OUTPUT_IMAGE_TAG, Sample, check_sample
+from mirage_ds.data.ragged import Numbers, places, starts
+from mirage_ds.data.rows import Sample, check_sample
 from mirage_ds.data.shards import ShardFolder
+from mirage_ds.data.texts import OUTPUT_IMAGE_TAG
 from mirage_ds.errors import DataError
 
 T = TypeVar("T")
@@ -58,7 +60,7 @@ class Helpers:
             DataError: as `load_index`; or rows have no image that could take this place.
         """
         index = load_index(folder)
-        if self.images is True or self.images == "gray":  # of the same size
+        if self.images is True or self.images == "gray":
             return index
         self._check(index, folder)
         return Replaced(index, self, self.donors(index, folder.digest))
@@ -77,16 +79,29 @@ class Helpers:
         donors[circle] = np.roll(circle, -1)
         return donors
 
-    def entry(self, entry: IndexEntry, donor: IndexEntry) -> IndexEntry:
-        """A row's entry after the replacement.
+    def rows(self, own: Index, donors: Index) -> Index:
+        """The index of rows after the replacement.
 
         Args:
-            donor: the entry of the row that `donors` names.
+            donors: of each row the one that `Helpers.donors` names.
         """
+        if self.images is True or self.images == "gray":  # of the same size
+            return own
+        samples, helpers = own.samples.copy(), own.samples["helper_images"]
         if self.images == "none":
-            return replace(entry, helper_sizes=[], latent_blocks=0, latent_sizes=None)
-        sizes = entry.input_sizes if self.images == "input" else donor.helper_sizes
-        return replace(entry, helper_sizes=in_places(sizes, len(entry.helper_sizes)))
+            samples["helper_images"], samples["latent_blocks"], samples["first_latent_size"] = 0, 0, NOT_GIVEN
+            samples["first_image"] = starts(samples["input_images"])
+            images = own.images[places(own.samples["first_image"], own.samples["input_images"])]
+            return replace(own, samples=samples, images=images, latent_sizes=own.latent_sizes[:0])
+        given = donors.samples
+        first = given["first_image"] if self.images == "input" else given["first_image"] + given["input_images"]
+        last = given[f"{'input' if self.images == 'input' else 'helper'}_images"] - 1
+        numbers = np.minimum(places(np.zeros(len(own), np.int64), helpers), np.repeat(last, helpers))  # see `in_places`
+        images = own.images.copy()
+        images[places(samples["first_image"] + samples["input_images"], helpers)] = donors.images[
+            np.repeat(first, helpers) + numbers
+        ]
+        return replace(own, samples=samples, images=images)
 
     def sample(self, sample: Sample, read_donor: Callable[[], Sample]) -> Sample:
         """A row after the replacement; a row without helper images stays as it is.
@@ -102,8 +117,9 @@ class Helpers:
             return sample
         if self.images == "none":  # as in the stage text
             check_sample(sample, key)
+            context = tuple(replace(turn, text=turn.text.replace(OUTPUT_IMAGE_TAG, "")) for turn in sample.context)
             answer = sample.text_output.replace(OUTPUT_IMAGE_TAG, "")
-            return replace(sample, text_output=answer, helper_images=(), latent_sizes=())
+            return replace(sample, context=context, text_output=answer, helper_images=(), latent_sizes=())
         if self.images == "gray":
             return replace(sample, helper_images=tuple(self._gray(sample)))
         if self.images == "input":
@@ -161,7 +177,7 @@ class Replaced(Entries):
     def take(self, numbers: Numbers) -> Index:
         own = self.own.take(numbers)
         donors = own if self.donors is None else self.own.take(self.donors[numbers])
-        return Index.of([self.helpers.entry(*pair) for pair in zip(own.entries(), donors.entries(), strict=True)])
+        return self.helpers.rows(own, donors)
 
 
 OWN = Helpers()

@@ -1,4 +1,4 @@
-"""A sample's token ids: pads repeated to the number of their embeddings, the prompt's end, labels.
+"""A sample's token ids: pads repeated to the number of their embeddings, the answers, labels.
 
 Shape legend: L tokens, K latents per block.
 """
@@ -34,18 +34,23 @@ def expand_pads(
     return torch.where(latents, ids.latent_pad, input_ids).repeat_interleave(repeats)
 
 
-def find_prompt_length(input_ids: torch.Tensor, marker: torch.Tensor) -> int:
-    """Tokens of ids [L] up to the end of the first `marker`, the ids of <|im_start|>assistant."""
-    found = (input_ids.unfold(0, len(marker), 1) == marker).all(dim=1).nonzero()
-    return int(found[0]) + len(marker)
+def find_answers(input_ids: torch.Tensor, marker: torch.Tensor) -> list[range]:
+    """Of each answer in ids [L] its tokens: from `marker`, the ids of <|im_start|>assistant, to the next <|im_start|>.
 
-
-def supervised_labels(input_ids: torch.Tensor, prompt_length: int, ids: TokenIds) -> torch.Tensor:
-    """Labels [L] of ids [L], not shifted: the answer's tokens, the newline before and after it, and its markers.
-
-    IGNORE_INDEX at the prompt, at <|endoftext|>, and at latent pads, which have the latent loss.
+    So it has the newline before and after its text, and its <|im_end|>.
     """
-    labels = input_ids.clone()
-    labels[:prompt_length] = IGNORE_INDEX
+    found = (input_ids.unfold(0, len(marker), 1) == marker).all(dim=1).nonzero().flatten().tolist()
+    turns = [*(input_ids == marker[0]).nonzero().flatten().tolist(), len(input_ids)]
+    return [range(start + len(marker), next(turn for turn in turns if turn > start)) for start in found]
+
+
+def supervised_labels(input_ids: torch.Tensor, trained: Sequence[range], ids: TokenIds) -> torch.Tensor:
+    """Labels [L] of ids [L], not shifted: the tokens of these answers.
+
+    IGNORE_INDEX at all others, at <|endoftext|>, and at latent pads, which have the latent loss.
+    """
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for answer in trained:
+        labels[answer.start : answer.stop] = input_ids[answer.start : answer.stop]
     labels[(input_ids == ids.end_of_text) | (input_ids == ids.latent_pad)] = IGNORE_INDEX
     return labels

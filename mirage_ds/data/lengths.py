@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mirage_ds.data.columns import Entries, Index, parts_of
 from mirage_ds.data.costs import MARKERS, SampleCosts, row_sizes
 from mirage_ds.data.counts import counts_name, load_counts
 from mirage_ds.data.encode import Encoder
 from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.index import Entries, Index, parts_of
 from mirage_ds.data.ragged import Numbers
 from mirage_ds.data.reasons import Reason
+from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import ShardFolder
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.errors import DataError
@@ -77,14 +78,12 @@ def _read_lengths(
 ) -> Iterator[tuple[Numbers, Numbers]]:
     """Numbers and tokens of the samples that may have more than `limit`."""
     reader = SampleReader(folder, helpers=helpers)
-    template = encoder.count_tokens("", "", [], 0)
+    template = encoder.count_tokens(Sample("", "", ""), [])
     for numbers in parts_of(len(index)):
         part = index.take(numbers)
         near = np.flatnonzero(template + _most_tokens(encoder, part) > limit)
         tokens = [
-            encoder.count_tokens(
-                sample.text_input, sample.text_output, entry.input_sizes, len(sample.helper_images), sample.latent_sizes
-            )
+            encoder.count_tokens(sample, entry.input_sizes)
             for entry, sample in zip(part.take(near).entries(), map(reader, numbers[near].tolist()), strict=True)
         ]
         yield numbers[near], np.array(tokens, np.int64)
@@ -95,5 +94,5 @@ def _most_tokens(encoder: Encoder, index: Index) -> Numbers:
     samples = index.samples
     sizes = row_sizes(index, encoder.image_tokens, "stage1", encoder.latent_size)
     text = MAX_UTF8_BYTES * (samples["question_chars"].astype(np.int64) + samples["answer_chars"])
-    markers = MARKERS * (samples["image_blocks"].astype(np.int64) + samples["latent_blocks"])
+    markers = MARKERS * (samples["input_images"].astype(np.int64) + samples["latent_blocks"])
     return text + sizes.pads + markers

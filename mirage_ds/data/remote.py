@@ -32,6 +32,8 @@ PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "htt
 SIZES_CHECKED = 4  # shards of a folder: each is a request
 TAR_BLOCK_BYTES = 512
 REFUSALS = (401, 403)  # of HTTP
+# Each filesystem has errors of its own, whose classes are there only with its package. These are a program's faults.
+PROGRAMMING = (TypeError, AttributeError, NameError, KeyError, AssertionError)
 
 # An open connection does not survive a fork, so each process has its own.
 _filesystems: dict[tuple[int, str], tuple[Any, str]] = {}
@@ -71,7 +73,8 @@ class RemotePlace:
         Raises:
             OSError: it does not exist, or cannot be read.
         """
-        return self._try(name, lambda filesystem, path: filesystem.cat_file(path))
+        data: bytes = self._try(name, lambda filesystem, path: filesystem.cat_file(path))
+        return data
 
     def read_range(self, shard: Shard, offset: int, size: int, *, again: bool = False) -> bytes:
         """Bytes of a shard, from this node if they are here.
@@ -121,9 +124,14 @@ class RemotePlace:
 
         Raises:
             OSError: it does not exist, or the server cannot be reached.
-            DataError: the server gives no ranges of bytes.
+            DataError: the server gives no ranges of bytes, or no sizes.
         """
-        size = int(self._try(name, lambda filesystem, path: filesystem.info(path)["size"]))
+        size = self._try(name, lambda filesystem, path: filesystem.info(path)).get("size")
+        if not isinstance(size, int):
+            raise DataError(
+                f"the server does not say how large a file is ({self.where(name)}); it is compared with the manifest; "
+                "use a server that sends Content-Length, or copy the shards to a disk"
+            )
         self._fetch(name, 0, min(size, TAR_BLOCK_BYTES))
         return size
 
@@ -134,37 +142,45 @@ class RemotePlace:
             yield self._fetch(name, offset, min(PIECE_BYTES, size - offset))
 
     def _fetch(self, name: str, offset: int, size: int) -> bytes:
-        def fetch(filesystem: Any, path: str) -> bytes:
-            data = filesystem.cat_file(path, start=offset, end=offset + size)
-            if len(data) > size:
-                raise DataError(
-                    f"the server sends a whole file instead of a range of bytes ({self.where(name)}); samples are read "
-                    "by ranges, which S3 and most web servers give; use such a server, or copy the shards to a disk"
-                )
-            if len(data) < size:
-                raise NotReadable(0, f"only {len(data)} of {size} bytes from byte {offset} came")
-            return data
+        def fault_of(data: bytes) -> str:
+            return "" if len(data) >= size else f"only {len(data)} of {size} bytes from byte {offset} came"
 
-        return self._try(name, fetch)
+        data: bytes = self._try(
+            name, lambda filesystem, path: filesystem.cat_file(path, start=offset, end=offset + size), fault_of
+        )
+        if len(data) > size:
+            raise DataError(
+                f"the server sends a whole file instead of a range of bytes ({self.where(name)}); samples are read "
+                "by ranges, which S3 and most web servers give; use such a server, or copy the shards to a disk"
+            )
+        return data
 
-    def _try(self, name: str, action: Callable[[Any, str], T]) -> T:
-        """What `action` gives for the filesystem and the file's path there; it is tried several times.
+    def _try(self, name: str, call: Callable[[Any, str], Any], fault_of: Callable[[Any], str] = lambda _: "") -> Any:
+        """What a call of the filesystem gives; it is tried several times.
 
+        Args:
+            call: with the filesystem and the file's path there; nothing but the filesystem's own code, as whatever that
+                raises is a fault of the server.
+            fault_of: why what it gave cannot be used, so that it is tried again; nothing if it can.
         Raises:
             OSError: the server says that there is no such file or no access, or all tries failed.
         """
         for number in count(1):
             try:
-                return within(self._timeout_s, lambda: action(*self._opened(name)))
-            except MirageError:
+                answer = within(self._timeout_s, lambda: call(*self._opened(name)))
+            except (MirageError, *PROGRAMMING):
                 raise
             except FileNotFoundError:
                 raise FileNotFoundError(errno.ENOENT, "the server has no such file (404)") from None
-            except Exception as error:  # noqa: BLE001  # each filesystem has errors of its own
+            except Exception as error:  # noqa: BLE001  # see PROGRAMMING
                 reason = _said(error)
                 refused = isinstance(error, PermissionError) or getattr(error, "status", 0) in REFUSALS
                 if refused or type(error).__name__ in NO_CREDENTIALS:
                     raise NoAccess(0, reason) from None
+            else:
+                reason = fault_of(answer)
+                if not reason:
+                    return answer
             _filesystems.pop((os.getpid(), self._url), None)  # the next try has a connection of its own
             if number == TRIES:
                 raise NotReadable(0, f"{reason}, after {TRIES} tries")
@@ -247,7 +263,8 @@ def within(limit_s: float, action: Callable[[], T]) -> T:
 
 
 def _said(error: BaseException) -> str:
-    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    """Its own words; of an error that is not the system's with its class, as the words may say little."""
+    words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".removesuffix(": ")
     return f"{without_secrets(words):.200}"
 
 

@@ -1,40 +1,31 @@
 """Reads rows of JSONL files as samples: a question with images, an answer with helper images. Needs no torch.
 
 {"text_input": str, "text_output": str, "image_input": image or list, "image_output": image or list,
- "latent_size": int or list, ...}; what an image may be is in row_images.py
+ "latent_size": int or list, ...}; what an image may be is in row_images.py. Instead of the two texts a row may have
+several turns, see turns.py
 """
 
 import codecs
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mirage_ds import strict_json, tokens
+from mirage_ds import strict_json
 from mirage_ds.data.images import open_image
 from mirage_ds.data.row_images import read_images
+from mirage_ds.data.texts import IMAGE_TAG, OUTPUT_IMAGE_TAG, check_answer_text, check_text
+from mirage_ds.data.turns import CONVERSATION_FIELDS, Turn, has_turns, read_turns
 from mirage_ds.errors import DataError
 
-IMAGE_TAG = "<image>"
-OUTPUT_IMAGE_TAG = "<output_image>"
-
-# In a user's text, one of these would start a turn, an image or a latent block that does not exist.
-RESERVED_TOKENS = (
-    tokens.IM_START,
-    tokens.IM_END,
-    tokens.END_OF_TEXT,
-    tokens.VISION_START,
-    tokens.VISION_END,
-    tokens.IMAGE_PAD,
-    tokens.VIDEO_PAD,
-    *tokens.LATENT_TOKENS,
-)
 _ROW_FIELDS = ("text_input", "text_output", "image_input", "image_output", "latent_size")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A question with its images, an answer with its helper images. Images are the bytes of the user's files."""
+    """A question with its images, an answer with its helper images. Images are the bytes of the user's files.
+
+    Of several turns it is the last question and answer, after a context; images are those of all turns."""
 
     key: str
     text_input: str
@@ -47,6 +38,12 @@ class Sample:
     target_slots: range = range(0)  # of the helper images in the run's target cache, if it has one
     cached_targets: bytes | None = None  # what the cache has there, if it is complete
     set_number: int = 0  # of the run's folders of shards, the one that it is from
+    context: tuple[Turn, ...] = ()  # what was said before the question: system turn, earlier questions and answers
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All turns: the context, the question, its answer."""
+        return (*self.context, Turn("human", self.text_input), Turn("gpt", self.text_output, train=True))
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Sample]]:
@@ -83,21 +80,18 @@ def read_question(row: dict[str, Any], *, key: str, where: str, folder: Path, he
     Raises:
         DataError: the question and its images do not match, or an image cannot be read.
     """
-    answer = read_text(row, "text_output", where) if row.get("text_output") else ""
+    sample = read_texts(row, key=key, where=where, answered=False)
     helper_images = read_images(row.get("image_output"), "image_output", where, folder) if helpers else ()
-    num_blocks = num_latent_blocks(answer, len(helper_images))
-    sample = Sample(
-        key=key,
-        text_input=read_text(row, "text_input", where),
-        text_output=answer,
+    sample = replace(
+        sample,
         input_images=read_images(row.get("image_input"), "image_input", where, folder),
         helper_images=helper_images,
-        latent_sizes=read_latent_sizes(row, num_blocks, where) if helper_images else (),
-        extra=_extra(row),
     )
-    check = check_sample if helper_images else check_question
-    check(sample, where)
-    return sample
+    check_prompt(sample, where)
+    if not helper_images:
+        return sample
+    check_sample(sample, where)
+    return replace(sample, latent_sizes=read_latent_sizes(row, num_latent_blocks(sample), where))
 
 
 def decode_images(sample: Sample, where: str) -> None:
@@ -169,25 +163,32 @@ def read_row(row: dict[str, Any], *, key: str, where: str, folder: Path) -> Samp
     Raises:
         DataError: a field of the wrong type, a missing image file, or what `check_sample` refuses.
     """
-    answer, helpers = (
-        read_text(row, "text_output", where),
-        read_images(row.get("image_output"), "image_output", where, folder),
-    )
-    sample = Sample(
-        key=key,
-        text_input=read_text(row, "text_input", where),
-        text_output=answer,
+    sample = replace(
+        read_texts(row, key=key, where=where),
         input_images=read_images(row.get("image_input"), "image_input", where, folder),
-        helper_images=helpers,
-        latent_sizes=read_latent_sizes(row, num_latent_blocks(answer, len(helpers)), where),
-        extra=_extra(row),
+        helper_images=read_images(row.get("image_output"), "image_output", where, folder),
     )
     check_sample(sample, where)
-    return sample
+    return replace(sample, latent_sizes=read_latent_sizes(row, num_latent_blocks(sample), where))
 
 
-def _extra(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in _ROW_FIELDS}
+def read_texts(row: Mapping[str, Any], *, key: str, where: str, answered: bool = True) -> Sample:
+    """A sample with the texts of a row, and with those fields that are its own affair; without images.
+
+    Args:
+        answered: the row must have an answer to its last question.
+
+    Raises:
+        DataError: a text is missing or has another type, or `read_turns` refuses the turns.
+    """
+    extra = {name: value for name, value in row.items() if name not in _ROW_FIELDS}
+    if has_turns(row):
+        *context, question, answer = read_turns(row, where, answered=answered)
+        extra = {name: value for name, value in extra.items() if name not in CONVERSATION_FIELDS}
+        return Sample(key, question.text, answer.text, context=tuple(context), extra=extra)
+    has_answer = answered or row.get("text_output")
+    text_output = read_text(row, "text_output", where) if has_answer else ""
+    return Sample(key, read_text(row, "text_input", where), text_output, extra=extra)
 
 
 def read_text(row: Mapping[str, Any], name: str, where: str) -> str:
@@ -201,7 +202,7 @@ def read_text(row: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def read_latent_sizes(row: Mapping[str, Any], num_blocks: int, where: str) -> tuple[int, ...]:
-    """K of each of the answer's latent blocks by the row's latent_size; empty if it has none.
+    """K of each of the row's latent blocks by its latent_size; empty if it has none.
 
     Raises:
         DataError: it is neither a positive integer nor a list of them, one for each block.
@@ -217,7 +218,7 @@ def read_latent_sizes(row: Mapping[str, Any], num_blocks: int, where: str) -> tu
         )
     if isinstance(value, list) and len(sizes) != num_blocks:
         raise DataError(
-            f"numbers in latent_size: {len(sizes)}, latent blocks in the answer: {num_blocks} ({where}); expected one "
+            f"numbers in latent_size: {len(sizes)}, latent blocks of the row: {num_blocks} ({where}); expected one "
             "number for each block, or a single integer for all; add or remove numbers"
         )
     return tuple(sizes[:num_blocks])
@@ -230,59 +231,92 @@ def check_sample(sample: Sample, where: str) -> None:
         DataError: the sample is refused; the message names `where`.
     """
     check_question(sample, where)
-    _check_text(sample.text_output, "text_output", where)
-    if IMAGE_TAG in sample.text_output:  # LLaMA-Factory's way to write an output image; it would be trained as text
-        raise DataError(
-            f"text_output contains {IMAGE_TAG} ({where}); allowed: {OUTPUT_IMAGE_TAG}, where a helper image "
-            f"belongs; write {OUTPUT_IMAGE_TAG} there, or remove it"
-        )
-    num_slots, num_helpers = sample.text_output.count(OUTPUT_IMAGE_TAG), len(sample.helper_images)
+    name = _names(sample)[-1]
+    check_text(sample.text_output, name, where)
+    check_answer_text(sample.text_output, name, where)
+    num_slots, num_helpers = _count(OUTPUT_IMAGE_TAG, sample.turns, trained=True), len(sample.helper_images)
     if num_slots != num_helpers and (num_slots, num_helpers) != (0, 1):
+        place = "trained answers" if sample.context else name
         raise DataError(
-            f"{OUTPUT_IMAGE_TAG} slots in text_output: {num_slots}, helper images: {num_helpers} ({where}); allowed: "
-            "one slot per image, or none for one image, whose latents then come first; add or remove slots or images"
+            f"{OUTPUT_IMAGE_TAG} slots in {place}: {num_slots}, helper images: {num_helpers} ({where}); allowed: one "
+            "slot per image, or none for one image, whose latents then come first in the last answer; add or remove "
+            "slots or images"
         )
 
 
 def check_question(sample: Sample, where: str) -> None:
-    """The checks of `check_sample` on the question, the only part of a sample that decoding uses.
+    """The checks of `check_sample` on all that comes before the last answer.
 
     Raises:
         DataError: the sample is refused; the message names `where`.
     """
-    _check_text(sample.text_input, "text_input", where)
-    num_blocks = num_image_blocks(sample.text_input, len(sample.input_images))
+    for name, turn in zip(_names(sample)[:-1], sample.turns, strict=False):
+        check_text(turn.text, name, where)
+        if turn.role == "system" and IMAGE_TAG in turn.text:
+            raise DataError(
+                f"{name} contains {IMAGE_TAG} ({where}), but is from system; allowed: in turns from human and in "
+                "answers that are not trained; put the image there"
+            )
+        if turn.train:
+            check_answer_text(turn.text, name, where)
+        elif sample.context and OUTPUT_IMAGE_TAG in turn.text:
+            raise DataError(
+                f"{name} contains {OUTPUT_IMAGE_TAG} ({where}), but is no trained answer; allowed: in answers that "
+                f"train_answers has; remove it, write {IMAGE_TAG} for an image that is seen, or train the answer"
+            )
+    num_blocks = num_image_blocks(sample)
     if num_blocks != len(sample.input_images):
+        place = "conversations" if sample.context else "text_input"
         raise DataError(
-            f"image slots in text_input: {num_blocks}, input images: {len(sample.input_images)} ({where}); allowed: "
+            f"image slots in {place}: {num_blocks}, input images: {len(sample.input_images)} ({where}); allowed: "
             f"one {IMAGE_TAG} per image, or none, which puts all images in front; add or remove slots or images"
         )
 
 
-def num_image_blocks(question: str, num_images: int) -> int:
-    """Number of image blocks of a question: its <image> slots, or one per image, in front, if it has none.
+def check_prompt(sample: Sample, where: str) -> None:
+    """The checks of what decoding uses of a sample: all that comes before its last answer.
 
-    As in the reference, an <output_image> in a question also becomes an image block.
+    Raises:
+        DataError: `check_question` refuses it, or an earlier answer has latents; the message names `where`.
     """
-    return (question.count(IMAGE_TAG) or num_images) + question.count(OUTPUT_IMAGE_TAG)
-
-
-def num_latent_blocks(answer: str, num_helpers: int) -> int:
-    """Number of latent blocks of an answer: its <output_image> slots, or one in front for a helper image."""
-    return answer.count(OUTPUT_IMAGE_TAG) or min(num_helpers, 1)
-
-
-def _check_text(text: str, name: str, where: str) -> None:
-    reserved = [token for token in RESERVED_TOKENS if token in text]
-    if reserved:
+    check_question(sample, where)
+    if sample.context and _count(OUTPUT_IMAGE_TAG, sample.context):
         raise DataError(
-            f"{name} contains {', '.join(reserved)} ({where}); only the chat template may write special tokens; "
-            f"remove them, and mark images by {IMAGE_TAG} and {OUTPUT_IMAGE_TAG}"
+            f"an earlier answer has {OUTPUT_IMAGE_TAG} ({where}); decoding takes earlier answers as text, and makes "
+            "latents in its own answer only; ask rows whose earlier answers have none, or remove it there"
         )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{name} contains half of a surrogate pair at character {error.start} ({where}); a text must be valid "
-            "Unicode; write the complete character"
-        ) from error
+
+
+def num_image_blocks(sample: Sample) -> int:
+    """Number of image blocks: the <image> slots, or one per image, before the first question, if there is none.
+
+    As in the reference, an <output_image> in the question of a row of one turn also becomes an image block.
+    """
+    asked = sample.turns[:-1]
+    others = 0 if sample.context else _count(OUTPUT_IMAGE_TAG, asked)
+    return (_count(IMAGE_TAG, asked) or len(sample.input_images)) + others
+
+
+def num_early_image_blocks(sample: Sample) -> int:
+    """Number of image blocks before the first latent block; all of them in a row without latents, or of one turn."""
+    for number, turn in enumerate(sample.context):
+        if turn.train and OUTPUT_IMAGE_TAG in turn.text and _count(IMAGE_TAG, sample.turns):
+            return _count(IMAGE_TAG, sample.context[:number])
+    return num_image_blocks(sample)
+
+
+def num_latent_blocks(sample: Sample) -> int:
+    """Number of latent blocks: the trained <output_image> slots, or one in the last answer for a helper image."""
+    return _count(OUTPUT_IMAGE_TAG, sample.turns, trained=True) or min(len(sample.helper_images), 1)
+
+
+def _count(tag: str, turns: Iterable[Turn], *, trained: bool = False) -> int:
+    """Args: trained: in trained answers only."""
+    return sum(turn.text.count(tag) for turn in turns if turn.train or not trained)
+
+
+def _names(sample: Sample) -> list[str]:
+    """Of each turn, where the row has it."""
+    if not sample.context:
+        return ["text_input", "text_output"]
+    return [f"conversations[{number}]" for number in range(len(sample.turns))]

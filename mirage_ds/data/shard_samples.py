@@ -7,17 +7,18 @@ import io
 import re
 import tarfile
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mirage_ds import strict_json
 from mirage_ds.data.images import IMAGE_FORMATS
 from mirage_ds.data.places import Place
-from mirage_ds.data.rows import Sample, num_latent_blocks, parse_row, read_latent_sizes, read_text
+from mirage_ds.data.rows import Sample, num_latent_blocks, parse_row, read_latent_sizes, read_texts
 from mirage_ds.data.shards import Shard, error_of
+from mirage_ds.data.turns import turn_fields
 from mirage_ds.errors import DataError
 
 _SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"BM": "bmp", b"GIF8": "gif"}
-_FIELDS = ("text_input", "text_output", "latent_size")  # of the JSON; all others are extra
 _MEMBER = re.compile(r"(input|helper)_(0|[1-9]\d*)\.\w+")
 
 
@@ -30,6 +31,8 @@ def to_members(sample: Sample) -> dict[str, bytes]:
         DataError: an image is not in one of IMAGE_FORMATS.
     """
     fields: dict[str, Any] = {"text_input": sample.text_input, "text_output": sample.text_output}
+    if sample.context:
+        fields = turn_fields(sample.turns)
     if sample.latent_sizes:
         fields["latent_size"] = list(sample.latent_sizes)
     members = {"json": strict_json.dumps({**fields, **sample.extra}).encode("ascii")}
@@ -64,16 +67,12 @@ def from_members(key: str, members: Mapping[str, bytes]) -> Sample:
                 f"unknown member {key}.{name}; a sample has .json, .input_N.EXT and .helper_N.EXT; remove it, or build "
                 "the shards again"
             )
-    answer, helpers = read_text(fields, "text_output", f"{key}.json"), _numbered(images["helper"], f"{key}.helper")
-    return Sample(
-        key=key,
-        text_input=read_text(fields, "text_input", f"{key}.json"),
-        text_output=answer,
+    sample = replace(
+        read_texts(fields, key=key, where=f"{key}.json"),
         input_images=_numbered(images["input"], f"{key}.input"),
-        helper_images=helpers,
-        latent_sizes=read_latent_sizes(fields, num_latent_blocks(answer, len(helpers)), f"{key}.json"),
-        extra={name: value for name, value in fields.items() if name not in _FIELDS},
+        helper_images=_numbered(images["helper"], f"{key}.helper"),
     )
+    return replace(sample, latent_sizes=read_latent_sizes(fields, num_latent_blocks(sample), f"{key}.json"))
 
 
 def _numbered(images: Mapping[int, bytes], where: str) -> tuple[bytes, ...]:

@@ -5,9 +5,9 @@ No image is decoded: the index has the sizes of all images, and bounds the lengt
 
 import numpy as np
 
-from mirage_ds.data.encode import Encoder
+from mirage_ds.data.columns import Index, parts_of
+from mirage_ds.data.encode import LATE_IMAGE_REMEDY, Encoder
 from mirage_ds.data.helpers import OWN, Helpers
-from mirage_ds.data.index import Index, parts_of
 from mirage_ds.data.lengths import too_long
 from mirage_ds.data.pooling import POOLING_REMEDY, pooling_fault
 from mirage_ds.data.reasons import Reason
@@ -21,9 +21,8 @@ def check_usable(encoder: Encoder, folder: ShardFolder, helpers: Helpers = OWN) 
     Raises:
         DataError: it would refuse some; the message has for each reason how many, and the first few.
     """
-    reasons = [
-        reason for reason in (not_pooled(encoder, folder, helpers), too_long(encoder, folder, helpers)) if reason
-    ]
+    checks = (not_pooled, hidden_late, too_long)
+    reasons = [reason for check in checks if (reason := check(encoder, folder, helpers))]
     if reasons:
         listed = "".join(f"\n  - {reason}" for reason in reasons)
         raise DataError(f"the run cannot use samples ({folder.place}, samples: {folder.num_samples}):{listed}")
@@ -51,6 +50,20 @@ def not_pooled(encoder: Encoder, folder: ShardFolder, helpers: Helpers) -> Reaso
         for place in unfit[: reason.num_missing].tolist():
             reason.examples.append(_fault(encoder, folder, part, place))
         reason.count += len(unfit)
+    return reason
+
+
+def hidden_late(encoder: Encoder, folder: ShardFolder, helpers: Helpers) -> Reason:
+    """The samples of several turns that have an image after a latent block, where images are hidden from there on."""
+    reason = Reason("images after the first latent block", LATE_IMAGE_REMEDY)
+    if not encoder.may_hide_images or encoder.stage == "text":
+        return reason
+    for part in helpers.of_texts().index(folder).parts():
+        late = part.samples["input_images"] > part.samples["image_blocks"]
+        found = np.flatnonzero(late & (part.samples["latent_blocks"] > 0))
+        for entry in part.take(found[: reason.num_missing]).entries():
+            reason.examples.append(f"{folder.manifest.shards[entry.shard].name}/{entry.key}")
+        reason.count += len(found)
     return reason
 
 

@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, TEMPLATE_TOKENS, ImageTokens
 from mirage_ds.data.images import header_size
 from mirage_ds.data.rows import Sample
+from mirage_ds.data.turns import TURN_CHARS
 from mirage_ds.evaluation.answers import Row
 
 Batch = tuple[Row, ...]
 
 
 def question_tokens(sample: Sample, image_tokens: ImageTokens) -> int:
-    """The length of a question: image tokens from the sizes in the images' headers, text estimated as in training."""
+    """The length of a question and its context: image tokens from the sizes in the images' headers, text estimated as
+    in training."""
     images = image_tokens([header_size(image) for image in sample.input_images]).tolist()
-    text = -(-len(sample.text_input) // CHARS_PER_TOKEN)
+    context = sum(len(turn.text) + TURN_CHARS for turn in sample.context)
+    text = -(-(context + len(sample.text_input)) // CHARS_PER_TOKEN)
     return TEMPLATE_TOKENS + text + sum(images) + MARKERS * len(images)
 
 

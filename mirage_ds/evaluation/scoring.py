@@ -7,7 +7,9 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from mirage_ds.data.rows import OUTPUT_IMAGE_TAG, Sample
+from mirage_ds.data.rows import Sample
+from mirage_ds.data.texts import OUTPUT_IMAGE_TAG
+from mirage_ds.data.turns import turn_fields
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.ranks import Ranks
@@ -32,8 +34,9 @@ class Task:
 
 
 def fields_of(sample: Sample) -> dict[str, Any]:
-    """The fields of a row, without its images and latent_size."""
-    return {"text_input": sample.text_input, "text_output": sample.text_output, **sample.extra}
+    """The fields of a row, without its images and latent_size; of several turns also the last question and answer."""
+    turns = turn_fields(sample.turns) if sample.context else {}
+    return {"text_input": sample.text_input, "text_output": sample.text_output, **turns, **sample.extra}
 
 
 def _compared(sample: Sample) -> dict[str, Any]:

@@ -40,7 +40,9 @@ def digest_of_rows(rows: Sequence[Row]) -> dict[str, str]:
     facts = []
     for row in rows:
         sample = row.sample
-        facts.append([sample.text_input, sample.text_output, sample.extra, _of_each(sample.input_images)])
+        context = [[turn.role, turn.text] for turn in sample.context]
+        own = [sample.text_input, sample.text_output, sample.extra, _of_each(sample.input_images)]
+        facts.append([*own, context] if context else own)
     return {"rows": _sha256(json.dumps(facts, sort_keys=True).encode())}
 
 

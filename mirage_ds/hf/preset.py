@@ -10,7 +10,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from mirage_ds.data.conversation import ROLES
 from mirage_ds.data.rows import read_json_lines
+from mirage_ds.data.turns import has_turns, read_turns
 from mirage_ds.hf.written_folder import finish
 from mirage_ds.model.backbone import ROW_MULTIPLE, random_model
 from mirage_ds.output_folder import new_folder
@@ -93,9 +95,13 @@ def write_tiny(text: Path, output: Path, seed: int) -> None:
 
 def _row_texts(path: Path) -> Iterator[str]:
     """The conversation of each row as text, so that the tokenizer also learns the words of the template."""
-    for _, row in read_json_lines(path):
+    for where, row in read_json_lines(path):
         question, answer = (str(row.get(name, "")) for name in ("text_input", "text_output"))
-        yield f"system\nYou are a helpful assistant.\nuser\n{question}\nassistant\n{answer}"
+        said = f"user\n{question}\nassistant\n{answer}"
+        if has_turns(row):
+            turns = read_turns(row, where, answered=False)
+            said = "\n".join(f"{ROLES[turn.role]}\n{turn.text}" for turn in turns)
+        yield f"system\nYou are a helpful assistant.\n{said}"
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:

@@ -26,6 +26,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mirage_ds.batch import Batch
+from mirage_ds.model.layer_groups import Gathering, Visit, visits
 from mirage_ds.model.losses import LossHead
 from mirage_ds.model.packed import apart
 from mirage_ds.model.parts_cache import KeyValue, PartsCache, remade_hooks
@@ -37,7 +38,7 @@ class Rollout(torch.nn.Module):
     """Inputs -> hidden states and the cross-entropy of the supervised tokens.
 
     Under ZeRO-3 it is either one leaf module (gathered as one, whatever the number of passes, which may then differ
-    between ranks) or gathered layer by layer.
+    between ranks), or gathered layer by layer in a single pass, or in several passes by groups of layers, see `divide`.
     """
 
     def __init__(
@@ -63,6 +64,24 @@ class Rollout(torch.nn.Module):
         self.layers, self.norm, self.rotary_emb, self.head = layers, norm, rotary_emb, head
         self.recurrent, self.recompute, self.attention = recurrent, recompute, attention
         self.deferred = [deferred_gradients(layer) if recurrent else [] for layer in layers]
+        self.groups, self.divided = [slice(0, len(layers))], False
+        self.gathering: Gathering | None = None
+
+    def divide(self, group_layers: int) -> None:
+        """Divides the layers into groups of so many, which `gathering` gathers and releases inside the passes.
+
+        So that no whole gradient of a layer waits for its first pass, which is differentiated last, all other passes
+        then leave the gradients of its matrices for later (see `DeferredGradient`), whatever their columns.
+        """
+        starts, self.divided = range(0, len(self.layers), group_layers), True
+        self.groups = [slice(start, start + group_layers) for start in starts]
+        self.deferred = [
+            found or deferred_gradients(layer) for found, layer in zip(self.deferred, self.layers, strict=True)
+        ]
+
+    def grouped_layers(self) -> list[torch.nn.ModuleList]:
+        """The layers of each group."""
+        return [self.layers[group] for group in self.groups]
 
     def starts(self, batch: Batch) -> set[int]:
         """The columns that begin a pass, besides the first one."""
@@ -80,13 +99,15 @@ class Rollout(torch.nn.Module):
             inputs_embeds: [B, L, D]; must require grad, or ZeRO-3's backward does not enter a leaf module.
             batch: by name, as ZeRO-3's hooks look for tensors in positional arguments, and warn of other types.
             num_passes: make this many passes (at least `self.num_passes(batch)`, at most L); for ZeRO-3 ranks that
-                gather layer by layer and must agree. The extra ones begin in the last columns and change nothing.
+                gather inside the passes and must agree. The extra ones begin in the last columns and change nothing.
 
         Returns:
             Hidden states after the final norm [B, L, D], and cross-entropies [T] float32.
         """
         for deferred in chain.from_iterable(self.deferred):
             deferred.columns.clear()  # of a backward that did not come to its end
+        if self.gathering is not None:
+            self.gathering.release()  # likewise
         length = inputs_embeds.shape[1]
         packed: dict[str, Any] | None = None
         if batch.sample_ends is not None:
@@ -97,15 +118,15 @@ class Rollout(torch.nn.Module):
         starts = self.starts(batch)
         spare = (column for column in range(length - 1, 0, -1) if column not in starts)
         starts |= {next(spare) for _ in range((num_passes or 0) - 1 - len(starts))}
-        # Ranks that agree on `num_passes` gather inside the passes, so they must also recompute the same ones. And rows
-        # whose blocks lie in different columns have so many passes that storing them would take much memory.
-        store_columns = num_passes is None and len(batch.latent_columns) <= batch.most_latents
+        # Rows whose blocks lie in different columns have so many passes that storing them would take much memory.
+        store_columns = len(batch.latent_columns) <= batch.most_latents
 
         # [B, L, head dimension], or with a first dimension of 3 where the layers combine the rows of position_ids.
         cos, sin = self.rotary_emb(inputs_embeds, batch.position_ids)
         past: list[list[KeyValue]] = [[] for _ in self.layers]
         hidden: list[torch.Tensor] = []
-        for start, end in pairwise([0, *sorted(starts), length]):
+        uses = visits(self.gathering, len(self.groups), 1 + len(starts))
+        for (start, end), pass_uses in zip(pairwise([0, *sorted(starts), length]), uses, strict=True):
             inputs = inputs_embeds[:, start:end]
             if hidden and self.recurrent:
                 first = torch.where(batch.latent_mask[:, start, None, None], hidden[-1][:, -1:], inputs[:, :1])
@@ -116,9 +137,12 @@ class Rollout(torch.nn.Module):
             # With a mask, attention may store copies of all keys and values, such as repeated or unpadded ones.
             stored = column and store_columns and seen["attention_mask"] is None
             recompute = self.recompute and not stored
-            hidden.append(self.one_pass(inputs, past, rotary, seen, recompute=recompute, deferred=column and start > 0))
+            later = start > 0 and (column or self.gathering is not None)
+            hidden.append(self.one_pass(inputs, past, rotary, seen, pass_uses, recompute=recompute, deferred=later))
             self.check_cache(past, end)
 
+        if self.gathering is not None and not torch.is_grad_enabled():
+            self.gathering.release()  # else the last backward does it
         hidden_states = torch.cat(hidden, dim=1)
         return hidden_states, self.head(hidden_states.flatten(0, 1)[batch.target_rows], batch.target_ids)
 
@@ -128,6 +152,7 @@ class Rollout(torch.nn.Module):
         past: list[list[KeyValue]],
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         seen: dict[str, Any],
+        uses: Sequence[Visit],
         *,
         recompute: bool,
         deferred: bool,
@@ -136,15 +161,22 @@ class Rollout(torch.nn.Module):
 
         Args:
             seen: the layers' arguments that say what the columns may attend to.
+            uses: of the groups, by this pass.
         """
-        for layer, parts, gradients in zip(self.layers, past, self.deferred, strict=True):
-            arguments = (layer, hidden, tuple(parts), position_embeddings, seen, gradients if deferred else [])
-            if recompute:
-                # No layer draws random numbers, whose state would be read from the device in each layer and pass.
-                hidden, key_value = checkpoint(run_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden, key_value = run_layer(*arguments, remade=True)
-            parts.append(key_value)
+        for visit, group in zip(uses, self.groups, strict=True):
+            hidden, parts = visit.enter(hidden, past[group])
+            new: list[KeyValue] = []
+            for layer, earlier, gradients in zip(self.layers[group], parts, self.deferred[group], strict=True):
+                arguments = (layer, hidden, tuple(earlier), position_embeddings, seen, gradients if deferred else [])
+                if recompute:
+                    # No layer draws random numbers, whose state would be read from the device in each layer and pass.
+                    hidden, own = checkpoint(run_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    hidden, own = run_layer(*arguments, remade=True)
+                new.append(own)
+            hidden, new = visit.leave(hidden, new)
+            for parts_of_layer, own in zip(past[group], new, strict=True):
+                parts_of_layer.append(own)
         return self.norm(hidden)
 
     def check_cache(self, past: list[list[KeyValue]], columns: int) -> None:

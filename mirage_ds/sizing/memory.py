@@ -17,8 +17,9 @@ from mirage_ds.checkpoint.save import ADAM_BYTES
 from mirage_ds.config import Config
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.model.losses import LOGIT_BLOCK_ELEMENTS
+from mirage_ds.sizing.measured import masks_samples
 from mirage_ds.sizing.model_sizes import ModelSizes, Parts
-from mirage_ds.sizing.workload import Row, Size, masks_samples
+from mirage_ds.sizing.workload import Row, Size
 from mirage_ds.zero3.engine import choose_gather
 
 REDUCTION_BYTES = {"fp32": 4, "bf16": 2}
@@ -136,43 +137,55 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
 
     rollout: the language model. Its embedding stays gathered, as DeepSpeed does not count a leaf module's elements
         towards the reuse distance; one gather, which begins while the tower runs, brings both.
-    layer: at most stage3_max_live_parameters and the layer that is needed next, which is one unit in one pass, or the
-        tower, which always is; one gather brings stage3_prefetch_bucket_size elements, or a larger layer or weight.
-    In both cases a model smaller than stage3_max_reuse_distance stays gathered completely (DS
+    layer, in one pass: at most stage3_max_live_parameters and the layer that is needed next, or the tower, which always
+        is; one gather brings stage3_prefetch_bucket_size elements, or a larger layer or weight.
+    groups, and layer in several passes: the group in use and the next one, or the buffer for it; and embedding and
+        head, or the larger of them where both exceed the reuse distance.
+    In all cases what DeepSpeed gathers stays so if it is smaller than stage3_max_reuse_distance (DS
     partitioned_param_coordinator.py, __params_to_release).
     """
     everything = sum(sizes.all) - persistent_numel(sizes.all, zero)
     language, tower = sum(sizes.language), sum(sizes.tower)
-    small = language < zero.get("stage3_max_reuse_distance", DEFAULT_LIVE)
+    reuse_distance = zero.get("stage3_max_reuse_distance", DEFAULT_LIVE)
     if choose_gather(config) == "rollout":
+        small = language < reuse_distance
         gathered = everything if small else max(language - persistent_numel(sizes.language, zero), tower)
         return gathered, language
-    live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE) + unit_elements(sizes, config), tower)
-    bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), unit_elements(sizes, config))
+    if group := group_elements(sizes, config):
+        rest = [sum(sizes.embedding), sum(sizes.head)]
+        held = sum(rest) if sum(rest) < reuse_distance else max(rest)
+        return max(min(2 * group, sum(sizes.layers)) + held, tower), 0
+    small = language < reuse_distance
+    live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE) + unit_elements(sizes, sizes.num_layers), tower)
+    bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), unit_elements(sizes, sizes.num_layers))
     return everything if small else min(everything, live), min(bucket, everything)
 
 
-def unit_elements(sizes: ModelSizes, config: Config) -> int:
-    """The largest unit of `layer`, besides the tower: a decoder layer in one pass, else one weight; or the head."""
-    return _largest_unit(sizes, sizes.num_layers, config)
+def group_elements(sizes: ModelSizes, config: Config) -> int:
+    """Elements of the largest group of layers that is gathered by itself, inside the passes; 0: there are none."""
+    if choose_gather(config) == "rollout" or not config.several_passes:
+        return 0
+    layers = config.model.gather_layers if choose_gather(config) == "groups" else 1
+    return sum(sizes.layers) // sizes.num_layers * min(layers, sizes.num_layers)
 
 
-def _largest_unit(parts: Parts, num_layers: int, config: Config) -> int:
-    layer = 0 if config.several_passes else sum(parts.layers) // num_layers
-    return max([layer, *parts.language])
+def unit_elements(parts: Parts, num_layers: int) -> int:
+    """The largest unit of `layer` in one pass, besides the tower: a decoder layer, the embedding or the head."""
+    return max([sum(parts.layers) // num_layers, *parts.language])
 
 
 def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
     """Elements of trained weights whose full gradients exist at the same time.
 
     A leaf module's gradients are reduced after its backward (DS stage3.py, reduce_leaf_module_grads): those of the
-    complete rollout, of one layer, or of the head alone. In several passes with `layer`, autograd accumulates the
-    gradients of all until the backward of the first one (as the order of torch's gradient hooks shows), so that all
-    layers have full gradients as well.
+    complete rollout, of one layer, or of the head alone. Of groups each weight's are reduced by themselves, in the
+    backward of the first pass: all later ones leave theirs as factors, see `deferred_bytes`.
     """
-    rollout = choose_gather(config) == "rollout"
-    trained, together = sizes.trained, rollout or config.several_passes
-    waiting = sum(trained.rollout) if together else _largest_unit(trained, sizes.num_layers, config)
+    trained = sizes.trained
+    if choose_gather(config) == "rollout":
+        waiting = sum(trained.rollout)
+    else:
+        waiting = max(trained.language, default=0) if config.several_passes else unit_elements(trained, sizes.num_layers)
     return max(waiting, sum(trained.tower))
 
 
@@ -187,7 +200,7 @@ def activation_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Siz
 
     Like all that it is made of also of n rows at once, [n].
     """
-    kept = kept_bytes(sizes, config, row, e)
+    kept = kept_bytes(sizes, config, row, e) + deferred_bytes(sizes, config, row, e)
     if config.model.activation_checkpointing == "full":
         # The recomputed activations and their gradients, of one pass at a time, which attends to at most all columns.
         kept += 2 * layer_bytes(sizes, replace(row, attended=np.minimum(row.attended, row.tokens)), e)
@@ -215,6 +228,19 @@ def kept_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Size:
     once = row.tokens * (hidden * e + hidden * (FP32_BYTES + e) + 2 * sizes.head_dim * e) + row.targets * hidden * e
     mask = row.tokens**2 * e if masks_samples(config) else 0
     return sizes.num_layers * layer + once + mask
+
+
+def deferred_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Size:
+    """Bytes that the passes after the first leave for its backward, where layers are gathered by groups.
+
+    Per column and layer the inputs of the matrices, 3 D + I, and the gradients of their outputs, 3 D + 2 I and those of
+    keys and values: see `DeferredGradient`; of an adapter's also A x and its gradient. The columns of one are among them with `rollout` too, where they are few.
+    """
+    if not group_elements(sizes, config):
+        return 0 * row.later
+    column = (6 * sizes.hidden + 3 * sizes.intermediate) * e + key_value_bytes(sizes, e)
+    column += 2 * sizes.adapter_rank * e
+    return sizes.num_layers * row.later * column
 
 
 def layer_bytes(sizes: ModelSizes, row: Row, e: int) -> Size:

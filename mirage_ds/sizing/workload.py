@@ -1,46 +1,20 @@
-"""Size of the rows: tokens, patches, supervised tokens. From the index of the shards if there are any, else assumed.
+"""Sizes of rows: tokens, patches, supervised tokens, passes; of one, of a run's largest and mean, of packed ones.
 
-By data/costs.py, which needs no tokenizer. The rows of a folder are measured a part at a time, and no part is kept.
+Arithmetic alone; measured.py says which rows a run has.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mirage_ds.config import Config
 from mirage_ds.data.alignment import PASS_TOKENS
-from mirage_ds.data.costs import CHARS_PER_TOKEN, MARKERS, row_sizes
-from mirage_ds.data.folders import find_folders
-from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.index import Entries, Index, IndexEntry, parts_of
-from mirage_ds.data.mixture import order_of
-from mirage_ds.data.patches import ImageProcessor
-from mirage_ds.data.ragged import Numbers, starts
-from mirage_ds.paths import without_secrets
-
-PIXEL_LIMITS = (3136, 12_845_056)  # preprocessor_config.json of Qwen2.5-VL-Instruct: 4 and 16384 merged patches
-ASSUMED = IndexEntry(
-    key="assumed",
-    shard=0,
-    offset=0,
-    size=0,
-    input_sizes=[(512, 512)],
-    helper_sizes=[(512, 512)],
-    question_chars=600,
-    answer_chars=1500,
-    image_blocks=1,
-    latent_blocks=1,
-)
-"""The row that is assumed without shards."""
-
+from mirage_ds.data.ragged import Numbers
 
 Size = Any  # an integer; of n rows at once an array [n] of them
 
@@ -55,6 +29,7 @@ class Row:
     # Of a rollout, which makes 1 + blocks + single_columns passes; 0 elsewhere.
     blocks: Size = 0  # latent blocks: after the last latent of each, a pass over all columns up to the next block
     single_columns: Size = 0  # passes over one column: K - 1 of each block
+    later: Size = 0  # columns of the passes after the first
     past: Size = 0  # columns whose keys and values a later pass uses: those before the last latent
     attended: Size = 0  # columns that each pass with a mask attends to, added up; of a packed row its own
 
@@ -81,6 +56,7 @@ class Shape:
     targets: Size
     patches: Size
     numbers: Size = 0  # of the samples
+    weight: float = 1  # how often its rows stand in an epoch
 
     def row(self) -> Row:
         """Its numbers."""
@@ -94,6 +70,7 @@ class Shape:
             patches=self.patches,
             blocks=blocks,
             single_columns=latents - blocks,
+            later=(ends[-1] - ends[0]) * (blocks > 0),
             past=(starts[-2] - 1) * (blocks > 0),
             attended=sum(ends) * (blocks > 0),
         )
@@ -101,7 +78,8 @@ class Shape:
     def each(self, change: Callable[[Size], Size]) -> "Shape":
         """Every number changed."""
         stretches, latent_sizes = tuple(map(change, self.stretches)), tuple(map(change, self.latent_sizes))
-        return Shape(stretches, latent_sizes, *map(change, (self.targets, self.patches, self.numbers)))
+        targets, patches, numbers = map(change, (self.targets, self.patches, self.numbers))
+        return Shape(stretches, latent_sizes, targets, patches, numbers, self.weight)
 
     def at(self, place: int) -> "Shape":
         """One of n rows."""
@@ -113,18 +91,21 @@ class Seen:
 
     def __init__(self, shapes: Iterable[Shape]) -> None:
         self.count = 0
-        self.sums, self.largest = dict.fromkeys(SIZES, 0), dict.fromkeys(SIZES, 0)
+        self.weight = 0.0  # of all: rows of an epoch
+        self.sums, self.largest = dict.fromkeys(SIZES, 0.0), dict.fromkeys(SIZES, 0)  # sums: of an epoch
         self.by_blocks: dict[int, Shape] = {}  # of those with so many blocks the largest of each number
-        self.block_sizes: list[Counter[int]] = []  # of the blocks of each ordinal: how many have which K
+        # Of the blocks of each ordinal: how many of an epoch have which K.
+        self.block_sizes: list[dict[int, float]] = []
         for shape in shapes:
             self._see(shape)
 
     def _see(self, shape: Shape) -> None:
         count, row, blocks = np.size(shape.numbers), shape.row(), len(shape.latent_sizes)
         self.count += count
+        self.weight += shape.weight * count
         for name in SIZES:
             values = np.broadcast_to(getattr(row, name), count)
-            self.sums[name] += int(values.sum())
+            self.sums[name] += shape.weight * int(values.sum())
             self.largest[name] = max(self.largest[name], int(values.max()))
         most = self.by_blocks.get(blocks, shape.at(0))
         self.by_blocks[blocks] = Shape(
@@ -133,10 +114,10 @@ class Seen:
             targets=largest(most.targets, shape.targets),
             patches=largest(most.patches, shape.patches),
         )
-        self.block_sizes += [Counter() for _ in range(blocks - len(self.block_sizes))]
-        for counter, sizes in zip(self.block_sizes, shape.latent_sizes, strict=False):
-            kinds, counts = np.unique(np.broadcast_to(sizes, count), return_counts=True)
-            counter.update(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
+        self.block_sizes += [defaultdict(float) for _ in range(blocks - len(self.block_sizes))]
+        for counted, sizes in zip(self.block_sizes, shape.latent_sizes, strict=False):
+            for kind, number in zip(*np.unique(np.broadcast_to(sizes, count), return_counts=True), strict=True):
+                counted[int(kind)] += shape.weight * int(number)
 
 
 def largest(known: int, values: Size) -> int:
@@ -172,7 +153,8 @@ class Workload:
 
     @cached_property
     def mean(self) -> Row:
-        return Row(**{name: round(total / self._seen.count) for name, total in self._seen.sums.items()})
+        """Of an epoch, in which the rows of each folder stand as often as its weight says."""
+        return Row(**{name: round(total / self._seen.weight) for name, total in self._seen.sums.items()})
 
     @cached_property
     def aligned(self) -> Row:
@@ -198,9 +180,10 @@ class Workload:
         """
         blocks = latents = 0.0
         for counted in self._seen.block_sizes:
-            counts = Counter({0: self._seen.count - counted.total()}) + counted  # rows without this block: as of size 0
+            counts = {0: 0.0} | counted
+            counts[0] += self._seen.weight - sum(counted.values())  # rows without this block: as of size 0
             sizes = np.array(sorted(counts))
-            up_to = np.cumsum([counts[each] for each in sizes.tolist()]) / self._seen.count
+            up_to = np.cumsum([counts[each] for each in sizes.tolist()]) / self._seen.weight
             chances = np.diff(up_to**size, prepend=0)  # that the largest is this one
             blocks, latents = blocks + float(chances[sizes > 0].sum()), latents + float(sizes @ chances)
         return replace(self.mean, blocks=round(blocks), single_columns=round(latents - blocks))
@@ -221,88 +204,6 @@ def aligned(shapes: Sequence[Shape]) -> Shape:
         latent_sizes=tuple(sizes),
         targets=max(shape.targets for shape in shapes),
         patches=max(shape.patches for shape in shapes),
-    )
-
-
-def workload(config: Config) -> Workload:
-    """From the run's shards, or from the assumed row.
-
-    Raises:
-        DataError: the shards' manifest or index is damaged.
-    """
-    processor, helpers, num_samples = image_processor(config), Helpers.of(config), None
-    where, shards = ", ".join(without_secrets(str(each.path)) for each in config.data.sets), find_folders(config.data)
-    if shards is not None:
-        shapes = Measured([helpers.index(folder) for folder in shards.folders], config, processor)
-        num_samples = order_of(config, shards).num_positions
-        source = f"image sizes from {where}, text at {CHARS_PER_TOKEN} characters per token"
-    else:
-        shapes = Measured([Index.of([helpers.entry(ASSUMED, ASSUMED)])], config, processor)
-        source = (
-            f"no shards at {where}; assumed: an image and a helper image of 512 x 512 pixels, "
-            f"{ASSUMED.question_chars} + {ASSUMED.answer_chars} characters"
-        )
-    return Workload(shapes, num_samples, source, config.data.token_budget, masks_samples(config))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The shapes of the samples of folders, numbered one after the other; measured whenever they are asked for."""
-
-    folders: Sequence[Entries]
-    config: Config
-    processor: ImageProcessor
-
-    def __iter__(self) -> Iterator[Shape]:
-        first = 0
-        for index in self.folders:
-            for numbers in parts_of(len(index)):
-                yield from measure(index.take(numbers), first + numbers, self.config, self.processor)
-            first += len(index)
-
-
-def measure(index: Index, numbers: Numbers, config: Config, processor: ImageProcessor) -> Iterator[Shape]:
-    """Of these samples by data/costs.py: those with as many blocks at once."""
-    sizes = row_sizes(index, processor.image_tokens, config.train.stage, config.model.latent_size)
-    first, patches = starts(sizes.blocks), sizes.input_patches + sizes.helper_patches
-    for blocks in np.unique(sizes.blocks).tolist():
-        own = np.flatnonzero(sizes.blocks == blocks)
-        latent_sizes = [sizes.latent_sizes[first[own] + ordinal] for ordinal in range(blocks)]
-        shape = shape_of(config, sizes.question[own], sizes.answer[own], latent_sizes, patches[own])
-        yield replace(shape, numbers=numbers[own])
-
-
-def shape_of(config: Config, question: Size, answer: Size, sizes: Sequence[Size], patches: Size) -> Shape:
-    """Rows of so many tokens of question and text of the answer, with latent blocks of these K.
-
-    Latents are fed back in stage 2 only.
-
-    The positions of the blocks in the answer are not in the index: they are assumed to cut its text into equal parts.
-
-    Where images are hidden, the column after the first block begins a pass as one more latent of it would: the only one
-    in stage 1.
-    """
-    stage = config.train.stage
-    answer = answer + MARKERS * len(sizes)
-    if config.data.max_length is not None:  # longer rows are refused, so that their text has fewer tokens than assumed
-        over = np.maximum(0, question + answer + sum(sizes) - config.data.max_length)
-        answer, question = np.maximum(0, answer - over), question - np.maximum(0, over - answer)
-    cuts = [answer * part // (len(sizes) + 1) for part in range(len(sizes) + 2)]
-    before, *after = [end - start for start, end in pairwise(cuts)]
-    stretches: tuple[Size, ...] = (question + before, *after) if sizes else (question, before)
-    hides, fed_back = config.hides_images and bool(sizes), tuple(sizes or (0,))
-    if stage != "stage2":
-        rest = answer - before + sum(sizes[1:])
-        stretches = (question + before + sizes[0], rest) if hides else (question + answer + sum(sizes),)
-        fed_back = (0,) if hides else ()
-    if hides:
-        stretches = (stretches[0], np.maximum(0, stretches[1] - 1), *stretches[2:])
-        fed_back = (fed_back[0] + 1, *fed_back[1:])
-    return Shape(
-        stretches=stretches,
-        latent_sizes=fed_back,
-        targets=answer,
-        patches=patches,
     )
 
 
@@ -334,17 +235,3 @@ def fill(samples: Numbers, budget: int) -> Numbers:
     """[2, m]: of tokens and values of n samples [2, n] those that fill a packed row, most per token first."""
     ordered = samples[:, np.argsort(-samples[1] / samples[0], kind="stable")]
     return ordered[:, : np.searchsorted(np.cumsum(ordered[0]), budget) + 1]
-
-
-def masks_samples(config: Config) -> bool:
-    """Whether packed samples are kept apart by a mask: with sdpa, which `auto` may become."""
-    return config.data.packing and config.model.attention != "flash_attention_2"
-
-
-def image_processor(config: Config) -> ImageProcessor:
-    """The processor of the model folder, or of the published models, with the run's pixel limits."""
-    limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
-    if Path(config.model.path).is_dir():
-        return ImageProcessor.load(config.model.path, config.model.cache_dir, **limits)
-    smallest, largest = (given or known for given, known in zip(limits.values(), PIXEL_LIMITS, strict=True))
-    return ImageProcessor(Qwen2VLImageProcessorPil(size={"shortest_edge": smallest, "longest_edge": largest}))

@@ -24,11 +24,12 @@ from mirage_ds.data.ragged import Numbers
 from mirage_ds.data.stream import FoldersReader, encode_read, first_usable
 from mirage_ds.errors import MemoryFullError
 from mirage_ds.model.backbone import DTYPES
+from mirage_ds.sizing.measured import workload
 from mirage_ds.sizing.memory import activation_bytes, estimate_memory
 from mirage_ds.sizing.micro_batch import candidates, setting_of
 from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.sizing.savings import savings
-from mirage_ds.sizing.workload import Row, Shape, Workload, aligned, workload
+from mirage_ds.sizing.workload import Row, Shape, Workload, aligned
 from mirage_ds.training.start import Start
 from mirage_ds.training.trainer import Trainer
 from mirage_ds.zero3 import distributed

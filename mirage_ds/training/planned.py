@@ -6,9 +6,9 @@ from typing import Any
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
 from mirage_ds.sizing.flops import batch_load, work_of
+from mirage_ds.sizing.measured import workload
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.model_sizes import ModelSizes, model_sizes
-from mirage_ds.sizing.workload import workload
 from mirage_ds.training import device
 from mirage_ds.zero3 import distributed
 

@@ -26,8 +26,8 @@ from mirage_ds.model.backbone import check_config
 from mirage_ds.model.latent_settings import check_latent_size
 from mirage_ds.ops.latent_pool import describe_path
 from mirage_ds.sizing import micro_batch
+from mirage_ds.sizing.measured import workload
 from mirage_ds.sizing.model_sizes import model_sizes
-from mirage_ds.sizing.workload import workload
 from mirage_ds.training.run_folder import find_start
 from mirage_ds.training.sample_costs import cost_facts, measure_folders, require_same
 from mirage_ds.zero3 import distributed
@@ -45,7 +45,7 @@ class Start:
     shards: ShardFolders
     encoder: Encoder
     device: torch.device
-    gather: str  # what ZeRO-3 gathers at a time, `layer` or `rollout`
+    gather: str  # what ZeRO-3 gathers at a time, `layer`, `groups` or `rollout`
     pooling: str  # which path `latent_pool` takes there
     max_steps: int
     facts: dict[str, Any]  # what its checkpoints say of it
@@ -142,6 +142,7 @@ def make_encoder(config: Config, stage: Stage) -> Encoder:
         compress_strategy=config.model.compress_strategy,
         exif_orientation=config.data.exif_orientation,
         answer_sees_image=config.model.answer_sees_image,
+        drops_images=config.data.text_dropout_image > 0,
     )
 
 

@@ -268,7 +268,7 @@ class Trainer:
             _, keys = min(distributed.gather((columns, batch.keys)))
             raise TrainingError(
                 f"a micro-batch has {-negative_columns} columns, and one on another rank needs {passes} latent passes "
-                f"({', '.join(keys)}); with model.gather=layer every rank makes the same number of passes, "
+                f"({', '.join(keys)}); with model.gather=layer and groups every rank makes the same number of passes, "
                 "at most as many as there are columns; set model.gather=rollout, or use fewer latents (the rows' "
                 "latent_size, or model.latent_size)"
             )

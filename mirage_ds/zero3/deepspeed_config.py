@@ -47,6 +47,7 @@ EVERYTHING = 10**15  # elements: more than any model has
 # DeepSpeed prefetches the weights that come next until one of these numbers of elements is reached.
 GATHER_SETTINGS: dict[str, dict[str, int]] = {
     "layer": {"stage3_prefetch_bucket_size": 200_000_000, "stage3_max_live_parameters": 1_000_000_000},
+    "groups": {"stage3_prefetch_bucket_size": 200_000_000, "stage3_max_live_parameters": 1_000_000_000},
     "rollout": {"stage3_prefetch_bucket_size": EVERYTHING, "stage3_max_live_parameters": EVERYTHING},
 }
 OWNED_BY_THE_RUN = {

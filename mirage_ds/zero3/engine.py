@@ -18,6 +18,7 @@ from mirage_ds.config import Config, TrainConfig
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.zero3 import distributed
+from mirage_ds.zero3.layer_gathering import gather_groups
 
 GIB = 2**30
 BUILD_S = 600  # longer than any op takes to compile
@@ -34,8 +35,8 @@ def mark_gather_units(model: MirageModel, config: Config) -> None:
     """Marks ZeRO-3's leaf modules: always the tower and the loss head; for `rollout`, also the rollout.
 
     Inside a leaf module there are no collectives, so ranks may do different work there. With one pass, `layer` makes
-    each decoder layer one, so that DeepSpeed's hooks run once per layer instead of once per matrix. With several a
-    layer must not be one: gradients of its keys and values come from later passes, past the hook of its output.
+    each decoder layer one, so that DeepSpeed's hooks run once per layer instead of once per matrix. With several, the
+    layers have no hooks: the rollout gathers them by groups, see `gather_groups`; with `layer` each is a group.
     """
     gather, head = choose_gather(config), model.rollout.head
     for module in (model.tower, head):
@@ -43,6 +44,8 @@ def mark_gather_units(model: MirageModel, config: Config) -> None:
     set_z3_leaf_module(model.rollout, gather == "rollout")
     if gather == "rollout":
         model.register_forward_pre_hook(gather_tower)  # before DeepSpeed's own hooks, which come later
+    elif config.several_passes:
+        model.rollout.divide(config.model.gather_layers if gather == "groups" else 1)
     for layer in model.rollout.layers:
         set_z3_leaf_module(layer, gather == "layer" and not config.several_passes)
     if head.shared:
@@ -65,6 +68,10 @@ def describe_gather(model: MirageModel, gather: str, deepspeed_config: dict[str,
         size = rollout * dtype.itemsize / GIB
         how = "as one, while the tower runs, whatever K"
         memory = f"about {size:.2f} GiB, up to {2 * size:.2f} GiB while gathering"
+    elif model.rollout.divided:
+        groups = [sum(map(whole_numel, layers.parameters())) for layers in model.rollout.grouped_layers()]
+        how = f"in {len(groups)} groups of layers, each again in every pass, forward and backward"
+        memory = f"up to {sum(sorted(groups)[-2:]) * dtype.itemsize / GIB:.2f} GiB, the group in use and the next one"
     else:
         # 1e9 is DeepSpeed's default
         held = min(rollout, deepspeed_config["zero_optimization"].get("stage3_max_live_parameters", 1_000_000_000))
@@ -110,6 +117,8 @@ def initialize(
     else:
         optimizer = torch.optim.AdamW(groups, fused=get_accelerator().device_name() == "cuda", **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    if model.rollout.divided:
+        gather_groups(model.rollout)
     return engine
 
 

@@ -23,6 +23,12 @@ RAGGED_CUTS = {"stage1": {"accumulation": 2, "token_budget": 68}, "stage2": {"ac
 """Of 4 samples: packed, and balanced."""
 BALANCED_CUT = {"steps": 5, "micro_batch": 2, "accumulation": 2}
 DEEP_LAYERS = 28  # those of the 7B
+GATHERS: dict[str, dict[str, Any]] = {
+    "rollout": {"gather": "rollout"},
+    "layer": {"gather": "layer"},
+    "groups": {"gather": "groups", "gather_layers": 2},
+    "one-group": {"gather": "groups", "gather_layers": 100},
+}
 GATHER_SIZES = {"K2": [[2, 2]], "K4": [[4, 4]], "K8": [[8, 8]], "alternating": [[2, 8], [8, 8], [4, 2]]}
 
 
@@ -53,6 +59,8 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
             add(ranks, f"{stage}-fixed-untied-{cut}", stage, latent_sizes=FIXED, **shape)
             add(ranks, f"{stage}-varying-tied-{cut}", stage, model="tied", latent_sizes=VARYING, **shape)
     slow = {"lr": 1e-5, "lr_decay": "constant"}
+    settings = {"train": slow, "model": GATHERS["groups"]}
+    add(2, "stage2-groups-ragged", "stage2", steps=RAGGED_STEPS, settings=settings, **RAGGED_CUTS["stage2"])
     for stage in ("stage1", "stage2"):
         settings = {"train": slow}
         add(2, f"{stage}-ragged", stage, steps=RAGGED_STEPS, settings=settings, **RAGGED_CUTS[stage])
@@ -69,8 +77,8 @@ def all_cases(models: dict[str, str], configs: dict[str, str]) -> dict[int, list
             settings={"train": trace_settings(trace)},
         )
     for name, sizes in GATHER_SIZES.items():
-        for gather in ("rollout", "layer"):
-            settings = {"model": {"gather": gather}, "train": {"warmup_steps": 1}}
+        for gather, model in GATHERS.items():
+            settings = {"model": model, "train": {"warmup_steps": 1}}
             steps = 3 if name in ("K4", "alternating") else 2  # in the first, DeepSpeed records the order of modules
             add(2, f"{gather}-{name}", "stage2", config="logged", steps=steps, latent_sizes=sizes, settings=settings)
     for tied, gather in (("untied", "rollout"), ("tied", "layer")):

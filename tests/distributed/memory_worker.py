@@ -55,21 +55,28 @@ class Watch:
 
     def __init__(self, model: torch.nn.Module, bucket: torch.Tensor) -> None:
         self.parameters, self.bucket = list(model.parameters()), bucket
-        self.gathered = self.full_gradients = self.logits = 0
+        self.gathered = self.full_gradients = self.logits = self.deferred = 0
+        self.deferring = [each for layer in model.rollout.deferred for each in layer]
         for module in model.modules():
             module.register_forward_pre_hook(self.look)
             module.register_forward_hook(self.look)
             module.register_full_backward_pre_hook(self.look)
 
-    def gathered_weights(self) -> list[torch.Tensor]:
-        return [p.data for p in self.parameters if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist]
+    def gathered_bytes(self) -> int:
+        """Of those that are there, and of the buffer for those that are under way."""
+        there = [p.data for p in self.parameters if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist]
+        coming = [p for p in self.parameters if p.ds_status == ZeroParamStatus.INFLIGHT]
+        return bytes_of(there) + sum(p.ds_numel * p.element_size() for p in coming)
 
     def look(self, *_: object) -> None:
         place = self.bucket.untyped_storage().data_ptr()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         waiting = [grad for grad in gradients if grad.untyped_storage().data_ptr() != place]
-        self.gathered = max(self.gathered, bytes_of(self.gathered_weights()))
+        self.gathered = max(self.gathered, self.gathered_bytes())
         self.full_gradients = max(self.full_gradients, bytes_of(waiting))
+        self.deferred = max(
+            self.deferred, bytes_of(each for gradient in self.deferring for pair in gradient.columns for each in pair)
+        )
 
     def cross_entropy(self, logits: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
         """Replaces the function of losses.py; records the size of the logits and of their gradient."""
@@ -135,6 +142,7 @@ def run(config: Config) -> dict[str, Any]:
         "gradients": bytes_of([zero.grad_partitions_flat_buffer, bucket.buffer]),
         "gathered": watch.gathered,
         "full_gradients": watch.full_gradients,
+        "deferred": watch.deferred,
         "logits": watch.logits,
     }
     host = {"host": host_bytes(model, zero)} if zero.offload_optimizer else {}

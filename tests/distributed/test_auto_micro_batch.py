@@ -15,9 +15,9 @@ from mirage_ds.hf.preset import write_tiny
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.recipe import load_config
 from mirage_ds.sizing import micro_batch
+from mirage_ds.sizing.measured import workload
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.model_sizes import model_sizes
-from mirage_ds.sizing.workload import workload
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 

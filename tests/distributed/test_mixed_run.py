@@ -77,7 +77,7 @@ def first_losses(ground: Path) -> dict[str, dict[str, float]]:
 def test_a_mixture_is_the_same_on_other_ranks_and_after_a_resume(ground: Path, tmp_path: Path) -> None:
     with launching.start(2, *command(ground, "two"), log=tmp_path / "two") as ranks:
         log = ranks.finish(timeout_s=300)
-    assert "18 samples in 2 sets (maps 12 x 1, puzzles 6 x 0.5), 15 in an epoch" in log
+    assert "18 samples in 2 sets (maps 12 x 1, puzzles 6 x 0.5), 15 in an epoch, shuffled in windows of 2 shards" in log
     whole = records(ground / "two")
     expected = first_losses(ground)
     for name, losses in whole[0]["sets"].items():

@@ -1,6 +1,10 @@
-"""A sample that cannot be decoded, met by one of two ranks: `stop` saves first, `skip` is the same after any resume."""
+"""A sample that cannot be decoded, met by one of two ranks: `stop` saves first, `skip` is the same after any resume.
+
+Also after one from a SIGKILL.
+"""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +13,43 @@ import pytest
 from generated_rows import write_rows
 
 from data_tools.build import build
+from mirage_ds.checkpoint.find import newest_complete
 from mirage_ds.data.index import load_index
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.hf.preset import write_tiny
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "tiny-stage1.yaml"
-STEPS, BAD_POSITION = 6, 2 * 2 + 1  # the third step of global batches of 2, on rank 1
+ROWS, STEPS = 24, 12
+BAD_POSITIONS = (2 * 2 + 1, 10 * 2 + 1)  # the steps 3 and 11 of global batches of 2, on rank 1
+REPLACED = [0, 0, 1, *[0] * 7, 1, 0]
+SKIP = "data.on_fault=skip"
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and shards of which one sample is spoiled; its key is in `key`."""
+    """A model, and shards of which two samples are spoiled; the key of the first is in `key`."""
     folder = tmp_path_factory.mktemp("fault")
-    rows = write_rows(folder / "rows", 20)
+    rows = write_rows(folder / "rows", ROWS)
     write_tiny(rows, folder / "model", seed=0)
     build(rows, folder / "shards", maxcount=8, maxsize=10**9)
     shards = load_manifest(folder / "shards")
-    entry = load_index(shards)[Plan(20, shards.digest, 42).samples(BAD_POSITION, 1)[0]]
-    path = folder / "shards" / shards.manifest.shards[entry.shard].name
-    content = bytearray(path.read_bytes())
-    content[entry.offset : entry.offset + 5] = b"wrong"
-    path.write_bytes(content)
-    (folder / "key").write_text(f"{path.name}/{entry.key}")
+    order, index = Plan(ROWS, shards.digest, 42).samples(0, ROWS), load_index(shards)
+    for position in reversed(BAD_POSITIONS):
+        entry = index[order[position]]
+        path = folder / "shards" / shards.manifest.shards[entry.shard].name
+        content = bytearray(path.read_bytes())
+        content[entry.offset : entry.offset + 5] = b"wrong"
+        path.write_bytes(content)
+        (folder / "key").write_text(f"{path.name}/{entry.key}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(ground: Path) -> str:
+    """The log of the run `skip` of two ranks, which skips and is never stopped."""
+    with launching.start(2, *command(ground, "skip", SKIP), log=ground / "skip.log") as ranks:
+        return ranks.finish(timeout_s=300)
 
 
 def command(ground: Path, name: str, *more: str) -> list[str]:
@@ -44,10 +61,11 @@ def command(ground: Path, name: str, *more: str) -> list[str]:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = run / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
 
-def test_stop_saves_and_says_how_to_continue_and_skip_continues(ground: Path, tmp_path: Path) -> None:
+def test_stop_saves_and_says_how_to_continue_and_skip_continues(ground: Path, whole: str, tmp_path: Path) -> None:
     """The run that stopped, continued on one rank, has the losses of the run that skipped from its start on two."""
     key = (ground / "key").read_text()
     with launching.start(2, *command(ground, "stop"), log=tmp_path / "stop") as ranks:
@@ -59,17 +77,34 @@ def test_stop_saves_and_says_how_to_continue_and_skip_continues(ground: Path, tm
     assert "Traceback" not in text
     assert not (ground / "stop" / "preempted").exists()
 
-    skip = "data.on_fault=skip"
-    with launching.start(1, *command(ground, "stop", skip), log=tmp_path / "continued") as ranks:
+    with launching.start(1, *command(ground, "stop", SKIP), log=tmp_path / "continued") as ranks:
         continued = ranks.finish(timeout_s=300)
-    with launching.start(2, *command(ground, "skip", skip), log=tmp_path / "skip") as ranks:
-        whole = ranks.finish(timeout_s=300)
     assert f"WARNING: rank 1, step 3: damaged shard: bad checksum ({key})" in whole
     assert f"WARNING: rank 0, step 3: damaged shard: bad checksum ({key})" in continued
     expected, got = records(ground / "skip"), records(ground / "stop")
-    assert [record["replaced_samples"] for record in expected] == [0, 0, 1, 0, 0, 0]
+    assert [record["replaced_samples"] for record in expected] == REPLACED
     for ours, reference in zip(got, expected, strict=True):
         assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-4)
         assert [ours[name] for name in ("step", "position", "replaced_samples")] == [
             reference[name] for name in ("step", "position", "replaced_samples")
         ]
+
+
+def test_a_run_over_damaged_data_that_was_killed_has_the_losses_of_one_that_was_not(
+    ground: Path, whole: str, tmp_path: Path
+) -> None:
+    """Bit for bit. It meets one of the damaged samples before it is killed, and one after."""
+    run, log = ground / "killed", tmp_path / "log"
+    arguments = command(ground, "killed", SKIP, "checkpoint.interval=2")
+    with launching.start(2, *arguments, log=log) as ranks:
+        while newest_complete(run) is None or len(records(run)) < 3:
+            assert ranks.code is None, log.read_text()[-3000:]
+            time.sleep(0.01)
+        ranks.kill()
+    newest = newest_complete(run)
+    with launching.start(2, *arguments, log=log) as ranks:
+        assert f"Resuming from {newest}" in ranks.finish(timeout_s=300)
+    names = ("step", "position", "replaced_samples", "loss_hex")
+    expected, got = ([[record[name] for name in names] for record in records(path)] for path in (ground / "skip", run))
+    assert got == expected
+    assert [record[2] for record in got] == REPLACED

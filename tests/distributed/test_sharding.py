@@ -20,6 +20,7 @@ from cases import (
     DEEP_LAYERS,
     FIXED,
     GATHER_SIZES,
+    GATHERS,
     HIDDEN_GATHERS,
     MANY_RAGGED_STEPS,
     RAGGED_CUTS,
@@ -33,8 +34,10 @@ from cases import (
 from deviations import check
 from random_samples import ragged_batch
 
-from mirage_ds.config import TrainConfig
+from launch.planner.time_estimate import gathered_elements
+from mirage_ds.config import Config, TrainConfig
 from mirage_ds.data.collate import collate
+from mirage_ds.sizing.model_sizes import model_sizes
 from mirage_ds.zero3.engine import learning_rate
 
 Outcomes = Callable[[str], Outcome]
@@ -118,9 +121,9 @@ def test_hidden_images(outcome: Outcomes, models: dict[str, str], stage: str) ->
     assert result.losses != pytest.approx(seen["losses"], rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_ragged_steps_do_not_hang(outcome: Outcomes, models: dict[str, str], stage: str) -> None:
-    check_ragged(outcome(f"{stage}-ragged"), models["untied"], stage, RAGGED_STEPS)
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage2-groups"])
+def test_ragged_steps_do_not_hang(outcome: Outcomes, models: dict[str, str], name: str) -> None:
+    check_ragged(outcome(f"{name}-ragged"), models["untied"], name.split("-")[0], RAGGED_STEPS)
 
 
 @pytest.mark.slow
@@ -214,18 +217,40 @@ def test_offload(models: dict[str, str], deepspeed_configs: dict[str, str], tmp_
 
 
 @pytest.mark.parametrize("sizes", GATHER_SIZES)
-def test_one_gather(outcome: Outcomes, sizes: str, record_property: Callable[[str, object], None]) -> None:
-    """In stage 2 the model is gathered less than twice per micro-step for any K; more often with `layer`."""
-    rollout, layer = outcome(f"rollout-{sizes}"), outcome(f"layer-{sizes}")
-    model_bytes = rollout.report["model_bytes"]
-    worst = {
-        name: max(result.report["gathered_bytes"]) / model_bytes
-        for name, result in (("rollout", rollout), ("layer", layer))
-    }
+def test_what_is_gathered(outcome: Outcomes, sizes: str) -> None:
+    """In stage 2 a rollout is gathered less than twice per micro-step for any K, and so is a single group; groups as
+    often as the planner says. The losses and gradients are the same."""
+    found = {gather: outcome(f"{gather}-{sizes}") for gather in GATHERS}
+    rollout = found["rollout"]
+    worst = {name: max(each.report["gathered_bytes"]) / each.report["model_bytes"] for name, each in found.items()}
     print(f"gathered per micro-step, in models: {worst}")
     assert worst["rollout"] <= 2.0
-    assert worst["layer"] > worst["rollout"]
-    assert rollout.losses == pytest.approx(layer.losses, rel=1e-5)
+    assert worst["one-group"] <= 2.0
+    for name in ("layer", "groups", "one-group"):
+        assert found[name].losses == pytest.approx(rollout.losses, rel=1e-5)
+        norms = [[record["grad_norm"] for record in each.records] for each in (found[name], rollout)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+        planned = planned_models(found[name].report["model"], GATHERS[name], worst_latents(sizes))
+        assert worst[name] == pytest.approx(planned, rel=0.01), name
+
+
+def worst_latents(sizes: str) -> int:
+    """Of the largest step of a case with one block per row: both ranks make as many passes."""
+    return max(max(step) for step in GATHER_SIZES[sizes])
+
+
+def planned_models(path: str, gather: dict[str, Any], latents: int) -> float:
+    """What the planner expects a micro-step to gather, in models."""
+    config = Config.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "model": {"path": path} | gather,
+            "data": {"shards": "unused"},
+            "train": {"stage": "stage2", "max_steps": 1, "micro_batch_size_per_gpu": 1, "warmup_steps": 0},
+        }
+    )
+    sizes = model_sizes(config.model)
+    return gathered_elements(sizes, config, latents) / sum(sizes.all)
 
 
 def test_the_shipped_limits_gather_the_rollout_once_and_while_the_tower_runs(outcome: Outcomes) -> None:

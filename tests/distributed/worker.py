@@ -168,7 +168,7 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
         TrainState(),
         max_steps=case.steps,
         device=device,
-        agree_on_passes=gather == "layer" and config.several_passes,
+        agree_on_passes=gather != "rollout" and config.several_passes,
         early_end=EarlyEnd(end_s=None, margin_s=0),
     )
     left = rehearse_case(case, trainer) if case.rehearsed else {}

@@ -24,10 +24,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mirage_ds.data.conversation import prompt_text, train_text
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.ids import expand_pads, find_prompt_length, supervised_labels
+from mirage_ds.data.ids import expand_pads, find_answers, supervised_labels
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.positions import mrope_positions
-from mirage_ds.data.rows import RESERVED_TOKENS, Sample, check_sample
+from mirage_ds.data.rows import Sample, check_sample
+from mirage_ds.data.texts import RESERVED_TOKENS
 from mirage_ds.errors import DataError
 from mirage_ds.hf.preset import train_tokenizer
 from mirage_ds.tokens import TokenIds
@@ -83,9 +84,7 @@ def expected_train_text(case: dict[str, Any]) -> str:
 
 
 def our_train_text(tokenizer: PreTrainedTokenizerBase, case: dict[str, Any]) -> str:
-    return train_text(
-        tokenizer, case["text_input"], case["text_output"], num_input_images=case["n_images"], num_helper_images=1
-    )
+    return train_text(tokenizer, make_sample(case))
 
 
 def make_sample(case: dict[str, Any]) -> Sample:
@@ -117,7 +116,7 @@ def test_training_text(tiny_tokenizer: PreTrainedTokenizerBase, case: dict[str, 
 
 @each_case
 def test_prompt(tiny_tokenizer: PreTrainedTokenizerBase, case: dict[str, Any]) -> None:
-    prompt = prompt_text(tiny_tokenizer, case["text_input"], num_input_images=case["n_images"])
+    prompt = prompt_text(tiny_tokenizer, make_sample(case))
     assert our_train_text(tiny_tokenizer, case).startswith(prompt)
     if case["error"] is None and not reserved(case):
         check_equal("prompt", prompt, expected_train_text(case).partition(MARKER)[0] + MARKER)
@@ -217,8 +216,9 @@ def merge_size() -> int:
 def test_golden_labels_and_mask(index: int) -> None:
     sample, ids = golden_set.encoded(index, "stage1"), golden_set.numbers("golden")["ids"]
     marker = torch.tensor([ids["im_start"], ids["assistant"]])
-    assert find_prompt_length(sample.input_ids, marker) == sample.prompt_length
-    check_equal("labels", supervised_labels(sample.input_ids, sample.prompt_length, golden_ids()), sample.labels)
+    answers = find_answers(sample.input_ids, marker)
+    assert answers == [range(sample.prompt_length, len(sample.input_ids))]
+    check_equal("labels", supervised_labels(sample.input_ids, answers, golden_ids()), sample.labels)
     check_equal("latent masks", sample.input_ids == golden_ids().latent_pad, sample.latent_mask)
 
 

@@ -131,7 +131,19 @@ def test_data_tools_import_only_formats_and_rules() -> None:
     allowed = {"config", "errors", "model_folder", "output_folder", "owner", "paths", "programs", "strict_json"}
     allowed |= {"tokens", "wide_console"}
     for path in (ROOT / "data_tools").rglob("*.py"):
-        formats = {"rows", "images", "shard_samples", "shards", "index", "places", "spread"}
+        formats = {
+            "rows",
+            "texts",
+            "turns",
+            "images",
+            "shard_samples",
+            "shards",
+            "index",
+            "columns",
+            "ragged",
+            "places",
+            "spread",
+        }
         formats |= {"costs", "counts", "encode"} if path.name in ("count.py", "lengths.py") else set()
         formats |= {"plan"} if path.name == "shuffled.py" else set()
         modules = {module for module in imports(path) if module.startswith("mirage_ds.")}
@@ -150,7 +162,7 @@ def test_what_says_that_it_needs_no_torch_loads_none() -> None:
     texts = {path: ast.get_docstring(ast.parse(path.read_text())) or "" for path in SOURCES}
     names = [path.relative_to(ROOT).with_suffix("") for path, text in texts.items() if "needs no torch" in text.lower()]
     modules = [".".join(name.parts) for name in names]
-    assert {f"mirage_ds.data.{name}" for name in ("index", "plan", "costs", "steps")} <= set(modules)
+    assert {f"mirage_ds.data.{name}" for name in ("index", "columns", "plan", "costs", "steps")} <= set(modules)
     code = f"import sys, {', '.join(modules)}\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

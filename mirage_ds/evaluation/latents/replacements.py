@@ -9,7 +9,8 @@ import torch
 from mirage_ds.data.encode import EncodedSample, Encoder
 from mirage_ds.data.helpers import gray_png, in_places
 from mirage_ds.data.images import open_image
-from mirage_ds.data.rows import IMAGE_TAG, OUTPUT_IMAGE_TAG, Sample, num_image_blocks
+from mirage_ds.data.rows import Sample, num_image_blocks
+from mirage_ds.data.texts import IMAGE_TAG, OUTPUT_IMAGE_TAG
 from mirage_ds.errors import DataError
 from mirage_ds.evaluation.answers import Row
 from mirage_ds.evaluation.latents.arms import OWN, Arm
@@ -56,9 +57,11 @@ class Replacements:
                 others = self._by_key[self._next_with_images[sample.key]].input_images
                 return replace(sample, input_images=tuple(in_places(others, len(sample.input_images))))
             case "none":
+                context = tuple(replace(turn, text=turn.text.replace(IMAGE_TAG, "")) for turn in sample.context)
                 text = sample.text_input.replace(IMAGE_TAG, "").replace(OUTPUT_IMAGE_TAG, "")
-                assert num_image_blocks(text, 0) == 0, "every slot was removed"
-                return replace(sample, text_input=text, input_images=())
+                asked = replace(sample, context=context, text_input=text, input_images=())
+                assert num_image_blocks(asked) == 0, "every slot was removed"
+                return asked
         raise AssertionError(f"nothing replaces the input images in the arm {arm.name}")
 
     @cached_property

@@ -9,6 +9,7 @@ from PIL import Image
 
 from mirage_ds.data.images import decode
 from mirage_ds.data.spread import spread
+from mirage_ds.data.turns import as_text
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.latents.arms import OWN
@@ -221,7 +222,7 @@ def row_view(
     return RowView(
         number=row.number + 1,
         where=row.where,
-        question=sample.text_input.strip(),
+        question=as_text(sample.turns[:-1]),
         expected=sample.text_output.strip(),
         inputs=[picture(image, f"Input image {number}", "input") for number, image in enumerate(inputs, 1)],
         helpers=[picture(image, f"Helper image {number}", "helper") for number, image in enumerate(helpers, 1)],

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import Sample
 from mirage_ds.data.spread import spread
+from mirage_ds.data.turns import as_text
 from mirage_ds.evaluation.answers import Answer, Row
 from mirage_ds.evaluation.engine import Engine
 from mirage_ds.evaluation.latents.heat import heat_maps, overlay
@@ -49,7 +50,7 @@ def look(engine: Engine, row: Row, answer: Answer, states: States) -> Look:
     turned = bool(engine.encoder.helper_facts()["exif_orientation"])
     lines = [
         ("not shown", not_shown(row.sample, len(made))),
-        ("question", row.sample.text_input),
+        ("question", as_text(row.sample.turns[:-1])),
         ("expected", row.sample.text_output),
         ("answer", marked(answer)),
         ("scored", ", ".join(f"{way} {outcome.status}" for way, outcome in answer.scores.items()) or answer.unscored),

@@ -11,10 +11,10 @@ from mirage_ds.config import Config, EvaluationConfig
 from mirage_ds.errors import MemoryFullError
 from mirage_ds.evaluation.training.questions import Questions
 from mirage_ds.model.backbone import Backbone
+from mirage_ds.sizing.measured import workload
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.micro_batch import usable_bytes
 from mirage_ds.sizing.model_sizes import model_sizes
-from mirage_ds.sizing.workload import workload
 from mirage_ds.training.dry_run import is_out_of_memory
 from mirage_ds.training.start import Start
 from mirage_ds.zero3 import distributed

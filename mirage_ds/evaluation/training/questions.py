@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mirage_ds.config import Config, EvaluationConfig
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.rows import check_question, decode_images, read_json_lines, read_question
+from mirage_ds.data.rows import check_prompt, decode_images, read_json_lines, read_question
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.spread import spread
 from mirage_ds.data.stream import SampleReader
@@ -86,5 +86,5 @@ def _of_shards(folder: Path, max_rows: int) -> list[Row]:
         for sample in [read(number)]
     ]
     for row in rows:
-        check_question(row.sample, row.where)
+        check_prompt(row.sample, row.where)
     return rows

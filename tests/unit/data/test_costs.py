@@ -3,8 +3,8 @@
 import numpy as np
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from mirage_ds.data.columns import Index, IndexEntry
 from mirage_ds.data.costs import SampleCosts
-from mirage_ds.data.index import Index, IndexEntry
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.patch_grid import smart_grids
 

@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from data_tools.build import build
 from mirage_ds.config import Stage
-from mirage_ds.data import encode
+from mirage_ds.data import encode_text
 from mirage_ds.data.conversation import load_tokenizer, prompt_text, train_text
 from mirage_ds.data.encode import EncodedSample, Encoder, load_encoder
 from mirage_ds.data.patches import ImageProcessor
@@ -47,14 +47,7 @@ def make_sample(question: str = QUESTION, answer: str = ANSWER, num_inputs: int 
 
 def full_text(tokenizer: PreTrainedTokenizerBase, sample: Sample, stage: Stage) -> str:
     """The conversation with every pad written out."""
-    text = train_text(
-        tokenizer,
-        sample.text_input,
-        sample.text_output,
-        num_input_images=len(sample.input_images),
-        num_helper_images=len(sample.helper_images),
-        latents=stage != "text",
-    )
+    text = train_text(tokenizer, sample, latents=stage != "text")
     prompt, answer = text.split(ASSISTANT_MARKER)
     for num_merged in (6, 20)[: len(sample.input_images)]:
         prompt = prompt.replace(IMAGE_PAD, "@" * num_merged, 1)
@@ -103,7 +96,7 @@ def test_samples_that_were_encoded_before_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Texts are kept: equal ones with other images, other numbers of images, and other answers are told apart."""
-    monkeypatch.setattr(encode, "MAX_KEPT_TOKENS", kept)
+    monkeypatch.setattr(encode_text, "MAX_KEPT_TOKENS", kept)
     samples = [make_sample(), resized(make_sample(), (112, 56)), resized(make_sample(), (56, 112))]
     samples += [make_sample(answer="No slot"), make_sample(answer="No slot", num_helpers=0), make_sample("<image> a")]
     samples[-1] = replace(samples[-1], input_images=samples[-1].input_images[:1])
@@ -149,8 +142,7 @@ def test_several_blocks_with_their_own_k(
         assert encoded.latent_mask.sum() == sum(sizes)
         assert all(encoded.latent_mask[first + 1 : last].all() for first, last in zip(starts, ends, strict=True))
         assert len(encoded.image_grid_thw_latent) == (2 if stage == "stage1" else 0)
-        images = [(84, 56), (140, 112)]
-        counted = encoder.count_tokens(sample.text_input, sample.text_output, images, 2, own)
+        counted = encoder.count_tokens(replace(sample, latent_sizes=own), [(84, 56), (140, 112)])
         assert counted == len(ids)
 
 
@@ -249,8 +241,8 @@ def test_a_bad_sample_is_named(
 
 @pytest.mark.parametrize("question", [QUESTION, "No slot", "<image><output_image>"])
 def test_training_begins_with_the_prompt(tiny_tokenizer: PreTrainedTokenizerBase, question: str) -> None:
-    prompt = prompt_text(tiny_tokenizer, question, num_input_images=2)
-    text = train_text(tiny_tokenizer, question, ANSWER, num_input_images=2, num_helper_images=1)
+    prompt = prompt_text(tiny_tokenizer, make_sample(question))
+    text = train_text(tiny_tokenizer, make_sample(question))
     assert text.partition(ASSISTANT_MARKER)[:2] == (prompt.removesuffix(ASSISTANT_MARKER), ASSISTANT_MARKER)
 
 
@@ -262,11 +254,8 @@ def test_without_the_system_turn_the_rest_of_the_text_is_the_same(
     tiny_tokenizer: PreTrainedTokenizerBase, question: str
 ) -> None:
     def texts(system_turn: bool) -> list[str]:
-        prompt = prompt_text(tiny_tokenizer, question, num_input_images=2, system_turn=system_turn)
-        train = train_text(
-            tiny_tokenizer, question, ANSWER, num_input_images=2, num_helper_images=1, system_turn=system_turn
-        )
-        return [prompt, train]
+        sample = make_sample(question)
+        return [text(tiny_tokenizer, sample, system_turn=system_turn) for text in (prompt_text, train_text)]
 
     assert [SYSTEM_TURN + text for text in texts(False)] == texts(True)
 
@@ -287,9 +276,9 @@ def test_the_encoder_leaves_the_system_turn_out(tmp_path: Path, rows: Path) -> N
 def test_a_template_without_a_system_turn_of_its_own(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("loop.first and", "false and")
-    text = prompt_text(tokenizer, "Q", num_input_images=0)
+    text = prompt_text(tokenizer, Sample("", "Q", ""))
     assert text == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant"
-    assert prompt_text(tokenizer, "Q", num_input_images=0, system_turn=False) == text
+    assert prompt_text(tokenizer, Sample("", "Q", ""), system_turn=False) == text
 
 
 def test_a_template_whose_earlier_turns_depend_on_later_ones_is_refused(

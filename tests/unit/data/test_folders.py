@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from generated_rows import write_rows
+from generated_rows import make_row, write_jsonl, write_rows
 
 from data_tools.build import build
 from launch.doctor.all_checks import facts
 from launch.doctor.recipe_checks import check_shards
+from launch.planner.estimate import estimate
 from launch.planner.level import folder_costs
+from launch.planner.plan import assumptions
 from mirage_ds.config import Config
 from mirage_ds.data.costs import SampleCosts, SetCosts
 from mirage_ds.data.folders import ShardFolders, find_folders, load_folders
@@ -27,7 +29,8 @@ from mirage_ds.data.target_cache import TargetCache, TargetCaches
 from mirage_ds.early_checks import check_inputs
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.recipe import load_config
-from mirage_ds.sizing.workload import Seen, workload
+from mirage_ds.sizing.measured import workload
+from mirage_ds.sizing.workload import Seen, Workload
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "tiny-stage1.yaml"
 SIZES, WEIGHTS = {"maps": 10, "puzzles": 6, "other/maps": 3}, (1.0, 0.5, 2.0)
@@ -207,12 +210,42 @@ def test_the_planner_sees_all_folders(ground: Path) -> None:
     config = configuration(ground, "model.path=Qwen/Qwen2.5-VL-3B-Instruct")
     found = workload(config)
     assert (Seen(found.shapes).count, found.num_samples) == (19, 19)
+    thrice = json.dumps([str(ground / "maps"), {"path": str(ground / "puzzles"), "weight": 3}])
+    more = load_config(RECIPE, [f"data.shards={thrice}", "model.path=Qwen/Qwen2.5-VL-3B-Instruct"])
+    said = assumptions(more, [estimate(more, 1, 2, "h100-80gb")])
+    assert any("16 samples, 28 in an epoch; " in line for line in said)
     assert all(name in found.source for name in SIZES)
     planned = folder_costs(config)
     assert planned is not None
     assert len(planned.costs) == 19
     assert planned.level(config, 2).imbalance >= 1
     assert folder_costs(configuration(ground.parent, "model.path=Qwen/Qwen2.5-VL-3B-Instruct")) is None
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_mean_row_is_that_of_an_epoch(ground: Path, tmp_path: Path, stage: str) -> None:
+    """10 short rows half of the time, and 2 long ones with another K three times, against each folder alone."""
+    path = write_rows(tmp_path / "rows", 2)
+    long = {"text_output": "word " * 500 + "<output_image> word", "latent_size": 9}
+    build(
+        write_jsonl(path, [make_row(number) | long for number in range(2)]),
+        tmp_path / "long",
+        maxcount=9,
+        maxsize=10**9,
+    )
+    places, weights, positions = (ground / "maps", tmp_path / "long"), (0.5, 3), (5, 6)
+    sets = [{"path": str(place), "weight": weight} for place, weight in zip(places, weights, strict=True)]
+
+    def planned(shards: str) -> Workload:
+        model = ("model.path=Qwen/Qwen2.5-VL-3B-Instruct", f"train.stage={stage}")
+        return workload(load_config(RECIPE, [f"data.shards={shards}", *model]))
+
+    mixed, alone = planned(json.dumps(sets)), [planned(str(place)).mean for place in places]
+    assert alone[1].tokens > 2 * alone[0].tokens
+    for size in ("tokens", "targets", "patches", "blocks", "single_columns", "attended"):
+        expected = np.average([getattr(row, size) for row in alone], weights=positions)
+        for found in (mixed.mean, mixed.mean_of(1)):
+            assert abs(getattr(found, size) - expected) <= 1.5, size  # all are rounded
 
 
 def test_the_doctor_reads_all_folders(ground: Path, mixed: ShardFolders) -> None:

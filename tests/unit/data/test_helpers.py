@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from dealt import in_order
@@ -15,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from data_tools.build import build
 from mirage_ds.config import HelperImages, Stage
+from mirage_ds.data.columns import Index, IndexEntry
 from mirage_ds.data.costs import row_sizes
 from mirage_ds.data.encode import EncodedSample, Encoder
-from mirage_ds.data.helpers import Helpers
-from mirage_ds.data.index import Index, IndexEntry, load_index
+from mirage_ds.data.helpers import Helpers, Replaced
+from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.rows import Sample
@@ -244,3 +246,29 @@ def test_a_row_whose_donor_cannot_be_read_is_a_fault_of_its_own(shards: ShardFol
         following = [number for number in order[place:] if number not in (6, receiver)]
         assert sample.key.endswith(f"/{following[0]:09d}")
         assert len(sample.faults) == order[place:].index(following[0])
+
+
+@given(st.data())
+def test_any_rows_have_the_sizes_of_the_images_in_their_places(data: st.DataObject) -> None:
+    """Row by row by hand; asked for in any order, more than once."""
+    sizes = st.tuples(st.integers(1, 999), st.integers(1, 999))
+    number = data.draw(st.integers(2, 8))
+    rows = []
+    for each in range(number):
+        inputs = data.draw(st.lists(sizes, min_size=1, max_size=3))
+        helpers = data.draw(st.lists(sizes, min_size=1 if each < 2 else 0, max_size=3))
+        given = data.draw(st.none() | st.just([5] * len(helpers))) if helpers else None
+        rows.append(IndexEntry(f"k{each}", each, 0, 0, inputs, helpers, 1, 1, 1, len(helpers), given))
+    numbers, seed = data.draw(st.lists(st.integers(0, number - 1))), data.draw(st.integers(0, 9))
+    for arm in ("none", "input", "shuffled"):
+        helpers = Helpers(arm, seed)
+        index = Index.of(rows)
+        donors = helpers.donors(index, "digest")
+        found = Replaced(index, helpers, donors).take(np.array(numbers, np.int64)).entries()
+        for row, entry in zip((rows[number] for number in numbers), found, strict=True):
+            if arm == "none":
+                assert entry == replace(row, helper_sizes=[], latent_blocks=0, latent_sizes=None)
+            else:
+                others = row.input_sizes if arm == "input" else rows[donors[row.shard]].helper_sizes
+                places = range(len(row.helper_sizes))
+                assert entry == replace(row, helper_sizes=[others[min(place, len(others) - 1)] for place in places])

@@ -22,8 +22,9 @@ from data_tools import cli
 from data_tools.check import check
 from data_tools.manifest import write_manifest
 from data_tools.upgrade import upgrade
-from mirage_ds.data import index as index_file
-from mirage_ds.data.index import IndexEntry, check_digests, load_index
+from mirage_ds.data import columns
+from mirage_ds.data.columns import IndexEntry
+from mirage_ds.data.index import check_digests, load_index
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.shards import Shard, ShardFolder, load_manifest, read_manifest
 from mirage_ds.data.stream import SampleReader
@@ -69,7 +70,7 @@ def test_entries_come_back_in_both_formats(
     tmp_path_factory: pytest.TempPathFactory, entries: list[IndexEntry], data: st.DataObject
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_file, "PART", data.draw(st.integers(1, 5)))  # entries that are written at a time
+        patch.setattr(columns, "PART", data.draw(st.integers(1, 5)))  # entries that are written at a time
         folder = written(tmp_path_factory.mktemp("index") / "shards", entries)
         check_digests(folder)
         mapped = load_index(folder)

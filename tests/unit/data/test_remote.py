@@ -12,6 +12,7 @@ from dealt import in_order
 from file_server import FAULTS, Server, serving
 from transformers import PreTrainedTokenizerBase
 
+from data_tools import cli
 from data_tools.check import check
 from launch.doctor.recipe_checks import check_shards
 from mirage_ds.config import Config
@@ -184,9 +185,11 @@ def test_a_sample_that_is_skipped_is_counted_and_a_dead_server_is_not(
 
 
 def test_a_url_without_a_folder_of_shards_is_named(server: Server, reading: Reading) -> None:
-    with pytest.raises(DataError, match=rf"no manifest.json: .*\({server.url}/nothing/manifest.json\)"):
+    missing = rf"no manifest.json: the server has no such file \(404\) \({server.url}/nothing/manifest.json\)"
+    with pytest.raises(DataError, match=missing):
         load_manifest(f"{server.url}/nothing", reading)
-    with pytest.raises(DataError, match=r"nosuch:// cannot be read \(nosuch://a\): .*allowed: .*s3"):
+    allowed = "allowed: a folder, or a URL of s3, gs, hf, http, https, and others of fsspec; "
+    with pytest.raises(DataError, match=rf"nosuch:// cannot be read \(nosuch://a\): .*{allowed}"):
         load_manifest("nosuch://a", reading)
 
 
@@ -202,6 +205,72 @@ def test_no_message_has_credentials(server: Server, reading: Reading, capfd: pyt
     assert "secret" not in said
     assert "pass" not in said
     assert folder.place.where("a") == f"{server.url}/a"
+
+
+class Library:
+    """A filesystem whose reads raise an error, or give something."""
+
+    def __init__(self, outcome: object) -> None:
+        self.outcome, self.calls = outcome, 0
+
+    def cat_file(self, path: str, start: int = 0, end: int = 0) -> object:
+        self.calls += 1
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    def info(self, path: str) -> object:
+        return {"name": path, "size": None}
+
+
+class OwnError(Exception):
+    """As packages of filesystems have them."""
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    library = Library(b"")
+    monkeypatch.setattr(remote, "connect", lambda url: (library, "root"))
+    monkeypatch.setattr(remote, "_filesystems", {})
+    return library
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("away"), TimeoutError("away"), OwnError("away"), ValueError("away")], ids=repr
+)
+def test_what_a_filesystem_raises_is_tried_again_and_named(
+    library: Library, reading: Reading, error: Exception
+) -> None:
+    library.outcome = error
+    with pytest.raises(StallError, match=rf"cannot be read: {type(error).__name__}: away, after 6 tries .nosuch://a/m"):
+        load_manifest("nosuch://a", reading)
+    assert library.calls == remote.TRIES
+
+
+def test_missing_credentials_are_said_at_once(library: Library, reading: Reading) -> None:
+    """They do not come by waiting. The class is that of S3's package, by its name."""
+    library.outcome = type("NoCredentialsError", (Exception,), {})("Unable to locate credentials")
+    said = r"cannot be read: NoCredentialsError: Unable to locate credentials \(nosuch://a/.*network and credentials"
+    with pytest.raises(StallError, match=said):
+        load_manifest("nosuch://a", reading)
+    assert library.calls == 1
+
+
+@pytest.mark.parametrize("kind", [TypeError, AttributeError, NameError, KeyError, AssertionError])
+def test_a_fault_of_the_program_is_no_fault_of_the_server(
+    library: Library, reading: Reading, kind: type[Exception]
+) -> None:
+    """It keeps its kind and its traceback, at once."""
+    library.outcome = kind("a bug")
+    with pytest.raises(kind, match="a bug"):
+        load_manifest("nosuch://a", reading)
+    assert library.calls == 1
+
+
+def test_a_server_that_does_not_say_sizes_is_named(shards: ShardFolder, library: Library, reading: Reading) -> None:
+    library.outcome = (shards.path / "manifest.json").read_bytes()
+    with pytest.raises(DataError, match=r"not say how large a file is \(nosuch://a/shard-000000.tar\); .*Content-Len"):
+        load_manifest("nosuch://a", reading)
 
 
 def test_in_memory(shards: ShardFolder, reading: Reading) -> None:
@@ -245,8 +314,21 @@ def test_a_run_outlasts_all_tries(server: Server, tmp_path: Path, monkeypatch: p
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(DataError, match=r"gs:// cannot be read \(gs://a\): .*install gcsfs"):
+    with pytest.raises(DataError, match=r"gs:// cannot be read \(gs://a\): .*pip install gcsfs$"):
         check_inputs(configuration("gs://a", tmp_path / "cache"))
+
+
+def test_a_server_without_ranges_ends_a_check_at_its_first_file(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cache, "own_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(sys, "argv", ["mirage-data", "check", server.url])
+    server.always = "long"
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("sends a whole file instead of a range") == 1
+    assert len(server.ranges) == 1
 
 
 def test_a_folder_on_a_server_is_checked(shards: ShardFolder, server: Server, tmp_path: Path, monkeypatch):

@@ -48,6 +48,10 @@ def test_every_form_gives_the_bytes_of_the_file(tmp_path: Path) -> None:
         ("data:image/png;base64,A", "'A' is not base64: .*encode them again"),
         ("data:image/png;base64,!!!!", "is not base64"),
         ("data:image/png;base64", "has no data"),
+        (
+            "https://host/a.png",
+            "'https://host/a.png' is on a server .*images are not downloaded; .*save the file and give",
+        ),
         ("file://other-host/a.png", "is not a file of this machine"),
         ("file:a.png", "is not a file of this machine"),
         ("file:///none.png", "cannot be read: 'file:///none.png': No such file"),

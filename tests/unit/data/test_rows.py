@@ -18,7 +18,6 @@ from PIL import Image
 
 from mirage_ds.data.images import open_image
 from mirage_ds.data.rows import (
-    RESERVED_TOKENS,
     Sample,
     check_sample,
     num_image_blocks,
@@ -27,6 +26,7 @@ from mirage_ds.data.rows import (
     read_rows,
 )
 from mirage_ds.data.shard_samples import from_members, to_members
+from mirage_ds.data.texts import RESERVED_TOKENS
 from mirage_ds.errors import DataError
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}
@@ -114,8 +114,8 @@ def test_empty_lines_are_skipped(tmp_path: Path) -> None:
         ({"latent_size": True}, "latent_size is True"),
         ({"latent_size": 2.0}, "latent_size is 2.0"),
         ({"latent_size": [4, -1]}, "latent_size is [4, -1]"),
-        ({"latent_size": []}, "numbers in latent_size: 0, latent blocks in the answer: 1"),
-        ({"latent_size": [4, 4]}, "numbers in latent_size: 2, latent blocks in the answer: 1"),
+        ({"latent_size": []}, "numbers in latent_size: 0, latent blocks of the row: 1"),
+        ({"latent_size": [4, 4]}, "numbers in latent_size: 2, latent blocks of the row: 1"),
         ({"text_output": "A", "image_output": None, "latent_size": "x"}, "latent_size is 'x'"),
     ],
 )
@@ -162,12 +162,14 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
 
 
 def test_block_counts() -> None:
-    assert num_image_blocks("no slot", 2) == 2
-    assert num_image_blocks("<image> and <image>", 1) == 2
-    assert num_image_blocks("<output_image>", 1) == 2  # as in the reference: one in front, one at the slot
-    assert num_latent_blocks("A", 0) == 0
-    assert num_latent_blocks("A", 1) == 1
-    assert num_latent_blocks("<output_image> A <output_image>", 2) == 2
+    assert num_image_blocks(Sample("", "no slot", "", (b"",) * 2)) == 2
+    assert num_image_blocks(Sample("", "<image> and <image>", "", (b"",))) == 2
+    assert (
+        num_image_blocks(Sample("", "<output_image>", "", (b"",))) == 2
+    )  # as in the reference: one in front, one at the slot
+    assert num_latent_blocks(Sample("", "Q", "A")) == 0
+    assert num_latent_blocks(Sample("", "Q", "A", (), (b"",))) == 1
+    assert num_latent_blocks(Sample("", "Q", "<output_image> A <output_image>", (), (b"",) * 2)) == 2
 
 
 json_values = st.recursive(

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from mirage_ds.data.columns import Index
 from mirage_ds.data.costs import CHARS_PER_TOKEN, PASS_TOKENS, TOKEN_PATCHES, Costs, SampleCosts
 from mirage_ds.data.encode import Encoder
-from mirage_ds.data.index import Index, load_index
+from mirage_ds.data.index import load_index
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.data.plan import Plan
 from mirage_ds.data.shards import ShardFolder

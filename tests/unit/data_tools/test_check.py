@@ -14,7 +14,7 @@ from index_formats import rewrite
 from data_tools import cli
 from data_tools.build import build
 from data_tools.check import check
-from mirage_ds.data.index import IndexEntry
+from mirage_ds.data.columns import IndexEntry
 from mirage_ds.errors import DataError
 
 

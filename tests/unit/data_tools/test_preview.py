@@ -12,8 +12,9 @@ from PIL import Image
 
 from data_tools import cli
 from data_tools.build import build
-from data_tools.preview import answer_pieces, question_pieces
+from data_tools.preview import turn_views
 from mirage_ds.data.encode import load_encoder
+from mirage_ds.data.rows import Sample
 from mirage_ds.data.shards import load_manifest
 from mirage_ds.data.stream import SampleReader
 from mirage_ds.hf.preset import write_tiny
@@ -88,16 +89,17 @@ def test_rows_are_chosen_by_number_and_by_text(
     assert run(monkeypatch, place / "shards", "--output", tmp_path / "none", "--match", "absent") == 2
     assert "no row has this text (--match absent)" in capsys.readouterr().err
     assert run(monkeypatch, place / "shards", "--output", tmp_path / "match") == 2
-    assert "the output already exists" in capsys.readouterr().err
+    assert f"delete this one first: rm {tmp_path / 'match'}" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "match", "three"]
 
 
 def test_pieces_stand_where_images_and_blocks_do() -> None:
-    def of(pieces: list) -> list[str]:
-        return [piece.text if piece.kind == "text" else f"[{piece.text}]" for piece in pieces]
+    def of(question: str, answer: str, latent_sizes: list[int]) -> list[list[str]]:
+        sample = Sample("", question, answer, (b"",) * 2, (b"",) * len(latent_sizes))
+        turns = turn_views(sample, latent_sizes)
+        return [[each.text if each.kind == "text" else f"[{each.text}]" for each in turn.pieces] for turn in turns]
 
-    assert of(question_pieces("a<image>b<image>", 2)) == ["a", "[image 1]", "b", "[image 2]"]
-    assert of(question_pieces("a", 2)) == ["[image 1]", "[image 2]", "a"]
-    assert of(answer_pieces("a", [4])) == ["[block 1: K = 4]", "a"]
-    assert of(answer_pieces("<output_image>a<output_image>", [4, 2])) == ["[block 1: K = 4]", "a", "[block 2: K = 2]"]
-    assert of(answer_pieces("a", [])) == ["a"]
+    assert of("a<image>b<image>", "a", [4]) == [["a", "[image 1]", "b", "[image 2]"], ["[block 1: K = 4]", "a"]]
+    two = ["[block 1: K = 4]", "a", "[block 2: K = 2]"]
+    assert of("a", "<output_image>a<output_image>", [4, 2]) == [["[image 1]", "[image 2]", "a"], two]
+    assert of("a", "a", [])[1] == ["a"]

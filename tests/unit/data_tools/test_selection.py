@@ -231,6 +231,27 @@ def test_splits_that_cannot_be(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("filter", ("--where", "input_images=1")), ("split", ("--output", "other", "--fractions", "0.5,0.5"))],
+)
+def test_no_data_set_is_written_into_another(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    options: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside = place / "shards" / "new"
+    assert run(monkeypatch, command, place / "shards", "--output", inside, *options) == 2
+    message = f"the output is inside another folder of shards ({inside} in {place / 'shards'})"
+    assert message in capsys.readouterr().err
+    assert not inside.exists()
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_key_is_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

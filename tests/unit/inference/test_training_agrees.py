@@ -72,7 +72,7 @@ def with_answer(prompt: EncodedSample, answer: Generation, ids: TokenIds) -> Enc
     return replace(
         prompt,
         input_ids=input_ids,
-        labels=supervised_labels(input_ids, prompt.prompt_length, ids),
+        labels=supervised_labels(input_ids, [range(prompt.prompt_length, len(input_ids))], ids),
         position_ids=torch.cat([prompt.position_ids, positions], dim=1),
         image_mask=torch.cat([prompt.image_mask, torch.zeros_like(emitted, dtype=torch.bool)]),
         latent_mask=input_ids == ids.latent_pad,

@@ -62,13 +62,13 @@ def test_more_passes_than_needed_change_nothing(make_model) -> None:
 class ForgetfulRollout(Rollout):
     """A rollout whose passes do not see the passes before them."""
 
-    def one_pass(self, hidden, past: list[list[KeyValue]], position_embeddings, seen, **keywords):
+    def one_pass(self, hidden, past: list[list[KeyValue]], position_embeddings, seen, uses, **keywords):
         kept = [list(parts) for parts in past]
         for parts in past:
             parts.clear()
         mask = seen["attention_mask"]
         seen = {"attention_mask": mask if mask is None else mask[..., -hidden.shape[1] :]}
-        output = super().one_pass(hidden, past, position_embeddings, seen, **keywords)
+        output = super().one_pass(hidden, past, position_embeddings, seen, uses, **keywords)
         self.forgotten = sum(map(len, kept))
         return output
 

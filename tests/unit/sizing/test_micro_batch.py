@@ -10,9 +10,10 @@ import torch
 from mirage_ds.config import Config, TrainConfig
 from mirage_ds.recipe import load_config
 from mirage_ds.sizing import micro_batch
+from mirage_ds.sizing.measured import workload
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.model_sizes import model_sizes
-from mirage_ds.sizing.workload import Row, Shape, Workload, workload
+from mirage_ds.sizing.workload import Row, Shape, Workload
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from mirage_ds.config import Config
 from mirage_ds.recipe import load_config
+from mirage_ds.sizing.measured import workload
 from mirage_ds.sizing.memory import estimate_memory
 from mirage_ds.sizing.micro_batch import choose
 from mirage_ds.sizing.model_sizes import model_sizes
-from mirage_ds.sizing.workload import Row, packed_row, workload
+from mirage_ds.sizing.workload import Row, packed_row
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
 RECIPE = Path(__file__).parents[3] / "launch" / "recipes" / "qwen2.5-vl-3b-stage1.yaml"

@@ -12,10 +12,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mirage_ds.config import Config
 from mirage_ds.data.alignment import aligned_columns, num_columns
 from mirage_ds.data.collate import collate
+from mirage_ds.data.columns import Index, IndexEntry
 from mirage_ds.data.encode import EncodedSample
-from mirage_ds.data.index import Index, IndexEntry
 from mirage_ds.data.patches import ImageProcessor
-from mirage_ds.sizing.workload import Shape, Workload, aligned, measure
+from mirage_ds.sizing.measured import measure
+from mirage_ds.sizing.workload import Shape, Workload, aligned
 
 # K of each block of a row.
 MIXED = [[4], [2, 8], [], [3, 1, 5], [8]]

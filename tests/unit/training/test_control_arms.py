@@ -35,7 +35,7 @@ from mirage_ds.model.backbone import load_backbone
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.model.targets import latent_targets
 from mirage_ds.recipe import load_config
-from mirage_ds.sizing.workload import workload
+from mirage_ds.sizing.measured import workload
 from mirage_ds.training import after_step
 from mirage_ds.training.cached_targets import TargetWriter
 from mirage_ds.training.dry_run import take

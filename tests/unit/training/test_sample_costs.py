@@ -9,9 +9,9 @@ import pytest
 from generated_rows import write_rows
 
 from data_tools.build import build
+from mirage_ds.data.columns import Index, IndexEntry
 from mirage_ds.data.costs import SampleCosts, SetCosts
 from mirage_ds.data.folders import ShardFolders
-from mirage_ds.data.index import Index, IndexEntry
 from mirage_ds.data.places import LocalPlace
 from mirage_ds.data.shards import IndexFile, Manifest, ShardFolder
 from mirage_ds.errors import DataError

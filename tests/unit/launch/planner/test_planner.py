@@ -27,7 +27,8 @@ from mirage_ds.errors import ConfigError, MirageError
 from mirage_ds.recipe import load_config
 from mirage_ds.sizing import model_sizes
 from mirage_ds.sizing.gpus import GPUS
-from mirage_ds.sizing.workload import Row, workload
+from mirage_ds.sizing.measured import workload
+from mirage_ds.sizing.workload import Row
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 
 RECIPES = Path(__file__).parents[4] / "launch" / "recipes"
@@ -90,26 +91,50 @@ def test_a_rollout_is_gathered_completely() -> None:
 def test_each_pass_of_stage_2_takes_its_time() -> None:
     """Of a row with 2 blocks, 10 latents in all: 8 passes over one column, each with 2 readings of the layers' weights
     (3 where it is recomputed); 3 longer passes, whose gradients are added up, as tests/unit/model/test_rollout.py
-    counts: 2 sums, each of 2 readings and a writing, and one product that is added to them."""
+    counts: 2 sums, each of 2 readings and a writing, and one product that is added to them. Groups make no sums."""
     row, gpu = Row(tokens=900, targets=90, patches=400, blocks=2, single_columns=8), GPUS["h100-80gb"]
     sizes = model_sizes.model_sizes(recipe(2).model)
-    for batch, gather, micro_steps, readings in ((1, "rollout", 16, 2), (4, "rollout", 4, 3), (1, "layer", 16, 3)):
+    for batch, gather, micro_steps, readings, sums in (
+        (1, "rollout", 16, 2, 2),
+        (4, "rollout", 4, 3, 2),
+        (1, "layer", 16, 2, 0),
+        (4, "groups", 4, 3, 0),
+    ):
         config = recipe(2, f"train.micro_batch_size_per_gpu={batch}", f"model.gather={gather}")
         found = step_time(sizes, config, resolve_deepspeed_config(config), row, 1, 8, gpu, Level(micro_steps))
-        accesses = micro_steps * (8 * readings + 2 * 3 + 2)
+        accesses = micro_steps * (8 * readings + sums * 3 + 2)
         assert found.passes_s == pytest.approx(accesses * 2 * sum(sizes.layers) / (0.8 * 3.35e12))
     one_pass = replace(row, blocks=0, single_columns=0)
     assert step_time(sizes, config, resolve_deepspeed_config(config), one_pass, 1, 8, gpu, Level(1)).passes_s == 0
 
 
-def test_layers_are_gathered_in_each_pass() -> None:
+@pytest.mark.parametrize(("gather", "groups"), [("layer", 28), ("groups", 7)])
+def test_layers_are_gathered_in_each_pass(gather: str, groups: int) -> None:
+    """Of the 28 of the 7B, each twice in every pass; the last group of forward is the first one of backward."""
     row = Row(tokens=900, targets=90, patches=400, blocks=2)
-    config = recipe(2, "model.gather=layer", "train.micro_batch_size_per_gpu=1")
+    config = recipe(2, f"model.gather={gather}", "train.micro_batch_size_per_gpu=1")
     sizes, settings = model_sizes.model_sizes(config.model), resolve_deepspeed_config(config)
     ten, two = (
         traffic(sizes, config, settings, replace(row, single_columns=singles), 1, 8, 16).gathered for singles in (8, 0)
     )
-    assert ten - two == pytest.approx(16 * 8 * 1.08 * 2 * sum(sizes.all) * 7 / 8)
+    layers = sum(sizes.layers)
+    assert ten - two == pytest.approx(16 * 8 * 2 * 2 * layers * 7 / 8)
+    once = sum(sizes.tower) + 2 * (sum(sizes.language) - layers) - layers / groups
+    assert two == pytest.approx(16 * 2 * (once + 3 * 2 * layers) * 7 / 8)
+
+
+def test_groups_hold_two_at_a_time_and_no_whole_gradients() -> None:
+    """Of the 72B on 16 nodes, whose rollout fits on no GPU."""
+    path = "model.path=Qwen/Qwen2.5-VL-72B-Instruct"
+    rollout, groups = (
+        estimate(recipe(2, path, f"model.gather={gather}"), 16, 8, "h100-80gb") for gather in ("rollout", "groups")
+    )
+    layer = sum(groups.sizes.layers) / 80
+    assert groups.memory.gathered == pytest.approx(2 * (2 * 4 * layer + max(groups.sizes.head)), rel=0.01)
+    assert groups.memory.full_gradients == 2 * max(groups.sizes.head)
+    assert rollout.memory.full_gradients > 50 * groups.memory.full_gradients
+    assert not rollout.fits
+    assert groups.fits
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_to_change() -> None:
