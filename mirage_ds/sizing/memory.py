@@ -184,8 +184,10 @@ def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
     trained = sizes.trained
     if choose_gather(config) == "rollout":
         waiting = sum(trained.rollout)
+    elif config.several_passes:
+        waiting = max(trained.language, default=0)
     else:
-        waiting = max(trained.language, default=0) if config.several_passes else unit_elements(trained, sizes.num_layers)
+        waiting = unit_elements(trained, sizes.num_layers)
     return max(waiting, sum(trained.tower))
 
 
@@ -234,7 +236,8 @@ def deferred_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Size:
     """Bytes that the passes after the first leave for its backward, where layers are gathered by groups.
 
     Per column and layer the inputs of the matrices, 3 D + I, and the gradients of their outputs, 3 D + 2 I and those of
-    keys and values: see `DeferredGradient`; of an adapter's also A x and its gradient. The columns of one are among them with `rollout` too, where they are few.
+    keys and values: see `DeferredGradient`; of an adapter also A x and its gradient. The columns of one are among them
+    with `rollout` too, where they are few.
     """
     if not group_elements(sizes, config):
         return 0 * row.later

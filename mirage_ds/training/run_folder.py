@@ -44,6 +44,7 @@ HARMLESS = (
     "model.cache_targets_gib",
     "model.attention",
     "model.gather",
+    "model.gather_layers",
     "model.activation_checkpointing",
     "data.shards",
     "data.num_workers",
