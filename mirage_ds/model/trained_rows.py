@@ -58,7 +58,7 @@ class HeadRows(TrainedRows):
 
 
 def with_columns(logits: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Computes the logits of these tokens anew, in place, from hidden states [N, D] and rows [R, D]: [N, V].
+    """Replaces the logits of these tokens, in place, by those of hidden states [N, D] and rows [R, D]: [N, V].
 
     Args:
         ids: [R] int64, of the tokens.

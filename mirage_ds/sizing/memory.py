@@ -156,8 +156,8 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
         held = sum(rest) if sum(rest) < reuse_distance else max(rest)
         return max(min(2 * group, sum(sizes.layers)) + held, tower), 0
     small = language < reuse_distance
-    live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE) + unit_elements(sizes), tower)
-    bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), unit_elements(sizes))
+    live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE) + unit_elements(sizes, sizes.num_layers), tower)
+    bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), unit_elements(sizes, sizes.num_layers))
     return everything if small else min(everything, live), min(bucket, everything)
 
 
@@ -169,12 +169,15 @@ def group_elements(sizes: ModelSizes, config: Config) -> int:
     return sum(sizes.layers) // sizes.num_layers * min(layers, sizes.num_layers)
 
 
-def unit_elements(sizes: ModelSizes) -> int:
+def unit_elements(parts: Parts, num_layers: int) -> int:
     """The largest unit of `layer` in one pass, besides the tower: a decoder layer, the embedding or the head."""
+<<<<<<< HEAD
     return _largest_unit(sizes, sizes.num_layers)
 
 
 def _largest_unit(parts: Parts, num_layers: int) -> int:
+=======
+>>>>>>> lora
     return max([sum(parts.layers) // num_layers, *parts.language])
 
 
@@ -191,7 +194,11 @@ def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
     elif config.several_passes:
         waiting = max(trained.language, default=0)
     else:
+<<<<<<< HEAD
         waiting = _largest_unit(trained, sizes.num_layers)
+=======
+        waiting = unit_elements(trained, sizes.num_layers)
+>>>>>>> lora
     return max(waiting, sum(trained.tower))
 
 
@@ -240,12 +247,18 @@ def deferred_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Size:
     """Bytes that the passes after the first leave for its backward, where layers are gathered by groups.
 
     Per column and layer the inputs of the matrices, 3 D + I, and the gradients of their outputs, 3 D + 2 I and those of
+<<<<<<< HEAD
     keys and values: see `DeferredGradient`. The columns of one are among them with `rollout` too, where they are few.
     An upper bound for an adapter on some of the matrices.
+=======
+    keys and values: see `DeferredGradient`; of an adapter also A x and its gradient. The columns of one are among them
+    with `rollout` too, where they are few.
+>>>>>>> lora
     """
     if not group_elements(sizes, config) or not sizes.trained.layers:
         return 0 * row.later
     column = (6 * sizes.hidden + 3 * sizes.intermediate) * e + key_value_bytes(sizes, e)
+    column += 2 * sizes.adapter_rank * e
     return sizes.num_layers * row.later * column
 
 

@@ -44,6 +44,7 @@ HARMLESS = (
     "model.cache_targets_gib",
     "model.attention",
     "model.gather",
+    "model.gather_layers",
     "model.activation_checkpointing",
     "data.shards",
     "data.num_workers",
@@ -80,6 +81,7 @@ MEANT_BEFORE = {
     "model.cache_targets_gib": 64.0,
     "model.train_merger": False,
     "model.freeze": [],
+    "model.gather_layers": 4,
 }
 # What `run.resume=extend` may change too, if the run becomes longer by it.
 LENGTH = ("train.max_steps", "train.epochs")

@@ -49,6 +49,15 @@ LORA = {
         "stage2", "varying", "tied", 2, {"target_modules": ["q_proj", "down_proj"]}, ["q_proj", "down_proj"],
         {"gather": "layer"},
     ),
+    "recurrent-groups": Lora(
+        "stage2",
+        "blocks",
+        "untied",
+        2,
+        {"rank": 4, "target_modules": "all"},
+        ATTENTION + MLP,
+        {"gather": "groups", "gather_layers": 1},
+    ),
     "recurrent-stored": Lora(
         "stage2", "blocks", "tied", 1, {"target_modules": "mlp"}, MLP, {"activation_checkpointing": "none"}
     ),

@@ -16,17 +16,18 @@ from peft import PeftModel
 from transformers import Qwen2_5_VLForConditionalGeneration
 from zero3_files import complete_by_hand, write_run
 
-from mirage_ds.config import ModelConfig
+from mirage_ds.config import Dtype, ModelConfig
 from mirage_ds.data.conversation import load_tokenizer
 from mirage_ds.errors import CheckpointError, ConfigError
 from mirage_ds.hf.export import export_checkpoint
 from mirage_ds.hf.preset import write_tiny
-from mirage_ds.model.backbone import load_backbone
+from mirage_ds.model.backbone import DTYPES, load_backbone
 from mirage_ds.model.latent_settings import read_latent_settings
 from mirage_ds.model.trained import choose_trained
 from mirage_ds.tokens import TokenIds
 
 MASK = 2**64 - 1
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
     """The digest of a base by its definition."""
     lines = []
     for name, weight in sorted(weights.items()):
-        bits = weight.flatten().view(torch.int32).numpy().astype(np.int64).view(np.uint64)
+        bits = weight.flatten().view(INTEGERS[weight.dtype]).numpy().astype(np.int64).view(np.uint64)
         rows = np.array([factor(row + 2**16) for row in range(-(-len(bits) // 2**16))], dtype=np.uint64)
         factors = np.resize(COLUMNS, len(bits)) * np.repeat(rows, 2**16)[: len(bits)]
         total = (bits * factors).sum(dtype=np.uint64)
@@ -74,9 +75,11 @@ def ids(base: Path) -> torch.Tensor:
     return torch.tensor([[5, 9, *latents, 7, latents[1], latents[0], 3]])
 
 
-def run_of(base: Path, folder: Path, kind: str, lora: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
-    """A run folder whose adapter is random, and the logits of that model."""
-    backbone = load_backbone(str(base / kind), dtype=torch.float32)
+def run_of(
+    base: Path, folder: Path, kind: str, lora: dict[str, Any], ids: torch.Tensor, dtype: Dtype = "fp32"
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A run folder whose adapter is random; the logits of that model, and its weights."""
+    backbone = load_backbone(str(base / kind), dtype=DTYPES[dtype])
     started = {name: weight.detach().clone() for name, weight in backbone.hf.named_parameters()}
     settings = {"path": str(base / kind), "lora": lora}
     latents = TokenIds.of(load_tokenizer(str(base / kind))).latents
@@ -84,21 +87,21 @@ def run_of(base: Path, folder: Path, kind: str, lora: dict[str, Any], ids: torch
     torch.manual_seed(3)
     trained = {name: weight for name, weight in backbone.hf.named_parameters() if weight.requires_grad}
     for weight in trained.values():
-        weight.data.normal_(std=0.1)
+        weight.data = torch.randn(weight.shape).mul(0.1).to(weight.dtype)
     with torch.no_grad():
         logits: torch.Tensor = backbone.hf(input_ids=ids).logits
     checkpoint = write_run(
         folder,
         base / kind,
-        {name: weight.detach() for name, weight in trained.items()},
-        settings={"model": {"lora": lora}},
+        {name: weight.detach().float() for name, weight in trained.items()},
+        settings={"model": {"lora": lora}, "train": {"dtype": dtype}},
     )
     facts = json.loads((checkpoint / "run.json").read_text())
     frozen = {name: weight for name, weight in started.items() if name not in trained}
     facts["base"] = {"path": str(base / kind), "digest": digest(frozen)}
     (checkpoint / "run.json").write_text(json.dumps(facts))
     complete_by_hand(checkpoint)
-    return logits
+    return logits, {name: weight.detach() for name, weight in backbone.hf.named_parameters()}
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -113,7 +116,7 @@ def test_both_forms_give_the_logits_of_the_adapter(
     base: Path, tmp_path: Path, kind: str, embeddings: str, ids: torch.Tensor
 ) -> None:
     lora = {"rank": 4, "alpha": 6.0, "target_modules": "all", "train_embeddings": embeddings}
-    expected = run_of(base, tmp_path / "run", kind, lora, ids)
+    expected, _ = run_of(base, tmp_path / "run", kind, lora, ids)
     export_checkpoint(tmp_path / "run", tmp_path / "merged", form="merge", max_shard_size="500KB")
     export_checkpoint(tmp_path / "run", tmp_path / "adapter", form="adapter")
 
@@ -135,6 +138,18 @@ def test_both_forms_give_the_logits_of_the_adapter(
         "adapter_model.safetensors",
     ]
     assert embeddings == "all" or size < 0.3 * sum(file.stat().st_size for file in (tmp_path / "merged").iterdir())
+
+
+def test_a_run_in_bf16_is_merged_in_float32(base: Path, tmp_path: Path, ids: torch.Tensor) -> None:
+    _, weights = run_of(base, tmp_path / "run", "untied", {"rank": 4, "alpha": 8.0}, ids, "bf16")
+    export_checkpoint(tmp_path / "run", tmp_path / "merged", form="merge")
+    merged = dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "merged").named_parameters())
+    module = "model.language_model.layers.2.mlp.down_proj"
+    first, second = (weights[f"{module}.lora_{which}.default.weight"].float() for which in "AB")
+    whole = weights[f"{module}.base_layer.weight"].float() + 2 * second @ first
+    assert merged[f"{module}.weight"].dtype == torch.bfloat16
+    torch.testing.assert_close(merged[f"{module}.weight"], whole.bfloat16(), rtol=2**-7, atol=0)
+    assert torch.equal(merged["model.visual.merger.ln_q.weight"], weights["model.visual.merger.ln_q.weight"])
 
 
 def test_refusals(base: Path, tmp_path: Path, ids: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`mirage-launch plan --advise`: what it says to paste fits by the estimate of the pasted words; a clear no; host memory.
+"""`mirage-launch plan --advise`: what it says to paste fits by the estimate of the pasted words; a clear no; the host.
 
 The table of docs/planner.md is what it says today.
 """
