@@ -171,13 +171,6 @@ def group_elements(sizes: ModelSizes, config: Config) -> int:
 
 def unit_elements(parts: Parts, num_layers: int) -> int:
     """The largest unit of `layer` in one pass, besides the tower: a decoder layer, the embedding or the head."""
-<<<<<<< HEAD
-    return _largest_unit(sizes, sizes.num_layers)
-
-
-def _largest_unit(parts: Parts, num_layers: int) -> int:
-=======
->>>>>>> lora
     return max([sum(parts.layers) // num_layers, *parts.language])
 
 
@@ -194,11 +187,7 @@ def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
     elif config.several_passes:
         waiting = max(trained.language, default=0)
     else:
-<<<<<<< HEAD
-        waiting = _largest_unit(trained, sizes.num_layers)
-=======
         waiting = unit_elements(trained, sizes.num_layers)
->>>>>>> lora
     return max(waiting, sum(trained.tower))
 
 
@@ -247,13 +236,8 @@ def deferred_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Size:
     """Bytes that the passes after the first leave for its backward, where layers are gathered by groups.
 
     Per column and layer the inputs of the matrices, 3 D + I, and the gradients of their outputs, 3 D + 2 I and those of
-<<<<<<< HEAD
-    keys and values: see `DeferredGradient`. The columns of one are among them with `rollout` too, where they are few.
-    An upper bound for an adapter on some of the matrices.
-=======
     keys and values: see `DeferredGradient`; of an adapter also A x and its gradient. The columns of one are among them
     with `rollout` too, where they are few.
->>>>>>> lora
     """
     if not group_elements(sizes, config) or not sizes.trained.layers:
         return 0 * row.later

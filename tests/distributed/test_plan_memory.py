@@ -38,10 +38,6 @@ CASES = {
     "stage2-groups": ("stage2", "groups", "bf16", "full", LIMITED),
     "stage1-layer-lora": ("stage1", "layer", "bf16", "full", LIMITED),
     "stage2-rollout-lora": ("stage2", "rollout", "fp32", "full", LIMITED),
-<<<<<<< HEAD
-    "stage2-groups-lora": ("stage2", "groups", "bf16", "full", LIMITED),
-=======
->>>>>>> lora
 }
 LORA = {"rank": 8, "target_modules": "all"}
 OFFLOAD = {f"offload_{part}": {"device": "cpu", "pin_memory": True} for part in ("optimizer", "param")}
