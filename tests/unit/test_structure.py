@@ -17,6 +17,7 @@ GROUND = (
         "batch",
         "config",
         "config_data",
+        "config_lora",
         "config_train",
         "config_values",
         "console",
