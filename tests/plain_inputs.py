@@ -33,9 +33,9 @@ def plain_inputs(folder: Path, rows: list[dict[str, Any]], images_at: Path) -> d
     lengths = iter((features["image_grid_thw"].prod(dim=1) // processor.merge_size**2).tolist() if images else ())
     texts = []
     for row in rows:
-        before, *after = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content(row)}], tokenize=False, add_generation_prompt=True
-        ).split(IMAGE_PAD)
+        before, *after = tokenizer.apply_chat_template(messages(row), tokenize=False, add_generation_prompt=True).split(
+            IMAGE_PAD
+        )
         # The template writes the newline after `assistant`, which mirage_ds leaves to the model.
         texts.append((before + "".join(IMAGE_PAD * next(lengths) + text for text in after)).removesuffix("\n"))
     inputs = dict(tokenizer(texts, padding=True, return_tensors="pt"))
@@ -45,11 +45,19 @@ def plain_inputs(folder: Path, rows: list[dict[str, Any]], images_at: Path) -> d
     return inputs | features
 
 
-def content(row: dict[str, Any]) -> list[dict[str, str]]:
-    """Text and images of a question; without <image> in the text, images come first."""
-    text = row["text_input"]
-    if "<image>" not in text:
-        text = "<image>" * len(row["image_input"]) + text
+def messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conversation of a row up to its last question."""
+    if "conversations" in row:
+        roles = {"system": "system", "human": "user", "gpt": "assistant"}
+        said = [(roles[turn["from"]], turn["value"]) for turn in row["conversations"]]
+    else:  # without <image> in the text, images come first
+        slots = "" if "<image>" in row["text_input"] else "<image>" * len(row["image_input"])
+        said = [("user", slots + row["text_input"])]
+    return [{"role": role, "content": content(text)} for role, text in said]
+
+
+def content(text: str) -> list[dict[str, str]]:
+    """Text and images of a turn, in their order."""
     first, *others = text.split("<image>")
     parts = [{"type": "text", "text": first}]
     for other in others:

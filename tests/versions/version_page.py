@@ -38,7 +38,7 @@ EXPORTED = """\
 ## An exported folder in plain transformers
 
 Run by hand, not by `make versions`: environments with torch, transformers, Pillow and what they need, without \
-mirage_ds, offline (x86_64, 2 CPU cores, Python 3.11, 2026-11-27, commit 746fb50). 32 prompts with no, one or two \
+mirage_ds, offline (x86_64, 2 CPU cores, Python 3.11, 2026-11-27, commit 6f06a0e). 32 prompts with no, one or two \
 images in float32, by `tests/versions/plain_decode.py` in three settings: blocks of K states; blocks that the model \
 ends, with images hidden; draws with a seed. The columns: answers whose ids are those of `mirage generate` in all \
 settings, and answers of `type(model).generate`, as text, whose ids are those of transformers 5.23.0.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from generated_rows import image_bytes, write_jsonl
 from joint_processor import joint_processor
 from plain_inputs import plain_inputs, read_rows
 from talkative import write_questions, write_talkative
@@ -163,6 +164,29 @@ def test_latent_size_and_prompts_without_images(folder: Path) -> None:
     wanted = decoder.generate(collate(rows[::3], align_latents=True))
     assert check_equal(output, inputs, wanted, decoder.ids.end_of_text) >= 1
     assert max(len(block) for blocks in output.latents for block in blocks) == 5
+
+
+def test_prompts_of_several_turns(folder: Path, tmp_path: Path) -> None:
+    """With images in several of them; earlier answers as text."""
+    conversations = [
+        ["<image> What?", "A plan.", "reach <image> now?"],
+        ["the plan", "No.", "<image>Why?", "So.", "the plan <image> reach"],
+        ["the plan", "Yes.", "reach?"],
+    ]
+    rows: list[dict[str, Any]] = []
+    for number, said in enumerate(conversations):
+        turns = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(said)]
+        names = [f"{number}_{place}.png" for place in range(sum(text.count("<image>") for text in said))]
+        for place, name in enumerate(names):
+            (tmp_path / name).write_bytes(image_bytes((56 + 28 * place, 84 + 28 * number), seed=place))
+        rows.append({"conversations": turns, "image_input": names})
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    decoder, encoder = load_decoder(str(folder / "sees"), max_new_tokens=MAX_NEW_TOKENS, dtype=torch.float32)
+    prompts = [encoder.prompt(sample) for _, sample in read_questions(tmp_path / "rows.jsonl")]
+    inputs = plain_inputs(folder / "sees", rows, tmp_path)
+    output = load(folder).generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, return_dict_in_generate=True)
+    wanted = decoder.generate(collate(prompts, align_latents=True))
+    assert check_equal(output, inputs, wanted, decoder.ids.end_of_text) >= 1
 
 
 def test_draws_of_a_seed_are_those_of_mirage_generate(folder: Path) -> None:
