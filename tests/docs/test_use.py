@@ -25,8 +25,8 @@ def ways() -> list[Block]:
 
 
 def test_they_are_three_lines_at_most() -> None:
-    """The question and empty lines left out."""
-    assert [block.language for block in ways()] == ["bash", "python", "python", "python"]
+    """Empty lines left out."""
+    assert [block.language for block in ways()] == ["bash", "python", "python"]
     assert all(len([line for line in block.text.splitlines() if line]) <= 3 for block in ways())
 
 
@@ -36,11 +36,11 @@ def test_each_answers(drawn_job: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     shutil.copytree(drawn_job / "runs" / "tiny-mirage", tmp_path / "runs" / "tiny-mirage")
     shutil.copy(next((drawn_job / "runs" / "rows" / "images" / "level_3").glob("*_map.png")), tmp_path / "map.png")
-    command, question, trusted, text = ways()
+    command, trusted, text = ways()
     assert answer(["bash", "-euc", command.text], tmp_path)
     stand_in = "" if importlib.util.find_spec("torchvision") else STAND_IN
     for block, module in ((trusted, ".custom_generate.generate"), (text, "transformers.generation.utils")):
-        printed = answer([sys.executable, "-c", stand_in + question.text + block.text + LOOK], tmp_path)
+        printed = answer([sys.executable, "-c", stand_in + block.text + LOOK], tmp_path)
         assert "'generated_text': " in printed
         assert printed.splitlines()[-1].startswith("decodes with ")
         assert printed.endswith(f"{module}\n")
