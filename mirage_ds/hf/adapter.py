@@ -5,7 +5,8 @@ mirage export --adapter  adapter_config.json and adapter_model.safetensors: peft
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +57,7 @@ class BaseWeights:
     def __init__(self, source: str, cache_dir: Path | None) -> None:
         """
         Raises:
-            ConfigError: it has no safetensors.
+            ConfigError: it has no safetensors, or they are damaged.
         """
         self.source = source
         name = next((n for n in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME) if has_file(source, n, cache_dir)), None)
@@ -72,14 +73,14 @@ class BaseWeights:
             parts = {part: Path(str(cached_file(source, part, cache_dir=cache_dir))) for part in {*members.values()}}
             self.files = {member: parts[part] for member, part in members.items()}
         else:
-            with safe_open(first, framework="pt") as opened:
+            with self.opened(first) as opened:
                 self.files = dict.fromkeys(opened.keys(), first)
 
     def read(self, name: str) -> torch.Tensor:
         """A weight by transformers' name of its parameter; files have this name, or that of the hub.
 
         Raises:
-            ConfigError: it is missing.
+            ConfigError: it is missing, or its file is damaged.
         """
         found = next((each for each in (file_name(name), name) if each in self.files), None)
         if found is None:
@@ -87,9 +88,25 @@ class BaseWeights:
                 f"the base has no weight {file_name(name)} ({self.source}); it must be the model that the run started "
                 "from; copy that folder again, or name it with --model"
             )
-        with safe_open(self.files[found], framework="pt") as opened:
+        with self.opened(self.files[found]) as opened:
             weight: torch.Tensor = opened.get_tensor(found)
         return weight
+
+    @contextmanager
+    def opened(self, file: Path) -> Iterator[Any]:
+        """A file of weights.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        try:
+            with safe_open(file, framework="pt") as content:
+                yield content
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"the weights of the base cannot be read ({file}): {error}; expected a complete file of safetensors; "
+                "copy that folder again, or name a copy of it with --model"
+            ) from error
 
 
 @dataclass(frozen=True)

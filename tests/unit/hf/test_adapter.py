@@ -5,6 +5,7 @@ A model with random adapter weights computes the logits that both forms of the e
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,10 @@ def test_refusals(base: Path, tmp_path: Path, ids: torch.Tensor) -> None:
         export_checkpoint(tmp_path / "run", tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"trained on other weights .*restore that model"):
         export_checkpoint(tmp_path / "run", tmp_path / "out", form="merge", model=str(changed(base, tmp_path)))
+    damaged = shutil.copytree(base / "untied", tmp_path / "damaged") / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"cannot be read \(.*damaged/model\.safetensors\).*copy that folder again"):
+        export_checkpoint(tmp_path / "run", tmp_path / "out", form="merge", model=str(damaged.parent))
     backbone = load_backbone(str(base / "untied"), dtype=torch.float32)
     weights = {name: weight.detach() for name, weight in backbone.hf.named_parameters()}
     write_run(tmp_path / "full", base / "untied", weights)
