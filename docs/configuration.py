@@ -23,8 +23,9 @@ INTRODUCTION = r"""
 # Configuration
 
 Every key of a recipe: which values it may have, its default, and what it does. This page is generated from
-[`mirage_ds/config.py`](../mirage_ds/config.py), [`config_data.py`](../mirage_ds/config_data.py) and
-[`config_train.py`](../mirage_ds/config_train.py) by `make docs`; change the docstrings there, not this page.
+[`mirage_ds/config.py`](../mirage_ds/config.py), [`config_data.py`](../mirage_ds/config_data.py),
+[`config_lora.py`](../mirage_ds/config_lora.py) and [`config_train.py`](../mirage_ds/config_train.py) by `make docs`;
+change the docstrings there, not this page.
 
 A recipe is a YAML file with the sections below; [`launch/recipes/`](../launch/recipes) has some to start from. It is
 checked before anything starts: an unknown key or a value that is not allowed is an error that names the key. Every
@@ -63,15 +64,23 @@ def page(config: type[Section] = Config) -> str:
         assert issubclass(section, Section)
         lines += [f"## {name}", "", section.__doc__ or "", ""]
         lines += ["| key | values | default | meaning |", "| --- | --- | --- | --- |"]
-        meanings = _meanings(section)
-        for key, setting in section.model_fields.items():
-            if key not in meanings:
-                raise ValueError(f"{name}.{key} has no docstring in {section.__module__}; write one below the key")
-            values = _values(setting.annotation, setting.metadata)
-            default = "required" if setting.is_required() else _default(setting.default)
-            lines.append(f"| `{name}.{key}` | {values} | {default} | {meanings[key]} |")
-        lines.append("")
+        lines += [*_rows(name, section), ""]
     return "\n".join(lines)
+
+
+def _rows(name: str, section: type[Section]) -> list[str]:
+    """The rows of a section's keys; those of a section within it follow the key that has it."""
+    lines, meanings = [], _meanings(section)
+    for key, setting in section.model_fields.items():
+        if key not in meanings:
+            raise ValueError(f"{name}.{key} has no docstring in {section.__module__}; write one below the key")
+        within = [each for each in get_args(setting.annotation) if isinstance(each, type) and issubclass(each, Section)]
+        values = "section" if within else _values(setting.annotation, setting.metadata)
+        default = "required" if setting.is_required() else _default(setting.default)
+        lines.append(f"| `{name}.{key}` | {values} | {default} | {meanings[key]} |")
+        for each in within:
+            lines += _rows(f"{name}.{key}", each)
+    return lines
 
 
 def _meanings(section: type[Section]) -> dict[str, str]:
@@ -97,6 +106,8 @@ def _values(annotation: Any, limits: Any = ()) -> str:
         return " or ".join(_values(kind, limits) for kind in kinds)
     if get_origin(annotation) is Literal:
         return ", ".join(_default(value) for value in get_args(annotation))
+    if get_origin(annotation) is tuple and get_args(annotation)[1:] == (...,):
+        return f"list of {_values(get_args(annotation)[0])}"
     if get_origin(annotation) is tuple:
         return f"[{', '.join(_values(kind) for kind in get_args(annotation))}]"
     if annotation not in TYPES:

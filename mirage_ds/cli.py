@@ -95,15 +95,27 @@ def export(
     model: Annotated[
         str | None, typer.Option(help="The model that the run started from, if it has moved from its model.path.")
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a LoRA run: a complete folder, with what was learnt in its weights.")
+    ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a LoRA run: files for peft, for the same base.")
+    ] = False,
 ) -> None:
-    """Writes a checkpoint as a complete Hugging Face folder that plain transformers loads."""
+    """Writes a checkpoint as a complete Hugging Face folder that plain transformers loads, or as files for peft."""
     check_folder(checkpoint, "--checkpoint", "a run's folder, or one of its checkpoints/global_stepN")
     check_output(output)
     if model:
         check_model(model, f"--model {model}")
+    if merge and adapter:
+        raise ConfigError(
+            "--merge and --adapter are two forms of the same export (on the command line); one folder has one of them; "
+            "leave one option out, or export twice"
+        )
     from mirage_ds.hf.export import export_checkpoint
 
-    summary = export_checkpoint(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, model=model)
+    form: Literal["merge", "adapter"] | None = "merge" if merge else "adapter" if adapter else None
+    summary = export_checkpoint(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, model=model, form=form)
     typer.echo(f"wrote {summary} to {output}")
 
 

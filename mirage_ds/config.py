@@ -10,11 +10,13 @@ from pydantic import Field, model_validator
 from mirage_ds.config_data import DataConfig as DataConfig
 from mirage_ds.config_data import HelperImages as HelperImages
 from mirage_ds.config_data import OnFault as OnFault
+from mirage_ds.config_lora import Lora
 from mirage_ds.config_train import Dtype as Dtype
 from mirage_ds.config_train import Stage as Stage
 from mirage_ds.config_train import TrainConfig
 from mirage_ds.config_values import (
     MAX_SECONDS,
+    Listed,
     NonNegativeInt,
     PositiveInt,
     Section,
@@ -76,6 +78,14 @@ class ModelConfig(Section):
     their first block are refused."""
     train_tower: bool = False
     """Train the vision tower too; the method keeps it frozen."""
+    train_merger: bool = False
+    """Train the merger, the tower's last part, and not its blocks."""
+    freeze: Listed[str] = ()
+    """Weights that are not trained besides: patterns such as `model.language_model.layers.[0-9].*`, by transformers'
+    names of parameters; each must match some. With a tied head, the embedding's name stands for both."""
+    lora: Lora | None = None
+    """Train small matrices beside the model's own, which stay as they are; see [LoRA](lora.md). Unset: the decoder
+    itself is trained."""
     cache_targets: UserPath | None = None
     """Stage 1: folder that keeps the latent targets of helper images, so that later epochs do not encode them again;
     see [training](training.md#keep-latent-targets). Unset: every epoch encodes them."""
@@ -84,12 +94,28 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _cached_targets_stay_valid(self) -> "ModelConfig":
-        if self.cache_targets is not None and self.train_tower:
+        if self.cache_targets is not None and self.trains_vision:
+            key = "train_tower" if self.train_tower else "train_merger"
             raise ValueError(
-                "cache_targets keeps what the vision tower computes, which train_tower=true changes; only one of the "
-                "two is possible; unset model.cache_targets or model.train_tower"
+                f"cache_targets keeps what the vision tower computes, which {key}=true changes; only one of the two is "
+                f"possible; unset model.cache_targets or model.{key}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _lora_decides_what_is_trained(self) -> "ModelConfig":
+        others = {"train_tower": self.train_tower, "train_merger": self.train_merger, "freeze": self.freeze}
+        for key in (key for key, value in others.items() if value and self.lora is not None):
+            raise ValueError(
+                f"lora trains its own matrices and the rows of lora.train_embeddings alone, but {key} is set too; only "
+                f"one of the two is possible; unset model.{key} or model.lora"
+            )
+        return self
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether some of the vision tower is trained."""
+        return self.train_tower or self.train_merger
 
 
 class CheckpointConfig(Section):

@@ -6,9 +6,9 @@ config = load_config("recipe.yaml", ["train.lr=1e-4", "run.dir=runs/a"])
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mirage_ds import strict_yaml
@@ -99,7 +99,9 @@ def hint(name: str, allowed: Iterable[str]) -> str:
 
 def _keys_at(location: list[str]) -> list[str]:
     """The keys of the section at `location`."""
-    section: type[BaseModel] = Config
+    section: Any = Config
     for part in location:
-        section = section.model_fields[part].annotation  # type: ignore[assignment]
+        found = section.model_fields[part].annotation
+        # A section that may be unset is a union with None.
+        section = next(kind for kind in (found, *get_args(found)) if hasattr(kind, "model_fields"))
     return list(section.model_fields)

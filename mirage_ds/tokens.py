@@ -43,6 +43,11 @@ class TokenIds:
     latent_start: int
     latent_end: int
 
+    @property
+    def latents(self) -> tuple[int, int, int]:
+        """Those of the three latent tokens."""
+        return self.latent_pad, self.latent_start, self.latent_end
+
     @classmethod
     def of(cls, tokenizer: _Vocabulary) -> "TokenIds":
         """Looks the ids up.

@@ -24,17 +24,19 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 import faulthandler
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from transformers.utils import logging as transformers_logging
 
+from mirage_ds.checkpoint.base import check_base, describe_base
 from mirage_ds.checkpoint.copies import Copies
+from mirage_ds.checkpoint.find import require_latest
 from mirage_ds.checkpoint.load import load_weights, resume
 from mirage_ds.checkpoint.save import Saves, check_room, own_bytes
 from mirage_ds.checkpoint.writer import Writer, with_memory
 from mirage_ds.config import Config
-from mirage_ds.data.mixture import order_of
 from mirage_ds.data.target_cache import TargetCaches
 from mirage_ds.errors import (
     CheckpointError,
@@ -51,12 +53,14 @@ from mirage_ds.evaluation.training.evaluations import InTraining, evaluate_if_du
 from mirage_ds.evaluation.training.questions import read_evaluation
 from mirage_ds.model.backbone import DTYPES, Backbone, check_latent_ids, load_backbone
 from mirage_ds.model.mirage import MirageModel
+from mirage_ds.model.trained import choose_trained
 from mirage_ds.owner import Owner
 from mirage_ds.self_check import check_training
 from mirage_ds.train_state import TrainState
 from mirage_ds.training import early_end, lost_peer
 from mirage_ds.training.after_step import profiler, save_if_due, save_if_ended, validate_if_due
 from mirage_ds.training.cached_targets import open_target_cache
+from mirage_ds.training.described import describe
 from mirage_ds.training.dry_run import dry_run
 from mirage_ds.training.heartbeat import Heartbeat
 from mirage_ds.training.latent_sums import LatentSums
@@ -73,7 +77,6 @@ from mirage_ds.zero3.engine import (
     initialize,
     mark_gather_units,
     parameter_groups,
-    whole_numel,
 )
 
 
@@ -91,9 +94,10 @@ def train(config: Config) -> None:
     questions = read_evaluation(config)
     with own(config.run.dir, start.tags) as owner:
         engine, backbone = load_engine(config, start)
-        state = load_state(engine, config, start.checkpoint)
+        base = describe_base(engine.module, config)
+        state = load_state(engine, config, start.checkpoint, base)
         copies = open_copies(config)
-        saves = open_saves(engine, config, start, writer, copies)
+        saves = open_saves(engine, config, start.facts | base, writer, copies)
         targets = open_target_cache(engine, config, start)
         trainer = make_trainer(engine, config, start, state, saves, targets)
         evaluation = open_evaluation(trainer, backbone, questions, config, start)
@@ -113,11 +117,11 @@ def load_engine(config: Config, start: Start) -> tuple[DeepSpeedEngine, Backbone
         dtype=DTYPES[config.train.dtype],
         device_type=start.device.type,
         attention=config.model.attention,
-        train_tower=config.model.train_tower,
         cache_dir=config.model.cache_dir,
         deepspeed_config=start.deepspeed_config,
     )
     check_latent_ids(start.encoder.ids, backbone, config.model.path)
+    choose_trained(backbone, config.model, start.encoder.ids.latents, config.run.seed)
     model = make_model(config, backbone)
     check_room(config.run.dir, model, start.device)
     write_folder(config, start.facts, start.began)
@@ -245,12 +249,12 @@ def open_copies(config: Config) -> Copies | None:
 
 
 def open_saves(
-    engine: DeepSpeedEngine, config: Config, start: Start, writer: Writer | None, copies: Copies | None
+    engine: DeepSpeedEngine, config: Config, facts: dict[str, Any], writer: Writer | None, copies: Copies | None
 ) -> Saves:
     """This run's checkpoints, written in the background if there is memory for it."""
     if writer is not None:
         writer = with_memory(writer, own_bytes(engine.module))
-    return Saves(engine, config, start.facts, writer=writer, copies=copies)
+    return Saves(engine, config, facts, writer=writer, copies=copies)
 
 
 def make_model(config: Config, backbone: Backbone) -> MirageModel:
@@ -261,7 +265,7 @@ def make_model(config: Config, backbone: Backbone) -> MirageModel:
         ce_loss_weight=config.train.text_weight,
         latent_loss_weight=config.train.latent_loss_weight,
         recompute=config.model.activation_checkpointing == "full",
-        train_tower=config.model.train_tower,
+        train_tower=config.model.trains_vision,
         compress_strategy=config.model.compress_strategy,
     )
 
@@ -279,13 +283,19 @@ def prepare_torch(config: Config) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def load_state(engine: DeepSpeedEngine, config: Config, checkpoint: Path | None) -> TrainState:
-    """Loads the run's own checkpoint, or at its start the weights of `run.init_from`; returns the position."""
+def load_state(engine: DeepSpeedEngine, config: Config, checkpoint: Path | None, base: dict[str, Any]) -> TrainState:
+    """Loads the run's own checkpoint, or at its start the weights of `run.init_from`; returns the position.
+
+    Args:
+        base: of an adapter, as `describe_base` found it.
+    """
     if checkpoint is not None:
+        check_base(checkpoint, base)
         if distributed.is_main():
             print(f"Resuming from {checkpoint}", flush=True)
         return resume(engine, checkpoint)
     if config.run.init_from:
+        check_base(require_latest(config.run.init_from), base)
         load_weights(engine, config.run.init_from)
     return TrainState()
 
@@ -294,34 +304,6 @@ def watch_end(config: Config) -> early_end.EarlyEnd:
     """Ends the run before its last step: signals on every rank, and on rank 0 the job's time limit."""
     end_s = early_end.job_end_s(say=print) if distributed.is_main() else None
     return early_end.EarlyEnd(end_s, config.run.save_before_end_s, config.distributed.timeout_s)
-
-
-def describe(config: Config, start: Start, model: MirageModel, backbone: Backbone) -> str:
-    """What will be computed, for the start of the log."""
-    train, ranks = config.train, distributed.world_size()
-    size = train.samples_per_step(ranks)
-    cut = f"{ranks} ranks x {train.micro_batch_size} x {train.accumulation_steps(ranks)} accumulated"
-    if config.data.packing:
-        cut = f"rows of at most {config.data.token_budget} tokens on {ranks} ranks"
-    controls = "".join(f", {key}={value}" for key, value in config.controls.items())
-    shards, num_positions = start.shards, order_of(config, start.shards).num_positions
-    samples = f"{shards.num_samples} samples"
-    if len(shards.folders) > 1:
-        parts = zip(shards.names, shards.folders, shards.weights, strict=True)
-        sets = ", ".join(f"{name} {folder.num_samples} x {weight:g}" for name, folder, weight in parts)
-        samples += f" in {len(shards.folders)} sets ({sets}), {num_positions} in an epoch"
-    if config.data.shuffle == "window":
-        samples += f", shuffled in windows of {config.data.shuffle_window} shards"
-    numel = {True: 0, False: 0}
-    for parameter in model.parameters():
-        numel[parameter.requires_grad] += whole_numel(parameter)
-    return (
-        f"{train.stage}: {numel[True] / 1e6:.1f} M parameters trained, {numel[False] / 1e6:.1f} M frozen, "
-        f"{train.dtype} on {start.device.type}, attention {backbone.describe_attention()}, "
-        f"latent_size {config.model.latent_size}{controls}\n"
-        f"{samples}; global batch {size} = {cut}; {start.max_steps} steps = "
-        f"{start.max_steps * size / num_positions:.1f} epochs; {start.costs_source}"
-    )
 
 
 def run(config: Config) -> None:

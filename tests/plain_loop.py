@@ -127,12 +127,35 @@ def train(
     gradient_clipping: float = 1.0,
     train_tower: bool = False,
 ) -> dict[str, list[float]]:
-    """One optimizer step per global batch; the losses and gradient norms of all steps.
+    """One optimizer step per global batch; the losses and gradient norms of all steps."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model.model.visual.requires_grad_(train_tower)
+    return train_model(
+        model,
+        global_batches,
+        stage,
+        lrs=lrs,
+        ce_loss_weight=ce_loss_weight,
+        weight_decay=weight_decay,
+        gradient_clipping=gradient_clipping,
+    )
+
+
+def train_model(
+    model: Any,
+    global_batches: list[list[Sample]],
+    stage: str,
+    *,
+    lrs: list[float],
+    ce_loss_weight: float,
+    weight_decay: float = 0.01,
+    gradient_clipping: float = 1.0,
+    eps: float = 1e-8,
+) -> dict[str, list[float]]:
+    """As `train`, of the parameters of a model that require grad.
 
     Two parameter groups: matrices decay, vectors do not.
     """
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    model.model.visual.requires_grad_(train_tower)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         [
@@ -140,7 +163,7 @@ def train(
             {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
         ],
         betas=(0.9, 0.999),
-        eps=1e-8,
+        eps=eps,
     )
     losses, norms = [], []
     for samples, lr in zip(global_batches, lrs, strict=True):

@@ -63,7 +63,7 @@ def gathered_elements(sizes: ModelSizes, config: Config, latents: int) -> float:
     """
     if choose_gather(config) == "rollout":
         return sum(sizes.all)
-    tower = sum(sizes.tower) * (1 + config.model.train_tower)
+    tower = sum(sizes.tower) * (2 if sum(sizes.trained.tower) else 1)
     group = group_elements(sizes, config)
     if not group:
         return tower + 2 * sum(sizes.language)
@@ -87,10 +87,9 @@ def traffic(
     from other nodes, (N - 1) / N of it: 1 / G of that through each.
     """
     world_size = nodes * gpus_per_node
-    trained = sizes.all if config.model.train_tower else sizes.language
     elements = gathered_elements(sizes, config, row.latents)
     gathered = micro_steps * elements * DTYPES[config.train.dtype].itemsize
-    reduced = micro_steps * REDUCTION_BYTES[deepspeed_config["communication_data_type"]] * sum(trained)
+    reduced = micro_steps * REDUCTION_BYTES[deepspeed_config["communication_data_type"]] * sum(sizes.trained.all)
     both = gathered + reduced
     return Traffic(
         gathered=gathered * (world_size - 1) / world_size,
@@ -136,14 +135,14 @@ def step_time(
     overlaps = choose_gather(config) != "rollout"
     stored = config.train.micro_batch_size == 1
     recomputed = config.model.activation_checkpointing == "full" and not stored
-    accesses = row.single_columns * (COLUMN_ACCESSES + recomputed) + (0 if overlaps else row.blocks * SUM_ACCESSES)
-    accesses += PRODUCT_ACCESSES if row.single_columns else 0
-    accessed = micro_steps * accesses * sum(sizes.layers) * DTYPES[config.train.dtype].itemsize
+    accessed = row.single_columns * (COLUMN_ACCESSES + recomputed) * sum(sizes.layers)
+    added = (0 if overlaps else row.blocks * SUM_ACCESSES) + (PRODUCT_ACCESSES if row.single_columns else 0)
+    accessed += added * sum(sizes.trained.layers)
+    accessed *= micro_steps * DTYPES[config.train.dtype].itemsize
     passes_s = accessed / memory_bandwidth
     moved = traffic(sizes, config, deepspeed_config, row, nodes, gpus_per_node, level.micro_steps)
     communication_s = max(moved.nvlink / gpu.nvlink_bandwidth, moved.network / gpu.network_bandwidth) / LINK_EFFICIENCY
-    trained = sizes.all if config.model.train_tower else sizes.language
-    update_s = UPDATE_BYTES * sum(trained) / world_size / memory_bandwidth
+    update_s = UPDATE_BYTES * sum(sizes.trained.all) / world_size / memory_bandwidth
     busy_s = compute_s + passes_s
     step_s = (max(busy_s, communication_s) if overlaps else busy_s + communication_s) + update_s
     return StepTime(

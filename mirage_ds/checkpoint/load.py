@@ -12,6 +12,7 @@ from mirage_ds.checkpoint.facts import FACTS_NAME, read_facts
 from mirage_ds.checkpoint.find import require_latest
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError
+from mirage_ds.model.lora import has_adapter
 from mirage_ds.train_state import TrainState
 from mirage_ds.zero3 import distributed
 
@@ -43,10 +44,10 @@ def restore_random_state(states: dict[str, torch.Tensor]) -> None:
 
 
 def check_start(run_dir: Path, config: Config) -> None:
-    """Refuses to start from weights that were trained with another latent_size.
+    """Refuses to start from weights that were trained with another latent_size or adapter.
 
     Raises:
-        CheckpointError: the run has no checkpoint, or another latent_size.
+        CheckpointError: the run has no checkpoint, or another latent_size, or `model.lora` differs.
     """
     checkpoint = require_latest(run_dir)
     facts = read_facts(checkpoint / FACTS_NAME)
@@ -57,6 +58,15 @@ def check_start(run_dir: Path, config: Config) -> None:
             f"(run.init_from={run_dir}); both must agree; set model.latent_size={latent_size}, or start from another "
             "run"
         )
+    lora = config.model.lora and config.model.lora.model_dump(mode="json")
+    before = facts["config"]["model"].get("lora")
+    if lora != before:
+        names = [f"model.lora={each}" if each else "no model.lora" for each in (before, lora)]
+        raise CheckpointError(
+            f"{checkpoint} was trained with {names[0]}, and this run has {names[1]} (run.init_from={run_dir}); both "
+            "must agree; set the same, or export that run (with --merge, if it has an adapter) and set model.path to "
+            "the exported folder, without run.init_from"
+        )
 
 
 def load_weights(engine: DeepSpeedEngine, run_dir: Path) -> None:
@@ -66,7 +76,11 @@ def load_weights(engine: DeepSpeedEngine, run_dir: Path) -> None:
 
 
 def _load(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
-    loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    # Not strict of an adapter, whose base is not in the checkpoint: that all trained parameters are is checked there.
+    strict = not has_adapter(engine.module)
+    loaded, client_state = engine.load_checkpoint(
+        str(checkpoint.parent), tag=checkpoint.name, load_module_strict=strict
+    )
     if loaded is None:
         raise CheckpointError(
             f"the checkpoint cannot be loaded ({checkpoint}); expected the files that the run wrote; use another one"

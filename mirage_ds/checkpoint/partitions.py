@@ -22,6 +22,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mirage_ds.errors import CheckpointError
+from mirage_ds.model.lora import has_adapter
 from mirage_ds.model.mirage import hf_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -145,13 +146,19 @@ def stored_moments(checkpoint: Path, world_size: int) -> tuple[dict[str, dict[st
 
 
 def check_fit(stored: Mapping[str, StoredParameter], model: torch.nn.Module, checkpoint: Path) -> None:
-    """Refuses a transformers model whose parameters differ from those of a checkpoint.
+    """Refuses a transformers model whose parameters differ from those of a checkpoint; of one with an adapter, those
+    that are trained.
 
     Raises:
         CheckpointError: the message names the parameters that only one of them has, or whose shapes differ.
     """
     found = {name: tuple(parameter.shape) for name, parameter in stored.items()}
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied head once
+    frozen = not has_adapter(model)
+    expected = {  # a tied head once
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or frozen
+    }
     if found != expected:
         other = ", ".join(sorted({name for name, _ in found.items() ^ expected.items()}))
         raise CheckpointError(

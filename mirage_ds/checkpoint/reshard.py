@@ -13,20 +13,25 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
 from mirage_ds.checkpoint.partitions import MOMENTS, StoredParameter, stored_moments, stored_parameters
+from mirage_ds.model.lora import has_adapter
 from mirage_ds.model.mirage import hf_name
 from mirage_ds.zero3 import distributed
 
 
 def load_weights(engine: DeepSpeedEngine, checkpoint: Path, saved_ranks: int) -> None:
-    """Loads float32 masters, the weights to compute with, and frozen parameters; leaves the optimizer state as it is.
+    """Loads float32 masters, the weights to compute with, and frozen parameters but those of an adapter's base.
+
+    The optimizer state stays as it is.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    stored = stored_parameters(checkpoint, saved_ranks)
+    stored, adapter = stored_parameters(checkpoint, saved_ranks), has_adapter(engine.module)
     # As around DeepSpeed's own loading: small parameters, which every rank holds in full, are partitioned for it.
     engine.optimizer.checkpoint_event_prologue()
     for name, parameter in engine.module.named_parameters():
+        if adapter and not parameter.requires_grad:
+            continue
         part = read_own_part(stored[hf_name(name)], parameter)
         parameter.ds_tensor.data.copy_(part)
         if parameter.requires_grad:

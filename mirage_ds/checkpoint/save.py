@@ -33,6 +33,7 @@ from mirage_ds.checkpoint.written import Written, write_states
 from mirage_ds.config import Config
 from mirage_ds.errors import CheckpointError
 from mirage_ds.housekeeping import housekeeping
+from mirage_ds.model.lora import has_adapter
 from mirage_ds.train_state import TrainState
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import whole_numel
@@ -178,7 +179,13 @@ def engine_states(engine: DeepSpeedEngine, part: Path) -> dict[str, Any]:
     engine.checkpoint_engine = states
     try:
         client_state = {"random": random_state()}
-        engine.save_checkpoint(str(part.parent), tag=part.name, client_state=client_state, save_latest=False)
+        engine.save_checkpoint(
+            str(part.parent),
+            tag=part.name,
+            client_state=client_state,
+            save_latest=False,
+            exclude_frozen_parameters=has_adapter(engine.module),
+        )
     finally:
         engine.checkpoint_engine = original
     return states.by_name
@@ -228,24 +235,30 @@ def _raise_failure(part: Path, errors: list[str | None]) -> None:
 
 
 def size_in_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a checkpoint of all ranks, up to some KiB: trained parameters with AdamW's state, and frozen parameters.
+    """Bytes of a checkpoint of all ranks, up to some KiB: trained parameters with AdamW's state, and frozen parameters
+    but those of an adapter's base.
 
     Under ZeRO-3 every rank writes its shards of both.
     """
-    return sum(
-        whole_numel(parameter) * (ADAM_BYTES if parameter.requires_grad else parameter.element_size())
-        for parameter in model.parameters()
-    )
+    return sum(whole_numel(parameter) * element_bytes for parameter, element_bytes in _saved(model))
 
 
 def own_bytes(model: torch.nn.Module) -> int:
     """At most so many bytes of tensors are in this rank's files: its shards, and small ones such as random states."""
-    shards = sum(
-        getattr(parameter, "ds_tensor", parameter).numel()
-        * (ADAM_BYTES if parameter.requires_grad else parameter.element_size())
-        for parameter in model.parameters()
+    shards = (
+        getattr(parameter, "ds_tensor", parameter).numel() * element_bytes for parameter, element_bytes in _saved(model)
     )
-    return shards + 2**20
+    return sum(shards) + 2**20
+
+
+def _saved(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, int]]:
+    """The parameters that a checkpoint contains, and the bytes that it has of an element of each."""
+    frozen = not has_adapter(model)
+    return [
+        (parameter, ADAM_BYTES if parameter.requires_grad else parameter.element_size())
+        for parameter in model.parameters()
+        if parameter.requires_grad or frozen
+    ]
 
 
 def check_room(run_dir: Path, model: torch.nn.Module, device: torch.device) -> None:

@@ -26,7 +26,8 @@ from mirage_ds.checkpoint.partitions import StoredParameter, check_fit, stored_p
 from mirage_ds.config import Config, Dtype
 from mirage_ds.data.conversation import load_tokenizer
 from mirage_ds.data.patches import ImageProcessor
-from mirage_ds.errors import CheckpointError, ConfigError, DataError
+from mirage_ds.errors import CheckpointError, ConfigError
+from mirage_ds.hf.adapter import Form, MergedParameter, StoredAdapter, check_form, finite, not_written
 from mirage_ds.hf.custom_generate import generate
 from mirage_ds.hf.model_card import model_card
 from mirage_ds.hf.written_folder import finish
@@ -41,7 +42,13 @@ MB = 10**6
 
 
 def export_checkpoint(
-    path: Path, output: Path, *, dtype: Dtype | None = None, max_shard_size: str = "5GB", model: str | None = None
+    path: Path,
+    output: Path,
+    *,
+    dtype: Dtype | None = None,
+    max_shard_size: str = "5GB",
+    model: str | None = None,
+    form: Form | None = None,
 ) -> str:
     """Writes the folder and returns a short description of its contents.
 
@@ -51,27 +58,38 @@ def export_checkpoint(
             it computed with, and fp32 its masters.
         max_shard_size: of a file of weights, such as 5GB (1 GB = 10**9 bytes); a larger parameter gets its own file.
         model: folder or hub id of the model that the run started from; None: the run's model.path.
+        form: of a run with an adapter, see adapter.py.
 
     Raises:
         CheckpointError: there is no such checkpoint, a rank's file is missing or damaged, the model does not match, or
             a weight is not finite.
-        ConfigError: the model that the run started from is missing, or `max_shard_size` is not a size.
+        ConfigError: the model that the run started from is missing, `max_shard_size` is not a size, or `form` does not
+            fit the run.
         DataError: `output` already exists, or cannot be written.
     """
     checkpoint = find_named(path)
     facts = read_facts(checkpoint / FACTS_NAME)
     config = _run_config(facts, checkpoint)
+    check_form(form, config, checkpoint)
     stored = stored_parameters(checkpoint, facts["world_size"])
     source, cache_dir = model or config.model.path, config.model.cache_dir
     hf = _model_of(source, config, checkpoint)
-    check_fit(stored, hf, checkpoint)
     tokenizer = load_tokenizer(source, cache_dir)
+    adapter = None
+    if config.model.lora is None:
+        check_fit(stored, hf, checkpoint)
+    else:
+        adapter = StoredAdapter(checkpoint, stored, config, source, hf, TokenIds.of(tokenizer).latents)
+        check_fit(stored, adapter.add_to(_model_of(source, config, checkpoint)), checkpoint)
     image_processor = ImageProcessor.load(
         source, cache_dir, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
     )
     dtype = dtype or config.train.dtype
+    if adapter is not None and form == "adapter":
+        return f"step {facts['step']} of {config.run.dir} ({config.train.stage}) as {adapter.write(output, dtype)}"
     _set_config(hf, DTYPES[dtype], _latent_settings(config, TokenIds.of(tokenizer)))
-    parameters = {file_name(name): stored[name] for name, _ in hf.named_parameters()}
+    merged = adapter.merged() if adapter is not None else stored
+    parameters = {file_name(name): merged[name] for name, _ in hf.named_parameters()}
     files = _divide(parameters, DTYPES[dtype], max_shard_size)
     generation = _generation_config(source, cache_dir, hf)
     card = model_card(config, facts, checkpoint.parents[1], source, generation)
@@ -84,14 +102,13 @@ def export_checkpoint(
             tokenizer.save_pretrained(folder)
             image_processor.save(folder)
             _write_weights(parameters, files, DTYPES[dtype], folder, checkpoint)
+            if adapter is not None:
+                adapter.check_base(facts)
             _write_decoding(folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
             finish(folder)
     except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"the export cannot be written ({output}): {error}; it needs {size} in a writable folder; free some "
-            "space there, or name another folder"
-        ) from error
+        raise not_written(output, size, error) from error
     return f"step {facts['step']} of {config.run.dir} ({config.train.stage}) as {size} of {dtype} weights"
 
 
@@ -156,7 +173,9 @@ def _write_decoding(folder: Path) -> None:
     shutil.copyfile(generate.__file__, file)
 
 
-def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_shard_size: str) -> StateDictSplit:
+def _divide(
+    parameters: Mapping[str, StoredParameter | MergedParameter], dtype: torch.dtype, max_shard_size: str
+) -> StateDictSplit:
     """Decides which parameters go into which file."""
     sizes = {name: torch.empty(stored.shape, dtype=dtype, device="meta") for name, stored in parameters.items()}
     try:
@@ -171,7 +190,7 @@ def _divide(parameters: Mapping[str, StoredParameter], dtype: torch.dtype, max_s
 
 
 def _write_weights(
-    parameters: Mapping[str, StoredParameter],
+    parameters: Mapping[str, StoredParameter | MergedParameter],
     files: StateDictSplit,
     dtype: torch.dtype,
     folder: Path,
@@ -183,19 +202,11 @@ def _write_weights(
         CheckpointError: a weight is not finite.
     """
 
-    def finite(member: str) -> torch.Tensor:
-        weight = parameters[member].read(dtype)
-        if not weight.isfinite().all():
-            raise CheckpointError(
-                f"the weight {member} is not finite ({checkpoint}); a model that is exported must be able to compute; "
-                "export an earlier checkpoint, or train again with a smaller train.lr"
-            )
-        return weight
-
     for name, members in files.filename_to_tensors.items():
-        # No variable holds a file's weights while the next file's are read. transformers only accepts files with this
-        # entry as torch's.
-        save_file({member: finite(member) for member in members}, folder / name, metadata={"format": "pt"})
+        # transformers only accepts files with this entry as torch's.
+        weights = {member: finite(member, parameters[member].read(dtype), checkpoint) for member in members}
+        save_file(weights, folder / name, metadata={"format": "pt"})
+        del weights
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

@@ -8,10 +8,15 @@ from pathlib import Path
 def finish(folder: Path) -> None:
     """Completes a folder that transformers and safetensors have written."""
     _add_older_rope_entries(folder / "config.json")
+    set_modes(folder)
+
+
+def set_modes(folder: Path) -> None:
+    """File modes by the umask: safetensors makes its files readable for the owner only."""
     mask = os.umask(0)
     os.umask(mask)
     for path in (path for path in folder.rglob("*") if path.is_file()):
-        path.chmod(0o666 & ~mask)  # safetensors makes its files readable for the owner only
+        path.chmod(0o666 & ~mask)
 
 
 def _add_older_rope_entries(path: Path) -> None:

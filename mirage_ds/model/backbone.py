@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 from mirage_ds.config import Dtype
 from mirage_ds.errors import MALFORMED, ConfigError
 from mirage_ds.model.attention import choose_attention
+from mirage_ds.model.trained_rows import EmbeddingRows, HeadRows
 from mirage_ds.model_folder import check_model, check_not_quantized
 from mirage_ds.tokens import TokenIds
 
@@ -47,7 +48,7 @@ class Backbone:
         return self.hf.model.visual
 
     @property
-    def embed_tokens(self) -> torch.nn.Embedding:
+    def embed_tokens(self) -> torch.nn.Embedding | EmbeddingRows:
         return self.hf.model.language_model.embed_tokens
 
     @property
@@ -65,6 +66,11 @@ class Backbone:
     @property
     def head_weight(self) -> torch.nn.Parameter:
         return self.hf.lm_head.weight
+
+    @property
+    def head_rows(self) -> HeadRows | None:
+        """The head, if some of its rows are parameters of their own."""
+        return self.hf.lm_head if isinstance(self.hf.lm_head, HeadRows) else None
 
     @property
     def tied(self) -> bool:

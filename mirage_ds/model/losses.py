@@ -10,6 +10,7 @@ from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
+from mirage_ds.model.trained_rows import HeadRows, with_columns
 from mirage_ds.ops.latent_pool_definition import EPS
 
 # Logits of one block of rows: 2 ** 25 elements are 64 MiB in bf16, whatever the vocabulary.
@@ -24,18 +25,29 @@ class LossHead(torch.nn.Module):
     blocks.
     """
 
-    def __init__(self, weight: torch.nn.Parameter, vocab_size: int, *, shared: bool) -> None:
+    def __init__(
+        self, weight: torch.nn.Parameter, vocab_size: int, *, shared: bool, trained_rows: HeadRows | None = None
+    ) -> None:
         """
         Args:
             weight: [V, D] of the language-model head; under ZeRO-3 its shard.
             vocab_size: V.
+            trained_rows: the head, if some of its rows are parameters of their own; they are shared as the weight is.
             shared: the weight is also the embedding's (tied), which owns it. ZeRO-3 reduces the gradients of the
                 parameters that a leaf module owns when backward leaves it, before the embedding's part is added.
         """
         super().__init__()
         self.shared = shared
         self.own_weight = None if shared else weight
-        self.weights = (weight,)  # in a tuple, so that this module does not register the parameter
+        self.weights: tuple[torch.nn.Parameter, ...] = (
+            weight,
+        )  # in a tuple, so that this module does not register the parameter
+        self.own_rows: torch.nn.Parameter | None = None
+        self.row_ids: torch.Tensor
+        if trained_rows is not None:
+            self.own_rows = None if shared else trained_rows.rows
+            self.weights += (trained_rows.rows,)
+            self.register_buffer("row_ids", torch.tensor(trained_rows.ids, device=weight.device), persistent=False)
         self.block_rows = max(1, LOGIT_BLOCK_ELEMENTS // vocab_size)
 
     def forward(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
@@ -47,7 +59,11 @@ class LossHead(torch.nn.Module):
         return torch.cat([*losses, self._block_loss(*last)])
 
     def _block_loss(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        return chunked_cross_entropy(torch.nn.functional.linear(hidden, self.weights[0]), target_ids, reduction="none")
+        weight, *rows = self.weights
+        logits = torch.nn.functional.linear(hidden, weight)
+        if rows:
+            logits = with_columns(logits, hidden, rows[0], self.row_ids)
+        return chunked_cross_entropy(logits, target_ids, reduction="none")
 
 
 def latent_losses(latent_pred: torch.Tensor, latent_target: torch.Tensor, inverse_norms: torch.Tensor) -> torch.Tensor:

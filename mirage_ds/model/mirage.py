@@ -25,6 +25,7 @@ HF_NAMES = {
     "rollout.layers.": "model.language_model.layers.",
     "rollout.norm.": "model.language_model.norm.",
     "rollout.head.own_weight": "lm_head.weight",
+    "rollout.head.own_rows": "lm_head.rows",
 }
 
 
@@ -71,7 +72,7 @@ class MirageModel(torch.nn.Module):
             backbone.layers,
             backbone.norm,
             backbone.rotary_emb,
-            LossHead(backbone.head_weight, backbone.vocab_size, shared=backbone.tied),
+            LossHead(backbone.head_weight, backbone.vocab_size, shared=backbone.tied, trained_rows=backbone.head_rows),
             recurrent=stage == "stage2",
             recompute=recompute,
             attention=backbone.attention,
@@ -90,6 +91,8 @@ class MirageModel(torch.nn.Module):
             self.keep_targets(batch.target_slots, batch.latent_sizes, pooled)
         latents = add_cached(pooled, batch)
         inputs_embeds = build_inputs_embeds(text_embeds, image_embeds, latents.inputs, batch)
+        if torch.is_grad_enabled() and not inputs_embeds.requires_grad:  # embeddings are frozen: see Rollout.forward
+            inputs_embeds.requires_grad_()
         hidden, target_losses = self.rollout(inputs_embeds, batch=batch, num_passes=num_passes)
         if self.keep_states is not None:
             self.keep_states(hidden.detach(), latents, text_embeds.detach(), batch)

@@ -21,14 +21,16 @@ ROPE_THETA = 10_000.0  # of every Qwen2.5-VL; older transformers have it in thei
 class Tower(torch.nn.Module):
     """The vision tower with its merger; one ZeRO-3 leaf module, entered once per micro-step.
 
-    A frozen tower stores no activations. The input of a trained one must require grad: ZeRO-3 releases a leaf module
-    when the gradient of its input is computed.
+    What is frozen stores no activations. The input of a tower of which something is trained must require grad: ZeRO-3
+    reduces the gradients of a leaf module, and releases it, when the gradient of its input is computed.
     """
 
     def __init__(self, visual: Any, *, trained: bool, attention: str) -> None:
         super().__init__()
         self.visual = visual
         self.trained = trained
+        before_merger = (weight for name, weight in visual.named_parameters() if not name.startswith("merger."))
+        self.merger_only = trained and not any(weight.requires_grad for weight in before_merger)
         self.attention = attention
         self.dtype = next(visual.parameters()).dtype
         config = visual.config
@@ -41,7 +43,8 @@ class Tower(torch.nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
         """Values [P, 1176] of images with these grids -> [P / 4, D], images in order, cells in raster order."""
-        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+        learns = self.trained and torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns and not self.merger_only):
             layout = lay_out(grids, self.window_cells, pixel_values.device)
             hidden = linear(pixel_values, self.visual.patch_embed.proj.weight.flatten(1))
             hidden = reorder(hidden, layout.cells)
@@ -50,6 +53,9 @@ class Tower(torch.nn.Module):
                 sequences = layout.images if number in self.full_blocks else layout.windows
                 hidden = self.attend(block.attn, block.norm1(hidden), rotary, sequences).add_(hidden)
                 hidden = block.mlp(block.norm2(hidden)).add_(hidden)
+        with torch.set_grad_enabled(learns):
+            if learns and self.merger_only:
+                hidden = hidden + 0 * pixel_values[:1, :1]  # so that the gradient of the input comes after the merger's
             return self.visual.merger(hidden)[layout.inverse]
 
     def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -77,7 +77,8 @@ def window_pairs(grid: Grid, window_cells: int) -> int:
 
 
 def work_of(sizes: ModelSizes, config: Config, load: Load) -> Work:
-    """Forward takes 2 FLOPs per element of a matrix and token, backward 4; the frozen tower has forward only.
+    """Forward takes 2 FLOPs per element of a matrix and token, backward 4: 2 to the input, 2 to the matrix, which a
+    frozen one has not. The frozen tower has forward only, and a frozen part below a trained merger.
 
     decoder    2 x matrices of the layers x tokens + 4 x layers x D x token pairs
     head       2 x V x D x supervised tokens; its logits are recomputed, those of the last block excepted
@@ -91,11 +92,19 @@ def work_of(sizes: ModelSizes, config: Config, load: Load) -> Work:
     window_blocks = sizes.tower_blocks - sizes.tower_full_blocks
     tower = 2 * sizes.tower_matrices * load.patches + 2 * sizes.merger_matrices * load.patches // CELL_PATCHES
     tower += 4 * sizes.tower_hidden * (sizes.tower_full_blocks * load.image_pairs + window_blocks * load.window_pairs)
-    tower *= 3 if config.model.train_tower else 1
+    merger = 2 * load.patches // CELL_PATCHES
+    if config.model.train_tower:
+        tower *= 3
+        tower -= 2 * (sizes.tower_matrices - sizes.trained_tower_matrices) * load.patches
+        tower -= merger * (sizes.merger_matrices - sizes.trained_merger_matrices)
+    elif config.model.train_merger:
+        tower += merger * (sizes.merger_matrices + sizes.trained_merger_matrices)
     # Recomputing a layer stops before its last product, whose output backward does not need.
     last = 2 * sizes.num_layers * sizes.intermediate * sizes.hidden * load.tokens
     recomputed = decoder - last if config.model.activation_checkpointing == "full" else 0
     block = max(1, LOGIT_BLOCK_ELEMENTS // sizes.vocab)
     recomputed += 2 * sizes.vocab * sizes.hidden * (max(0, load.targets - 1) // block * block)
-    model = 3 * (decoder + head) + tower
+    frozen = 2 * (sizes.layer_matrices - sizes.trained_layer_matrices) * load.tokens
+    frozen += 0 if sizes.trained_head_matrix else head
+    model = 3 * (decoder + head) - frozen + tower
     return Work(model=model, computed=model + recomputed)

@@ -27,8 +27,7 @@ def offload_bytes(sizes: ModelSizes, config: Config, deepspeed_config: dict[str,
     total = 0
     if _is_on_host(zero, "optimizer"):
         accumulated = REDUCTION_BYTES[deepspeed_config["data_types"]["grad_accum_dtype"]]
-        trained = sizes.all if config.model.train_tower else sizes.language
-        total += shard_numel(trained, world_size) * (ADAM_BYTES + accumulated + FP32_BYTES)
+        total += shard_numel(sizes.trained.all, world_size) * (ADAM_BYTES + accumulated + FP32_BYTES)
     if _is_on_host(zero, "param"):
         total += shard_numel(sizes.all, world_size) * DTYPES[config.train.dtype].itemsize
     return total

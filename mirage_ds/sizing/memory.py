@@ -18,7 +18,7 @@ from mirage_ds.config import Config
 from mirage_ds.model.backbone import DTYPES
 from mirage_ds.model.losses import LOGIT_BLOCK_ELEMENTS
 from mirage_ds.sizing.measured import masks_samples
-from mirage_ds.sizing.model_sizes import ModelSizes
+from mirage_ds.sizing.model_sizes import ModelSizes, Parts
 from mirage_ds.sizing.workload import Row, Size
 from mirage_ds.zero3.engine import choose_gather
 
@@ -78,7 +78,7 @@ def estimate_memory(
     """All kinds for a micro-batch of rows of this size, padding included: see `Workload.largest_of`."""
     zero = deepspeed_config["zero_optimization"]
     rows, e = config.rows_per_micro_batch, DTYPES[config.train.dtype].itemsize
-    trained = sizes.all if config.model.train_tower else sizes.language
+    trained = sizes.trained.all
     shard = shard_numel(trained, world_size)
     gathered, gathering = gathered_elements(sizes, config, zero)
     offloaded = {part: offloads(zero, part) for part in ("param", "optimizer")}
@@ -110,7 +110,7 @@ def shard_numel(numels: Iterable[int], world_size: int) -> int:
 def parameter_bytes(sizes: ModelSizes, zero: dict[str, Any], world_size: int, e: int, *, offloaded: bool) -> int:
     """e x (sum of ceil(numel / W) + full copies of parameters of at most stage3_param_persistence_threshold elements).
 
-    The frozen tower is sharded like the rest and has neither master weights nor moments.
+    What is frozen is sharded like the rest and has neither master weights nor moments.
     """
     shards = 0 if offloaded else shard_numel(sizes.all, world_size)
     return e * (shards + persistent_numel(sizes.all, zero))
@@ -156,8 +156,8 @@ def gathered_elements(sizes: ModelSizes, config: Config, zero: dict[str, Any]) -
         held = sum(rest) if sum(rest) < reuse_distance else max(rest)
         return max(min(2 * group, sum(sizes.layers)) + held, tower), 0
     small = language < reuse_distance
-    live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE) + unit_elements(sizes), tower)
-    bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), unit_elements(sizes))
+    live = max(zero.get("stage3_max_live_parameters", DEFAULT_LIVE) + unit_elements(sizes, sizes.num_layers), tower)
+    bucket = max(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH), unit_elements(sizes, sizes.num_layers))
     return everything if small else min(everything, live), min(bucket, everything)
 
 
@@ -169,29 +169,32 @@ def group_elements(sizes: ModelSizes, config: Config) -> int:
     return sum(sizes.layers) // sizes.num_layers * min(layers, sizes.num_layers)
 
 
-def unit_elements(sizes: ModelSizes) -> int:
+def unit_elements(parts: Parts, num_layers: int) -> int:
     """The largest unit of `layer` in one pass, besides the tower: a decoder layer, the embedding or the head."""
-    return max(sum(sizes.layers) // sizes.num_layers, *sizes.language)
+    return max([sum(parts.layers) // num_layers, *parts.language])
 
 
 def waiting_gradients(sizes: ModelSizes, config: Config) -> int:
-    """Elements of weights whose full gradients exist at the same time.
+    """Elements of trained weights whose full gradients exist at the same time.
 
     A leaf module's gradients are reduced after its backward (DS stage3.py, reduce_leaf_module_grads): those of the
     complete rollout, of one layer, or of the head alone. Of groups each weight's are reduced by themselves, in the
     backward of the first pass: all later ones leave theirs as factors, see `deferred_bytes`.
     """
+    trained = sizes.trained
     if choose_gather(config) == "rollout":
-        waiting = sum(sizes.rollout)
+        waiting = sum(trained.rollout)
+    elif config.several_passes:
+        waiting = max(trained.language, default=0)
     else:
-        waiting = max(sizes.language) if config.several_passes else unit_elements(sizes)
-    return max(waiting, sum(sizes.tower) if config.model.train_tower else 0)
+        waiting = unit_elements(trained, sizes.num_layers)
+    return max(waiting, sum(trained.tower))
 
 
 def reduced_elements(sizes: ModelSizes, zero: dict[str, Any]) -> int:
     """Elements that are copied to be reduced: a bucket, or one larger weight (DS stage3.py, __avg_scatter_grads)."""
     bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
-    return max(min(bucket, sum(sizes.language)), *sizes.language)
+    return max(min(bucket, sum(sizes.trained.all)), *sizes.trained.all)
 
 
 def activation_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Size:
@@ -203,6 +206,8 @@ def activation_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Siz
     if config.model.activation_checkpointing == "full":
         # The recomputed activations and their gradients, of one pass at a time, which attends to at most all columns.
         kept += 2 * layer_bytes(sizes, replace(row, attended=np.minimum(row.attended, row.tokens)), e)
+    if config.model.train_merger:
+        kept = kept + row.patches * merger_bytes(sizes, e)
     tower = row.patches * tower_bytes(sizes, config, e)
     return kept + tower if config.model.train_tower else np.maximum(kept, tower)
 
@@ -231,11 +236,13 @@ def deferred_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Size:
     """Bytes that the passes after the first leave for its backward, where layers are gathered by groups.
 
     Per column and layer the inputs of the matrices, 3 D + I, and the gradients of their outputs, 3 D + 2 I and those of
-    keys and values: see `DeferredGradient`. The columns of one are among them with `rollout` too, where they are few.
+    keys and values: see `DeferredGradient`; of an adapter also A x and its gradient. The columns of one are among them
+    with `rollout` too, where they are few.
     """
-    if not group_elements(sizes, config):
+    if not group_elements(sizes, config) or not sizes.trained.layers:
         return 0 * row.later
     column = (6 * sizes.hidden + 3 * sizes.intermediate) * e + key_value_bytes(sizes, e)
+    column += 2 * sizes.adapter_rank * e
     return sizes.num_layers * row.later * column
 
 
@@ -255,8 +262,12 @@ def layer_bytes(sizes: ModelSizes, row: Row, e: int) -> Size:
 
 
 def column_bytes(sizes: ModelSizes, e: int) -> int:
-    """Bytes that autograd stores of one column in one decoder layer, without keys and values."""
-    return 2 * sizes.hidden * (FP32_BYTES + 2 * e) + 2 * sizes.hidden * e + 4 * sizes.intermediate * e
+    """Bytes that autograd stores of one column in one decoder layer, without keys and values.
+
+    An adapter adds A x of each of its matrices: the sum of their ranks x e.
+    """
+    own = 2 * sizes.hidden * (FP32_BYTES + 2 * e) + 2 * sizes.hidden * e + 4 * sizes.intermediate * e
+    return own + sizes.adapter_rank * e
 
 
 def key_value_bytes(sizes: ModelSizes, e: int) -> int:
@@ -269,6 +280,11 @@ def tower_bytes(sizes: ModelSizes, config: Config, e: int) -> int:
     hidden, inner = sizes.tower_hidden, sizes.tower_intermediate
     block = 2 * hidden * (FP32_BYTES + 2 * e) + 4 * hidden * e + 4 * inner * e
     return block * (sizes.tower_blocks if config.model.train_tower else 1)
+
+
+def merger_bytes(sizes: ModelSizes, e: int) -> int:
+    """Bytes that a trained merger stores per patch: of its norm, and of its activation, as in `layer_bytes`."""
+    return sizes.tower_hidden * (FP32_BYTES + 2 * e) + 2 * sizes.tower_hidden * e
 
 
 def decoding_bytes(sizes: ModelSizes, config: Config, zero: dict[str, Any], row: Row, e: int) -> int:

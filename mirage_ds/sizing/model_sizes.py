@@ -10,17 +10,38 @@ import torch
 from mirage_ds.config import ModelConfig
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.backbone import Backbone, described_model, empty_model
+from mirage_ds.model.trained import choose_trained
 
 
 @dataclass(frozen=True)
-class ModelSizes:
-    """Elements of every parameter by part, and the dimensions that set the size of activations."""
+class Parts:
+    """Elements of parameters by part of the model."""
 
     tower: tuple[int, ...]
     embedding: tuple[int, ...]
     layers: tuple[int, ...]  # of all layers
     norm: tuple[int, ...]
     head: tuple[int, ...]  # empty if the head is tied to the embedding
+
+    @property
+    def rollout(self) -> tuple[int, ...]:
+        """The module that `model.gather=rollout` gathers at once, without a tied embedding."""
+        return self.layers + self.norm + self.head
+
+    @property
+    def language(self) -> tuple[int, ...]:
+        return self.embedding + self.rollout
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        return self.tower + self.language
+
+
+@dataclass(frozen=True)
+class ModelSizes(Parts):
+    """Of every parameter, an adapter's too; and the dimensions that set the size of activations."""
+
+    trained: Parts  # those of the parameters that are trained
     num_layers: int
     hidden: int
     intermediate: int
@@ -36,23 +57,16 @@ class ModelSizes:
     layer_matrices: int  # of all layers; each element once per token
     tower_matrices: int  # of patch embedding and blocks; each element once per patch
     merger_matrices: int  # each element once per merged patch
+    # Those of them whose gradients are computed: of all layers, of the head (or 0), of blocks, of the merger.
+    trained_layer_matrices: int
+    trained_head_matrix: int
+    trained_tower_matrices: int
+    trained_merger_matrices: int
+    adapter_rank: int  # of an adapter: the sum of the ranks of one layer's matrices
 
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
-
-    @property
-    def rollout(self) -> tuple[int, ...]:
-        """The module that `model.gather=rollout` gathers at once, without a tied embedding."""
-        return self.layers + self.norm + self.head
-
-    @property
-    def language(self) -> tuple[int, ...]:
-        return self.embedding + self.rollout
-
-    @property
-    def all(self) -> tuple[int, ...]:
-        return self.tower + self.language
 
 
 # From config.json of Qwen/Qwen2.5-VL-*-Instruct on huggingface.co (the 32B and 72B have a wider tower). The sums equal
@@ -85,31 +99,38 @@ def model_sizes(model: ModelConfig) -> ModelSizes:
     """Sizes of a model folder, a published model, or a cached hub id.
 
     Raises:
-        ConfigError: `model.path` is none of these.
+        ConfigError: `model.path` is none of these, or see `choose_trained`.
     """
     if model.path in PUBLISHED:
         text, tower_intermediate, tied = PUBLISHED[model.path]
         vision = TOWER | {"intermediate_size": tower_intermediate, "out_hidden_size": text["hidden_size"]}
-        return count(described_model(text, vision, tied=tied))
+        return count(described_model(text, vision, tied=tied), model)
     if not Path(model.path).is_dir() and model.path.startswith(("/", ".", "~")):
         raise ConfigError(
             f"the model folder does not exist (model.path={model.path}); allowed: a folder, or one of "
             f"{', '.join(PUBLISHED)}, whose sizes are known; set model.path to the one of the same size"
         )
-    return count(empty_model(model.path, model.cache_dir))
+    return count(empty_model(model.path, model.cache_dir), model)
 
 
-def count(hf: Any) -> ModelSizes:
-    """Sizes of a transformers model, with or without weights."""
+def count(hf: Any, model: ModelConfig) -> ModelSizes:
+    """Sizes of a transformers model without weights, to which an adapter is added if the run trains one."""
     backbone = Backbone(hf, attention="")
+    choose_trained(backbone, model, latent_ids=range(3), seed=0)  # any ids: only shapes are counted
     text, vision = hf.config.get_text_config(), hf.config.vision_config
     merger = _matrices(hf.model.visual.merger.parameters())
+    parts = {
+        "tower": list(backbone.visual.parameters()),
+        "embedding": list(backbone.embed_tokens.parameters()),
+        "layers": list(backbone.layers.parameters()),
+        "norm": list(backbone.norm.parameters()),
+        "head": [] if backbone.tied else list(hf.lm_head.parameters()),
+    }
+    trained = {name: [each for each in some if each.requires_grad] for name, some in parts.items()}
+    trained_merger = _matrices(each for each in hf.model.visual.merger.parameters() if each.requires_grad)
     return ModelSizes(
-        tower=_numels(backbone.visual.parameters()),
-        embedding=_numels([backbone.embed_tokens.weight]),
-        layers=_numels(backbone.layers.parameters()),
-        norm=_numels(backbone.norm.parameters()),
-        head=() if backbone.tied else _numels([backbone.head_weight]),
+        **{name: _numels(some) for name, some in parts.items()},
+        trained=Parts(**{name: _numels(some) for name, some in trained.items()}),
         num_layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
@@ -124,6 +145,11 @@ def count(hf: Any) -> ModelSizes:
         layer_matrices=_matrices(backbone.layers.parameters()),
         tower_matrices=_matrices(backbone.visual.parameters()) - merger,
         merger_matrices=merger,
+        trained_layer_matrices=_matrices(trained["layers"]),
+        trained_head_matrix=backbone.head_weight.numel() if backbone.head_weight.requires_grad else 0,
+        trained_tower_matrices=_matrices(trained["tower"]) - trained_merger,
+        trained_merger_matrices=trained_merger,
+        adapter_rank=0 if model.lora is None else model.lora.rank * len(model.lora.modules),
     )
 
 

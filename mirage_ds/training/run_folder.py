@@ -44,6 +44,7 @@ HARMLESS = (
     "model.cache_targets_gib",
     "model.attention",
     "model.gather",
+    "model.gather_layers",
     "model.activation_checkpointing",
     "data.shards",
     "data.num_workers",
@@ -78,6 +79,9 @@ MEANT_BEFORE = {
     "data.text_dropout_image": 0.0,
     "model.answer_sees_image": True,
     "model.cache_targets_gib": 64.0,
+    "model.train_merger": False,
+    "model.freeze": [],
+    "model.gather_layers": 4,
 }
 # What `run.resume=extend` may change too, if the run becomes longer by it.
 LENGTH = ("train.max_steps", "train.epochs")
@@ -204,10 +208,11 @@ def check_same_run(file: Path, facts: dict[str, Any], *, may_extend: bool = Fals
     """
     before = read_facts(file)
     old, new = MEANT_BEFORE | flatten(before["config"]), flatten(facts["config"])
+    keys = [*new, *(key for key in old if key.startswith("model.lora.") and key not in new)]
     changes = {
-        key: f"{key}: {without_secrets(repr(old.get(key)))} -> {without_secrets(repr(new[key]))}"
-        for key in new
-        if old.get(key) != new[key]
+        key: f"{key}: {without_secrets(repr(old.get(key)))} -> {without_secrets(repr(new.get(key)))}"
+        for key in keys
+        if old.get(key) != new.get(key)
     }
     changes.pop("run.resume", None)  # set in order to resume
     longer = may_extend and facts["max_steps"] >= before["max_steps"]

@@ -70,6 +70,8 @@ def prepare(config: Config) -> Start:
     deepspeed_config = resolve_deepspeed_config(config)
     shards = load_folders(config.data)
     check_config(config.model.path, config.model.cache_dir)
+    if config.model.freeze:
+        model_sizes(config.model)  # refuses patterns before the weights are loaded
     if config.run.init_from is None:  # else its weights replace the model's, and check_init_from compares
         check_latent_size(config.model)
     encoder = open_encoder(config)

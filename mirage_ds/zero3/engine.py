@@ -50,7 +50,8 @@ def mark_gather_units(model: MirageModel, config: Config) -> None:
         set_z3_leaf_module(layer, gather == "layer" and not config.several_passes)
     if head.shared:
         unit = model.rollout if gather == "rollout" else head
-        deepspeed.zero.register_external_parameter(unit, model.embed_tokens.weight)
+        for weight in head.weights:
+            deepspeed.zero.register_external_parameter(unit, weight)
 
 
 def whole_numel(parameter: torch.nn.Parameter) -> int:

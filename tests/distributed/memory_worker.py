@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from random_samples import random_sample
+from random_samples import END, PAD, START, random_sample
 from row_shapes import shape_of
 from torch.profiler import ProfilerActivity, profile
 
@@ -25,12 +25,13 @@ from mirage_ds.data.collate import collate
 from mirage_ds.data.encode import EncodedSample
 from mirage_ds.model import losses
 from mirage_ds.model.backbone import DTYPES, load_backbone
+from mirage_ds.model.trained import choose_trained
 from mirage_ds.train import make_model
 from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.deepspeed_config import resolve_deepspeed_config
 from mirage_ds.zero3.engine import initialize, mark_gather_units, parameter_groups
 
-LATENT_SIZES = (2, 6)
+LATENT_SIZES, LATENT_IDS = (2, 6), [PAD, START, END]
 
 
 def micro_batch(config: Config) -> Batch:
@@ -115,6 +116,7 @@ def run(config: Config) -> dict[str, Any]:
     """Two steps: in the first, DeepSpeed records the order of modules; the second is measured."""
     deepspeed_config = resolve_deepspeed_config(config)
     backbone = load_backbone(config.model.path, dtype=DTYPES[config.train.dtype], deepspeed_config=deepspeed_config)
+    choose_trained(backbone, config.model, LATENT_IDS, config.run.seed)
     model = make_model(config, backbone)
     mark_gather_units(model, config)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)
@@ -165,7 +167,9 @@ def host_bytes(model: torch.nn.Module, zero: Any) -> int:
 
 def kept(config: Config) -> int:
     """What forward of the same model stores for backward; without an engine, which would add gathered weights."""
-    model = make_model(config, load_backbone(config.model.path, dtype=DTYPES[config.train.dtype]))
+    backbone = load_backbone(config.model.path, dtype=DTYPES[config.train.dtype])
+    choose_trained(backbone, config.model, LATENT_IDS, config.run.seed)
+    model = make_model(config, backbone)
     batch = micro_batch(config)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

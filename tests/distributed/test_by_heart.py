@@ -49,14 +49,19 @@ def train(folder: Path, stage: str, *more: str) -> None:
         ranks.finish(timeout_s=1500)
 
 
-def test_ten_real_rows_are_learnt_and_answered(tmp_path: Path) -> None:
+# Of a random model, whose own embeddings and matrices say nothing.
+LORA = ["model.lora.rank=32", "model.lora.alpha=64", "model.lora.train_embeddings=all", "train.lr=4e-3"]
+
+
+@pytest.mark.parametrize("more", [[], LORA], ids=["full", "lora"])
+def test_ten_real_rows_are_learnt_and_answered(tmp_path: Path, more: list[str]) -> None:
     rows = Path(os.environ["MIRAGE_VSP_DIR"]) / "sample" / "sample.jsonl"
     write_tiny(rows, tmp_path / "model", seed=0)
     build(rows, tmp_path / "shards", maxcount=100, maxsize=10**9)
-    train(tmp_path, "stage1")
-    train(tmp_path, "stage2", f"run.init_from={tmp_path / 'stage1'}")
+    train(tmp_path, "stage1", *more)
+    train(tmp_path, "stage2", f"run.init_from={tmp_path / 'stage1'}", *more)
 
-    export_checkpoint(tmp_path / "stage2", tmp_path / "trained")
+    export_checkpoint(tmp_path / "stage2", tmp_path / "trained", form="merge" if more else None)
     options = {"model": "trained", "output": "answers.jsonl", "task": "vsp-spatial-reasoning"}
     options |= {name: str(tmp_path / options[name]) for name in ("model", "output")}
     options |= {"data": str(rows), "batch-size": "10", "max-new-tokens": "600"}

@@ -36,7 +36,10 @@ CASES = {
     "stage2-rollout": ("stage2", "rollout", "bf16", "full", LIMITED),
     "stage2-layer-stored": ("stage2", "layer", "fp32", "none", LIMITED),
     "stage2-groups": ("stage2", "groups", "bf16", "full", LIMITED),
+    "stage1-layer-lora": ("stage1", "layer", "bf16", "full", LIMITED),
+    "stage2-rollout-lora": ("stage2", "rollout", "fp32", "full", LIMITED),
 }
+LORA = {"rank": 8, "target_modules": "all"}
 OFFLOAD = {f"offload_{part}": {"device": "cpu", "pin_memory": True} for part in ("optimizer", "param")}
 OFFLOADED = {
     "both": ("stage1", "layer", "bf16", "full", LIMITED | OFFLOAD),
@@ -44,8 +47,9 @@ OFFLOADED = {
 }
 KINDS = ("parameters", "optimizer", "gradients", "gathered", "full_gradients", "logits", "kept")
 # Where the formula is an upper bound: what DeepSpeed holds within its limits, and gradients that accumulate inside
-# autograd, where no hook sees them.
-BOUNDS = {("stage1-layer", "gathered"), ("stage2-layer-stored", "full_gradients")}
+# autograd, where no hook sees them. With frozen weights, less is kept and gathered for their gradients, up to 15%.
+BOUNDS = {("stage1-layer", "gathered"), ("stage1-layer-lora", "gathered"), ("stage2-layer-stored", "full_gradients")}
+NEAR_BOUNDS = {("stage1-layer-lora", "kept"), ("stage2-rollout-lora", "gathered"), ("stage2-rollout-lora", "kept")}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, di
                     "gather": gather,
                     "gather_layers": 2 if gather == "groups" else 4,
                     "activation_checkpointing": checkpointing,
+                    "lora": LORA if name.endswith("lora") else None,
                 },
                 "data": {"shards": "unused"},
                 "train": {"stage": stage, "max_steps": 20, "dtype": dtype, "micro_batch_size_per_gpu": 8},
@@ -95,6 +100,8 @@ def test_each_kind_is_within_10_percent(runs: dict[str, tuple[Config, dict[str, 
     assert measured[kind] > 0
     if (name, kind) in BOUNDS:
         assert measured[kind] <= expected
+    elif (name, kind) in NEAR_BOUNDS:
+        assert 0.85 * expected <= measured[kind] <= expected
     else:
         assert expected == pytest.approx(measured[kind], rel=0.1)
 

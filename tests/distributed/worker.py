@@ -17,7 +17,7 @@ from dealt import by_length
 from deepspeed.comm.comm import comms_logger
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from random_samples import ragged_batch, random_sample
+from random_samples import END, PAD, START, ragged_batch, random_sample
 
 from mirage_ds.batch import Batch
 from mirage_ds.config import Config
@@ -26,7 +26,8 @@ from mirage_ds.data.encode import EncodedSample
 from mirage_ds.data.packing import collate_packed
 from mirage_ds.data.steps import Share, Steps
 from mirage_ds.model.backbone import DTYPES, load_backbone
-from mirage_ds.model.mirage import MirageModel
+from mirage_ds.model.mirage import MirageModel, hf_name
+from mirage_ds.model.trained import choose_trained
 from mirage_ds.ops.latent_pool import describe_path
 from mirage_ds.train_state import TrainState
 from mirage_ds.training.dry_run import rehearse
@@ -66,6 +67,9 @@ class Case:
     """Of packed rows."""
     rehearsed: bool = False
     """Whether a dry run comes before the first step, of other and more samples."""
+
+    keeps_weights: bool = False
+    """Whether all weights at the end go to FOLDER/NAME.pt."""
 
     @property
     def hides_images(self) -> bool:
@@ -131,15 +135,15 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     backbone = load_backbone(
         case.model,
         dtype=DTYPES[config.train.dtype],
-        train_tower=config.model.train_tower,
         deepspeed_config=deepspeed_config,
     )
+    choose_trained(backbone, config.model, [PAD, START, END], config.run.seed)
     model = MirageModel(
         backbone,
         stage=case.stage,
         ce_loss_weight=config.train.text_weight,
         recompute=config.model.activation_checkpointing == "full",
-        train_tower=config.model.train_tower,
+        train_tower=config.model.trains_vision,
     )
     micro_losses: list[float] = []
     model.register_forward_hook(lambda module, inputs, losses: micro_losses.append(losses.loss.item()))
@@ -181,6 +185,9 @@ def run(case: Case, folder: Path, device: torch.device) -> dict[str, Any]:
     metrics.close()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         norms = {name: parameter.norm().item() for name, parameter in backbone.hf.named_parameters()}
+        weights = {hf_name(name): weight.detach().clone() for name, weight in model.named_parameters()}
+        if case.keeps_weights and distributed.is_main():
+            torch.save(weights, folder / f"{case.name}.pt")
     engine.destroy()
     return {
         "pooling": describe_path(device),

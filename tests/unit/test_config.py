@@ -55,6 +55,17 @@ def test_overrides_win_and_are_parsed_as_yaml() -> None:
             "model={path: m, cache_targets: t, train_tower: true}",
             r"  - model: cache_targets keeps .*unset model\.cache_targets or model\.train_tower",
         ),
+        ("model.lora.rnak=8", r"unknown key model\.lora\.rnak: did you mean 'rank'\? allowed here: rank, alpha"),
+        ("model.lora.dropout=0.1", r"model\.lora\.dropout: .*only 0 is possible.*set model\.lora\.dropout=0"),
+        (
+            "model.lora.target_modules=[q_proj, qkv]",
+            r"model\.lora\.target_modules: \['q_proj', 'qkv'\] names no matrices.*allowed: attention, mlp, all, or",
+        ),
+        (
+            "model={path: m, lora: {}, train_tower: true}",
+            r"lora trains its own .*unset model\.train_tower or model\.lora",
+        ),
+        ("model={path: m, lora: {}, freeze: [a]}", r"lora trains its own .*unset model\.freeze or model\.lora"),
         (
             "model.cache_targets_gib=8",
             r"  - model\.cache_targets_gib limits model\.cache_targets, .*; set both or neither",

@@ -144,3 +144,11 @@ def test_a_target_cache_that_cannot_be_made(here: Path) -> None:
     (here / "targets").touch()
     with pytest.raises(DataError, match=r"Not a directory \(targets\).*; set model\.cache_targets to a folder"):
         check_folders_are_writable(configuration("model.cache_targets=targets"))
+
+
+def test_lora_needs_peft(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_inputs(configuration("model.path=some/model", "model.lora.rank=8"))
+    monkeypatch.setattr("mirage_ds.early_checks.find_spec", {"peft": None}.__getitem__)
+    with pytest.raises(ConfigError, match=r"peft is not installed \(model\.lora\).*or leave out model\.lora"):
+        check_inputs(configuration("model.path=some/model", "model.lora.rank=8"))
+    check_inputs(configuration("model.path=some/model"))

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import golden_set
 import numpy as np
 import pytest
 import torch
-from random_samples import random_sample
+from random_samples import END, PAD, START, random_sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +16,7 @@ from mirage_ds.config import Config, ModelConfig
 from mirage_ds.data.collate import collate
 from mirage_ds.model.backbone import load_backbone
 from mirage_ds.model.mirage import MirageModel
+from mirage_ds.model.trained import choose_trained
 from mirage_ds.model.windows import image_windows
 from mirage_ds.sizing.flops import batch_load, window_pairs, work, work_of
 from mirage_ds.sizing.gpus import GPUS, gpu_of_device
@@ -33,19 +35,30 @@ def config(stage: str, **model: object) -> Config:
     )
 
 
-@pytest.mark.parametrize(("checkpointing", "train_tower"), [("none", False), ("full", False), ("none", True)], ids=str)
-def test_a_batch_takes_what_torch_counts(checkpointing: str, train_tower: bool) -> None:
+LORA = {"lora": {"rank": 4, "target_modules": "attention"}}
+SETTINGS = [{}, {"activation_checkpointing": "full"}, {"train_tower": True}, {"train_merger": True}, LORA]
+SETTINGS += [{"train_tower": True, "freeze": ["model.visual.blocks.0.*", "lm_head.*", "*.mlp.up_proj.*"]}]
+
+
+@pytest.mark.parametrize("more", SETTINGS, ids=str)
+def test_a_batch_takes_what_torch_counts(more: dict[str, Any]) -> None:
     """Two rows of different lengths, three images and two helper images, forward and backward.
 
     torch counts attention over all pairs of columns, padding too. The mathematics needs the causal half of those of a
     row, which is the only difference, and so is set to torch's here. Rotating positions takes a few more products.
     """
-    settings = config("stage1", activation_checkpointing=checkpointing, train_tower=train_tower)
+    settings = config("stage1", **({"activation_checkpointing": "none"} | more))
     batch = collate([random_sample(seed, stage="stage1", images=seed) for seed in (1, 2)], align_latents=False)
     assert batch.sample_tokens[0] != batch.sample_tokens[1]
-    backbone = load_backbone(golden_set.MODEL, dtype=torch.float32, train_tower=train_tower)
-    recompute = checkpointing == "full"
-    model = MirageModel(backbone, stage="stage1", ce_loss_weight=0.1, recompute=recompute, train_tower=train_tower)
+    backbone = load_backbone(golden_set.MODEL, dtype=torch.float32)
+    choose_trained(backbone, settings.model, [PAD, START, END], seed=0)
+    model = MirageModel(
+        backbone,
+        stage="stage1",
+        ce_loss_weight=0.1,
+        recompute=settings.model.activation_checkpointing == "full",
+        train_tower=settings.model.trains_vision,
+    )
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch).loss.backward()
 

@@ -114,6 +114,22 @@ def test_other_changes_are_refused_with_both_values(
     assert "num_workers" not in str(error.value)
 
 
+def test_another_adapter_and_none_are_refused(tmp_path: Path, facts: dict[str, Any]) -> None:
+    file = tmp_path / "run.json"
+    adapter = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": "all", "train_embeddings": "none"}
+    with_adapter = changed(facts, "config.model.lora", adapter)
+    for before, after, words in (
+        (with_adapter, facts, r"model\.lora\.rank: 8 -> None"),
+        (facts, with_adapter, r"model\.lora\.rank: None -> 8"),
+        (with_adapter, changed(facts, "config.model.lora", adapter | {"rank": 4}), r"model\.lora\.rank: 8 -> 4"),
+    ):
+        file.write_text(json.dumps({"step": 4, "position": 16} | before))
+        with pytest.raises(CheckpointError, match=words):
+            check_same_run(file, after)
+    file.write_text(json.dumps({"step": 4, "position": 16} | with_adapter))
+    assert check_same_run(file, with_adapter) == []
+
+
 def test_a_checkpoint_of_an_older_version_lacks_new_keys(checkpoint: Path, facts: dict[str, Any]) -> None:
     """It resumes if the run does what that version did."""
     before = json.loads(checkpoint.read_text())
