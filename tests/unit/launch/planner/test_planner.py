@@ -137,6 +137,17 @@ def test_groups_hold_two_at_a_time_and_no_whole_gradients() -> None:
     assert groups.fits
 
 
+@pytest.mark.parametrize(("name", "least"), [("32b", 2), ("72b", 4)])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_recipes_of_large_models_fit_as_they_say(name: str, stage: int, least: int) -> None:
+    """On so many nodes of 8 H100, and not on half of them."""
+    path = RECIPES / f"qwen2.5-vl-{name}-stage{stage}.yaml"
+    assert f"at least {least} nodes of 8 H100" in " ".join(path.read_text().replace("#", "").split())
+    config = load_config(path, ["data.shards=gone"])
+    assert estimate(config, least, 8, "h100-80gb").fits
+    assert not estimate(config, least // 2, 8, "h100-80gb").fits
+
+
 def test_a_run_that_does_not_fit_is_refused_with_what_to_change() -> None:
     config = recipe(2)
     with pytest.raises(
