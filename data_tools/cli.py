@@ -1,4 +1,4 @@
-"""The `mirage-data` command: `make-vsp | make-puzzles | build | merge | upgrade | check | count`, and looking.py."""
+"""The `mirage-data` command: those of this file, of looking.py, and importing_command.py's `import`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from data_tools import looking, puzzles, vsp
+from data_tools import importing_command, looking, puzzles, vsp
 from data_tools.build import build as build_shards
 from data_tools.build import val_folder
 from data_tools.building.progress import shown
@@ -23,6 +23,7 @@ from mirage_ds.model_folder import check_model
 from mirage_ds.paths import expanded, local_folder, to_location, without_secrets
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(importing_command.app)
 app.add_typer(looking.app)
 
 

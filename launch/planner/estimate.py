@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
-from launch.planner.level import Level, folder_costs, without_shards
+from launch.planner.level import FolderCosts, Level, folder_costs, without_shards
 from launch.planner.time_estimate import StepTime, Traffic, step_time, traffic
 from mirage_ds.checkpoint.save import ADAM_BYTES
 from mirage_ds.config import Config
@@ -27,6 +28,8 @@ MAX_NODES = 64  # that advice may suggest
 class Estimate:
     """Everything that `mirage-launch plan` shows about a recipe on one number of nodes."""
 
+    config: Config
+    """Of the recipe, with a number as micro-batch."""
     nodes: int
     gpus_per_node: int
     gpu: str
@@ -53,12 +56,28 @@ class Estimate:
     checkpoint_bytes: int
     host_copy_bytes: int
     """Host memory of a node for the copy of its ranks' checkpoints; 0 if training waits while they are written."""
-    advice: tuple[str, ...]
-    """Changes, each of which makes the run fit; empty if it fits."""
+    mem_bytes: float | None
+    """Host memory of a node; None: not known, and not checked."""
 
     @property
     def fits(self) -> bool:
-        return self.memory.peak <= self.limit_bytes
+        return self.memory.peak <= self.limit_bytes and self.fits_host
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of a node: what is offloaded, and the copy of checkpoints."""
+        return self.offload_bytes + self.host_copy_bytes
+
+    @property
+    def fits_host(self) -> bool:
+        return self.mem_bytes is None or self.host_bytes <= USABLE * self.mem_bytes
+
+    @cached_property
+    def advice(self) -> tuple[str, ...]:
+        """Changes, each of which makes the run fit into the GPUs' memory; empty if it does."""
+        if self.memory.peak <= self.limit_bytes:
+            return ()
+        return find_advice(self.sizes, self.rows, self.config, self.nodes, self.gpus_per_node, self.limit_bytes)
 
     @property
     def samples_per_day(self) -> float | None:
@@ -81,11 +100,57 @@ class Estimate:
         )
         if self.fits:
             return f"fits: {found}"
+        if not self.fits_host:
+            return f"does not fit: {self.lack_of_host_memory}"
         return f"does not fit: {found}; use {', or '.join(self.advice)}"
 
+    @property
+    def lack_of_host_memory(self) -> str:
+        """What a node lacks, and what to do."""
+        usable = USABLE * (self.mem_bytes or 0) / GIB
+        parts = [f"{self.offload_bytes / GIB:.1f} for what is offloaded"] if self.offload_bytes else []
+        parts += [f"{self.host_copy_bytes / GIB:.1f} for the copy of a checkpoint"] if self.host_copy_bytes else []
+        remedies = ["more nodes", *(["checkpoint.mode=blocking"] if self.host_copy_bytes else [])]
+        remedies += ["distributed.deepspeed_config=zero3.json"] if self.offload_bytes else []
+        return (
+            f"needs {self.host_bytes / GIB:.1f} GiB of host memory per node ({', '.join(parts)}); {usable:.1f} GiB "
+            f"available, {USABLE:.0%} of a node's ({self.nodes} x {self.gpus_per_node} {self.gpu}); use "
+            f"{', or '.join(remedies)}"
+        )
 
-def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estimate:
+
+@dataclass(frozen=True)
+class Measured:
+    """What an estimate rests on, whatever the settings of memory and time."""
+
+    sizes: ModelSizes
+    rows: Workload
+    costs: FolderCosts | None
+
+
+def measure(config: Config) -> Measured:
+    """Looks at the model's sizes and the shards' rows.
+
+    Raises:
+        ConfigError: the model is unknown.
+        DataError: the shards' manifest or index is damaged.
+    """
+    return Measured(model_sizes(config.model), workload(config), folder_costs(config))
+
+
+def estimate(
+    config: Config,
+    nodes: int,
+    gpus_per_node: int,
+    gpu: str,
+    mem_bytes: float | None = None,
+    measured: Measured | None = None,
+) -> Estimate:
     """Estimates a run. Needs neither the shards nor, for a published model, its folder.
+
+    Args:
+        mem_bytes: host memory of a node; None: not checked.
+        measured: of this run; None: is measured.
 
     Raises:
         ConfigError: the GPU or the model is unknown, the batch does not divide, packed rows would have one sample
@@ -97,7 +162,8 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
     samples_per_step = config.train.samples_per_step(world_size)
     config.check_packing(world_size)
     deepspeed_config = resolve_deepspeed_config(config)
-    sizes, rows = model_sizes(config.model), workload(config)
+    measured = measured or measure(config)
+    sizes, rows, costs = measured.sizes, measured.rows, measured.costs
     saved_bytes = checkpoint_bytes(sizes, config)
     limit_bytes = int(card.memory_bytes * USABLE)
     if config.train.micro_batch_size_per_gpu == "auto":
@@ -113,15 +179,12 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         alike = choose_gather(run) != "rollout"
         return rows.mean_of(run.train.micro_batch_size * (world_size if alike else 1))
 
-    costs = folder_costs(config)
-
     def level_of(run: Config) -> Level:
         return costs.level(run, world_size) if costs else without_shards(run, world_size, rows.mean.tokens)
 
     def time_of(run: Config) -> StepTime:
         return step_time(sizes, run, deepspeed_config, row_of(run), nodes, gpus_per_node, card, level_of(run))
 
-    memory = memory_of(config)
     zero = deepspeed_config["zero_optimization"]
     timed = not any(offloads(zero, part) for part in ("param", "optimizer"))
     cuts = {size: with_micro_batch(config, size, world_size) for size in candidates(config.train, world_size)}
@@ -131,12 +194,13 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         fastest = min(fitting, key=lambda size: round(time_of(cuts[size]).step_s, 6), default=None)
     level = level_of(config)
     return Estimate(
+        config=config,
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         gpu=gpu,
         sizes=sizes,
         rows=rows,
-        memory=memory,
+        memory=memory_of(config),
         limit_bytes=limit_bytes,
         offload_bytes=gpus_per_node * offload_bytes(sizes, config, deepspeed_config, world_size),
         traffic=traffic(sizes, config, deepspeed_config, row_of(config), nodes, gpus_per_node, level.micro_steps),
@@ -148,17 +212,25 @@ def estimate(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> Estima
         fastest=(fastest, time_of(cuts[fastest]).step_s) if fastest else None,
         checkpoint_bytes=saved_bytes,
         host_copy_bytes=-(-saved_bytes // nodes) if config.checkpoint.in_background else 0,
-        advice=find_advice(sizes, rows, config, nodes, gpus_per_node, limit_bytes) if memory.peak > limit_bytes else (),
+        mem_bytes=mem_bytes,
     )
 
 
-def check_fits(config: Config, nodes: int, gpus_per_node: int, gpu: str) -> None:
+def check_fits(config: Config, nodes: int, gpus_per_node: int, gpu: str, mem_bytes: float | None = None) -> None:
     """Refuses a run whose memory does not fit.
+
+    Args:
+        mem_bytes: host memory of a node; None: not checked.
 
     Raises:
         ConfigError: it does not fit (the message says what to change), or see `estimate`.
     """
-    found = estimate(config, nodes, gpus_per_node, gpu)
+    found = estimate(config, nodes, gpus_per_node, gpu, mem_bytes)
+    if not found.fits_host:
+        raise ConfigError(
+            f"the run does not fit in the nodes' memory (model.path={config.model.path}): it "
+            f"{found.lack_of_host_memory}"
+        )
     if not found.fits:
         raise ConfigError(
             f"the run does not fit in GPU memory (model.path={config.model.path} on {nodes} x {gpus_per_node} {gpu}): "

@@ -16,7 +16,7 @@ from mirage_ds.config import Config
 from mirage_ds.evaluation.training.named import check_scoring
 from mirage_ds.paths import expanded, is_url, without_secrets
 from mirage_ds.recipe import load_config
-from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE, find_gpu
+from mirage_ds.sizing.gpus import COMPUTE_EFFICIENCY, GPUS, LINK_EFFICIENCY, MEMORY_EFFICIENCY, USABLE, find_gpu
 from mirage_ds.wide_console import wide_console
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 GB = 10**9
+LORA = "model.lora={rank: 16}"  # by its defaults
 
 
 @expanded()
@@ -33,16 +34,29 @@ def command(
     *,
     nodes: Annotated[list[int], typer.Option(min=1, help="Number of nodes; repeat for several columns.")],
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node; one rank each.")],
-    gpu: Annotated[str, typer.Option(help="GPU type: h100-80gb, h200-141gb, a100-80gb or a100-40gb.")],
+    gpu: Annotated[str, typer.Option(help=f"GPU type: {', '.join(GPUS)}.")],
+    mem: Annotated[
+        float | None, typer.Option(min=0, help="GiB of host memory of a node: a run that needs more does not fit.")
+    ] = None,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Show the settings that fit and are the fastest by the estimate.")
+    ] = False,
 ) -> None:
-    """Estimates memory, time and traffic. Exit code 0: the run fits; 1: it does not; 2: usage error."""
+    """Estimates memory, time and traffic. Exit code 0: the run fits; 1: it does not; 2: usage error.
+
+    With --advise: 0: some settings fit on every number of nodes.
+    """
     config = load_config(recipe, overrides)
     check_scoring(config.evaluation)
     find_gpu(gpu)
+    mem_bytes = None if mem is None else mem * GIB
     # Imported here: torch and transformers take seconds to import; the other commands need neither.
     from launch.planner.estimate import estimate
 
-    found = [estimate(config, number, gpus_per_node, gpu) for number in nodes]
+    if advise:
+        show_advice(config, nodes, gpus_per_node, gpu, mem_bytes)
+        return
+    found = [estimate(config, number, gpus_per_node, gpu, mem_bytes) for number in nodes]
     console = wide_console()
     if found[0].rows.num_samples is None:
         console.print(not_found(config), markup=False, soft_wrap=True)
@@ -50,6 +64,29 @@ def command(
     for words in (*assumptions(config, found), "", *(each.verdict for each in found)):
         console.print(words, markup=False, soft_wrap=True)
     if not all(each.fits for each in found):
+        raise typer.Exit(1)
+
+
+def show_advice(config: Config, nodes: list[int], gpus_per_node: int, gpu: str, mem_bytes: float | None) -> None:
+    """Prints the settings that fit, for the recipe and, if it has none, with an adapter."""
+    from launch.planner.advise import advice, advise, with_lora
+
+    console = wide_console()
+    fits = True
+    for number in nodes:
+        ways = advise(config, number, gpus_per_node, gpu, mem_bytes)
+        fits &= ways[0].found.fits
+        shown = [advice(ways, config.train.stage)]
+        if config.model.lora is None:
+            lora = advise(with_lora(config), number, gpus_per_node, gpu, mem_bytes)
+            shown.append(advice(lora, f"{config.train.stage} with {LORA}"))
+        for table_of_ways, words in shown:
+            if table_of_ways:
+                console.print(table_of_ways)
+            console.print(words, markup=False, soft_wrap=True)
+    if mem_bytes is None:
+        console.print("Host memory was not compared: set --mem to the GiB of a node.", soft_wrap=True)
+    if not fits:
         raise typer.Exit(1)
 
 

@@ -63,7 +63,7 @@ def gathered_elements(sizes: ModelSizes, config: Config, latents: int) -> float:
     """
     if choose_gather(config) == "rollout":
         return sum(sizes.all)
-    tower = sum(sizes.tower) * (1 + config.model.train_tower)
+    tower = sum(sizes.tower) * (2 if sum(sizes.trained.tower) else 1)
     group = group_elements(sizes, config)
     if not group:
         return tower + 2 * sum(sizes.language)

@@ -4,6 +4,7 @@
 launch/clusters/NAME.yaml         read for --cluster NAME; --cluster may also be the path of a file
 """
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ class Cluster(Section):
     """Environment variables of the ranks, for example NCCL_SOCKET_IFNAME."""
     local_disk: UserPath = Path("/tmp")
     """A folder on the local disk of each node, for the cache of compiled kernels."""
+
+    @property
+    def mem_bytes(self) -> float | None:
+        """Host memory of a node; None: all that the node or the partition has, which is not known here."""
+        number = re.fullmatch(r"(\d+)([KMGT]?)B?", self.mem or "", re.IGNORECASE)
+        if number is None or not int(number[1]):
+            return None
+        return int(number[1]) * 2.0 ** {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[number[2].upper()]
 
     @model_validator(mode="after")
     def _ranks_are_set_once(self) -> "Cluster":

@@ -175,7 +175,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int) -> None:
         # Imported here: torch and transformers take seconds to import, and only this check needs them.
         from launch.planner.estimate import check_fits
 
-        check_fits(config, nodes, cluster.gpus_per_node, cluster.gpu)
+        check_fits(config, nodes, cluster.gpus_per_node, cluster.gpu, cluster.mem_bytes)
 
 
 def seconds(limit: str) -> int | None:

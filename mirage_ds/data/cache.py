@@ -249,7 +249,7 @@ def _sha256(file: int, shard: Shard, records: npt.NDArray[np.void]) -> str | Non
     """
     digest, end = hashlib.sha256(), 0
     for offset, size, crc32 in np.sort(records, order="offset").tolist():
-        if offset != end or size > shard.bytes - end:
+        if offset != end or not 0 < size <= shard.bytes - end:
             return None
         data = os.pread(file, size, offset)
         if zlib.crc32(data) != crc32:

@@ -60,6 +60,18 @@ def open_image(data: bytes, where: str, *, exif_orientation: bool = True) -> Ima
     return _turned(image) if exif_orientation else image
 
 
+def check_header(data: bytes, where: str) -> str:
+    """The format of an image, one of IMAGE_FORMATS, by its header; no pixel is decoded.
+
+    Raises:
+        DataError: not one of IMAGE_FORMATS, too large or too narrow; the message names `where`.
+    """
+    with _name_damage(where):
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        _check_size(*image.size, where)
+    return str(image.format)
+
+
 def header_size(data: bytes) -> tuple[int, int]:
     """Width and height of an image that `open_image` accepts, before EXIF's turn; no pixel is decoded."""
     return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).size

@@ -7,6 +7,7 @@ template, image processor and generation defaults come from the model that the r
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from mirage_ds.data.conversation import load_tokenizer
 from mirage_ds.data.patches import ImageProcessor
 from mirage_ds.errors import CheckpointError, ConfigError
 from mirage_ds.hf.adapter import Form, MergedParameter, StoredAdapter, check_form, finite, not_written
+from mirage_ds.hf.custom_generate import generate
+from mirage_ds.hf.model_card import model_card
 from mirage_ds.hf.written_folder import finish
 from mirage_ds.model import latent_settings
 from mirage_ds.model.backbone import DTYPES, empty_model, file_name, has_file
@@ -88,17 +91,21 @@ def export_checkpoint(
     merged = adapter.merged() if adapter is not None else stored
     parameters = {file_name(name): merged[name] for name, _ in hf.named_parameters()}
     files = _divide(parameters, DTYPES[dtype], max_shard_size)
+    generation = _generation_config(source, cache_dir, hf)
+    card = model_card(config, facts, checkpoint.parents[1], source, generation)
     needs_bytes = files.metadata["total_size"]
     size = f"{needs_bytes / MB:.1f} MB"
     try:
         with new_folder(output, needs_bytes=needs_bytes) as folder:
             hf.config.save_pretrained(folder)
-            _generation_config(source, cache_dir, hf).save_pretrained(folder)
+            generation.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             image_processor.save(folder)
             _write_weights(parameters, files, DTYPES[dtype], folder, checkpoint)
             if adapter is not None:
                 adapter.check_base(facts)
+            _write_decoding(folder)
+            (folder / "README.md").write_text(card, encoding="utf-8")
             finish(folder)
     except (OSError, SafetensorError) as error:
         raise not_written(output, size, error) from error
@@ -157,6 +164,13 @@ def _generation_config(source: str, cache_dir: Path | None, hf: PreTrainedModel)
             f"{GENERATION_CONFIG_NAME} cannot be read ({source}): {error}; expected JSON as transformers writes it; "
             "fix or remove the file"
         ) from error
+
+
+def _write_decoding(folder: Path) -> None:
+    """Writes what plain transformers decodes with, if it may: the one file, by the name that it looks for."""
+    file = folder / "custom_generate" / "generate.py"
+    file.parent.mkdir()
+    shutil.copyfile(generate.__file__, file)
 
 
 def _divide(

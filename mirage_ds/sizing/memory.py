@@ -239,7 +239,7 @@ def deferred_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> Size:
     keys and values: see `DeferredGradient`; of an adapter also A x and its gradient. The columns of one are among them
     with `rollout` too, where they are few.
     """
-    if not group_elements(sizes, config):
+    if not group_elements(sizes, config) or not sizes.trained.layers:
         return 0 * row.later
     column = (6 * sizes.hidden + 3 * sizes.intermediate) * e + key_value_bytes(sizes, e)
     column += 2 * sizes.adapter_rank * e

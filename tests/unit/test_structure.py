@@ -56,7 +56,7 @@ ORDER = (
     ("train", "cli"),
 )
 LAUNCH_ORDER = (
-    ("demo_report",),
+    ("demo_report", "lmms_eval_model"),
     ("planner", "doctor"),
     ("slurm", "local"),
     ("demo", "evaluate", "cli"),
@@ -145,6 +145,7 @@ def test_data_tools_import_only_formats_and_rules() -> None:
             "places",
             "spread",
         }
+        formats |= {"row_images"} if path.parent.name == "importing" else set()
         formats |= {"costs", "counts", "encode"} if path.name in ("count.py", "lengths.py") else set()
         formats |= {"plan"} if path.name == "shuffled.py" else set()
         modules = {module for module in imports(path) if module.startswith("mirage_ds.")}

@@ -44,7 +44,7 @@ TESTS = {
         "tests/parity/test_model.py",
         "tests/unit/data/test_encode.py::test_positions_are_those_of_transformers",
     ),
-    "decoding": ("tests/parity/test_generate.py",),
+    "decoding": ("tests/parity/test_generate.py", "tests/unit/hf/test_self_decoding.py"),
 }
 
 Run = Callable[[list[str]], tuple[int, str]]

@@ -16,7 +16,8 @@ Each row was installed into an environment of its own, and run without a GPU ({m
 
 - **Parity**: the model against the reference's numbers, both stages, with and without activation checkpointing \
 (`tests/parity/test_model.py`), and transformers' own positions of image tokens against ours. The number of tests.
-- **Decoding**: ids and latents against the reference's (`tests/parity/test_generate.py`). The number of tests.
+- **Decoding**: ids and latents against the reference's (`tests/parity/test_generate.py`). In rows with more than 7, \
+an exported folder's own decoding against ours, too (`tests/unit/hf/test_self_decoding.py`). The number of tests.
 - **Two ranks**: training of each stage for a few steps under ZeRO-3, from shards to a checkpoint from which stage 2 \
 starts (`tests/versions/smoke.py`). The largest relative difference between its losses and those of the first row; at \
 most {tolerance:.0e} passes.
@@ -33,6 +34,26 @@ run again. The interpreters must be on the PATH.
 make versions
 ```
 """
+EXPORTED = """\
+## An exported folder in plain transformers
+
+Run by hand, not by `make versions`: environments with torch, transformers, Pillow and what they need, without \
+mirage_ds, offline (x86_64, 2 CPU cores, Python 3.11, 2026-11-27, commit 6f06a0e). 32 prompts with no, one or two \
+images in float32, by `tests/versions/plain_decode.py` in three settings: blocks of K states; blocks that the model \
+ends, with images hidden; draws with a seed. The columns: answers whose ids are those of `mirage generate` in all \
+settings, and answers of `type(model).generate`, as text, whose ids are those of transformers 5.23.0.
+
+| transformers | torch | batched | one by one | as text |
+| --- | --- | ---: | ---: | ---: |
+| 5.24.0 | 2.13.0+cpu | 32 of 32 | 32 of 32 | 32 of 32 |
+| 5.23.0 | 2.14.1+cu130 | 32 of 32 | 32 of 32 | 32 of 32 |
+| 5.16.1 | 2.13.0+cpu | 32 of 32 | 32 of 32 | 32 of 32 |
+| 5.5.4 | 2.13.0+cpu | 32 of 32 | 32 of 32 | 32 of 32 |
+| 4.57.6 | 2.13.0+cpu | 32 of 32 | 32 of 32 | 32 of 32 |
+
+With 5.23.0 there was torchvision 0.29.1, and AutoProcessor made the same prompts ([use](use.md#what-was-run)). 4.57.6 \
+is no version that mirage_ds itself runs with.
+"""
 COLUMNS = ("Python", "torch", "DeepSpeed", "transformers", "tokenizers", "huggingface_hub")
 CHECKS = ("parity", "decoding", "two ranks")
 
@@ -45,6 +66,7 @@ def page(results: list[dict[str, Any]], missing: list[dict[str, Any]]) -> str:
     machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
     lines = [
         INTRODUCTION.format(machines=machines, tolerance=LOSS_TOLERANCE),
+        EXPORTED,
         "## Results",
         "",
         "| " + " | ".join((*COLUMNS, *CHECKS, "date", "commit")) + " |",

@@ -73,6 +73,20 @@ def test_a_damaged_cache_gives_the_samples_of_the_server(shards: ShardFolder, se
             assert read(sample) == expected[sample], (number, done)
 
 
+def test_a_record_of_zeros_is_no_sample(
+    shards: ShardFolder, server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a power failure leaves it: the last of the four samples is missing, though there are four records."""
+    read = SampleReader(load_manifest(server.url, Reading(tmp_path / "cache")))
+    expected = samples(shards)
+    assert [read(number) for number in (0, 1, 3)] == [expected[number] for number in (0, 1, 3)]
+    (path,) = (tmp_path / "cache").glob("*.shard")
+    content = path.read_bytes()
+    path.write_bytes(content[: -cache_module.RECORD.itemsize] + bytes(cache_module.RECORD.itemsize))
+    assert [read(number) for number in (2, 3)] == expected[2:4]
+    assert "sha256" not in capfd.readouterr().err
+
+
 def test_damage_on_the_server_is_named_or_healed(
     shards: ShardFolder, server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,7 +109,7 @@ class Scene:
     def served(self, folder: Path) -> Server:
         """The run reads a folder from a server, and keeps it."""
         server = self.stack.enter_context(serving(folder))
-        self.location, self.reading = server.url, Reading(self.place / "cache", timeout_s=0.15)
+        self.location, self.reading = server.url, Reading(self.place / "cache", timeout_s=0.25)
         return server
 
 

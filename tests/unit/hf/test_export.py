@@ -77,7 +77,11 @@ def load_plain(folder: Path) -> torch.nn.Module:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files_of(folder))}
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
@@ -108,7 +112,7 @@ def test_names_are_those_that_transformers_saves(base: Path, tmp_path: Path) -> 
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "saved"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+    assert len({path.stat().st_mode for path in files_of(tmp_path / "out")}) == 1
 
 
 def test_the_index_has_the_file_of_each_weight(base: Path, tmp_path: Path) -> None:
@@ -135,9 +139,11 @@ def test_the_index_has_the_file_of_each_weight(base: Path, tmp_path: Path) -> No
 def test_one_file_has_no_index(base: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "run", base / "tied", random_weights(base / "tied"))
     export_checkpoint(tmp_path / "run", tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in files_of(tmp_path / "out")} == {
+        "README.md",
         "chat_template.jinja",
         "config.json",
+        "custom_generate/generate.py",
         "generation_config.json",
         "model.safetensors",
         "preprocessor_config.json",

@@ -1,0 +1,56 @@
+"""Reads the images of rows, and cuts out the parts that boxes give."""
+
+import io
+from math import ceil, floor
+from typing import NamedTuple
+
+from PIL import Image
+
+from data_tools.importing.source_rows import Box, LeftOutError, Picture, SourceRow
+from mirage_ds.data.images import check_header, decode
+from mirage_ds.data.row_images import read_images
+
+
+class ImageFile(NamedTuple):
+    data: bytes
+    suffix: str  # of a file with it, without the dot
+
+
+def read_picture(picture: Picture, name: str, source: SourceRow) -> ImageFile:
+    """An image as the file that it is; a part of one as a PNG file.
+
+    Args:
+        name: of the field of our row, for messages.
+
+    Raises:
+        DataError: it cannot be read, is no image, or has another size than it must have; or nothing of it is in the
+            box.
+    """
+    (data,) = read_images([picture.value], name, source.where, source.folder)
+    where = f"{source.where}, {name}"
+    if picture.box is not None:
+        data = _cut(picture, picture.box, decode(data, where))
+    image_format = check_header(data, where)
+    return ImageFile(data, {"JPEG": "jpg"}.get(image_format, image_format.lower()))
+
+
+def _cut(picture: Picture, box: Box, image: Image.Image) -> bytes:
+    if picture.size_px not in (None, image.size):
+        raise LeftOutError(
+            "the image has another size than the row says",
+            f"{image.size} and {picture.size_px}; expected the image that the boxes were drawn on",
+        )
+    width, height = image.size if picture.box_unit == "sides" else (1, 1)
+    left, top, right, bottom = box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    around_x, around_y = picture.margin * (right - left), picture.margin * (bottom - top)
+    part = (
+        max(floor(left - around_x), 0),
+        max(floor(top - around_y), 0),
+        min(ceil(right + around_x), image.width),
+        min(ceil(bottom + around_y), image.height),
+    )
+    if left >= image.width or top >= image.height or right <= 0 or bottom <= 0:
+        raise LeftOutError("a box is outside of its image", f"{box} in {image.size}; expected a part of the image")
+    buffer = io.BytesIO()
+    image.crop(part).save(buffer, format="PNG")
+    return buffer.getvalue()
