@@ -156,9 +156,7 @@ def count(hf: Any) -> ModelSizes:
         trained_tower_matrices=_matrices(trained["tower"]) - trained_merger,
         trained_merger_matrices=trained_merger,
         adapter_rank=sum(
-            weight.shape[0]
-            for name, weight in backbone.layers[0].named_parameters()
-            if (found := matrix_of(name)) and found[0] == "A"
+            weight.shape[0] for name, weight in backbone.layers[0].named_parameters() if matrix_of(name) == "A"
         ),
     )
 
