@@ -80,10 +80,10 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def matrix_of(name: str) -> tuple[str, str] | None:
-    """("A" or "B", transformers' name of the matrix W) of an adapter's parameter; None for any other."""
-    found = re.fullmatch(rf"(.*)\.lora_([AB])\.{ADAPTER}\.weight", name)
-    return (found[2], f"{found[1]}.weight") if found else None
+def matrix_of(name: str) -> str | None:
+    """A or B, if a parameter of this name is one of an adapter's matrices."""
+    found = re.fullmatch(rf".*\.lora_([AB])\.{ADAPTER}\.weight", name)
+    return found[1] if found else None
 
 
 def has_adapter(module: torch.nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch
 from mirage_ds.config import ModelConfig
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.backbone import Backbone, described_model, empty_model
+from mirage_ds.model.lora import matrix_of
 from mirage_ds.model.trained import choose_trained
 
 
@@ -104,19 +105,24 @@ def model_sizes(model: ModelConfig) -> ModelSizes:
     if model.path in PUBLISHED:
         text, tower_intermediate, tied = PUBLISHED[model.path]
         vision = TOWER | {"intermediate_size": tower_intermediate, "out_hidden_size": text["hidden_size"]}
-        return count(described_model(text, vision, tied=tied), model)
+        return count(_marked(described_model(text, vision, tied=tied), model))
     if not Path(model.path).is_dir() and model.path.startswith(("/", ".", "~")):
         raise ConfigError(
             f"the model folder does not exist (model.path={model.path}); allowed: a folder, or one of "
             f"{', '.join(PUBLISHED)}, whose sizes are known; set model.path to the one of the same size"
         )
-    return count(empty_model(model.path, model.cache_dir), model)
+    return count(_marked(empty_model(model.path, model.cache_dir), model))
 
 
-def count(hf: Any, model: ModelConfig) -> ModelSizes:
-    """Sizes of a transformers model without weights, to which an adapter is added if the run trains one."""
+def _marked(hf: Any, model: ModelConfig) -> Any:
+    """The model without weights, with the adapter that the run trains, and what is trained marked."""
+    choose_trained(Backbone(hf, attention=""), model, latent_ids=range(3), seed=0)  # any ids: only shapes are counted
+    return hf
+
+
+def count(hf: Any) -> ModelSizes:
+    """Sizes of a transformers model, with or without weights; trained is what requires gradients."""
     backbone = Backbone(hf, attention="")
-    choose_trained(backbone, model, latent_ids=range(3), seed=0)  # any ids: only shapes are counted
     text, vision = hf.config.get_text_config(), hf.config.vision_config
     merger = _matrices(hf.model.visual.merger.parameters())
     parts = {
@@ -149,7 +155,9 @@ def count(hf: Any, model: ModelConfig) -> ModelSizes:
         trained_head_matrix=backbone.head_weight.numel() if backbone.head_weight.requires_grad else 0,
         trained_tower_matrices=_matrices(trained["tower"]) - trained_merger,
         trained_merger_matrices=trained_merger,
-        adapter_rank=0 if model.lora is None else model.lora.rank * len(model.lora.modules),
+        adapter_rank=sum(
+            weight.shape[0] for name, weight in backbone.layers[0].named_parameters() if matrix_of(name) == "A"
+        ),
     )
 
 
