@@ -227,13 +227,6 @@ class Config(Section):
                 f"model.gather=groups is for several passes over the decoder, {self.train.stage} takes one; allowed "
                 "in stage2, and where images are hidden; set model.gather=layer"
             )
-        # Not by model_fields_set: a resolved recipe has every key.
-        default = ModelConfig.model_fields["gather_layers"].default
-        if self.model.gather != "groups" and self.model.gather_layers != default:
-            raise ValueError(
-                "model.gather_layers is the size of the groups of model.gather=groups, which is not set; set both or "
-                "neither"
-            )
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from mirage_ds.sizing.micro_batch import with_micro_batch
 from mirage_ds.zero3.engine import GIB
 
 SHIPPED, OFFLOAD = "zero3.json", "zero3_offload.json"
-GROUP_LAYERS = (1, 4, 8)
+GROUP_LAYERS = (8, 4, 1)  # of equal ways the one with the fewest gathers comes first
 SHOWN = 5
 
 
@@ -48,7 +48,14 @@ class Way:
         return self.settings + _words("train", **cut, gradient_accumulation_steps="null")
 
 
-def advise(config: Config, nodes: int, gpus_per_node: int, gpu: str, mem_bytes: float | None = None) -> list[Way]:
+def advise(
+    config: Config,
+    nodes: int,
+    gpus_per_node: int,
+    gpu: str,
+    mem_bytes: float | None = None,
+    settings: tuple[str, ...] = (),
+) -> list[Way]:
     """All ways to run this recipe on these GPUs, those that fit first.
 
     Of these, those with a time come in its order, of equal ones that with less memory; those without come after them,
@@ -56,6 +63,7 @@ def advise(config: Config, nodes: int, gpus_per_node: int, gpu: str, mem_bytes: 
 
     Args:
         mem_bytes: host memory of a node; None: not checked.
+        settings: what makes the recipe this run, as words of a command line.
 
     Raises:
         ConfigError, DataError: see `estimate`.
@@ -71,7 +79,7 @@ def advise(config: Config, nodes: int, gpus_per_node: int, gpu: str, mem_bytes: 
         cut = with_micro_batch(run, found.fastest[0], world_size)
         return estimate(cut, nodes, gpus_per_node, gpu, mem_bytes, measured)
 
-    ways = [Way(settings, best(changed)) for settings, changed in variants(config, world_size)]
+    ways = [Way(settings + words, best(changed)) for words, changed in variants(config, world_size)]
 
     def rank(way: Way) -> tuple[bool, bool, float, int]:
         return not way.found.fits, way.step_s is None, round(way.step_s or 0, 3), way.found.memory.peak
@@ -87,24 +95,37 @@ def variants(config: Config, world_size: int) -> Iterator[tuple[tuple[str, ...],
     own = config.distributed.deepspeed_config
     train: dict[str, Any] = {}
     if not config.data.packing:
-        size = config.train.samples_per_step(world_size)
-        train = {"micro_batch_size_per_gpu": "auto", "global_batch_size": size, "gradient_accumulation_steps": None}
+        batch = config.train.samples_per_step(world_size)
+        train = {"micro_batch_size_per_gpu": "auto", "global_batch_size": batch, "gradient_accumulation_steps": None}
     for gather, recompute, file in product(gathers, ("full", "none"), (own, OFFLOAD) if own == SHIPPED else (own,)):
         model = gather | {"activation_checkpointing": recompute}
         settings = _words("model", **model) + (() if file == own else _words("distributed", deepspeed_config=file))
         yield settings, _changed(config, model=model, train=train, distributed={"deepspeed_config": file})
 
 
-def with_lora(config: Config) -> Config:
-    """The same run, but what is trained is an adapter with the defaults."""
-    return _changed(config, model={"lora": Lora(), "train_tower": False, "train_merger": False, "freeze": ()})
+def with_lora(config: Config) -> tuple[Config, tuple[str, ...]]:
+    """The same run, but what is trained is an adapter with the defaults; and the words that make it so."""
+    lora = Lora()
+    others: dict[str, Any] = {"train_tower": False, "train_merger": False, "freeze": ()}
+    unset = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in others.items()
+        if getattr(config.model, key) != value
+    }
+    words = _words("model.lora", rank=lora.rank) + _words("model", **unset)
+    return _changed(config, model={"lora": lora, **others}), words
 
 
 def advice(ways: list[Way], what: str) -> tuple[Table | None, str]:
     """A table of the best ways, and a line: the best one to paste, or that none fits, and what comes nearest."""
     fitting = [way for way in ways if way.found.fits]
     if not fitting:
-        least = min((way.found for way in ways), key=lambda found: (not found.fits_host, found.memory.peak))
+        # Where the GPUs' memory is enough for some, the host's is not.
+        on_gpus = [way.found for way in ways if way.found.memory.peak <= way.found.limit_bytes]
+        if on_gpus:
+            least = min(on_gpus, key=lambda found: found.host_bytes)
+        else:
+            least = min((way.found for way in ways), key=lambda found: found.memory.peak)
         return None, f"{what}: no setting fits; the one with the least memory {least.verdict.partition('; use')[0]}"
     shown = Table(box=box.MARKDOWN)
     shown.add_column(f"{what}, {fitting[0].found.nodes} x {fitting[0].found.gpus_per_node} {fitting[0].found.gpu}")

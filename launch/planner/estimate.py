@@ -75,9 +75,7 @@ class Estimate:
     @cached_property
     def advice(self) -> tuple[str, ...]:
         """Changes, each of which makes the run fit into the GPUs' memory; empty if it does."""
-        if self.memory.peak <= self.limit_bytes:
-            return ()
-        return find_advice(self.sizes, self.rows, self.config, self.nodes, self.gpus_per_node, self.limit_bytes)
+        return () if self.memory.peak <= self.limit_bytes else find_advice(self)
 
     @property
     def samples_per_day(self) -> float | None:
@@ -102,7 +100,7 @@ class Estimate:
             return f"fits: {found}"
         if not self.fits_host:
             return f"does not fit: {self.lack_of_host_memory}"
-        return f"does not fit: {found}; use {', or '.join(self.advice)}"
+        return f"does not fit: {found}; use {', or '.join(self.advice)}; --advise shows all settings that fit"
 
     @property
     def lack_of_host_memory(self) -> str:
@@ -164,7 +162,7 @@ def estimate(
     deepspeed_config = resolve_deepspeed_config(config)
     measured = measured or measure(config)
     sizes, rows, costs = measured.sizes, measured.rows, measured.costs
-    saved_bytes = checkpoint_bytes(sizes, config)
+    offloaded_bytes, copied_bytes = host_needs(sizes, config, nodes, gpus_per_node)
     limit_bytes = int(card.memory_bytes * USABLE)
     if config.train.micro_batch_size_per_gpu == "auto":
         choice = choose(sizes, config, deepspeed_config, rows, world_size, limit_bytes)
@@ -202,7 +200,7 @@ def estimate(
         rows=rows,
         memory=memory_of(config),
         limit_bytes=limit_bytes,
-        offload_bytes=gpus_per_node * offload_bytes(sizes, config, deepspeed_config, world_size),
+        offload_bytes=offloaded_bytes,
         traffic=traffic(sizes, config, deepspeed_config, row_of(config), nodes, gpus_per_node, level.micro_steps),
         time=time_of(config) if timed else None,
         level=level,
@@ -210,8 +208,8 @@ def estimate(
         micro_batch_size=config.train.micro_batch_size,
         packed=config.data.packing,
         fastest=(fastest, time_of(cuts[fastest]).step_s) if fastest else None,
-        checkpoint_bytes=saved_bytes,
-        host_copy_bytes=-(-saved_bytes // nodes) if config.checkpoint.in_background else 0,
+        checkpoint_bytes=checkpoint_bytes(sizes, config),
+        host_copy_bytes=copied_bytes,
         mem_bytes=mem_bytes,
     )
 
@@ -247,22 +245,30 @@ def checkpoint_bytes(sizes: ModelSizes, config: Config) -> int:
     return ADAM_BYTES * trained + DTYPES[config.train.dtype].itemsize * frozen
 
 
-def find_advice(
-    sizes: ModelSizes, rows: Workload, config: Config, nodes: int, gpus_per_node: int, limit_bytes: int
-) -> tuple[str, ...]:
-    """Changes, each of which makes the run fit: single ones; else settings combined, if needed with more nodes."""
+def host_needs(sizes: ModelSizes, config: Config, nodes: int, gpus_per_node: int) -> tuple[int, int]:
+    """Bytes of a node's host memory: for what is offloaded, and for the copy of its ranks' checkpoints."""
+    world_size = nodes * gpus_per_node
+    offloaded = offload_bytes(sizes, config, resolve_deepspeed_config(config), world_size)
+    copied = -(-checkpoint_bytes(sizes, config) // nodes) if config.checkpoint.in_background else 0
+    return gpus_per_node * offloaded, copied
+
+
+def find_advice(found: Estimate) -> tuple[str, ...]:
+    """Changes, each of which makes the run fit; single ones; else settings combined, if needed with more nodes."""
+    sizes, config, nodes, gpus_per_node = found.sizes, found.config, found.nodes, found.gpus_per_node
 
     def fits(changed: Config, num_nodes: int) -> bool:
         deepspeed_config = resolve_deepspeed_config(changed)
-        largest = rows.largest_of(changed.rows_per_micro_batch)
+        largest = found.rows.largest_of(changed.rows_per_micro_batch)
         memory = estimate_memory(sizes, changed, deepspeed_config, largest, num_nodes * gpus_per_node)
-        return memory.peak <= limit_bytes
+        host = sum(host_needs(sizes, changed, num_nodes, gpus_per_node))
+        return memory.peak <= found.limit_bytes and (found.mem_bytes is None or host <= USABLE * found.mem_bytes)
 
     changes = list(all_savings(config, nodes * gpus_per_node))
-    found = [setting for setting, changed in changes if fits(changed, nodes)]
-    found += more_nodes(config, fits, nodes, gpus_per_node)
-    if found:
-        return tuple(found)
+    single = [setting for setting, changed in changes if fits(changed, nodes)]
+    single += more_nodes(config, fits, nodes, gpus_per_node)
+    if single:
+        return tuple(single)
     settings, combined = [], config
     for setting, _ in changes:
         settings.append(setting)

@@ -5,6 +5,7 @@ with a small run by tests/distributed/test_plan_memory.py; times have never been
 """
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 GB = 10**9
-LORA = "model.lora={rank: 16}"  # by its defaults
 
 
 @expanded()
@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """Estimates memory, time and traffic. Exit code 0: the run fits; 1: it does not; 2: usage error.
 
-    With --advise: 0: some settings fit on every number of nodes.
+    With --advise: 0: some settings fit on every number of nodes, those of LoRA left out unless the recipe has it.
     """
     config = load_config(recipe, overrides)
     check_scoring(config.evaluation)
@@ -77,13 +77,16 @@ def show_advice(config: Config, nodes: list[int], gpus_per_node: int, gpu: str, 
         ways = advise(config, number, gpus_per_node, gpu, mem_bytes)
         fits &= ways[0].found.fits
         shown = [advice(ways, config.train.stage)]
-        if config.model.lora is None:
-            lora = advise(with_lora(config), number, gpus_per_node, gpu, mem_bytes)
-            shown.append(advice(lora, f"{config.train.stage} with {LORA}"))
+        if config.model.lora is None and find_spec("peft") is not None:
+            lora, words_of_lora = with_lora(config)
+            ways = advise(lora, number, gpus_per_node, gpu, mem_bytes, words_of_lora)
+            shown.append(advice(ways, f"{config.train.stage} with LoRA"))
         for table_of_ways, words in shown:
             if table_of_ways:
                 console.print(table_of_ways)
             console.print(words, markup=False, soft_wrap=True)
+    if find_spec("peft") is None:
+        console.print("LoRA was not tried: peft is not installed (the extra `lora`).", markup=False, soft_wrap=True)
     if mem_bytes is None:
         console.print("Host memory was not compared: set --mem to the GiB of a node.", soft_wrap=True)
     if not fits:

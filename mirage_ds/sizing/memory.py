@@ -80,8 +80,11 @@ def estimate_memory(
     rows, e = config.rows_per_micro_batch, DTYPES[config.train.dtype].itemsize
     trained = sizes.trained.all
     shard = shard_numel(trained, world_size)
-    gathered, gathering = gathered_elements(sizes, config, zero)
     offloaded = {part: offloads(zero, part) for part in ("param", "optimizer")}
+    # One rank computes with its own shards, nothing is copied (DS partition_parameters.py, _no_gather_coalesced).
+    whole = world_size == 1 and not offloaded["param"]
+    gathered, gathering = (0, 0) if whole else gathered_elements(sizes, config, zero)
+    weights = 0 if whole else sum(sizes.all) - persistent_numel(sizes.all, zero)
     return Memory(
         parameters=parameter_bytes(sizes, zero, world_size, e, offloaded=offloaded["param"]),
         optimizer=0 if offloaded["optimizer"] else shard * ADAM_BYTES,
@@ -93,7 +96,7 @@ def estimate_memory(
         full_gradients=waiting_gradients(sizes, config) * e,
         reducing=reduced_elements(sizes, zero) * REDUCTION_BYTES[deepspeed_config["communication_data_type"]],
         update=0 if offloaded["optimizer"] else min(shard, largest_group(zero, trained, world_size)) * FP32_BYTES,
-        evaluation=0 if config.evaluation.task is None else decoding_bytes(sizes, config, zero, row, e),
+        evaluation=0 if config.evaluation.task is None else e * weights + decoding_bytes(sizes, config, row, e),
     )
 
 
@@ -287,19 +290,18 @@ def merger_bytes(sizes: ModelSizes, e: int) -> int:
     return sizes.tower_hidden * (FP32_BYTES + 2 * e) + 2 * sizes.tower_hidden * e
 
 
-def decoding_bytes(sizes: ModelSizes, config: Config, zero: dict[str, Any], row: Row, e: int) -> int:
-    """e x (all weights that are not kept on every rank anyway) + one batch of prompts, each taken as long as `row`.
+def decoding_bytes(sizes: ModelSizes, config: Config, row: Row, e: int) -> int:
+    """One batch of prompts, each taken as long as `row`; besides, all weights are there.
 
     Per prompt: keys and values of its columns and of max_new_tokens more, in all layers, and once more in the layer
     whose cache grows; the larger of one layer's activations over the prompt, one block's in the tower, and its logits
     in float32 with their copy.
     """
-    weights = e * (sum(sizes.all) - persistent_numel(sizes.all, zero))
     columns = row.tokens + config.evaluation.max_new_tokens
     cache = (sizes.num_layers + 1) * columns * key_value_bytes(sizes, e)
     block = tower_bytes(sizes, config, e) // (sizes.tower_blocks if config.model.train_tower else 1)
     prompt = max(row.tokens * column_bytes(sizes, e), row.patches * block, 2 * FP32_BYTES * sizes.vocab)
-    return weights + config.evaluation.batch_size * (cache + prompt)
+    return config.evaluation.batch_size * (cache + prompt)
 
 
 def logit_bytes(sizes: ModelSizes, targets: int, e: int) -> int:

@@ -70,7 +70,7 @@ def describe_gather(model: MirageModel, gather: str, deepspeed_config: dict[str,
         memory = f"about {size:.2f} GiB, up to {2 * size:.2f} GiB while gathering"
     elif model.rollout.divided:
         groups = [sum(map(whole_numel, layers.parameters())) for layers in model.rollout.grouped_layers()]
-        how = f"in {len(groups)} groups of layers, each again in every pass, forward and backward"
+        how = f"by groups of layers ({len(groups)}), each again in every pass, forward and backward"
         memory = f"up to {sum(sorted(groups)[-2:]) * dtype.itemsize / GIB:.2f} GiB, the group in use and the next one"
     else:
         # 1e9 is DeepSpeed's default

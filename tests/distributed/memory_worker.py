@@ -63,9 +63,12 @@ class Watch:
             module.register_full_backward_pre_hook(self.look)
 
     def gathered_bytes(self) -> int:
-        """Of those that are there, and of the buffer for those that are under way."""
-        there = [p.data for p in self.parameters if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist]
-        coming = [p for p in self.parameters if p.ds_status == ZeroParamStatus.INFLIGHT]
+        """Copies of those that are there, and the buffer for those that are under way; one rank has neither."""
+        available = [p for p in self.parameters if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist]
+        there = [p.data for p in available if p.data.data_ptr() != p.ds_tensor.data_ptr()]  # one rank's own shards
+        coming = [
+            p for p in self.parameters if p.ds_status == ZeroParamStatus.INFLIGHT and p.ds_tensor.numel() < p.ds_numel
+        ]
         return bytes_of(there) + sum(p.ds_numel * p.element_size() for p in coming)
 
     def look(self, *_: object) -> None:

@@ -106,6 +106,18 @@ def test_each_kind_is_within_10_percent(runs: dict[str, tuple[Config, dict[str, 
         assert expected == pytest.approx(measured[kind], rel=0.1)
 
 
+def test_one_rank_gathers_no_copy(runs: dict[str, tuple[Config, dict[str, Any]]], tmp_path: Path) -> None:
+    """It computes with its own shards; `runs` has written the model and the DeepSpeed file."""
+    config = runs["stage2-rollout"][0]
+    with launching.start(1, {"one": config}, tmp_path, main=memory_worker.main, log=tmp_path / "log") as ranks:
+        ranks.finish(timeout_s=300)
+    measured = json.loads((tmp_path / "one.json").read_text())
+    sizes = model_sizes(config.model)
+    memory = estimate_memory(sizes, config, resolve_deepspeed_config(config), Row(**measured["row"]), world_size=1)
+    assert measured["gathered"] == memory.gathered == memory.gathering == 0
+    assert memory.parameters == pytest.approx(2 * sum(sizes.all), rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["stage2-groups", "stage2-layer-stored"])
 def test_what_later_passes_leave_for_the_first_one(runs: dict[str, tuple[Config, dict[str, Any]]], name: str) -> None:
     config, measured = runs[name]

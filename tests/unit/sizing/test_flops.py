@@ -98,5 +98,5 @@ def test_the_planner_counts_as_the_trainer() -> None:
 def test_a_gpu_is_known_by_the_name_that_the_driver_gives_it() -> None:
     assert gpu_of_device("NVIDIA H100 80GB HBM3") is GPUS["h100-80gb"]
     assert gpu_of_device("NVIDIA H200") is GPUS["h200-141gb"]
-    for other in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090"):
+    for other in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 3090"):
         assert gpu_of_device(other) is None  # another rate, or an unknown one

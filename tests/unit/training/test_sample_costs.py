@@ -95,7 +95,7 @@ def test_the_first_rank_of_each_node_compares_the_digests_of_the_index(
     column = tmp_path / "shards" / "index" / "images.npy"
     column.write_bytes(column.read_bytes()[:-1] + b"\x01")
     config = load_config(Path("launch/recipes/tiny-stage1.yaml"), [f"data.shards={tmp_path / 'shards'}"])
-    encoder = SimpleNamespace(stage="text", max_length=None)  # nothing more is checked
+    encoder = SimpleNamespace(stage="text", max_length=None, may_hide_images=False)  # nothing more is checked
     monkeypatch.setattr(start, "make_encoder", lambda *_: encoder)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert start.open_encoder(config) is encoder

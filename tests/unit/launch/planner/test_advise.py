@@ -3,6 +3,7 @@
 The table of docs/planner.md is what it says today.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,12 @@ def cell(ways: list[Way]) -> str:
 
 def row(size: str, *, lora: bool) -> list[str]:
     """A line of the table."""
-    config = with_lora(recipe(size)) if lora else recipe(size)
-    return [f"{size}{', LoRA' if lora else ''}", *(cell(advise(config, *each)) for each in HARDWARE.values())]
+    return [f"{size}{', LoRA' if lora else ''}", *(cell(ways_of(size, each, lora=lora)) for each in HARDWARE)]
+
+
+def ways_of(size: str, hardware: str, *, lora: bool) -> list[Way]:
+    config, words = with_lora(recipe(size)) if lora else (recipe(size), ())
+    return advise(config, *HARDWARE[hardware], None, words)
 
 
 @pytest.mark.parametrize(("size", "lora"), [("3B", False), ("72B", True)])
@@ -61,19 +66,32 @@ def test_the_table_of_the_documents(size: str, lora: bool) -> None:
     assert f"| {' | '.join(row(size, lora=lora))} |" in lines
 
 
-@pytest.mark.parametrize(("size", "hardware"), [("7B", "1 node"), ("72B", "16 nodes")])
-def test_what_is_pasted_fits_and_is_what_was_advised(size: str, hardware: str) -> None:
-    """Read again as a user gives it, every way that fits has the memory and the time that were shown."""
-    ways = [way for way in advise(recipe(size), *HARDWARE[hardware]) if way.found.fits]
+@pytest.mark.parametrize(("size", "hardware", "lora"), [("7B", "1 node", False), ("72B", "16 nodes", True)])
+def test_what_is_pasted_fits_and_is_what_was_advised(size: str, hardware: str, lora: bool) -> None:
+    """Read again as a user gives it, behind a recipe that has other settings, every way that fits has the memory and
+    the time that were shown."""
+    ways = [way for way in ways_of(size, hardware, lora=lora) if way.found.fits]
     assert len(ways) > 3
     for way in ways:
-        again = estimate(recipe(size, *way.overrides), *HARDWARE[hardware])
+        pasted = recipe(size, "model.gather=groups", "model.gather_layers=2", *way.overrides)
+        assert (pasted.model.lora is not None) == lora
+        again = estimate(pasted, *HARDWARE[hardware])
         assert again.fits
         assert again.memory == way.found.memory
         assert again.time == way.found.time
     timed = [way.step_s for way in ways if way.step_s is not None]
     assert timed == sorted(timed)
     assert [way.step_s is None for way in ways] == sorted(way.step_s is None for way in ways)
+
+
+def test_a_recipe_that_trains_the_tower() -> None:
+    """LoRA trains nothing of it: the line to paste unsets it."""
+    own = recipe("7B", "model.train_tower=true", "model.freeze=[model.language_model.norm.*]")
+    config, words = with_lora(own)
+    assert (
+        config.model
+        == recipe("7B", "model.train_tower=true", "model.freeze=[model.language_model.norm.*]", *words).model
+    )
 
 
 def test_nothing_is_faster_by_another_micro_batch() -> None:
@@ -96,7 +114,7 @@ def test_the_command() -> None:
     assert code == 0
     assert "stage2, the first of" in output
     assert "train.micro_batch_size_per_gpu=" in output
-    assert "stage2 with model.lora={rank: 16}, the first of" in output
+    assert re.search(r"stage2 with LoRA, the first of \d+ that fit: model.lora.rank=16 model.gather=", output)
     assert "Host memory was not compared" in output
 
 
@@ -105,7 +123,18 @@ def test_a_clear_no() -> None:
     code, output = run(path, "--nodes", "1", "--gpus-per-node", "1", "--gpu", "rtx4090-24gb", "--mem", "64")
     assert code == 1
     assert "stage2: no setting fits; the one with the least memory does not fit: needs" in output
-    assert "stage2 with model.lora={rank: 16}: no setting fits" in output
+    assert "stage2 with LoRA: no setting fits" in output
+
+
+def test_where_only_the_host_lacks_memory() -> None:
+    """Offload would fit on the GPU: that is what the message is about, and the advice is no circle."""
+    path = "model.path=Qwen/Qwen2.5-VL-3B-Instruct"
+    code, output = run(path, "--nodes", "1", "--gpus-per-node", "1", "--gpu", "rtx4090-24gb", "--mem", "64")
+    assert code == 1
+    assert re.search(r"stage2: no setting fits; .* needs [\d.]+ GiB of host memory per node", output)
+    found = estimate(recipe("3B"), 1, 1, "rtx4090-24gb", 64 * GIB)
+    assert not [each for each in found.advice if each == "distributed.deepspeed_config=zero3_offload.json"]
+    assert "distributed.deepspeed_config=zero3_offload.json" in estimate(recipe("3B"), 1, 1, "rtx4090-24gb").advice
 
 
 def test_too_little_host_memory_is_refused_with_what_needs_it() -> None:
