@@ -80,8 +80,14 @@ def test_killed_at_random_moments_it_continues_to_the_same_bytes(rows: Path, tmp
     takes_s = time.monotonic() - begin
     undisturbed.communicate()
     expected = file_bytes(tmp_path / "undisturbed")
-    moments, kills, rounds = random.Random(0), [], 0
-    while len(kills) < NUM_KILLS:
+    moments, rounds = random.Random(0), 0
+    kills: list[tuple[int, int]] = []  # complete shards before the start that was killed, and after it
+
+    def enough() -> bool:
+        """Kills, and of them after a shard of their start."""
+        return len(kills) >= NUM_KILLS and sum(after > before for before, after in kills) >= 5
+
+    while not enough():
         rounds += 1
         output = tmp_path / f"round-{rounds}" / "shards"
         code = -signal.SIGKILL
@@ -90,10 +96,12 @@ def test_killed_at_random_moments_it_continues_to_the_same_bytes(rows: Path, tmp
             process = start(rows, output, *options)
             wait_until(partial(works, process, output))
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(None if len(kills) == NUM_KILLS else moments.uniform(0, 0.8 * takes_s))
+                process.wait(None if enough() else moments.uniform(0, 0.8 * takes_s))
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 kills.append((before, len(complete_shards(output))))
+                if kills[-1][0] == kills[-1][1]:
+                    takes_s *= 1.1  # other work on the machine makes starts slower than the first one was
             said, _ = process.communicate(timeout=60)
             code = process.returncode
             if "the output already exists" in said:  # killed after its last step
@@ -102,7 +110,6 @@ def test_killed_at_random_moments_it_continues_to_the_same_bytes(rows: Path, tmp
         # Killed between the last shard's move and its end it leaves hidden files beside the outputs.
         found = file_bytes(output.parent)
         assert {name: data for name, data in found.items() if not name.startswith(".")} == expected
-    assert sum(after > before for before, after in kills) >= 5, "kills fell between shards"
 
 
 def test_a_killed_build_leaves_no_process(rows: Path, tmp_path: Path) -> None:
