@@ -67,14 +67,28 @@ def visual_cot(row: SourceRow, options: Options) -> list[Row]:
     if "conversations" in row.fields:
         return [_visual_cot_chat(row, options)]
     picture = row.picture("image")
-    width, height = row.get("width"), row.get("height")
-    size = (width, height) if isinstance(width, int) and isinstance(height, int) else None
+    size = _size(row)
     boxes = _boxes(row.get("bboxs"), "bboxs")
     crops: list[Part] = [Picture(picture.value, box, "pixels", options.margin, size) for box in boxes]
     if not crops:
         raise LeftOutError("no box", "bboxs is empty; expected at least one")
     fields = row.kept("dataset", "split") | {"answer": row.text("answer")}
     return [one_turn([picture, row.text("question")], [*crops, row.text("answer")], fields)]
+
+
+def _size(row: SourceRow) -> tuple[float, float] | None:
+    """The width and height that a row says; None if it says none.
+
+    Raises:
+        LeftOutError: they are no numbers, nor texts of such.
+    """
+    values = row.get("width"), row.get("height")
+    if values == (None, None):
+        return None
+    try:
+        return float(row.text("width")), float(row.text("height"))
+    except (ValueError, OverflowError) as error:
+        raise LeftOutError("no width and height", f"they are {values!r:.80}; expected two numbers") from error
 
 
 def _visual_cot_chat(row: SourceRow, options: Options) -> Row:
@@ -99,17 +113,17 @@ def _visual_cot_chat(row: SourceRow, options: Options) -> Row:
 def lantern(row: SourceRow, options: Options) -> list[Row]:
     """A text before the first part of the image, one after each, and the answer; without such texts a text row."""
     traces = row.get("reasoning_traces")
-    if not isinstance(traces, Mapping) or not isinstance(traces.get("answer"), str):
+    if not isinstance(traces, Mapping):
         raise LeftOutError("no reasoning_traces", f"it is {traces!r:.80}; expected an object with an answer")
-    picture, answer = row.picture("img_path"), traces["answer"]
+    picture, answer = row.picture("img_path"), SourceRow(row.where, row.folder, traces).text("answer")
     boxes = _boxes(row.get("bboxs"), "bboxs")
     before, alone = (_text_in(traces.get(name) or "", name) for name in ("pre_visual_text_think", "text_think"))
     parts: list[Part] = []
-    if alone:
+    if alone.strip():
         parts.append(f"{alone}\n")
     else:
         after = _texts_in(traces.get("post_visual_latent_reasoning"), len(boxes))
-        parts += [f"{before}\n"] if before else []
+        parts += [f"{before}\n"] if before.strip() else []
         for box, text in zip(boxes, after, strict=True):
             parts += [Picture(picture.value, box, "pixels", options.margin), f"{text}\n"]
     parts.append(f"Answer: {answer}")

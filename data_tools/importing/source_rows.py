@@ -36,7 +36,7 @@ class Picture:
     box: Box | None = None  # the part
     box_unit: str = "pixels"  # or "sides": from 0 to 1 of the width and the height
     margin: float = 0.0  # around the box, as a part of its width on the left and right, and of its height
-    size_px: tuple[int, int] | None = None  # width and height that the image must have
+    size_px: tuple[float, float] | None = None  # width and height that the image must have
 
 
 @dataclass

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.importing.options import Options
-from data_tools.importing.questions import with_options
+from data_tools.importing.questions import with_options, without_letters
 from data_tools.importing.source_rows import LeftOutError, Picture, SourceRow
 from data_tools.importing.turns import Part, Row, no_image_behind, one_turn, placed, refuse_unplaced, split_at
 
@@ -88,6 +88,7 @@ def comt(row: SourceRow, _: Options) -> list[Row]:
     options = row.get("option")
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise LeftOutError("no list of texts in option", f"it is {options!r:.80}; expected the options")
+    options = without_letters(options)
     trace, drawn = _named(row.text("rationale"), pictures, _COMT_MARKER)
     question, asked = _named(with_options(row.text("question"), options), pictures, _COMT_MARKER)
     others = {name: picture for name, picture in pictures.items() if name not in drawn}

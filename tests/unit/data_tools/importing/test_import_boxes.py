@@ -79,7 +79,11 @@ def test_visual_cot(folder: Path) -> None:
         visual_cot_row(),
         visual_cot_row(bboxs=[[20, 10, 40, 30], [90, 50, 130, 70]]),
         chat,
+        visual_cot_row(width="100", height=60.0, bboxs=[[-10, 10, 10, 30]]),
         visual_cot_row(width=200),
+        visual_cot_row(width=200.0),
+        visual_cot_row(width="200"),
+        visual_cot_row(width="wide"),
         visual_cot_row(bboxs=[[100, 10, 140, 30]]),
         visual_cot_row(bboxs=[[20, 10, 40]]),
         visual_cot_row(bboxs=[]),
@@ -90,14 +94,17 @@ def test_visual_cot(folder: Path) -> None:
         ("<image>What?", "<output_image>a flag"),
         ("<image>What?", "<output_image><output_image>a flag"),
         ("<image>What?", "<output_image>a flag"),
+        ("<image>What?", "<output_image>a flag"),
     ]
     assert imported.rows[0]["answer"] == "a flag"
     default = PIXELS[8:32, 18:42]  # a tenth of 20 pixels around
     assert np.array_equal(parts(imported, 0)[0], default)
     assert np.array_equal(parts(imported, 1)[1], PIXELS[48:60, 86:100]), "cut off at the edge"
     assert np.array_equal(parts(imported, 2)[0], default)
+    assert np.array_equal(parts(imported, 3)[0], PIXELS[8:32, :12]), "cut off at the left edge, of which it is outside"
     assert imported.report["left_out"] == {
-        "the image has another size than the row says": 1,
+        "the image has another size than the row says": 3,
+        "no width and height": 1,
         "a box is outside of its image": 1,
         "no box in bboxs": 1,
         "no box": 1,
@@ -117,6 +124,7 @@ def test_lantern(folder: Path) -> None:
     rows = [
         row({"pre_visual_text_think": "First.", "text_think": None, **after}, boxes),
         row({"text_think": "No need to look.", "answer": "two"}, boxes),
+        row({"text_think": " \n", "pre_visual_text_think": " ", **after, "answer": 2}, boxes),
         row(after, boxes[:1]),
         row({"answer": "two"}, boxes),
         row("two", boxes),
@@ -125,6 +133,7 @@ def test_lantern(folder: Path) -> None:
     assert texts(imported) == [
         ("<image>How?", "First.\n<output_image>I see.\n<output_image>I see more.\nAnswer: two"),
         ("<image>How?", "No need to look.\nAnswer: two"),
+        ("<image>How?", "<output_image>I see.\n<output_image>I see more.\nAnswer: 2"),
     ]
     first, second = parts(imported, 0)
     assert np.array_equal(first, PIXELS[:10, :10])

@@ -168,7 +168,7 @@ def test_comt(tmp_path: Path) -> None:
     }
     rows = [
         row,
-        row | {"question": "Which angle in [IMAGE0]?"},
+        row | {"question": "Which angle in [IMAGE0]?", "option": ["(A) 30", "(B) 60"]},
         row | {"rationale": "I draw [IMAGE3]."},
         row | {"answer": "C"},
         row | {"image": ["IMAGE0:none"], "rationale": "I see it."},
