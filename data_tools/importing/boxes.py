@@ -49,7 +49,7 @@ def lvr(row: SourceRow, options: Options) -> list[Row]:
             raise LeftOutError("a box is not within 0 and 1", f"{box}; expected parts of the width and height")
     left, crops = iter(pictures), iter([Picture(pictures[0].value, box, "sides", options.margin) for box in boxes])
     turns = []
-    for message in messages_of(row, "conversations"):
+    for message in messages_of(row, "conversations", "from", "value"):
         role, text = role_of(message.get("from")), message.get("value")
         if not isinstance(text, str):
             raise LeftOutError("a turn without a text", f"it has {text!r:.80}; expected a text")
@@ -94,7 +94,7 @@ def _size(row: SourceRow) -> tuple[float, float] | None:
 def _visual_cot_chat(row: SourceRow, options: Options) -> Row:
     """The form for LLaVA: a question, its box as numbers, the part of the image, the answer."""
     values = [picture.value for picture in row.pictures("image")]
-    said = [message.get("value") for message in messages_of(row, "conversations")]
+    said = [message.get("value") for message in messages_of(row, "conversations", "from", "value")]
     marked = _PATH_AND_BOX.fullmatch(values[1]) if len(values) == 2 and isinstance(values[1], str) else None
     texts = [each for each in said if isinstance(each, str)]
     if marked is None or len(said) != 4 or len(texts) != 4:

@@ -47,6 +47,7 @@ class SourceRow:
     folder: Path  # where paths of images begin
     fields: Mapping[str, Any]
     used: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)  # what stands in its turns and was not read, such as messages.name
 
     def get(self, name: str) -> Any:
         """The value of a field; None if it is missing."""
@@ -95,8 +96,9 @@ class SourceRow:
         return {name: self.get(name) for name in names if self.fields.get(name) is not None}
 
     def ignored(self) -> Iterator[str]:
-        """The fields that were not read."""
-        return (name for name in self.fields if name not in self.used)
+        """The fields that were not read, and those of its turns."""
+        yield from (name for name in self.fields if name not in self.used)
+        yield from sorted(self.unread)
 
 
 def to_picture(value: Any) -> Picture:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from imported import Imported, import_made
-from PIL import Image
+from PIL import ExifTags, Image
 
 WIDTH, HEIGHT = 100, 60
 PIXELS = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -113,6 +113,15 @@ def test_visual_cot(folder: Path) -> None:
     (wide,) = import_made(folder, "visual-cot", rows[:1], images=folder / "images", margin=0.5).rows
     with Image.open(folder / "imported-1" / wide["image_output"][0]) as part:
         assert np.array_equal(np.asarray(part), PIXELS[0:40, 10:50])
+
+
+def test_boxes_are_of_the_image_as_it_is_shown(folder: Path) -> None:
+    """Turned as EXIF says: orientation 6 is stored with its top on the left."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.rot90(PIXELS)).save(folder / "images" / "in.png", exif=exif)
+    imported = import_made(folder, "visual-cot", [visual_cot_row()], images=folder / "images", margin=0)
+    assert np.array_equal(parts(imported, 0)[0], PIXELS[10:30, 20:40])
 
 
 def test_lantern(folder: Path) -> None:
