@@ -4,14 +4,15 @@ containers.py reads rows, formats.py has a function for each format that makes r
 opened yet), and output.py writes what `mirage-data build` or `mirage evaluate` take. Rows are streamed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from data_tools.building.progress import Report as Progress
-from data_tools.importing.containers import RawRow, files_of, read_rows
+from data_tools.importing.containers import files_of, read_rows
 from data_tools.importing.formats import AUTO, FORMATS, Format, recognise
 from data_tools.importing.options import DEFAULT_MARGIN, Options
 from data_tools.importing.output import Output, make_ready
@@ -62,9 +63,11 @@ def import_rows(
     with new_folder(output) as folder:
         report = Report(chosen.name, sources, folder)
         written = Output(folder)
+        around = [path for source in sources if (path := Path(source)).is_dir()]
         with closing(report), closing(written):
             for raw in read_rows(files):
-                _import_row(raw, chosen, images, options, report, written)
+                row = SourceRow(raw.where, images or raw.folder, {}, around)
+                _import_row(row, raw.content, chosen, options, report, written)
                 if report.num_read % _PROGRESS_ROWS == 0:
                     progress(report.num_read, raw.fraction)
         if not written.num_rows:
@@ -94,15 +97,14 @@ def _check_options(options: Options, chosen: Format) -> None:
 
 
 def _import_row(
-    raw: RawRow, chosen: Format, images: Path | None, options: Options, report: Report, output: Output
+    row: SourceRow, content: bytes | Mapping[str, Any], chosen: Format, options: Options, report: Report, output: Output
 ) -> None:
-    row = SourceRow(raw.where, images or raw.folder, {})
     try:
-        row.fields = parse_row(raw.content, raw.where) if isinstance(raw.content, bytes) else raw.content
+        row.fields = parse_row(content, row.where) if isinstance(content, bytes) else content
         # All rows of it, or none: with --all-turns there may be several.
         ready = [make_ready(made, row, choice_row=chosen.choice) for made in chosen.rows(row, options)]
     except DataError as error:
-        report.leave_out(raw.where, next((row.fields[name] for name in _IDS if name in row.fields), None), error)
+        report.leave_out(row.where, next((row.fields[name] for name in _IDS if name in row.fields), None), error)
     else:
         for each in ready:
             output.write(each)

@@ -1,6 +1,6 @@
 """A row as it was published: its fields, which of them were read, and its images, which are not opened here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class SourceRow:
     where: str
     folder: Path  # where paths of images begin
     fields: Mapping[str, Any]
+    around: Sequence[Path] = ()  # folders in which its images may lie, beside `folder`
     used: set[str] = field(default_factory=set)
     unread: set[str] = field(default_factory=set)  # what stands in its turns and was not read, such as messages.name
 

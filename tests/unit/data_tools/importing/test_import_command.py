@@ -2,6 +2,7 @@
 memory does not depend on the number of rows."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,30 @@ def test_refusals(tmp_path: Path, arguments: tuple[str, ...], error: type[Except
     assert isinstance(result.exception, error)
     assert message.replace("PATH", str(tmp_path / file)) in str(result.exception)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_only_files_of_the_data_set_are_copied(tmp_path: Path) -> None:
+    """Of a data set of others: not what lies elsewhere on the disk, no device, and nothing that could block."""
+    put(tmp_path, "secret.png", "set/images/in.png")
+    (tmp_path / "set" / "rows").mkdir()
+    os.mkfifo(tmp_path / "set" / "pipe.png")
+    (tmp_path / "set" / "link.png").symlink_to("images/in.png")
+    inside = ["images/in.png", "rows/../link.png", str(tmp_path / "set/images/in.png")]
+    outside = ["../secret.png", str(tmp_path / "secret.png"), (tmp_path / "secret.png").as_uri(), "/dev/zero"]
+    rows = [{"conversations": TURNS, "images": [path]} for path in [*inside, *outside, "pipe.png", "images"]]
+    rows.append({"conversations": TURNS, "images": [{"path": "../secret.png"}]})
+    source = write_jsonl(tmp_path / "set" / "rows.jsonl", rows)
+    run("sharegpt", source, "--output", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["rows_taken"] == 3
+    assert report["left_out"] == {
+        "image_input is outside of the source": 5,
+        "image_input is no file of an image": 2,
+    }
+    # A folder of rows beside that of the images is fine if the folder around both is the source.
+    source.rename(tmp_path / "set" / "rows" / "rows.jsonl")
+    write_jsonl(tmp_path / "set" / "rows" / "rows.jsonl", [{"conversations": TURNS, "images": ["../images/in.png"]}])
+    run("sharegpt", tmp_path / "set", "--output", tmp_path / "again")
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
