@@ -12,15 +12,17 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image
 
 from data_tools.importing.source_rows import Box, LeftOutError, Picture, SourceRow
-from mirage_ds.data.images import check_header, decode
+from mirage_ds.data.images import check_header, decode, header_size
 from mirage_ds.data.row_images import read_images
 
+TINY_PX = 28  # the side of what becomes a token of Qwen2.5-VL: less is enlarged
 _MAX_FILE_BYTES = 2**28  # as of an element of a JSON list
 
 
 class ImageFile(NamedTuple):
     data: bytes
     suffix: str  # of a file with it, without the dot
+    is_tiny_part: bool  # cut out, and narrower or lower than TINY_PX
 
 
 def read_picture(picture: Picture, name: str, source: SourceRow) -> ImageFile:
@@ -36,10 +38,12 @@ def read_picture(picture: Picture, name: str, source: SourceRow) -> ImageFile:
     _check_file(picture.value, name, source)
     (data,) = read_images([picture.value], name, source.where, source.folder)
     where = f"{source.where}, {name}"
+    is_tiny_part = False
     if picture.box is not None:
         data = _cut(picture, picture.box, decode(data, where))
+        is_tiny_part = min(header_size(data)) < TINY_PX
     image_format = check_header(data, where)
-    return ImageFile(data, {"JPEG": "jpg"}.get(image_format, image_format.lower()))
+    return ImageFile(data, {"JPEG": "jpg"}.get(image_format, image_format.lower()), is_tiny_part)
 
 
 def _check_file(value: Any, name: str, source: SourceRow) -> None:

@@ -97,6 +97,7 @@ def test_visual_cot(folder: Path) -> None:
         ("<image>What?", "<output_image>a flag"),
     ]
     assert imported.rows[0]["answer"] == "a flag"
+    assert imported.report["tiny_parts"] == 5, "all of them have a side of less than 28 pixels"
     default = PIXELS[8:32, 18:42]  # a tenth of 20 pixels around
     assert np.array_equal(parts(imported, 0)[0], default)
     assert np.array_equal(parts(imported, 1)[1], PIXELS[48:60, 86:100]), "cut off at the edge"
