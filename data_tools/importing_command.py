@@ -8,6 +8,7 @@ import typer
 from data_tools.building.progress import shown
 from data_tools.importing.formats import AUTO, FORMATS
 from data_tools.importing.options import DEFAULT_MARGIN, Options
+from data_tools.importing.pictures import TINY_PX
 from data_tools.importing.report import LEFT_OUT_NAME
 from data_tools.importing.rows import import_rows
 from mirage_ds.paths import expanded
@@ -44,6 +45,10 @@ def import_(
     )
     if report.left_out:
         typer.echo(f"left out: {report.left_out.total()}: {report.reasons()}; see {output / LEFT_OUT_NAME}")
+    if report.files_not_taken:
+        typer.echo(f"files of which no row was taken, perhaps of another format: {', '.join(report.files_not_taken)}")
+    if written.num_tiny_parts:
+        typer.echo(f"parts of images with a side of less than {TINY_PX} pixels: {written.num_tiny_parts}")
     if report.ignored:
         ignored = ", ".join(f"{name}: {number}" for name, number in report.ignored.most_common())
         typer.echo(f"fields that were ignored, with their rows: {ignored}")

@@ -7,10 +7,13 @@ project imports this file, or needs lmms-eval. One process: each of several woul
 """
 
 import io
+import logging
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
@@ -19,14 +22,35 @@ from PIL import Image
 
 from mirage_ds.data.collate import collate
 from mirage_ds.data.rows import Sample, check_question
-from mirage_ds.data.texts import IMAGE_TAG
+from mirage_ds.data.texts import IMAGE_TAG, OUTPUT_IMAGE_TAG
 from mirage_ds.data.turns import Turn
 from mirage_ds.errors import ConfigError, DataError
 from mirage_ds.inference.options import Decoding
-from mirage_ds.inference.sampling import Sampling
+from mirage_ds.inference.sampling import GREEDY, Sampling
+
+log = logging.getLogger(__name__)
 
 ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 MAX_NEW_TOKENS = 1024  # of a task that names no limit
+# Settings of decoding that are not honoured, with the values at which they change nothing. Names that are not known,
+# such as image_aspect_ratio, are those of other models.
+WITHOUT_EFFECT = {
+    "num_beams": (1,),
+    "repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
+WITHOUT_EFFECT_ON_DRAWS = {"top_k": (0, -1), "min_p": (0,), "typical_p": (1,)}
+_MODES_OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+_TAGS = re.compile(f"{IMAGE_TAG}|{OUTPUT_IMAGE_TAG}")
+
+
+class _Asked(NamedTuple):
+    number: int  # of the request
+    request: Instance
+    key: str  # of its draws: task, split, document, and which of its repetitions it is, from 0
+    settings: str
 
 
 class MirageModel(lmms):
@@ -74,42 +98,58 @@ class MirageModel(lmms):
         """The answers, in the order of the requests.
 
         Raises:
-            DataError: a question that cannot be asked.
-            ConfigError: a setting of decoding that cannot be honoured.
+            ConfigError: a setting of decoding that cannot be honoured, or a task of another kind.
         """
         answers: dict[int, str] = {}
-        asked = sorted(enumerate(requests), key=lambda each: repr(each[1].args[2]))
-        for _, group in groupby(asked, key=lambda each: repr(each[1].args[2])):
+        times: Counter[str] = Counter()  # how often each question was asked: a task may have repeats
+        asked = []
+        for number, request in enumerate(requests):
+            _, _, settings, doc_id, task, split = request.args
+            question = f"{task}/{split}/{doc_id}"
+            asked.append(_Asked(number, request, f"{question}/{times[question]}", repr(settings)))
+            times[question] += 1
+        for _, group in groupby(sorted(asked, key=lambda each: each.settings), key=lambda each: each.settings):
             alike = list(group)
             for start in range(0, len(alike), self.batch_size):
                 answers |= self._answer(alike[start : start + self.batch_size])
         return [answers[number] for number in range(len(requests))]
 
-    def _answer(self, batch: Iterable[tuple[int, Instance]]) -> dict[int, str]:
-        """Requests with equal settings, each with its number."""
-        numbers, samples, settings = [], [], {}
-        for number, request in batch:
-            _, to_messages, settings, doc_id, task, split = request.args
-            numbers.append(number)
-            samples.append(to_sample(to_messages(self.task_dict[task][split][doc_id]), f"{task}/{split}/{doc_id}"))
-        prompts = [self.encoder.prompt(sample) for sample in samples]
+    def _answer(self, batch: Iterable[_Asked]) -> dict[int, str]:
+        """Requests with equal settings; empty answers to those that cannot be asked."""
+        answers, numbers, prompts, settings = {}, [], [], {}
+        for each in batch:
+            _, to_messages, settings, doc_id, task, split = each.request.args
+            messages = to_messages(self.task_dict[task][split][doc_id])
+            try:
+                prompts.append(self.encoder.prompt(to_sample(messages, each.key)))
+                numbers.append(each.number)
+            except DataError as error:
+                log.warning("a question is answered by an empty text, as it cannot be asked: %s", error)
+                answers[each.number] = ""
         decoder = self._decoder(settings)
-        texts = [self.encoder.text_of(answer.ids) for answer in decoder.generate(collate(prompts, align_latents=True))]
-        return {number: until(text, settings) for number, text in zip(numbers, texts, strict=True)}
+        if prompts:
+            decoded = decoder.generate(collate(prompts, align_latents=True))
+            texts = [until(self.encoder.text_of(answer.ids), settings) for answer in decoded]
+            answers |= dict(zip(numbers, texts, strict=True))
+        return answers
 
     def _decoder(self, settings: Mapping[str, Any]) -> Any:
-        if settings.get("num_beams", 1) not in (None, 1):
+        given = {name: value for name, value in settings.items() if value is not None}
+        temperature: Any = given.get("temperature")
+        samples = given.get("do_sample", temperature is not None) and temperature != 0
+        for name, allowed in (WITHOUT_EFFECT | (WITHOUT_EFFECT_ON_DRAWS if samples else {})).items():
+            if given.get(name, allowed[0]) not in allowed:
+                raise ConfigError(
+                    f"{name} {given[name]} (a task of lmms-eval); decoding with latents does not have it; allowed: "
+                    f"{allowed[0]}; give --gen_kwargs {name}={allowed[0]}"
+                )
+        if samples and temperature is None:
             raise ConfigError(
-                f"num_beams {settings['num_beams']} (a task of lmms-eval); decoding with latents has one beam; give "
-                "--gen_kwargs num_beams=1"
+                "do_sample without a temperature (a task of lmms-eval); allowed: both, or do_sample=False; give "
+                "--gen_kwargs temperature=1.0, or do_sample=False"
             )
-        samples = settings.get("do_sample", True) and settings.get("temperature")
-        sampling = Sampling(settings["temperature"], settings.get("top_p") or 1.0, self.decoder.sampling.seed)
-        return replace(
-            self.decoder,
-            max_new_tokens=settings.get("max_new_tokens", MAX_NEW_TOKENS),
-            sampling=sampling if samples else Sampling(),
-        )
+        sampling = Sampling(temperature, given.get("top_p", 1.0), self.decoder.sampling.seed) if samples else GREEDY
+        return replace(self.decoder, max_new_tokens=given.get("max_new_tokens", MAX_NEW_TOKENS), sampling=sampling)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """
@@ -138,13 +178,14 @@ def manifest() -> ModelManifest:
 
 
 def to_sample(messages: Sequence[Mapping[str, Any]], where: str) -> Sample:
-    """lmms-eval's messages as a question with its context.
+    """lmms-eval's messages as a question with its context. Images stand where they do; tags in texts are removed.
 
     Args:
         messages: {role, content: [{type: text, text} or {type: image, url: an image of Pillow or a path}]}
 
     Raises:
-        DataError: they have a video or audio, or end with no question, or a text has special tokens.
+        ConfigError: they have a video or audio, or end with no question.
+        DataError: a text has special tokens.
     """
     images: list[bytes] = []
     turns = []
@@ -154,14 +195,14 @@ def to_sample(messages: Sequence[Mapping[str, Any]], where: str) -> Sample:
             if part["type"] == "image":
                 images.append(_image_bytes(part["url"]))
             elif part["type"] != "text":
-                raise DataError(
+                raise ConfigError(
                     f"a question with {part['type']} ({where}); allowed: texts and images; choose another task"
                 )
-            texts.append(IMAGE_TAG if part["type"] == "image" else part["text"])
+            texts.append(IMAGE_TAG if part["type"] == "image" else _TAGS.sub("", part["text"]))
         turns.append(Turn(ROLES[message["role"]], "".join(texts)))  # type: ignore[arg-type]
     *context, question = turns
     if question.role != "human":
-        raise DataError(
+        raise ConfigError(
             f"the last message is from {messages[-1]['role']} ({where}); expected a question, from user; choose "
             "another task"
         )
@@ -180,8 +221,11 @@ def until(text: str, settings: Mapping[str, Any]) -> str:
 
 
 def _image_bytes(image: Any) -> bytes:
+    """A PNG file with the same pixels and EXIF, so that it is shown as the file of the benchmark would be."""
     if isinstance(image, str):
         image = Image.open(image)
+    if image.mode not in _MODES_OF_PNG:
+        image = image.convert("RGB")
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG")
+    image.save(buffer, format="PNG", exif=image.info.get("exif", b""))
     return buffer.getvalue()

@@ -49,7 +49,7 @@ def lvr(row: SourceRow, options: Options) -> list[Row]:
             raise LeftOutError("a box is not within 0 and 1", f"{box}; expected parts of the width and height")
     left, crops = iter(pictures), iter([Picture(pictures[0].value, box, "sides", options.margin) for box in boxes])
     turns = []
-    for message in messages_of(row, "conversations"):
+    for message in messages_of(row, "conversations", "from", "value"):
         role, text = role_of(message.get("from")), message.get("value")
         if not isinstance(text, str):
             raise LeftOutError("a turn without a text", f"it has {text!r:.80}; expected a text")
@@ -67,8 +67,7 @@ def visual_cot(row: SourceRow, options: Options) -> list[Row]:
     if "conversations" in row.fields:
         return [_visual_cot_chat(row, options)]
     picture = row.picture("image")
-    width, height = row.get("width"), row.get("height")
-    size = (width, height) if isinstance(width, int) and isinstance(height, int) else None
+    size = _size(row)
     boxes = _boxes(row.get("bboxs"), "bboxs")
     crops: list[Part] = [Picture(picture.value, box, "pixels", options.margin, size) for box in boxes]
     if not crops:
@@ -77,10 +76,25 @@ def visual_cot(row: SourceRow, options: Options) -> list[Row]:
     return [one_turn([picture, row.text("question")], [*crops, row.text("answer")], fields)]
 
 
+def _size(row: SourceRow) -> tuple[float, float] | None:
+    """The width and height that a row says; None if it says none.
+
+    Raises:
+        LeftOutError: they are no numbers, nor texts of such.
+    """
+    values = row.get("width"), row.get("height")
+    if values == (None, None):
+        return None
+    try:
+        return float(row.text("width")), float(row.text("height"))
+    except (ValueError, OverflowError) as error:
+        raise LeftOutError("no width and height", f"they are {values!r:.80}; expected two numbers") from error
+
+
 def _visual_cot_chat(row: SourceRow, options: Options) -> Row:
     """The form for LLaVA: a question, its box as numbers, the part of the image, the answer."""
     values = [picture.value for picture in row.pictures("image")]
-    said = [message.get("value") for message in messages_of(row, "conversations")]
+    said = [message.get("value") for message in messages_of(row, "conversations", "from", "value")]
     marked = _PATH_AND_BOX.fullmatch(values[1]) if len(values) == 2 and isinstance(values[1], str) else None
     texts = [each for each in said if isinstance(each, str)]
     if marked is None or len(said) != 4 or len(texts) != 4:
@@ -99,17 +113,17 @@ def _visual_cot_chat(row: SourceRow, options: Options) -> Row:
 def lantern(row: SourceRow, options: Options) -> list[Row]:
     """A text before the first part of the image, one after each, and the answer; without such texts a text row."""
     traces = row.get("reasoning_traces")
-    if not isinstance(traces, Mapping) or not isinstance(traces.get("answer"), str):
+    if not isinstance(traces, Mapping):
         raise LeftOutError("no reasoning_traces", f"it is {traces!r:.80}; expected an object with an answer")
-    picture, answer = row.picture("img_path"), traces["answer"]
+    picture, answer = row.picture("img_path"), SourceRow(row.where, row.folder, traces).text("answer")
     boxes = _boxes(row.get("bboxs"), "bboxs")
     before, alone = (_text_in(traces.get(name) or "", name) for name in ("pre_visual_text_think", "text_think"))
     parts: list[Part] = []
-    if alone:
+    if alone.strip():
         parts.append(f"{alone}\n")
     else:
         after = _texts_in(traces.get("post_visual_latent_reasoning"), len(boxes))
-        parts += [f"{before}\n"] if before else []
+        parts += [f"{before}\n"] if before.strip() else []
         for box, text in zip(boxes, after, strict=True):
             parts += [Picture(picture.value, box, "pixels", options.margin), f"{text}\n"]
     parts.append(f"Answer: {answer}")

@@ -25,20 +25,20 @@ from data_tools.importing.turns import (
 )
 from mirage_ds.data.texts import IMAGE_TAG
 
+_NO_IMAGES = ("video", "videos", "audio", "audios")
+_NO_IMAGE_TAG = re.compile("<(?:video|audio)>")
 _MONET_LATENTS = re.compile(r"<abs_vis_token>.*?</abs_vis_token>\s*", re.DOTALL)
 _MONET_OBSERVATION = re.compile(r"</?observation>")
 
 
 def sharegpt(row: SourceRow, options: Options) -> list[Row]:
     """`<image>` in any turn stands for the next of the images; without any, they are in front of the first question."""
-    said = [(each.get("from"), each.get("value")) for each in messages_of(row, "conversations")]
-    return _chat(row, said, options)
+    return _chat(row, "conversations", "from", "value", options)
 
 
 def openai(row: SourceRow, options: Options) -> list[Row]:
     """The content is a text, or a list of texts and images."""
-    said = [(each.get("role"), each.get("content")) for each in messages_of(row, "messages")]
-    return _chat(row, said, options)
+    return _chat(row, "messages", "role", "content", options)
 
 
 def monet(row: SourceRow, options: Options) -> list[Row]:
@@ -47,7 +47,7 @@ def monet(row: SourceRow, options: Options) -> list[Row]:
     The system turn is left out: it speaks of Monet's own tokens.
     """
     turns = []
-    for message in messages_of(row, "data"):
+    for message in messages_of(row, "data", "role", "content"):
         turn = Turn(role_of(message.get("role")), tuple(_content(message.get("content"), iter(()))))
         if turn.role != SYSTEM:
             turns.append(Turn(turn.role, tuple(_without_monet_tokens(turn.parts))))
@@ -58,14 +58,19 @@ def monet(row: SourceRow, options: Options) -> list[Row]:
     return rows_of_turns(turns, fields, all_turns=options.all_turns)
 
 
-def messages_of(row: SourceRow, name: str) -> list[Mapping[str, Any]]:
-    """
+def messages_of(row: SourceRow, name: str, *read: str) -> list[Mapping[str, Any]]:
+    """The turns of a field. What they have beside the fields `read` is reported as ignored.
+
     Raises:
-        LeftOutError: it is no list of objects.
+        LeftOutError: it is no list of objects, or a turn calls tools.
     """
     value = row.get(name)
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise LeftOutError(f"no turns in {name}", f"it is {value!r:.80}; expected a list of objects")
+    for message in value:
+        if calls := message.get("tool_calls") or message.get("function_call"):
+            raise LeftOutError("a turn with calls of tools", f"{calls!r:.80}; expected turns without")
+        row.unread |= {f"{name}.{key}" for key, value in message.items() if key not in read and value is not None}
     return value
 
 
@@ -80,10 +85,18 @@ def role_of(value: Any) -> str:
     return role
 
 
-def _chat(row: SourceRow, said: list[tuple[Any, Any]], options: Options) -> list[Row]:
+def _chat(row: SourceRow, name: str, role_name: str, content_name: str, options: Options) -> list[Row]:
+    for field in _NO_IMAGES:
+        if row.get(field):
+            raise LeftOutError("a video or sound", f"in the field {field}; expected texts and images")
     pictures = row.pictures("images") or row.pictures("image")
     left = iter(pictures)
-    turns = [Turn(role_of(role), tuple(_content(content, left))) for role, content in said]
+    turns = []
+    for message in messages_of(row, name, role_name, content_name, "weight"):
+        parts = tuple(_content(message.get(content_name), left))
+        if (weight := message.get("weight")) not in (None, 0, 1):
+            raise LeftOutError("a turn with a weight", f"{weight!r:.80}; expected 1, or 0 for an answer not to train")
+        turns.append(Turn(role_of(message.get(role_name)), parts, train=weight != 0))
     if isinstance(row.fields.get("system"), str) and row.text("system") and turns and turns[0].role != SYSTEM:
         turns.insert(0, Turn(SYSTEM, (row.text("system"),)))
     if any(turn.pictures for turn in turns):
@@ -104,6 +117,8 @@ def _content(content: Any, pictures: Iterator[Picture]) -> Iterator[Part]:
         LeftOutError: something of another form.
     """
     if isinstance(content, str):
+        if found := _NO_IMAGE_TAG.search(content):
+            raise LeftOutError("a video or sound", f"{found[0]} in a turn; expected texts and images")
         yield from split_at(re.escape(IMAGE_TAG), content, lambda _: next_picture(pictures, IMAGE_TAG))
         return
     if not isinstance(content, list):

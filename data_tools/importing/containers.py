@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from data_tools.building.inputs import PARQUET_SUFFIXES, START, InTheirOrder
 from data_tools.importing.json_lists import elements, is_list
+from mirage_ds.data.rows import parse_row
 from mirage_ds.errors import DataError, reason_of
 from mirage_ds.paths import is_url, without_secrets
 
@@ -28,7 +29,7 @@ class RawRow(NamedTuple):
     """A row that was not looked at: JSON, or fields."""
 
     where: str  # file:line, or the file and its row
-    folder: Path  # of the file
+    file: Path
     content: bytes | Mapping[str, Any]
     fraction: float  # of all that is read, up to the end of this row
 
@@ -124,7 +125,7 @@ def read_rows(files: Sequence[Path]) -> Iterator[RawRow]:
     for number, path in enumerate(files):
         before, size = sum(sizes[:number]) / sum(sizes), sizes[number] / sum(sizes)
         for where, content, fraction in _reader_of(path)(path):
-            yield RawRow(where, path.parent, content, before + size * fraction)
+            yield RawRow(where, path, content, before + size * fraction)
 
 
 _Read = Iterator[tuple[str, bytes | Mapping[str, Any], float]]
@@ -141,13 +142,25 @@ def _reader_of(path: Path) -> Callable[[Path], _Read]:
 
 def _lines_or_parquet(path: Path) -> _Read:
     for row in InTheirOrder([path]).read(START):
+        if isinstance(row.content, bytes) and not row.content.endswith(b"\n"):
+            _check_last_line(row.content, row.where)
         yield row.where, row.content, row.fraction
+
+
+def _check_last_line(line: bytes, where: str) -> None:
+    try:
+        parse_row(line, where)
+    except DataError as error:
+        raise DataError(
+            f"the file ends in the middle of a row ({where}): {error.__cause__}; every line must be one JSON object; "
+            "copy or download the file again"
+        ) from error
 
 
 def _json_list(path: Path) -> _Read:
     size = path.stat().st_size
-    for element in elements(path):
-        yield f"{path}:{element.line}", element.content, element.read_bytes / size
+    for number, element in enumerate(elements(path)):
+        yield f"{path}:{element.line}, row {number}", element.content, element.read_bytes / size
 
 
 def _table(path: Path) -> _Read:

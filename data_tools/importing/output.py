@@ -1,6 +1,7 @@
 """Writes rows.jsonl, and each image once, under the digest of its bytes."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ class Ready(NamedTuple):
 
     line: str  # of rows.jsonl
     images: list[tuple[str, bytes]]  # of each its path in the folder, and the file
+    num_tiny_parts: int  # of images: of fewer pixels than a token of the model
 
 
 def make_ready(row: Row, source: SourceRow, *, choice_row: bool) -> Ready:
@@ -43,14 +45,15 @@ def make_ready(row: Row, source: SourceRow, *, choice_row: bool) -> Ready:
         line = strict_json.dumps(row | {name: [path for path, _ in files] for name, files in placed.items()})
     except (TypeError, ValueError) as error:  # parquet has types that JSON has not
         raise LeftOutError("a field is no JSON", f"{error}; expected texts, numbers, lists and objects") from error
-    return Ready(line, [each for files in placed.values() for each in files])
+    num_tiny_parts = sum(file.is_tiny_part for files in images.values() for file in files)
+    return Ready(line, [each for files in placed.values() for each in files], num_tiny_parts)
 
 
 class Output:
     """The rows and images of a folder that is being written."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.num_rows, self.num_images = folder, 0, 0
+        self.folder, self.num_rows, self.num_images, self.num_tiny_parts = folder, 0, 0, 0
         self.file = (folder / ROWS_NAME).open("w", encoding="utf-8")
         (folder / IMAGES_NAME).mkdir()
 
@@ -64,6 +67,7 @@ class Output:
                 self.num_images += 1
         self.file.write(f"{ready.line}\n")
         self.num_rows += 1
+        self.num_tiny_parts += ready.num_tiny_parts
 
     def close(self) -> None:
         self.file.close()
@@ -82,6 +86,8 @@ def _check_choice(row: Row) -> None:
 
 
 def _check(row: dict[str, Any], source: SourceRow) -> None:
-    trained = "text_output" in row or "conversations" in row
+    turns = row.get("conversations")
+    asks = isinstance(turns, list) and turns and isinstance(turns[-1], Mapping) and turns[-1].get("from") == "human"
+    trained = not asks if turns is not None else row.get("text_output") is not None
     read = read_row if trained else read_question
     read(row, key="", where=source.where, folder=source.folder)

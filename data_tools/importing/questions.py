@@ -8,20 +8,29 @@ SAT: image_bytes, question, answers, question_type, correct_answer
 """
 
 import re
-from collections.abc import Iterable
-from string import ascii_uppercase
+from collections.abc import Iterable, Sequence
+from string import ascii_lowercase, ascii_uppercase
 
 from data_tools.importing.options import Options
 from data_tools.importing.source_rows import LeftOutError, Picture, SourceRow
 from data_tools.importing.turns import Row, one_turn, placed, question_row
 
-_MMVP_OPTION = re.compile(r"\(([a-z])\)\s*")
+_MMVP_OPTION = re.compile(r"(?:^|\s)\(([a-z])\)\s*")  # not the end of a word, as in `Cat(s)`
+_OWN_LETTER = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.:)])\s*")
 
 
 def with_options(question: str, options: Iterable[str]) -> str:
     """The question with a line for each option."""
     lines = (f"\n({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
     return question.rstrip() + "".join(lines)
+
+
+def without_letters(options: Sequence[str]) -> list[str]:
+    """The options without the letters in front of them, if each has its own, such as `(A) 30` or `A. 30`."""
+    found = [_OWN_LETTER.match(option) for option in options]
+    if [match and (match[1] or match[2]) for match in found] != list(ascii_uppercase[: len(options)]):
+        return list(options)
+    return [option[match.end() :] for option, match in zip(options, found, strict=True) if match]
 
 
 def blink(row: SourceRow, _: Options) -> list[Row]:
@@ -46,8 +55,8 @@ def mmvp(row: SourceRow, _: Options) -> list[Row]:
     picture = row.picture("image") if row.fields.get("image") is not None else Picture(f"{index}.jpg")
     before, *found = _MMVP_OPTION.split(row.text("Options"))
     options = [text.strip() for text in found[1::2]]
-    if before.strip() or not options:
-        raise LeftOutError("no options", f"{row.get('Options')!r:.80}; expected (a) ... (b) ...")
+    if before.strip() or not options or found[::2] != list(ascii_lowercase[: len(options)]):
+        raise LeftOutError("no options", f"{row.get('Options')!r:.80}; expected (a) ... (b) ..., in this order")
     fields = {"index": index, "options": options, "answer": row.text("Correct Answer")}
     return [question_row([picture, with_options(row.text("Question"), options)], fields)]
 

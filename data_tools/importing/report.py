@@ -23,22 +23,26 @@ class Report:
     def __init__(self, format_name: str, sources: Iterable[str], folder: Path) -> None:
         self.format_name, self.sources = format_name, list(sources)
         self.num_read = self.num_taken = 0
+        self.file_taken: dict[str, bool] = {}  # of each file of rows, whether a row of it was taken
         self.left_out: Counter[str] = Counter()
         self.ignored: Counter[str] = Counter()
-        self.first: list[str] = []
+        self.first: dict[str, str] = {}  # a row of each reason, to name some
         self.file = (folder / LEFT_OUT_NAME).open("w", encoding="utf-8")
 
-    def take(self, row: SourceRow) -> None:
+    def take(self, row: SourceRow, file: str) -> None:
+        self.file_taken[file] = True
         self.num_read += 1
         self.num_taken += 1
         for name in row.ignored():
             _count(self.ignored, name)
 
-    def leave_out(self, where: str, row_id: Any, error: DataError) -> None:
+    def leave_out(self, where: str, file: str, row_id: Any, error: DataError) -> None:
         self.num_read += 1
-        _count(self.left_out, reason_in(error))
+        reason = reason_in(error)
+        _count(self.left_out, reason)
+        self.file_taken.setdefault(file, False)
         if len(self.first) < NUM_LISTED:
-            self.first.append(f"{where}: {error}")
+            self.first.setdefault(reason, f"{where}: {error}")
         line = {"where": where, "id": row_id if isinstance(row_id, (str, int)) else None, "reason": str(error)}
         self.file.write(json.dumps(line) + "\n")
 
@@ -54,12 +58,19 @@ class Report:
             "rows_taken": self.num_taken,
             "rows_written": output.num_rows,
             "images_written": output.num_images,
+            "tiny_parts": output.num_tiny_parts,
             "left_out": dict(self.left_out.most_common()),
             "fields_ignored": dict(self.ignored.most_common()),
+            "files_not_taken": self.files_not_taken,
         }
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
         if not self.left_out:
             (folder / LEFT_OUT_NAME).unlink()
+
+    @property
+    def files_not_taken(self) -> list[str]:
+        """The files that have rows, of which none was taken: perhaps of another format."""
+        return [file for file, taken in self.file_taken.items() if not taken]
 
     def reasons(self) -> str:
         """How many rows were left out for each reason, the most frequent first."""

@@ -23,6 +23,7 @@ from mirage_ds.output_folder import check_output, new_folder
 
 _LOOKED_AT = 20  # rows, to recognise a format
 _PROGRESS_ROWS = 100
+_ROOT = "if the paths of images begin at another folder than their file of rows, give it as --images FOLDER; "
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,21 @@ def import_rows(
     with new_folder(output) as folder:
         report = Report(chosen.name, sources, folder)
         written = Output(folder)
+        around = [path for source in sources if (path := Path(source)).is_dir()]
         with closing(report), closing(written):
             for raw in read_rows(files):
-                _import_row(raw, chosen, images, options, report, written)
+                _import_row(
+                    raw, SourceRow(raw.where, images or raw.file.parent, {}, around), chosen, options, report, written
+                )
                 if report.num_read % _PROGRESS_ROWS == 0:
                     progress(report.num_read, raw.fraction)
         if not written.num_rows:
-            listed = "".join(f"\n  - {each}" for each in report.first)
+            listed = "".join(f"\n  - {each}" for each in report.first.values())
+            root = "" if images or not any("cannot be read" in each for each in report.first) else _ROOT
             raise DataError(
                 f"no row could be imported as {chosen.name} ({', '.join(sources)}): rows: {report.num_read}, "
-                f"{report.reasons()}{listed}\nnothing was written; see docs/importing.md for the format"
+                f"{report.reasons()}; one of each:{listed}\n"
+                f"nothing was written; {root}see docs/importing.md for the format"
             )
         report.write(folder, written)
     return Imported(chosen, report, written)
@@ -93,20 +99,19 @@ def _check_options(options: Options, chosen: Format) -> None:
             )
 
 
-def _import_row(
-    raw: RawRow, chosen: Format, images: Path | None, options: Options, report: Report, output: Output
-) -> None:
-    row = SourceRow(raw.where, images or raw.folder, {})
+def _import_row(raw: RawRow, row: SourceRow, chosen: Format, options: Options, report: Report, output: Output) -> None:
     try:
         row.fields = parse_row(raw.content, raw.where) if isinstance(raw.content, bytes) else raw.content
         # All rows of it, or none: with --all-turns there may be several.
         ready = [make_ready(made, row, choice_row=chosen.choice) for made in chosen.rows(row, options)]
     except DataError as error:
-        report.leave_out(raw.where, next((row.fields[name] for name in _IDS if name in row.fields), None), error)
+        report.leave_out(
+            raw.where, str(raw.file), next((row.fields[name] for name in _IDS if name in row.fields), None), error
+        )
     else:
         for each in ready:
             output.write(each)
-        report.take(row)
+        report.take(row, str(raw.file))
 
 
 _IDS = ("id", "pid", "idx", "index", "Index", "question_id")
@@ -135,9 +140,13 @@ def _format_of(name: str, files: Sequence[Path]) -> Format:
     if name == AUTO and found is not None:
         return found
     fields = ", ".join(map(repr, rows[0])) if rows else "none"
-    looks = "like no format that is known" if found is None else f"like {found.name}"
-    where, asked = files[0] if files else "", "a known one" if name == AUTO else name
+    if found is not None:
+        looks, todo = f"the rows look like {found.name}, not {name}", f"import them as {found.name}"
+    else:
+        looks, todo = "the rows are of no format that is known", "write the rows as ours, mirage"
+        if len(rows[0] if rows else ()) == 1 and isinstance(next(iter(rows[0].values())), list):
+            todo = f"write the list in {fields} as the file, without the object around it"
     raise DataError(
-        f"the rows look {looks}, not {asked} ({where}), fields: {fields:.300}; expected one of the formats in "
-        f"docs/importing.md; {'write the rows as ours' if found is None else f'import them as {found.name}'}"
+        f"{looks} ({files[0] if files else ''}), fields: {fields:.300}; expected one of {', '.join(FORMATS)} "
+        f"(docs/importing.md); {todo}"
     )

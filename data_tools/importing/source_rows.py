@@ -1,6 +1,6 @@
 """A row as it was published: its fields, which of them were read, and its images, which are not opened here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Picture:
     box: Box | None = None  # the part
     box_unit: str = "pixels"  # or "sides": from 0 to 1 of the width and the height
     margin: float = 0.0  # around the box, as a part of its width on the left and right, and of its height
-    size_px: tuple[int, int] | None = None  # width and height that the image must have
+    size_px: tuple[float, float] | None = None  # width and height that the image must have
 
 
 @dataclass
@@ -46,7 +46,9 @@ class SourceRow:
     where: str
     folder: Path  # where paths of images begin
     fields: Mapping[str, Any]
+    around: Sequence[Path] = ()  # folders in which its images may lie, beside `folder`
     used: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)  # what stands in its turns and was not read, such as messages.name
 
     def get(self, name: str) -> Any:
         """The value of a field; None if it is missing."""
@@ -95,8 +97,9 @@ class SourceRow:
         return {name: self.get(name) for name in names if self.fields.get(name) is not None}
 
     def ignored(self) -> Iterator[str]:
-        """The fields that were not read."""
-        return (name for name in self.fields if name not in self.used)
+        """The fields that were not read, and those of its turns."""
+        yield from (name for name in self.fields if name not in self.used)
+        yield from sorted(self.unread)
 
 
 def to_picture(value: Any) -> Picture:

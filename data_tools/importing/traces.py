@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.importing.options import Options
-from data_tools.importing.questions import with_options
+from data_tools.importing.questions import with_options, without_letters
 from data_tools.importing.source_rows import LeftOutError, Picture, SourceRow
 from data_tools.importing.turns import Part, Row, no_image_behind, one_turn, placed, refuse_unplaced, split_at
 
-_ZEBRA_MARKER = r"(?:<image_start>)?\[((?:problem|reasoning)_image_\d+)\](?:<image_end>)?"
+_ZEBRA_MARKER = r"(?i)<image_start>\s*\[?\s*(?P<name>[^\[\]<>]*?)\s*\]?\s*<image_end>|\[\s*(?P<bare>\w*image_\d+)\s*\]"
+_ZEBRA_TAG = re.compile(r"<image_(?:start|end)>", re.IGNORECASE)
 _ZEBRA_HEADING = re.compile(r"^[ \t]*THOUGHT \d+:[ \t]*", re.MULTILINE)
 _CODE = r"```[\s\S]*?```|<code>[\s\S]*?</code>"
-_COMT_MARKER = r"[\[<(]?\b(IMAGE\d+)\b[\])>]?"
+_COMT_MARKER = r"(?P<bracket>\[(?=\w+\])|<(?=\w+>)|\((?=\w+\)))?\b(?P<name>IMAGE\d+)\b(?(bracket)[\])>])"
 _COMT_IMAGE = re.compile(r"\[?(IMAGE\d+):([^\]]*)\]?")
 _SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".webp")
 
@@ -31,13 +32,16 @@ _SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".webp")
 def zebra_cot(row: SourceRow, _: Options) -> list[Row]:
     """Headings such as `THOUGHT 1:` are left out."""
     problem, reasoning = row.numbered_pictures("problem_image_"), row.numbered_pictures("reasoning_image_")
-    question = _named(row.text("Question"), problem, _ZEBRA_MARKER)
-    if not any(isinstance(part, Picture) for part in question):
-        question = [*problem.values(), *question]
+    question, asked = _named(row.text("Question"), problem, _ZEBRA_MARKER)
+    if asked:
+        refuse_unplaced([picture for name, picture in problem.items() if name not in asked])
     else:
-        refuse_unplaced([picture for picture in problem.values() if picture not in question])
-    trace = _named(_ZEBRA_HEADING.sub("", row.text("Text Reasoning Trace")), problem | reasoning, _ZEBRA_MARKER)
-    refuse_unplaced([picture for picture in reasoning.values() if picture not in trace])
+        question = [*problem.values(), *question]
+    trace, drawn = _named(_ZEBRA_HEADING.sub("", row.text("Text Reasoning Trace")), problem | reasoning, _ZEBRA_MARKER)
+    refuse_unplaced([picture for name, picture in reasoning.items() if name not in drawn])
+    for part in (*question, *trace):
+        if isinstance(part, str) and (left := _ZEBRA_TAG.search(part)):
+            raise no_image_behind(part[left.start() :])
     answer = row.text("Final Answer")
     return [one_turn(question, [*trace, *_last_line(answer)], {"answer": answer})]
 
@@ -76,17 +80,26 @@ def v_interaction(row: SourceRow, _: Options) -> list[Row]:
 def comt(row: SourceRow, _: Options) -> list[Row]:
     """An image that the rationale names is a helper image there; those that the question names, or else all that the
     rationale does not name, are the question's.
+
+    Raises:
+        LeftOutError: the rationale names all images and the question none, so that it is not known which it sees.
     """
     pictures = _comt_pictures(row)
     options = row.get("option")
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise LeftOutError("no list of texts in option", f"it is {options!r:.80}; expected the options")
-    trace = _named(row.text("rationale"), pictures, _COMT_MARKER)
-    question = _named(with_options(row.text("question"), options), pictures, _COMT_MARKER)
-    others = [picture for picture in pictures.values() if picture not in trace]
-    if not any(isinstance(part, Picture) for part in question):
-        question = [*others, *question]
-    refuse_unplaced([picture for picture in others if picture not in question])
+    options = without_letters(options)
+    trace, drawn = _named(row.text("rationale"), pictures, _COMT_MARKER)
+    question, asked = _named(with_options(row.text("question"), options), pictures, _COMT_MARKER)
+    others = {name: picture for name, picture in pictures.items() if name not in drawn}
+    if asked:
+        refuse_unplaced([picture for name, picture in others.items() if name not in asked])
+    elif pictures and not others:
+        raise LeftOutError(
+            "the rationale names all images", f"{', '.join(pictures)}; expected one that it does not, for the question"
+        )
+    else:
+        question = [*others.values(), *question]
     answer = row.text("answer")
     fields = row.kept("id", "type") | {"options": options, "answer": answer}
     return [one_turn(question, [*trace, *_last_line(answer)], fields)]
@@ -113,19 +126,23 @@ def _comt_file(folder: Path, kind: str, name: str) -> str:
     return str(Path("images", kind, name))
 
 
-def _named(text: str, pictures: Mapping[str, Picture], marker: str) -> list[Part]:
-    """The text with an image at each marker, whose first group names it.
+def _named(text: str, pictures: Mapping[str, Picture], marker: str) -> tuple[list[Part], set[str]]:
+    """The text with an image at each marker, whose last group that is there names it; and the names in it.
 
     Raises:
         LeftOutError: a marker names an image that the row has not.
     """
+    names: set[str] = set()
 
     def picture_of(found: re.Match[str]) -> Picture:
-        if found[1] not in pictures:
+        name = str(found[found.lastgroup or 0])
+        name = name if name in pictures else name.lower()
+        if name not in pictures:
             raise no_image_behind(found[0])
-        return pictures[found[1]]
+        names.add(name)
+        return pictures[name]
 
-    return list(split_at(marker, text, picture_of))
+    return list(split_at(marker, text, picture_of)), names
 
 
 def _last_line(answer: Any) -> list[Part]:

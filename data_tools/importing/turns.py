@@ -30,6 +30,7 @@ Row = dict[str, Any]
 class Turn:
     role: str  # SYSTEM, HUMAN or GPT
     parts: tuple[Part, ...]
+    train: bool = True  # an answer: whether it may be trained
 
     def text(self, image_tag: str) -> str:
         return "".join(part if isinstance(part, str) else image_tag for part in self.parts)
@@ -51,14 +52,14 @@ def question_row(question: Sequence[Part], fields: Mapping[str, Any]) -> Row:
 
 
 def rows_of_turns(turns: Sequence[Turn], fields: Mapping[str, Any], *, all_turns: bool) -> list[Row]:
-    """A row whose last answer is trained; its earlier turns are context.
+    """A row whose last answer is trained, of those that may be; its earlier turns are context, later ones left out.
 
     Args:
         turns: a system turn or none, then questions and answers in turn.
         all_turns: a row for each answer, with the turns before it.
 
     Raises:
-        LeftOutError: the order is another one, or an answer is empty.
+        LeftOutError: the order is another one, or an answer is empty, or none may be trained.
     """
     talk = turns[1:] if turns and turns[0].role == SYSTEM else turns
     roles = [turn.role for turn in talk]
@@ -70,7 +71,9 @@ def rows_of_turns(turns: Sequence[Turn], fields: Mapping[str, Any], *, all_turns
         )
     if any(not turn.text(IMAGE_TAG).strip() for turn in turns):
         raise LeftOutError("a turn is empty", "expected a text or an image in each turn")
-    answers = [number for number, turn in enumerate(turns) if turn.role == GPT]
+    answers = [number for number, turn in enumerate(turns) if turn.role == GPT and turn.train]
+    if not answers:
+        raise LeftOutError("no answer to train", "each has the weight 0; expected one without it")
     return [_to_row(turns[: number + 1], fields) for number in (answers if all_turns else answers[-1:])]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from imported import Imported, import_made
-from PIL import Image
+from PIL import ExifTags, Image
 
 WIDTH, HEIGHT = 100, 60
 PIXELS = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -79,7 +79,11 @@ def test_visual_cot(folder: Path) -> None:
         visual_cot_row(),
         visual_cot_row(bboxs=[[20, 10, 40, 30], [90, 50, 130, 70]]),
         chat,
+        visual_cot_row(width="100", height=60.0, bboxs=[[-10, 10, 10, 30]]),
         visual_cot_row(width=200),
+        visual_cot_row(width=200.0),
+        visual_cot_row(width="200"),
+        visual_cot_row(width="wide"),
         visual_cot_row(bboxs=[[100, 10, 140, 30]]),
         visual_cot_row(bboxs=[[20, 10, 40]]),
         visual_cot_row(bboxs=[]),
@@ -90,14 +94,18 @@ def test_visual_cot(folder: Path) -> None:
         ("<image>What?", "<output_image>a flag"),
         ("<image>What?", "<output_image><output_image>a flag"),
         ("<image>What?", "<output_image>a flag"),
+        ("<image>What?", "<output_image>a flag"),
     ]
     assert imported.rows[0]["answer"] == "a flag"
+    assert imported.report["tiny_parts"] == 5, "all of them have a side of less than 28 pixels"
     default = PIXELS[8:32, 18:42]  # a tenth of 20 pixels around
     assert np.array_equal(parts(imported, 0)[0], default)
     assert np.array_equal(parts(imported, 1)[1], PIXELS[48:60, 86:100]), "cut off at the edge"
     assert np.array_equal(parts(imported, 2)[0], default)
+    assert np.array_equal(parts(imported, 3)[0], PIXELS[8:32, :12]), "cut off at the left edge, of which it is outside"
     assert imported.report["left_out"] == {
-        "the image has another size than the row says": 1,
+        "the image has another size than the row says": 3,
+        "no width and height": 1,
         "a box is outside of its image": 1,
         "no box in bboxs": 1,
         "no box": 1,
@@ -106,6 +114,15 @@ def test_visual_cot(folder: Path) -> None:
     (wide,) = import_made(folder, "visual-cot", rows[:1], images=folder / "images", margin=0.5).rows
     with Image.open(folder / "imported-1" / wide["image_output"][0]) as part:
         assert np.array_equal(np.asarray(part), PIXELS[0:40, 10:50])
+
+
+def test_boxes_are_of_the_image_as_it_is_shown(folder: Path) -> None:
+    """Turned as EXIF says: orientation 6 is stored with its top on the left."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.rot90(PIXELS)).save(folder / "images" / "in.png", exif=exif)
+    imported = import_made(folder, "visual-cot", [visual_cot_row()], images=folder / "images", margin=0)
+    assert np.array_equal(parts(imported, 0)[0], PIXELS[10:30, 20:40])
 
 
 def test_lantern(folder: Path) -> None:
@@ -117,6 +134,7 @@ def test_lantern(folder: Path) -> None:
     rows = [
         row({"pre_visual_text_think": "First.", "text_think": None, **after}, boxes),
         row({"text_think": "No need to look.", "answer": "two"}, boxes),
+        row({"text_think": " \n", "pre_visual_text_think": " ", **after, "answer": 2}, boxes),
         row(after, boxes[:1]),
         row({"answer": "two"}, boxes),
         row("two", boxes),
@@ -125,6 +143,7 @@ def test_lantern(folder: Path) -> None:
     assert texts(imported) == [
         ("<image>How?", "First.\n<output_image>I see.\n<output_image>I see more.\nAnswer: two"),
         ("<image>How?", "No need to look.\nAnswer: two"),
+        ("<image>How?", "<output_image>I see.\n<output_image>I see more.\nAnswer: 2"),
     ]
     first, second = parts(imported, 0)
     assert np.array_equal(first, PIXELS[:10, :10])

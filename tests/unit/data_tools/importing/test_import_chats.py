@@ -107,6 +107,46 @@ def test_turns_in_another_order_are_left_out(tmp_path: Path) -> None:
     assert imported.report["left_out"] == {"the turns are in another order": 4}
 
 
+def test_videos_and_sound_are_left_out(tmp_path: Path) -> None:
+    rows = [
+        {"conversations": said(("human", "?"), ("gpt", "!")), "videos": [], "audios": None},
+        {"conversations": said(("human", "<video>?"), ("gpt", "!"))},
+        {"conversations": said(("human", "What is said? <audio>"), ("gpt", "!"))},
+        {"conversations": said(("human", "?"), ("gpt", "!")), "videos": ["a.mp4"]},
+        {"conversations": said(("human", "?"), ("gpt", "!")), "audios": ["a.wav"]},
+        {"conversations": said(("human", "?"), ("gpt", "!")), "video": "a.mp4"},
+    ]
+    imported = import_made(tmp_path, "sharegpt", rows)
+    assert imported.rows == [{"text_input": "?", "text_output": "!"}]
+    assert imported.report["left_out"] == {"a video or sound": 5}
+
+
+def test_what_else_stands_in_a_turn(tmp_path: Path) -> None:
+    """Weight 0 is an answer that is not trained; other fields are counted; calls of tools are the reason."""
+
+    def chat(*answers: dict[str, Any]) -> dict[str, Any]:
+        turns = [({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"} | each) for each in answers]
+        return {"messages": [turn for pair in turns for turn in pair]}
+
+    rows = [
+        chat({"content": "1", "weight": 1, "reasoning_content": "x", "name": None}, {"content": "2", "weight": 0}),
+        chat({"content": "3", "weight": 0}, {"content": "4", "reasoning_content": "x"}),
+        chat({"weight": 0}),
+        chat({"weight": 0.5}),
+        chat({"content": None, "tool_calls": [{"id": "a"}]}),
+    ]
+    context = said(("human", "?"), ("gpt", "3"), ("human", "?"), ("gpt", "4"))
+    for all_turns in (False, True):
+        imported = import_made(tmp_path, "openai", rows, all_turns=all_turns)
+        assert imported.rows == [{"text_input": "?", "text_output": "1"}, {"conversations": context}]
+        assert imported.report["fields_ignored"] == {"messages.reasoning_content": 2}
+        assert imported.report["left_out"] == {
+            "no answer to train": 1,
+            "a turn with a weight": 1,
+            "a turn with calls of tools": 1,
+        }
+
+
 def test_openai(tmp_path: Path) -> None:
     put(tmp_path, "red.png")
     encoded = base64.b64encode(png("lime")).decode()

@@ -2,6 +2,7 @@
 memory does not depend on the number of rows."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,12 +83,23 @@ def test_report(tmp_path: Path) -> None:
         "rows_taken": 2,
         "rows_written": 2,
         "images_written": 1,
+        "tiny_parts": 0,
         "left_out": {"image_input cannot be read": 1, "malformed JSON": 1},
         "fields_ignored": {"source": 2, "score": 1},
+        "files_not_taken": [],
     }
     left_out = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
     assert [(each["where"], each["id"]) for each in left_out] == [(f"{source}:3", "bad"), (f"{source}:4", None)]
     assert "'none.png': No such file" in left_out[0]["reason"]
+
+
+def test_files_of_another_format_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "set/in.png")
+    write_jsonl(tmp_path / "set" / "a.jsonl", [{"conversations": TURNS, "images": ["in.png"]}])
+    other = write_jsonl(tmp_path / "set" / "b.jsonl", [{"messages": []}, {"messages": []}])
+    printed = run("auto", tmp_path / "set", "--output", tmp_path / "out")
+    assert f"files of which no row was taken, perhaps of another format: {other}" in printed
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["files_not_taken"] == [str(other)]
 
 
 def test_rows_of_ours_stay_as_they_are(tmp_path: Path) -> None:
@@ -114,8 +126,13 @@ def test_rows_of_ours_for_evaluation(tmp_path: Path) -> None:
     put(tmp_path, "red.png")
     question = {"text_input": "Which way?", "image_input": "red.png", "map_desc": [[1, 2], [0, 0]]}
     rows = [question, question | {"image_output": "red.png"}, question | {"text_output": ""}]
+    rows.append(question | {"text_output": None})
+    asked = [*TURNS, {"from": "human", "value": "Which way?"}]
+    rows.append({"conversations": asked, "image_input": "red.png"})
     run("auto", write_jsonl(tmp_path / "rows.jsonl", rows), "--output", tmp_path / "out")
-    ((_, sample),) = read_questions(tmp_path / "out" / "rows.jsonl")
+    (_, sample), (_, with_null), (_, with_turns) = read_questions(tmp_path / "out" / "rows.jsonl")
+    assert with_null.text_input == with_turns.text_input == "Which way?"
+    assert [turn.text for turn in with_turns.context] == ["?", "!"]
     assert (sample.text_input, sample.extra) == ("Which way?", {"map_desc": [[1, 2], [0, 0]]})
     assert sample.input_images == ((tmp_path / "red.png").read_bytes(),)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -126,13 +143,24 @@ def test_rows_of_ours_for_evaluation(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         (("zebra-cot", "chat.jsonl"), DataError, "the rows look like sharegpt, not zebra-cot (PATH), fields: 'conv"),
-        (("auto", "other.jsonl"), DataError, "the rows look like no format that is known, not a known one (PATH)"),
-        (("monet", "other.jsonl"), DataError, "the rows look like no format that is known, not monet (PATH)"),
+        (
+            ("auto", "other.jsonl"),
+            DataError,
+            "the rows are of no format that is known (PATH), fields: 'question', 'answer'; expected one of",
+        ),
+        (("monet", "other.jsonl"), DataError, "the rows are of no format that is known (PATH)"),
         (("zebracot", "chat.jsonl"), ConfigError, "unknown format 'zebracot'; expected one of mirage, monet"),
         (("sharegpt", "chat.jsonl", "--margin", "0.2"), ConfigError, "--margin with the format sharegpt, which has no"),
         (("mirage", "own.jsonl", "--all-turns"), ConfigError, "--all-turns with the format mirage, which has no turns"),
         (("sharegpt", "none.jsonl"), DataError, "no such file or folder (PATH)"),
-        (("sharegpt", "bad.jsonl"), DataError, "rows: 2, a turn is empty: 2\n  - PATH:1: a turn is empty"),
+        (
+            ("sharegpt", "bad.jsonl"),
+            DataError,
+            "rows: 2, a turn is empty: 2; one of each:\n  - PATH:1: a turn is empty",
+        ),
+        (("sharegpt", "root.jsonl"), DataError, "begin at another folder than their file of rows, give it as --images"),
+        (("auto", "data.json"), DataError, "write the list in 'data' as the file, without the object around it"),
+        (("visual-cot", "chat.jsonl", "--margin", "inf"), ConfigError, "--margin inf; allowed: a finite number"),
     ],
 )
 def test_refusals(tmp_path: Path, arguments: tuple[str, ...], error: type[Exception], message: str) -> None:
@@ -140,6 +168,8 @@ def test_refusals(tmp_path: Path, arguments: tuple[str, ...], error: type[Except
     write_jsonl(tmp_path / "other.jsonl", [{"question": "?", "answer": "!"}])
     write_jsonl(tmp_path / "own.jsonl", [{"text_input": "?", "text_output": "!"}])
     write_jsonl(tmp_path / "bad.jsonl", [{"conversations": [TURNS[0], {"from": "gpt", "value": " "}]}] * 2)
+    write_jsonl(tmp_path / "root.jsonl", [{"conversations": TURNS, "images": ["none.png"]}] * 2)
+    write_jsonl(tmp_path / "data.json", [{"data": [{"conversations": TURNS}]}])
     name, file, *options = arguments
     before = set(tmp_path.iterdir())
     result = CliRunner().invoke(
@@ -148,6 +178,30 @@ def test_refusals(tmp_path: Path, arguments: tuple[str, ...], error: type[Except
     assert isinstance(result.exception, error)
     assert message.replace("PATH", str(tmp_path / file)) in str(result.exception)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_only_files_of_the_data_set_are_copied(tmp_path: Path) -> None:
+    """Of a data set of others: not what lies elsewhere on the disk, no device, and nothing that could block."""
+    put(tmp_path, "secret.png", "set/images/in.png")
+    (tmp_path / "set" / "rows").mkdir()
+    os.mkfifo(tmp_path / "set" / "pipe.png")
+    (tmp_path / "set" / "link.png").symlink_to("images/in.png")
+    inside = ["images/in.png", "rows/../link.png", str(tmp_path / "set/images/in.png")]
+    outside = ["../secret.png", str(tmp_path / "secret.png"), (tmp_path / "secret.png").as_uri(), "/dev/zero"]
+    rows = [{"conversations": TURNS, "images": [path]} for path in [*inside, *outside, "pipe.png", "images"]]
+    rows.append({"conversations": TURNS, "images": [{"path": "../secret.png"}]})
+    source = write_jsonl(tmp_path / "set" / "rows.jsonl", rows)
+    run("sharegpt", source, "--output", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["rows_taken"] == 3
+    assert report["left_out"] == {
+        "image_input is outside of the source": 5,
+        "image_input is no file of an image": 2,
+    }
+    # A folder of rows beside that of the images is fine if the folder around both is the source.
+    source.rename(tmp_path / "set" / "rows" / "rows.jsonl")
+    write_jsonl(tmp_path / "set" / "rows" / "rows.jsonl", [{"conversations": TURNS, "images": ["../images/in.png"]}])
+    run("sharegpt", tmp_path / "set", "--output", tmp_path / "again")
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:

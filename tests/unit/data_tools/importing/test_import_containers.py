@@ -44,6 +44,7 @@ def test_a_json_list_is_read_as_a_stream(
     if indent is not None:
         lines = text.splitlines()
         assert [lines[element.line - 1].strip() for element in json_lists.elements(path)] == ["{", "{", "{},", "{"]
+    assert [row.where.rpartition(", ")[2] for row in read_rows([path])] == ["row 0", "row 1", "row 2", "row 3"]
     assert list(read_rows([path]))[-1].fraction == pytest.approx(1, abs=0.1)
 
 
@@ -79,6 +80,16 @@ def test_a_row_per_line_in_a_file_called_json(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(value) + "\n" for value in VALUES))
     assert contents(path) == VALUES
     assert [row.where for row in read_rows([path])] == [f"{path}:{line}" for line in (1, 2, 3, 4)]
+
+
+def test_a_file_that_ends_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    text = "".join(json.dumps(value) + "\n" for value in VALUES)
+    path.write_text(text[:-1])
+    assert contents(path) == VALUES
+    path.write_text(text[:-9])
+    with pytest.raises(DataError, match=rf"the file ends in the middle of a row \({path}:4\)"):
+        contents(path)
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])

@@ -78,7 +78,9 @@ def test_mmvp_from_its_csv(tmp_path: Path) -> None:
         '1,"Are the wings open, or closed?",(a) Open (b) Closed,(a)\n'
         "2,Which way?,(a) Left (b) Right (c) Up,(c)\n"
         "3,No such image?,(a) Yes (b) No,(b)\n"
-        "1,No options?,Yes,(b)\n",
+        "1,No options?,Yes,(b)\n"
+        "1,Another order?,(a) The letter (c) (b) None,(b)\n"
+        "1,What is it?,(a) Cat(s) (b) Dog(s),(b)\n",
         encoding="utf-8",
     )
     imported = import_file(tmp_path, "mmvp", tmp_path / "Questions.csv", images=tmp_path / "MMVP Images")
@@ -97,10 +99,17 @@ def test_mmvp_from_its_csv(tmp_path: Path) -> None:
             "options": ["Left", "Right", "Up"],
             "answer": "(c)",
         },
+        {
+            "text_input": "<image>What is it?\n(A) Cat(s)\n(B) Dog(s)",
+            "image_input": ["red"],
+            "index": "1",
+            "options": ["Cat(s)", "Dog(s)"],
+            "answer": "(b)",
+        },
     ]
     assert statuses(imported, 0, "A", "(a)", "open", "B", "maybe") == "RRRWI"
     assert statuses(imported, 1, "C", "Up", "(b)") == "RRW"
-    assert imported.report["left_out"] == {"image_input cannot be read": 1, "no options": 1}
+    assert imported.report["left_out"] == {"image_input cannot be read": 1, "no options": 2}
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "tsv"])

@@ -33,6 +33,9 @@ def test_zebra_cot_from_parquet(tmp_path: Path) -> None:
         row("Count", trace, "red", "lime", None),
         row("Count", "THOUGHT 1: No image.", "red", "lime", None),
         row("Count", "", "red", None, None),
+        row("Count", "I look. <image_start>[sketch_1]<image_end>", "red", None, None),
+        row("Count", "I look. <image_start>[reasoning_image_1]", "red", "lime", None),
+        row("Count", "Once. <IMAGE_START>[Reasoning_Image_1]<image_end>", "red", "red", None),
     ]
     path = tmp_path / "train-00000-of-00001.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -52,13 +55,20 @@ def test_zebra_cot_from_parquet(tmp_path: Path) -> None:
             "image_output": ["lime"],
             "answer": "\u4e09",
         },
+        {
+            "text_input": "<image>Count",
+            "text_output": "Once. <output_image>\nAnswer: \u4e09",
+            "image_input": ["red"],
+            "image_output": ["red"],
+            "answer": "\u4e09",
+        },
     ]
     assert imported.report["left_out"] == {
-        "no image behind a marker": 1,
+        "no image behind a marker": 3,
         "images without a marker": 1,
         "no text in Text Reasoning Trace": 1,
     }
-    assert [each["where"] for each in imported.left_out] == [f"{path}, row {number}" for number in (2, 3, 4)]
+    assert [each["where"] for each in imported.left_out] == [f"{path}, row {number}" for number in (2, 3, 4, 5, 6)]
 
 
 def test_thinkmorph(tmp_path: Path) -> None:
@@ -158,11 +168,14 @@ def test_comt(tmp_path: Path) -> None:
     }
     rows = [
         row,
-        row | {"question": "Which angle in [IMAGE0]?"},
+        row | {"question": "Which angle in [IMAGE0]?", "option": ["(A) 30", "(B) 60"]},
         row | {"rationale": "I draw [IMAGE3]."},
         row | {"answer": "C"},
         row | {"image": ["IMAGE0:none"], "rationale": "I see it."},
         row | {"option": "30"},
+        row | {"image": ["IMAGE0:7-0", "IMAGE1:7-1", "IMAGE2:7-2"], "rationale": "In IMAGE0 I draw IMAGE1, IMAGE2."},
+        # The question's image once more, under another name and with the brackets of the text.
+        row | {"image": ["IMAGE0:7-0", "IMAGE1:7-0"], "rationale": "I keep it (as in IMAGE1) (IMAGE1)."},
     ]
     imported = import_made(tmp_path, "comt", rows)
     fields = {
@@ -177,10 +190,17 @@ def test_comt(tmp_path: Path) -> None:
     assert imported.shown() == [
         {"text_input": "<image>Which angle?\n(A) 30\n(B) 60", **fields},
         {"text_input": "Which angle in <image>?\n(A) 30\n(B) 60", **fields},
+        {"text_input": "<image>Which angle?\n(A) 30\n(B) 60"}
+        | fields
+        | {
+            "text_output": "I keep it (as in <output_image>) <output_image>.\nAnswer: B",
+            "image_output": ["red", "red"],
+        },
     ]
     assert imported.report["left_out"] == {
         "no image behind a marker": 1,
         "the task choice cannot score it": 1,
         "image_input cannot be read": 1,
         "no list of texts in option": 1,
+        "the rationale names all images": 1,
     }
