@@ -82,9 +82,11 @@ class LayerGathering:
 def gather_groups(rollout: Rollout) -> None:
     """Takes DeepSpeed's hooks off the decoder layers, and gathers their groups instead.
 
-    To be called after DeepSpeed has put its hooks on, and before anybody else does.
+    To be called after DeepSpeed has put its hooks on; those of others stay.
     """
     for module in (part for layer in rollout.layers for part in layer.modules()):
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if hook.__module__.startswith("deepspeed."):
+                    del hooks[key]
     rollout.gathering = LayerGathering(rollout.grouped_layers())

@@ -34,7 +34,6 @@ class Lora:
     lora: dict[str, Any]
     targets: list[str]
     settings: dict[str, Any] = field(default_factory=dict)
-    config: str = "plain"
 
     @property
     def embeddings(self) -> str:
@@ -65,15 +64,11 @@ LORA = {
     "recurrent-none": Lora(
         "stage2", "blocks", "untied", 2, {"train_embeddings": "none"}, ATTENTION + MLP
     ),
-    "recurrent-hpz": Lora(
-        "stage2", "blocks", "untied", 2, {"rank": 4}, ATTENTION + MLP, {"gather": "groups", "gather_layers": 1}, "hpz"
-    ),
 }  # fmt: skip
 FREEZE = ["model.language_model.embed_tokens.*", "model.language_model.layers.0.*", "lm_head.*", "*norm.weight"]
 FROZEN = {
     "merger": ("stage1", 2, {"train_merger": True, "freeze": FREEZE}),
     "merger-alone": ("stage2", 1, {"train_merger": True, "freeze": ["model.language_model.*", "lm_head.weight"]}),
-    "merger-hpz": ("stage2", 2, {"train_merger": True, "freeze": FREEZE}),
     "layers": ("stage2", 2, {"freeze": FREEZE}),
 }
 
@@ -90,15 +85,14 @@ def folder(models: dict[str, str], deepspeed_configs: dict[str, str], tmp_path_f
     for name, case in LORA.items():
         settings = {"model": {"lora": case.lora} | case.settings, "train": TRAIN}
         more = {"stage": case.stage, "model": models[case.model], "settings": settings} | shape(case.kind, case.ranks)
-        cases[case.ranks].append({"name": name, "deepspeed_config": deepspeed_configs[case.config], **more})
+        cases[case.ranks].append({"name": name, **more})
     for name, (stage, ranks, model) in FROZEN.items():
         more = {"stage": stage, "model": models["untied"], "settings": {"model": model, "train": TRAIN}}
-        config = deepspeed_configs["hpz" if name.endswith("hpz") else "plain"]
-        cases[ranks].append({"name": name, "deepspeed_config": config, **more, **shape("blocks", ranks)})
+        cases[ranks].append({"name": name, **more, **shape("blocks", ranks)})
     with ExitStack() as stack:
         starts = []
         for ranks, some in cases.items():
-            full = [each | {"keeps_weights": True} for each in some]
+            full = [each | {"deepspeed_config": deepspeed_configs["plain"], "keeps_weights": True} for each in some]
             starts.append(stack.enter_context(start_cases(ranks, full, folder)))
         for each in starts:
             each.finish(timeout_s=900)
