@@ -176,7 +176,7 @@ def loop(
         call.streamer.end()
     if not wanted:
         return input_ids
-    sequences: Any = input_ids  # no cache: transformers' decoding would go on from it at other positions
+    sequences: Any = input_ids  # no cache: transformers' decoding would continue from it at other positions
     output = GenerateDecoderOnlyOutput(sequences, all_scores, all_logits)
     output["latents"] = blocks(kept, call.start)
     return output

@@ -398,7 +398,7 @@ def test_logits_that_are_not_finite_are_refused(folder: Path) -> None:
 
 
 def test_the_output_has_no_cache(folder: Path) -> None:
-    """transformers' own decoding would go on from it at other positions."""
+    """transformers' own decoding would continue from it at other positions."""
     options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     output = load(folder).generate(**inputs_of(folder, slice(1, 2)), **options)
     assert set(output) == {"sequences", "logits", "latents"}
