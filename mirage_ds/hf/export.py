@@ -99,7 +99,6 @@ def export_checkpoint(
         with new_folder(output, needs_bytes=needs_bytes) as folder:
             hf.config.save_pretrained(folder)
             generation.save_pretrained(folder)
-            tokenizer.init_kwargs["padding_side"] = "left"  # what is saved; decoding continues each row at its end
             tokenizer.save_pretrained(folder)
             image_processor.save(folder)
             _write_weights(parameters, files, DTYPES[dtype], folder, checkpoint)

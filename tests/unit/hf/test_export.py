@@ -207,7 +207,6 @@ def test_real_ids_are_kept(base: Path, tmp_path: Path, real_tokenizer: PreTraine
     export_checkpoint(tmp_path / "run", tmp_path / "out")
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.padding_side == "left"
     latents = "<|latent_pad|><|latent_start|><|latent_end|>"
     assert tokenizer(latents)["input_ids"] == [151665, 151666, 151667]
     text = "<|im_start|>user\nWhere? <|image_pad|>" + latents + "\u00e9t\u00e9 12\n"
