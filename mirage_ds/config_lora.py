@@ -1,10 +1,12 @@
 """The section `model.lora` of a run's configuration: small matrices that are trained instead of the model's own."""
 
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from mirage_ds.config_values import PositiveInt, Section
+from mirage_ds.errors import ConfigError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -57,3 +59,12 @@ class Lora(Section):
     def modules(self) -> tuple[str, ...]:
         """The names of the matrices."""
         return GROUPS[self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+
+
+def check_peft() -> None:
+    """Raises: ConfigError: LoRA needs a package that is not installed."""
+    if find_spec("peft") is None:
+        raise ConfigError(
+            "peft is not installed (model.lora); LoRA needs it; install mirage_ds with its extra: pip install -e "
+            "'.[lora]', or leave out model.lora"
+        )

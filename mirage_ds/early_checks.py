@@ -1,11 +1,11 @@
 """The trainer's command line, and what can be refused before torch is loaded: that takes seconds, these checks none."""
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 
 from mirage_ds.checkpoint import complete
 from mirage_ds.config import Config
+from mirage_ds.config_lora import check_peft
 from mirage_ds.data.folders import load_folders
 from mirage_ds.data.places import LocalPlace, Reading
 from mirage_ds.data.remote import longest_wait_s
@@ -51,7 +51,8 @@ def check_inputs(config: Config) -> None:
     if config.evaluation.shards is not None:
         load_manifest(config.evaluation.shards, Reading.of(config.data))
     check_named(config.evaluation)
-    _check_peft(config)
+    if config.model.lora is not None:
+        check_peft()
     for folder in folders if config.data.packing else ():
         # Of a server's, and for another tokenizer: found as soon as that can be loaded.
         if isinstance(folder.place, LocalPlace) and not any(folder.path.glob("tokens-*.npz")):
@@ -64,15 +65,6 @@ def check_inputs(config: Config) -> None:
         raise DataError(
             f"the run to start from does not exist (run.init_from={config.run.init_from}); allowed: the folder of a "
             "run with a checkpoint; set run.init_from"
-        )
-
-
-def _check_peft(config: Config) -> None:
-    """Raises: ConfigError: LoRA needs a package that is not installed."""
-    if config.model.lora is not None and find_spec("peft") is None:
-        raise ConfigError(
-            "peft is not installed (model.lora); LoRA needs it; install mirage_ds with its extra: pip install -e "
-            "'.[lora]', or leave out model.lora"
         )
 
 

@@ -111,8 +111,8 @@ def _check_files(folder: Path) -> None:
         base = contents[ADAPTER_NAME].get("base_model_name_or_path")
         raise ConfigError(
             f"the model is an adapter (LoRA) of {base!r:.80} ({folder}/{ADAPTER_NAME}); only complete models can be "
-            "loaded; merge it into its base, by mirage export --merge of its run or by peft's merge_and_unload, and "
-            "name the merged folder"
+            "loaded; merge it into its base by mirage export --merge of its run, which also says how latents are "
+            "decoded, as peft's merge_and_unload does not; name the merged folder"
         )
     if "config.json" not in contents:
         if (folder / "checkpoints").is_dir():

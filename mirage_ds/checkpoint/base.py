@@ -20,7 +20,8 @@ from mirage_ds.zero3 import distributed
 from mirage_ds.zero3.engine import whole_numel
 
 KEY = "base"  # in run.json
-ROW, CHUNK_ROWS = 2**16, 64  # elements with a factor each, times one of their row; 32 MiB of intermediate values
+ROW = 2**16  # elements with a factor each, times one of their row
+CHUNK_ROWS = 64  # at a time: 32 MiB of intermediate values; on the host one, which its caches hold
 INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
@@ -31,6 +32,8 @@ def describe_base(model: torch.nn.Module, config: Config) -> dict[str, Any]:
     frozen = {
         plain_name(hf_name(name)): weight for name, weight in model.named_parameters() if not weight.requires_grad
     }
+    if distributed.is_main():
+        print("Computing the digest of the base (model.lora), so that no checkpoint meets another one", flush=True)
     own = [own_sum(weight) for weight in frozen.values()]
     sums = (sum(parts) for parts in zip(*distributed.gather(own), strict=True))
     return {KEY: {"path": config.model.path, "digest": digest_of(dict(zip(frozen, sums, strict=True)))}}
@@ -74,9 +77,10 @@ def own_sum(weight: Any) -> int:
 def element_sum(elements: torch.Tensor, begin: int = 0) -> int:
     """The sum over elements [N] that stand at `begin` and after it in their parameter, modulo 2 ** 64."""
     columns = factors(torch.arange(ROW, device=elements.device))
+    chunk = ROW * (1 if elements.device.type == "cpu" else CHUNK_ROWS)
     total, end = 0, begin + len(elements)
-    for first in range(begin // ROW * ROW, end, CHUNK_ROWS * ROW):
-        part = elements[max(first - begin, 0) : first + CHUNK_ROWS * ROW - begin].contiguous()
+    for first in range(begin // ROW * ROW, end, chunk):
+        part = elements[max(first - begin, 0) : first + chunk - begin].contiguous()
         bits = part.view(INTEGERS[part.dtype]).long()
         before = max(begin - first, 0)
         after = -(before + len(bits)) % ROW

@@ -44,10 +44,11 @@ def restore_random_state(states: dict[str, torch.Tensor]) -> None:
 
 
 def check_start(run_dir: Path, config: Config) -> None:
-    """Refuses to start from weights that were trained with another latent_size or adapter.
+    """Refuses to start from weights that were trained with another latent_size or adapter, or one in another dtype.
 
     Raises:
-        CheckpointError: the run has no checkpoint, or another latent_size, or `model.lora` differs.
+        CheckpointError: the run has no checkpoint, or another latent_size, or `model.lora` differs, or `train.dtype`
+            with one.
     """
     checkpoint = require_latest(run_dir)
     facts = read_facts(checkpoint / FACTS_NAME)
@@ -66,6 +67,13 @@ def check_start(run_dir: Path, config: Config) -> None:
             f"{checkpoint} was trained with {names[0]}, and this run has {names[1]} (run.init_from={run_dir}); both "
             "must agree; set the same, or export that run (with --merge, if it has an adapter) and set model.path to "
             "the exported folder, without run.init_from"
+        )
+    dtype = facts["config"]["train"]["dtype"]
+    if lora is not None and dtype != config.train.dtype:
+        raise CheckpointError(
+            f"{checkpoint} was trained with train.dtype={dtype}, this run has train.dtype={config.train.dtype} "
+            f"(run.init_from={run_dir}); an adapter fits its base as it was rounded; set train.dtype={dtype}, or "
+            "export that run with --merge and set model.path to the exported folder, without run.init_from"
         )
 
 

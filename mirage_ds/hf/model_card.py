@@ -56,6 +56,7 @@ MESSAGES = (
 TRUST = """
 `trust_remote_code=True` runs `custom_generate/generate.py` of this folder, which decodes with latents; its docstring
 has the options. So does `model.generate(**inputs, custom_generate="FOLDER", trust_remote_code=True)` of a loaded model.
+Batches must be padded on the left: load the tokenizer with padding_side="left".
 
 As text only: the same lines without `trust_remote_code`. What is lost: no state is fed back. The tokens of a block are
 chosen and embedded as ordinary ones, for which the model was not trained{hidden}. Its answers are then not those of the

@@ -124,7 +124,6 @@ def load_backbone(
     dtype: torch.dtype,
     device_type: str = "cpu",
     attention: str = "auto",
-    train_tower: bool = False,
     cache_dir: Path | None = None,
     deepspeed_config: dict[str, Any] | None = None,
 ) -> Backbone:
@@ -151,7 +150,7 @@ def load_backbone(
         zero3 = HfDeepSpeedConfig(deepspeed_config)  # transformers shards while loading only as long as it exists
     hf = load_complete(path, dtype=dtype, attn_implementation=implementation, cache_dir=cache_dir)
     del zero3
-    hf.model.visual.requires_grad_(train_tower)
+    hf.model.visual.requires_grad_(False)
     hf.train()
     return Backbone(hf, implementation, no_flash)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 
-from mirage_ds.config_lora import ATTENTION, Lora
+from mirage_ds.config_lora import ATTENTION, Lora, check_peft
 from mirage_ds.model.backbone import Backbone
 from mirage_ds.model.trained_rows import EmbeddingRows, HeadRows
 
@@ -24,7 +24,11 @@ def peft_config(lora: Lora, **more: Any) -> "LoraConfig":
 
     Args:
         more: settings for peft beside those of the matrices.
+
+    Raises:
+        ConfigError: peft is not installed.
     """
+    check_peft()
     from peft import LoraConfig  # an extra
 
     layer = r"model\.language_model\.layers\.\d+"
@@ -46,14 +50,17 @@ def add_lora(backbone: Backbone, lora: Lora, latent_ids: Sequence[int], seed: in
 
     Args:
         seed: of A, the same on every device and for every number of ranks.
+
+    Raises:
+        ConfigError: peft is not installed.
     """
+    adapter, hf = peft_config(lora), backbone.hf
     from peft import inject_adapter_in_model
 
-    hf = backbone.hf
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's, that embeddings and head are tied
         torch.manual_seed(seed)
-        inject_adapter_in_model(peft_config(lora), hf, ADAPTER)
+        inject_adapter_in_model(adapter, hf, ADAPTER)
     if lora.train_embeddings == "all":
         backbone.embed_tokens.weight.requires_grad_(True)
         backbone.head_weight.requires_grad_(True)

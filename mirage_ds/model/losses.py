@@ -39,9 +39,8 @@ class LossHead(torch.nn.Module):
         super().__init__()
         self.shared = shared
         self.own_weight = None if shared else weight
-        self.weights: tuple[torch.nn.Parameter, ...] = (
-            weight,
-        )  # in a tuple, so that this module does not register the parameter
+        # In a tuple, so that this module does not register the parameter.
+        self.weights: tuple[torch.nn.Parameter, ...] = (weight,)
         self.own_rows: torch.nn.Parameter | None = None
         self.row_ids: torch.Tensor
         if trained_rows is not None:

@@ -26,6 +26,8 @@ class TrainedRows(torch.nn.Module):
         super().__init__()
         self.base_layer: Any = base_layer
         self.rows, self.ids = rows, tuple(ids)
+        self.row_ids: torch.Tensor
+        self.register_buffer("row_ids", torch.tensor(self.ids, device=base_layer.weight.device), persistent=False)
 
     @property
     def weight(self) -> torch.nn.Parameter:
@@ -54,7 +56,7 @@ class HeadRows(TrainedRows):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
-        return with_columns(self.base_layer(hidden), hidden, self.rows, torch.tensor(self.ids, device=hidden.device))
+        return with_columns(self.base_layer(hidden), hidden, self.rows, self.row_ids)
 
 
 def with_columns(logits: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -216,7 +216,9 @@ def check_same_run(file: Path, facts: dict[str, Any], *, may_extend: bool = Fals
     }
     changes.pop("run.resume", None)  # set in order to resume
     longer = may_extend and facts["max_steps"] >= before["max_steps"]
-    patterns = HARMLESS + (LENGTH if longer else ())
+    # An adapter's base is compared by the digest of its weights.
+    moved_base = ("model.path",) if facts["config"]["model"]["lora"] else ()
+    patterns = HARMLESS + moved_base + (LENGTH if longer else ())
     harmless = [text for key, text in changes.items() if any(fnmatch(key, pattern) for pattern in patterns)]
     harmful = [text for text in changes.values() if text not in harmless]
     _check_order(file, before, facts)

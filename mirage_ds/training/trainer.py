@@ -269,8 +269,8 @@ class Trainer:
             raise TrainingError(
                 f"a micro-batch has {-negative_columns} columns, and one on another rank needs {passes} latent passes "
                 f"({', '.join(keys)}); with model.gather=layer and groups every rank makes the same number of passes, "
-                "at most as many as there are columns; set model.gather=rollout, or use fewer latents (the rows' "
-                "latent_size, or model.latent_size)"
+                "at most as many as there are columns; leave out such short rows, use fewer latents (the rows' "
+                "latent_size, or model.latent_size), or set model.gather=rollout, if the whole decoder fits on a GPU"
             )
         return passes
 

@@ -84,6 +84,11 @@ def resolve_deepspeed_config(config: Config) -> dict[str, Any]:
             f"zero_optimization.stage is not 3 ({where}); mirage_ds runs under ZeRO-3 only; set it, or use zero3.json"
         )
     train, zero = config.train, resolved["zero_optimization"]
+    if config.model.lora is not None and zero.get("offload_param", {}).get("device") == "nvme":
+        raise ConfigError(
+            f"zero_optimization.offload_param.device is nvme with model.lora ({where}); the base could not be compared "
+            "with that of a checkpoint, as its weights are in no memory; allowed: cpu or none; set one of them"
+        )
     for key, value in GATHER_SETTINGS[choose_gather(config)].items():
         if zero.get(key) == "auto":
             zero[key] = value

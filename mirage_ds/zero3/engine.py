@@ -10,7 +10,6 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_module
 from torch.utils import cpp_extension
 
@@ -18,7 +17,7 @@ from mirage_ds.config import Config, TrainConfig
 from mirage_ds.errors import ConfigError
 from mirage_ds.model.mirage import MirageModel
 from mirage_ds.zero3 import distributed
-from mirage_ds.zero3.layer_gathering import gather_groups
+from mirage_ds.zero3.layer_gathering import gather, gather_groups
 
 GIB = 2**30
 BUILD_S = 600  # longer than any op takes to compile
@@ -127,10 +126,8 @@ def gather_tower(model: MirageModel, inputs: Any) -> None:
 
     DeepSpeed would gather tower, embeddings and rollout in one operation, and the tower would wait for all of it.
     """
-    weights: list[Any] = list(model.tower.parameters())
-    absent = [weight for weight in weights if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-    if absent:
-        absent[0].all_gather_coalesced(absent).wait()
+    for handle in gather(list(model.tower.parameters())):
+        handle.wait()
 
 
 def forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -9,11 +9,22 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from mirage_ds.model.rollout import Rollout
 
 
+def gather(weights: Sequence[Any]) -> list[Any]:
+    """Begins to gather those that are not there; returns what to wait for.
+
+    With `zero_hpz_partition_size` trained weights get a second shard and frozen ones do not, and DeepSpeed asks the
+    first of a list which all of it have (DS:runtime/zero/partition_parameters.py, all_gather_coalesced).
+    """
+    absent = [weight for weight in weights if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    kinds = [[weight for weight in absent if (weight.ds_secondary_tensor is None) == once] for once in (True, False)]
+    return [kind[0].all_gather_coalesced(kind) for kind in kinds if kind]
+
+
 class UnderWay(NamedTuple):
     """A gather that has begun."""
 
     group: int
-    handle: Any
+    handles: list[Any]
 
 
 class LayerGathering:
@@ -42,22 +53,21 @@ class LayerGathering:
     @torch.no_grad()
     def release(self) -> None:
         """Releases all that is gathered."""
+        self.release_current()
         if self.under_way is not None:
             self.arrive(self.under_way.group)
-        self.release_current()
+            self.release_current()
 
     def begin(self, group: int) -> None:
-        absent = [weight for weight in self.weights[group] if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        handle = absent[0].all_gather_coalesced(absent) if absent else None
-        self.under_way = UnderWay(group, handle)
+        self.under_way = UnderWay(group, gather(self.weights[group]))
 
     def arrive(self, group: int) -> None:
         """Waits for the gather under way."""
         begun, self.under_way = self.under_way, None
         if begun is None or begun.group != group:
             raise RuntimeError(f"group {group} of the decoder is needed, and {begun} is under way")
-        if begun.handle is not None:
-            begun.handle.wait()
+        for handle in begun.handles:
+            handle.wait()
         self.current = group
 
     def release_current(self) -> None:
@@ -72,9 +82,11 @@ class LayerGathering:
 def gather_groups(rollout: Rollout) -> None:
     """Takes DeepSpeed's hooks off the decoder layers, and gathers their groups instead.
 
-    To be called after DeepSpeed has put its hooks on, and before anybody else does.
+    To be called after DeepSpeed has put its hooks on; those of others stay.
     """
     for module in (part for layer in rollout.layers for part in layer.modules()):
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if hook.__module__.startswith("deepspeed."):
+                    del hooks[key]
     rollout.gathering = LayerGathering(rollout.grouped_layers())

@@ -71,10 +71,10 @@ def run(settings: dict[str, Any], folder: Path, rows: Path, device: torch.device
     backbone = load_backbone(
         config.model.path,
         dtype=DTYPES[config.train.dtype],
-        train_tower=config.model.train_tower,
         deepspeed_config=deepspeed_config,
     )
     train_tower = config.model.train_tower
+    backbone.visual.requires_grad_(train_tower)
     model = MirageModel(backbone, stage=config.train.stage, ce_loss_weight=1.0, train_tower=train_tower)
     mark_gather_units(model, config)
     engine = initialize(model, parameter_groups(model, config.train.weight_decay), config.train, deepspeed_config)

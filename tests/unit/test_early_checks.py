@@ -148,7 +148,7 @@ def test_a_target_cache_that_cannot_be_made(here: Path) -> None:
 
 def test_lora_needs_peft(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_inputs(configuration("model.path=some/model", "model.lora.rank=8"))
-    monkeypatch.setattr("mirage_ds.early_checks.find_spec", {"peft": None}.__getitem__)
+    monkeypatch.setattr("mirage_ds.config_lora.find_spec", {"peft": None}.__getitem__)
     with pytest.raises(ConfigError, match=r"peft is not installed \(model\.lora\).*or leave out model\.lora"):
         check_inputs(configuration("model.path=some/model", "model.lora.rank=8"))
     check_inputs(configuration("model.path=some/model"))

@@ -101,6 +101,10 @@ def decode(
     for name, reason in UNSUPPORTED.items():
         if arguments.get(name) is not None and arguments[name] is not False:
             raise ValueError(f"{name} cannot be given when decoding with latents: {reason}")
+    configs = (model.generation_config, *inputs[1:2], arguments.get("generation_config"))
+    for name in ("stop_strings", "token_healing"):
+        if arguments.get(name) or any(getattr(each, name, None) for each in configs):
+            raise ValueError(f"{name} in the configuration; expected none there; give stop_strings to the call itself")
     latent_size, latent_end = options.get("latent_size", entry["latent_size"]), options.get("latent_end", "fixed")
     if type(latent_size) is not int or latent_size < 1 or latent_end not in ("fixed", "model"):
         raise ValueError(
@@ -151,6 +155,8 @@ def loop(
     hidden = forward.step(forward.positions, input_ids=forward.input_ids, **forward.images)
     while True:
         logits = model.lm_head(hidden).to(device, torch.float32, copy=True)
+        if not (logits.isfinite().all(dim=-1) | done).all():
+            raise ValueError(f"logits not finite ({model.name_or_path}); expected finite ones; try dtype=torch.float32")
         scores = logits_processor(input_ids, logits)
         emitted, steps = next_tokens(choose(scores), steps, call)
         emitted = torch.where(done, config._pad_token_tensor.to(device), emitted)
@@ -170,19 +176,14 @@ def loop(
         call.streamer.end()
     if not wanted:
         return input_ids
-    sequences: Any = input_ids
+    sequences: Any = input_ids  # no cache: transformers' decoding would continue from it at other positions
     output = GenerateDecoderOnlyOutput(sequences, all_scores, all_logits)
-    output[forward.cache_name] = forward.cache
     output["latents"] = blocks(kept, call.start)
     return output
 
 
 def check_supported(model: Any, config: Any, prepared: dict[str, Any]) -> None:
-    """Refuses what the loop does not do.
-
-    Raises:
-        ValueError: see the keys of `refused`.
-    """
+    """Raises: ValueError: on what the loop does not do, see the keys of `refused`."""
     mode, cache = config.get_generation_mode().value, config.cache_implementation
     refused = {
         f"the generation mode {mode}": mode not in ("greedy_search", "sample"),
@@ -301,8 +302,7 @@ def mrope_positions(
 
 def next_tokens(chosen: torch.Tensor, steps: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """What rows emit when the model chooses `chosen` [B], and then the steps in their blocks: both [B]."""
-    inside = steps >= 0
-    over = (steps >= call.latent_size) | ((chosen == call.end) & call.ends_itself)
+    inside, over = steps >= 0, (steps >= call.latent_size) | ((chosen == call.end) & call.ends_itself)
     ends, continues = inside & over, inside & ~over
     emitted = torch.where(ends, call.end, torch.where(continues, call.pad, chosen))
     starts = ~inside & (chosen == call.start)
@@ -314,8 +314,10 @@ def chooser(config: Any, call: Call, num_rows: int) -> Callable[[torch.Tensor], 
     """What chooses tokens [B] from processed scores [B, V].
 
     Raises:
-        ValueError: there are not as many keys as rows.
+        ValueError: there are not as many keys as rows, or keys or a seed that nothing is drawn with.
     """
+    if (call.keys is not None and call.seed is None) or (call.seed is not None and not config.do_sample):
+        raise ValueError("keys without seed, or seed without do_sample=True; expected both of a pair, or neither")
     if not config.do_sample:
         return lambda scores: scores.argmax(dim=-1)
     if call.seed is None:

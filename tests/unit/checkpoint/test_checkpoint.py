@@ -98,6 +98,25 @@ def test_weights_of_another_latent_size_are_refused(
         check_start(tmp_path, config)
 
 
+def test_an_adapter_in_another_dtype_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dtype is named, not the base."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    overrides = [f"run.init_from={tmp_path}", "train.dtype=fp32"]
+    folder = tmp_path / "checkpoints" / "global_step3"
+    folder.mkdir(parents=True)
+    for lora in ([], ["model.lora.rank=8"]):
+        config = load_config(RECIPE, overrides + lora)
+        (folder / "run.json").write_text(json.dumps({"world_size": 2, "config": config.model_dump(mode="json")}))
+        complete_by_hand(folder)
+        check_start(tmp_path, config)
+        other = load_config(RECIPE, [*overrides, *lora, "train.dtype=bf16"])
+        if not lora:
+            check_start(tmp_path, other)
+            continue
+        with pytest.raises(CheckpointError, match=r"train\.dtype=fp32, this run has train\.dtype=bf16"):
+            check_start(tmp_path, other)
+
+
 def test_a_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         check_start(tmp_path, load_config(RECIPE))

@@ -21,6 +21,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     Qwen2_5_VLForConditionalGeneration,
     StoppingCriteria,
 )
@@ -34,6 +35,7 @@ from mirage_ds.hf.custom_generate.generate import mrope_positions
 from mirage_ds.hf.export import export_checkpoint
 from mirage_ds.inference.generate import Decoder, Generation, load_decoder
 from mirage_ds.inference.sampling import Sampling
+from mirage_ds.tokens import TokenIds
 
 ROOT = Path(__file__).parents[3]
 NUM_PROMPTS, MAX_NEW_TOKENS, LATENT_SIZE = 32, 24, 3
@@ -91,14 +93,25 @@ def answers(sequences: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[li
     return sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def check_equal(output: Any, inputs: dict[str, torch.Tensor], wanted: list[Generation], pad: int) -> int:
-    """Ids and latents of each row; returns the largest number of blocks of a row."""
-    for ids, blocks, row in zip(answers(output.sequences, inputs), output.latents, wanted, strict=True):
-        assert ids == row.ids + [pad] * (len(ids) - len(row.ids))
-        states = [state for block in blocks for state in block]
-        assert len(states) == len(row.latents)
-        for found, expected in zip(states, row.latents, strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the dtype too
+def blocks_of(row: Generation, ids: TokenIds) -> list[list[torch.Tensor]]:
+    """The states of a row by the blocks that its ids open."""
+    states, blocks = iter(row.latents), []
+    for token in row.ids:
+        if token == ids.latent_start:
+            blocks.append([])
+        if token == ids.latent_pad:
+            blocks[-1].append(next(states))
+    return blocks
+
+
+def check_equal(output: Any, inputs: dict[str, torch.Tensor], wanted: list[Generation], ids: TokenIds) -> int:
+    """Ids and latents of each row, block by block; returns the largest number of blocks of a row."""
+    for emitted, blocks, row in zip(answers(output.sequences, inputs), output.latents, wanted, strict=True):
+        assert emitted == row.ids + [ids.end_of_text] * (len(emitted) - len(row.ids))
+        for block, states in zip(blocks, blocks_of(row, ids), strict=True):
+            assert len(block) == len(states)
+            for found, expected in zip(block, states, strict=True):
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the dtype too
     return max(len(blocks) for blocks in output.latents)
 
 
@@ -112,18 +125,16 @@ def test_answers_are_those_of_the_decoder(folder: Path, name: str, latent_end: s
     model, inputs = load(folder, name), inputs_of(folder)
     options = {"max_new_tokens": MAX_NEW_TOKENS, "latent_end": latent_end, "return_dict_in_generate": True}
     wanted = decoder.generate(collate(rows, align_latents=True))
-    pad = decoder.ids.end_of_text
     output = model.generate(**inputs, **options)
-    assert check_equal(output, inputs, wanted, pad) >= 3
+    assert check_equal(output, inputs, wanted, decoder.ids) >= 3
     if latent_end == "fixed":
         assert len({len(row.ids) for row in wanted}) >= 4
     else:
         assert len({len(block) for blocks in output.latents for block in blocks}) >= 3
     for number, row in enumerate(rows):
         alone = inputs_of(folder, slice(number, number + 1))
-        check_equal(
-            model.generate(**alone, **options), alone, decoder.generate(collate([row], align_latents=True)), pad
-        )
+        one = decoder.generate(collate([row], align_latents=True))
+        check_equal(model.generate(**alone, **options), alone, one, decoder.ids)
 
 
 def test_what_is_compared_differs(folder: Path) -> None:
@@ -162,7 +173,7 @@ def test_latent_size_and_prompts_without_images(folder: Path) -> None:
         return_dict_in_generate=True,
     )
     wanted = decoder.generate(collate(rows[::3], align_latents=True))
-    assert check_equal(output, inputs, wanted, decoder.ids.end_of_text) >= 1
+    assert check_equal(output, inputs, wanted, decoder.ids) >= 1
     assert max(len(block) for blocks in output.latents for block in blocks) == 5
 
 
@@ -186,7 +197,7 @@ def test_prompts_of_several_turns(folder: Path, tmp_path: Path) -> None:
     inputs = plain_inputs(folder / "sees", rows, tmp_path)
     output = load(folder).generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, return_dict_in_generate=True)
     wanted = decoder.generate(collate(prompts, align_latents=True))
-    assert check_equal(output, inputs, wanted, decoder.ids.end_of_text) >= 1
+    assert check_equal(output, inputs, wanted, decoder.ids) >= 1
 
 
 def test_draws_of_a_seed_are_those_of_mirage_generate(folder: Path) -> None:
@@ -195,15 +206,15 @@ def test_draws_of_a_seed_are_those_of_mirage_generate(folder: Path) -> None:
     model, inputs = load(folder), inputs_of(folder)
     options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
     options["return_dict_in_generate"] = True
-    pad, keys = decoder.ids.end_of_text, [row.key for row in rows]
+    keys = [row.key for row in rows]
     wanted = decoder.generate(collate(rows, align_latents=True))
-    assert check_equal(model.generate(**inputs, **options, seed=5, keys=keys), inputs, wanted, pad) >= 2
+    assert check_equal(model.generate(**inputs, **options, seed=5, keys=keys), inputs, wanted, decoder.ids) >= 2
     other = model.generate(**inputs, **options, seed=6, keys=keys).sequences
     assert answers(other, inputs) != answers(model.generate(**inputs, **options, seed=5).sequences, inputs)
     for number in range(0, NUM_PROMPTS, 4):
         alone = inputs_of(folder, slice(number, number + 1))
         one = decoder.generate(collate([replace(rows[number], key="prompt")], align_latents=True))
-        check_equal(model.generate(**alone, **options, seed=5), alone, one, pad)
+        check_equal(model.generate(**alone, **options, seed=5), alone, one, decoder.ids)
 
 
 def test_without_a_seed_torch_draws(folder: Path) -> None:
@@ -340,6 +351,9 @@ def test_scores_and_logits(folder: Path) -> None:
         ({"latent_size": 0}, r"latent_size=0.*at least 1"),
         ({"latent_end": "never"}, "latent_end='never'; expected .*`fixed` or `model`"),
         ({"stop_strings": "a"}, "stop_strings without a tokenizer"),
+        ({"token_healing": True}, "token_healing in the configuration"),
+        ({"seed": 1, "do_sample": False}, "seed without do_sample=True; expected both"),
+        ({"do_sample": True, "keys": ["a"]}, "keys without seed"),
         ({"do_sample": True, "seed": 1, "keys": ["a", "b"]}, "2 keys for 1 rows"),
         ({"latent_ends": "model"}, "latent_ends"),
     ],
@@ -371,6 +385,40 @@ def test_prompts_that_cannot_be_decoded(folder: Path) -> None:
         model.generate(**inputs)
 
 
+def test_logits_that_are_not_finite_are_refused(folder: Path) -> None:
+    """As by `mirage generate`: of a row that continues, whatever those of an ended one are."""
+    model, inputs = load(folder), inputs_of(folder, slice(1, 2))
+    first = int(model.generate(**inputs, max_new_tokens=1)[0, -1])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[first] = torch.nan
+    model.generate(**inputs, max_new_tokens=1)  # it is not fed
+    with pytest.raises(ValueError, match=r"logits not finite .*try dtype=torch.float32"):
+        model.generate(**inputs, max_new_tokens=3)
+    model.generate(**inputs, max_new_tokens=3, eos_token_id=first)  # the row has ended before
+
+
+def test_the_output_has_no_cache(folder: Path) -> None:
+    """transformers' own decoding would continue from it at other positions."""
+    options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    output = load(folder).generate(**inputs_of(folder, slice(1, 2)), **options)
+    assert set(output) == {"sequences", "logits", "latents"}
+
+
+@pytest.mark.parametrize("settings", [{"token_healing": True}, {"stop_strings": ["a"]}])
+def test_what_a_configuration_cannot_have(folder: Path, settings: dict[str, Any]) -> None:
+    """Given by name, by place, or the model's own."""
+    model, inputs = load(folder), inputs_of(folder, slice(0, 1))
+    config = GenerationConfig(max_new_tokens=3, **settings)
+    message = f"{next(iter(settings))} in the configuration; expected none there"
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, generation_config=config)
+    with pytest.raises(ValueError, match=message):
+        model.generate(inputs["input_ids"], config, attention_mask=inputs["attention_mask"])
+    model.generation_config = config
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs)
+
+
 def test_a_model_that_is_sharded_is_refused(folder: Path) -> None:
     """Under ZeRO-3 ranks would wait for one that has ended."""
     model = load(folder)
@@ -386,7 +434,7 @@ def test_bf16(folder: Path) -> None:
     inputs = inputs_of(folder, slice(0, None, 3))
     options = {"max_new_tokens": MAX_NEW_TOKENS, "return_dict_in_generate": True}
     output = load(folder, dtype=torch.bfloat16).generate(**inputs, **options)
-    assert check_equal(output, inputs, wanted, decoder.ids.end_of_text) >= 1
+    assert check_equal(output, inputs, wanted, decoder.ids) >= 1
     assert output.latents[next(n for n, blocks in enumerate(output.latents) if blocks)][0].dtype == torch.bfloat16
 
 

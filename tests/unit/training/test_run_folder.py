@@ -130,6 +130,16 @@ def test_another_adapter_and_none_are_refused(tmp_path: Path, facts: dict[str, A
     assert check_same_run(file, with_adapter) == []
 
 
+def test_the_base_of_an_adapter_may_move(tmp_path: Path, facts: dict[str, Any]) -> None:
+    """Its weights are compared by their digest."""
+    file = tmp_path / "run.json"
+    adapter = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": "all", "train_embeddings": "none"}
+    before = changed(facts, "config.model.lora", adapter)
+    file.write_text(json.dumps({"step": 4, "position": 16} | before))
+    (text,) = check_same_run(file, changed(before, "config.model.path", "moved"))
+    assert text.startswith("model.path: ")
+
+
 def test_a_checkpoint_of_an_older_version_lacks_new_keys(checkpoint: Path, facts: dict[str, Any]) -> None:
     """It resumes if the run does what that version did."""
     before = json.loads(checkpoint.read_text())

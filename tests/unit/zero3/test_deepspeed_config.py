@@ -21,6 +21,19 @@ def config(*overrides: str) -> Config:
     return load_config(RECIPE, list(overrides))
 
 
+def test_the_base_of_an_adapter_is_in_memory(tmp_path: Path) -> None:
+    """Its weights are compared with those of a checkpoint."""
+    content = json.loads((SHIPPED / "zero3.json").read_text())
+    for device in ("cpu", "nvme"):
+        content["zero_optimization"]["offload_param"] = {"device": device, "nvme_path": str(tmp_path)}
+        (tmp_path / f"{device}.json").write_text(json.dumps(content))
+    with_adapter = "model.lora.rank=8"
+    resolve_deepspeed_config(config(f"distributed.deepspeed_config={tmp_path}/nvme.json"))
+    resolve_deepspeed_config(config(f"distributed.deepspeed_config={tmp_path}/cpu.json", with_adapter))
+    with pytest.raises(ConfigError, match=r"offload_param\.device is nvme with model\.lora .*allowed: cpu or none"):
+        resolve_deepspeed_config(config(f"distributed.deepspeed_config={tmp_path}/nvme.json", with_adapter))
+
+
 @pytest.mark.parametrize("name", ["zero3.json", "zero3_offload.json", "zero3_tiny.json"])
 def test_shipped_files_leave_no_auto_and_no_default_that_changes_results(name: str) -> None:
     overrides = (
