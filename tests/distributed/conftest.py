@@ -56,6 +56,7 @@ def deepspeed_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
         "plain": shipped | {"zero_optimization": shipped["zero_optimization"] | small},
         "bf16-communication": shipped
         | {"zero_optimization": shipped["zero_optimization"] | small, "communication_data_type": "bf16"},
+        "hpz": shipped | {"zero_optimization": shipped["zero_optimization"] | small | {"zero_hpz_partition_size": 2}},
         "offload": offload | {"zero_optimization": offload["zero_optimization"] | small},
         "logged": shipped | {"zero_optimization": shipped["zero_optimization"] | small | nothing_stays} | logged,
         "shipped": shipped

@@ -158,6 +158,21 @@ def test_lora_is_that_of_a_plain_loop_with_peft(folder: Path, models: dict[str, 
         assert torch.equal(value, base[key]), key
 
 
+@pytest.mark.slow  # a start of its own, as DeepSpeed takes this setting once in a process
+def test_second_shards_on_each_node(
+    folder: Path, models: dict[str, str], deepspeed_configs: dict[str, str], tmp_path: Path
+) -> None:
+    """`zero_hpz_partition_size`: after a step, frozen weights still have the shards of the node, and trained ones have
+    not. Losses are those without it."""
+    name = next(name for name, case in LORA.items() if case.settings.get("gather") == "groups" and case.ranks == 2)
+    case = LORA[name]
+    settings = {"model": {"lora": case.lora} | case.settings, "train": TRAIN}
+    more = {"stage": case.stage, "model": models[case.model], "settings": settings} | shape(case.kind, case.ranks)
+    with start_cases(2, [{"name": name, "deepspeed_config": deepspeed_configs["hpz"], **more}], tmp_path) as ranks:
+        ranks.finish(timeout_s=600)
+    assert read_outcome(tmp_path, name).losses == pytest.approx(read_outcome(folder, name).losses, rel=1e-5)
+
+
 def own_name(key: str) -> str:
     """peft's name of a parameter, from ours."""
     if key.endswith(".rows"):
